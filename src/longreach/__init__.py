@@ -1,0 +1,25 @@
+"""longreach: language models trained on short sequences and used on long ones."""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+# Public name -> module that defines it. Resolved on first use, so that `import longreach` stays cheap and
+# loads none of the optional or heavy libraries.
+_PUBLIC = {
+    "alibi_bias": "longreach.ops.alibi",
+    "alibi_slopes": "longreach.ops.alibi",
+    "attention": "longreach.ops.attention",
+}
+
+__all__ = ["__version__", *sorted(_PUBLIC)]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'longreach' has no attribute {name!r}; public names: {', '.join(__all__)}")
+    return getattr(import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
