@@ -1,0 +1,1 @@
+"""Attention as functions of tensors. Imports torch alone."""

@@ -1,0 +1,82 @@
+"""The equations of ALiBi: slopes, distance, bias (Press, Smith, Lewis, ICLR 2022, arXiv 2108.12409)."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def alibi_slopes(num_heads: int, *, device: torch.device | str | None = None) -> Tensor:
+    """Slopes of ALiBi for any number of heads, by the rule of the paper's code.
+
+    For H = 2^k heads the slopes are the geometric sequence m_h = 2^(-8 h / H), h = 1..H (Section 3). For any
+    other H the paper's code takes the slopes of the power of two p below H and appends every other slope of 2p,
+    from the steepest, until there are H. This is not the closed form 2^(-8 h / H), and not monotone: at 12 heads
+    the two differ by up to 0.69.
+
+    Args:
+        num_heads: number of query heads H, at least 1.
+        device: where to put the slopes.
+
+    Returns:
+        (H,) float32, all positive.
+
+    Raises:
+        ValueError: num_heads is not a positive integer.
+    """
+    if isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1:
+        raise ValueError(f"num_heads={num_heads!r}: give a positive integer")
+    power = 2 ** math.floor(math.log2(num_heads))
+    slopes = _geometric(power) + _geometric(2 * power)[0::2][: num_heads - power]
+    return torch.tensor(slopes, dtype=torch.float32, device=device)
+
+
+def _geometric(num_heads: int) -> list[float]:
+    return [2.0 ** (-8.0 * head / num_heads) for head in range(1, num_heads + 1)]
+
+
+def alibi_distance(
+    query_length: int, key_length: int | None = None, *, device: torch.device | str | None = None
+) -> Tensor:
+    """Distance i - j from each query to each key, queries aligned with the last keys.
+
+    Query number r stands at position i = r + Tk - Tq, so that a cached decoding step (Tq = 1) looks back over
+    all Tk keys. Positive for keys in the past, negative for keys in the future.
+
+    Args:
+        query_length: Tq.
+        key_length: Tk; Tq when None.
+        device: where to put the distances.
+
+    Returns:
+        (Tq, Tk) int64.
+    """
+    key_length = query_length if key_length is None else key_length
+    query_positions = torch.arange(query_length, device=device) + (key_length - query_length)
+    return query_positions[:, None] - torch.arange(key_length, device=device)
+
+
+def alibi_bias(slopes: Tensor, query_length: int, key_length: int | None = None) -> Tensor:
+    """Bias of ALiBi as a dense tensor: bias[h, i, j] = -m_h |i - j|, added to the scaled scores.
+
+    Causal attention needs i >= j only, where this is the paper's -m (i - j). It is made from distances, so that
+    neighbouring keys keep distinct biases at any length; nothing is rounded below the dtype of the slopes.
+    Its H Tq Tk elements are for looking and testing: `longreach.attention(..., slopes=...)` needs no such tensor.
+
+    Args:
+        slopes: (H,) or (B, H) floating point, see `alibi_slopes`.
+        query_length: Tq.
+        key_length: Tk; Tq when None. Queries are aligned with the last keys.
+
+    Returns:
+        (H, Tq, Tk) or (B, H, Tq, Tk) in the dtype of the slopes.
+
+    Raises:
+        ValueError: slopes are not of that shape, or not floating point.
+    """
+    if slopes.dim() not in (1, 2) or not slopes.is_floating_point():
+        raise ValueError(
+            f"slopes of shape {tuple(slopes.shape)} and {slopes.dtype}: give a floating-point tensor (H,) or (B, H)"
+        )
+    distance = alibi_distance(query_length, key_length, device=slopes.device).abs()
+    return -slopes[..., None, None] * distance.to(slopes.dtype)  # [H, Tq, Tk]

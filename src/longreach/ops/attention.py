@@ -1,0 +1,183 @@
+"""The public attention function: validate once, choose an implementation, call it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .reference import reference_attention
+from .sdpa import sdpa_attention
+
+IMPLEMENTATIONS = ("reference", "sdpa")
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    slopes: Tensor | tuple[Tensor, Tensor] | None = None,
+    bias: Tensor | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    window_size: int | None = None,
+    key_padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    dropout_p: float = 0.0,
+    tolerance: float | None = None,
+    return_lse: bool = False,
+    impl: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Exact attention with ALiBi: softmax(scale q_i . k_j - m_h |i - j| + bias) v.
+
+    ALiBi is Press, Smith, Lewis, ICLR 2022 (arXiv 2108.12409). Queries are aligned with the last keys: query
+    number r stands at position i = r + Tk - Tq, which serves full sequences, chunked prefill and single decoding
+    steps alike. The ALiBi bias is made from distances in at least float32, and added after the scale. A query
+    that sees no key gets output 0 and LSE -inf.
+
+    Args:
+        q: (B, H, Tq, D) float64, float32, bfloat16 or float16.
+        k: (B, Hkv, Tk, D), the dtype and device of q; Hkv divides H, and query head h reads key head h Hkv // H.
+        v: (B, Hkv, Tk, D), likewise.
+        slopes: (H,) or (B, H) floating point, not negative, zero for a head without ALiBi; see `alibi_slopes`.
+            A pair (left, right) weighs past and future keys separately. May require a gradient.
+        bias: floating point, broadcastable to (B, H, Tq, Tk), added to the scaled scores. May require a gradient.
+        causal: whether a query sees only keys at or before its position.
+        scale: factor of q . k; D**-0.5 when None.
+        window_size: how many of the nearest keys a query sees on each side, itself included: |i - j| < window_size.
+        key_padding_mask: (B, Tk) bool, True where a key is padding, as in torch.nn.MultiheadAttention.
+        cu_seqlens: (N + 1,) int32 or int64, [0, ..., T]: borders of N documents packed along T. Needs Tq = Tk. No
+            query sees another document.
+        dropout_p: probability with which attention weights are dropped; pass 0 outside training.
+        tolerance: the probability mass per row that an implementation may drop, at least 0; None is the default
+            of the dtype. Both implementations here drop nothing.
+        return_lse: whether to return the LSE too.
+        impl: "auto", "reference" or "sdpa". An explicit choice runs or raises. "auto" is what `choose_impl` says.
+
+    Returns:
+        The output (B, H, Tq, D) in the dtype of q; with return_lse a pair of it and the natural log of each row's
+        sum of exponentials (B, H, Tq), in the dtype of q if that is float64, else in float32.
+
+    Raises:
+        ValueError: a wrong shape, dtype, device or value, or what the chosen implementation cannot do.
+    """
+    q, k, v = _autocast(q, k, v)
+    _validate(q, k, v, slopes, bias, scale, window_size, key_padding_mask, cu_seqlens, dropout_p, tolerance, impl)
+    if impl == "auto":
+        impl = choose_impl(return_lse=return_lse)
+    if impl == "sdpa" and return_lse:
+        raise ValueError(
+            'return_lse=True with impl="sdpa": SDPA does not return the LSE; use impl="reference" or "auto"'
+        )
+    with torch.autocast(q.device.type, enabled=False):
+        arguments: dict[str, Any] = {
+            "slopes": slopes,
+            "bias": bias,
+            "causal": causal,
+            "scale": scale,
+            "window_size": window_size,
+            "key_padding_mask": key_padding_mask,
+            "cu_seqlens": cu_seqlens,
+            "dropout_p": dropout_p,
+        }
+        if impl == "sdpa":
+            return sdpa_attention(q, k, v, **arguments)
+        out, lse = reference_attention(q, k, v, **arguments)
+        return (out, lse.to(torch.promote_types(lse.dtype, torch.float32))) if return_lse else out
+
+
+def choose_impl(*, return_lse: bool = False) -> str:
+    """Name the implementation that `attention(impl="auto")` runs: "sdpa", or "reference" where the LSE is wanted."""
+    return "reference" if return_lse else "sdpa"
+
+
+def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cast q, k and v, but neither slopes nor bias, as torch.autocast casts SDPA's arguments."""
+    if torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))  # type: ignore[return-value]
+    return q, k, v
+
+
+def _validate(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slopes: Tensor | tuple[Tensor, Tensor] | None,
+    bias: Tensor | None,
+    scale: float | None,
+    window_size: int | None,
+    key_padding_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    dropout_p: float,
+    tolerance: float | None,
+    impl: str,
+) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 4:
+            raise ValueError(f"{name} of shape {tuple(x.shape)}: give (B, H, T, D)")
+        if x.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"{name} of {x.dtype}: give float64, float32, bfloat16 or float16")
+        if x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(f"{name} is {x.dtype} on {x.device}, q is {q.dtype} on {q.device}: give them alike")
+    batch, num_heads, query_length, head_dim = q.shape
+    num_kv_heads, key_length = k.shape[1:3]
+    if k.shape[0] != batch or k.shape[3] != head_dim:
+        raise ValueError(f"k of shape {tuple(k.shape)}: B and D must be those of q, {tuple(q.shape)}")
+    if v.shape != k.shape:
+        raise ValueError(f"v of shape {tuple(v.shape)}: give the shape of k, {tuple(k.shape)}")
+    if num_heads == 0 or num_kv_heads == 0 or num_heads % num_kv_heads:
+        raise ValueError(f"k has {num_kv_heads} heads, q has {num_heads}: Hkv must divide H")
+    if head_dim == 0:
+        raise ValueError("q has head_dim D=0: give at least 1")
+    for side in slopes if isinstance(slopes, tuple) else (slopes,):
+        if side is None:
+            continue
+        if tuple(side.shape) not in ((num_heads,), (batch, num_heads)):
+            expected = f"({num_heads},) or ({batch}, {num_heads})"
+            raise ValueError(f"slopes of shape {tuple(side.shape)}: give (H,) or (B, H), here {expected}")
+        _validate_float("slopes", side, q)
+    if isinstance(slopes, tuple) and len(slopes) != 2:
+        raise ValueError(f"slopes is a tuple of {len(slopes)}: give one tensor, or the pair (left, right)")
+    if bias is not None:
+        target = (batch, num_heads, query_length, key_length)
+        shape = (1,) * (4 - bias.dim()) + tuple(bias.shape)
+        if len(shape) != 4 or any(b not in (1, t) for b, t in zip(shape, target, strict=True)):
+            raise ValueError(f"bias of shape {tuple(bias.shape)}: give one broadcastable to (B, H, Tq, Tk) = {target}")
+        _validate_float("bias", bias, q)
+    if scale is not None and not 0 < scale < float("inf"):
+        raise ValueError(f"scale={scale!r}: give a positive number, or None for D**-0.5")
+    if window_size is not None and window_size < 1:
+        raise ValueError(f"window_size={window_size}: give at least 1, or None for no window")
+    if key_padding_mask is not None:
+        if tuple(key_padding_mask.shape) != (batch, key_length) or key_padding_mask.dtype != torch.bool:
+            raise ValueError(
+                f"key_padding_mask of shape {tuple(key_padding_mask.shape)} and {key_padding_mask.dtype}: "
+                f"give (B, Tk) = ({batch}, {key_length}) bool, True where a key is padding"
+            )
+        _validate_device("key_padding_mask", key_padding_mask, q)
+    if cu_seqlens is not None:
+        if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                f"cu_seqlens of shape {tuple(cu_seqlens.shape)} and {cu_seqlens.dtype}: give (N + 1,) int32 or int64"
+            )
+        if query_length != key_length:
+            raise ValueError(f"cu_seqlens with Tq={query_length} and Tk={key_length}: packed documents need Tq = Tk")
+        _validate_device("cu_seqlens", cu_seqlens, q)
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p={dropout_p!r}: give at least 0 and below 1")
+    if tolerance is not None and not 0.0 <= tolerance < 1.0:
+        raise ValueError(f"tolerance={tolerance!r}: give at least 0 and below 1, or None for the default of the dtype")
+    if impl != "auto" and impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl={impl!r}: give one of {', '.join(('auto', *IMPLEMENTATIONS))}")
+
+
+def _validate_float(name: str, x: Tensor, q: Tensor) -> None:
+    if not x.is_floating_point():
+        raise ValueError(f"{name} of {x.dtype}: give floating point, float32 unless there is a reason")
+    _validate_device(name, x, q)
+
+
+def _validate_device(name: str, x: Tensor, q: Tensor) -> None:
+    if x.device != q.device:
+        raise ValueError(f"{name} is on {x.device}, q is on {q.device}: move it there")

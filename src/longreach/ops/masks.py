@@ -1,0 +1,58 @@
+"""Which keys a query may see, and what is added to its scores, as dense tensors."""
+
+import torch
+from torch import Tensor
+
+from .alibi import alibi_distance
+
+
+def visible_keys(
+    query_length: int,
+    key_length: int,
+    *,
+    causal: bool,
+    window_size: int | None,
+    key_padding_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    device: torch.device,
+) -> Tensor | None:
+    """Which keys each query may see: bool, broadcastable to (B, H, Tq, Tk), or None when it sees all."""
+    conditions = []
+    distance = alibi_distance(query_length, key_length, device=device)  # [Tq, Tk]
+    if causal:
+        conditions.append(distance >= 0)
+    if window_size is not None:
+        conditions.append(distance.abs() < window_size)
+    if cu_seqlens is not None:
+        document = torch.bucketize(torch.arange(key_length, device=device), cu_seqlens, right=True)
+        conditions.append(document[:, None] == document)
+    if key_padding_mask is not None:
+        conditions.append(~key_padding_mask[:, None, None, :])  # [B, 1, 1, Tk]
+    if not conditions:
+        return None
+    visible = conditions[0]
+    for condition in conditions[1:]:
+        visible = visible & condition
+    return visible
+
+
+def dense_bias(
+    slopes: Tensor | tuple[Tensor, Tensor] | None,
+    bias: Tensor | None,
+    query_length: int,
+    key_length: int,
+    dtype: torch.dtype,
+) -> Tensor | None:
+    """What is added to the scaled scores, broadcastable to (B, H, Tq, Tk), or None when nothing is.
+
+    slopes m give -m |i - j|; a pair (left, right) gives -left (i - j) to keys in the past and -right (j - i) to
+    keys in the future.
+    """
+    total = bias.to(dtype) if bias is not None else None
+    if slopes is not None:
+        left, right = slopes if isinstance(slopes, tuple) else (slopes, slopes)
+        distance = alibi_distance(query_length, key_length, device=left.device).to(dtype)
+        left, right = (m.to(dtype)[..., None, None] for m in (left, right))  # [(B,) H, 1, 1]
+        penalty = left * distance.clamp(min=0) + right * (-distance).clamp(min=0)
+        total = -penalty if total is None else total - penalty
+    return total

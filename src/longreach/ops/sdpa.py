@@ -1,0 +1,64 @@
+"""Attention by PyTorch's scaled_dot_product_attention: the biases become a dense mask where there are any."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .masks import dense_bias, visible_keys
+
+
+def sdpa_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    slopes: Tensor | tuple[Tensor, Tensor] | None = None,
+    bias: Tensor | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    window_size: int | None = None,
+    key_padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """Output (B, H, Tq, D) of `longreach.attention`, which documents and validates the arguments.
+
+    Plain causal or bidirectional attention runs PyTorch's fused kernel without a mask. Everything else pays for
+    a mask of H Tq Tk elements, in float32 unless q is float64, whatever the dtype of q: a mask in bfloat16 would
+    round the biases of distant keys.
+    """
+    query_length, key_length = q.shape[2], k.shape[2]
+    if not (q.numel() and k.numel()):
+        return q * 0.0  # nothing to attend with or to; keeps the graph
+    grouped = q.shape[1] != k.shape[1]
+    plain = slopes is None and bias is None and window_size is None and key_padding_mask is None and cu_seqlens is None
+    if plain and (not causal or query_length in (1, key_length)):
+        # A single query stands at the last key and sees all of them.
+        is_causal = causal and query_length == key_length
+        return F.scaled_dot_product_attention(
+            q, k, v, is_causal=is_causal, scale=scale, dropout_p=dropout_p, enable_gqa=grouped
+        )
+    visible = visible_keys(
+        query_length,
+        key_length,
+        causal=causal,
+        window_size=window_size,
+        key_padding_mask=key_padding_mask,
+        cu_seqlens=cu_seqlens,
+        device=q.device,
+    )
+    # A row that sees no key would be a softmax over nothing: let it see all, then set its output to 0.
+    can_be_empty = key_padding_mask is not None or (visible is not None and query_length > key_length)
+    empty = None
+    if can_be_empty and visible is not None:
+        empty = ~visible.any(dim=-1, keepdim=True)  # [B or 1, 1, Tq, 1] or [Tq, 1]
+        visible = visible | empty
+    mask = dense_bias(slopes, bias, query_length, key_length, torch.promote_types(q.dtype, torch.float32))
+    if mask is None:
+        mask = visible
+    elif visible is not None:
+        mask = mask.masked_fill(~visible, float("-inf"))
+    if mask is not None and mask.dim() == 3:
+        mask = mask[None]  # [1, H, Tq, Tk]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, dropout_p=dropout_p, enable_gqa=grouped)
+    return out if empty is None else out.masked_fill(empty, 0.0)
