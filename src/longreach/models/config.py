@@ -1,0 +1,150 @@
+"""What a decoder is made of."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from longreach.positions import ModelSize, parse_method
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The shape of a pre-LN decoder."""
+
+    num_layers: int = 4
+    """Number of blocks."""
+    num_heads: int = 8
+    """H, the number of query heads."""
+    num_kv_heads: int | None = None
+    """Hkv, the number of key/value heads, which divides H; H when None."""
+    d_model: int = 256
+    """C, the width of the residual stream."""
+    d_ff: int | None = None
+    """Width inside the feed-forward block; 4 C when None."""
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    """LayerNorm or RMSNorm, both before each sublayer and before the output."""
+    activation: Literal["gelu", "swiglu"] = "gelu"
+    """Exact GELU, or SwiGLU (two input projections instead of one)."""
+    bias: bool = False
+    """Whether linear layers and LayerNorm have biases."""
+    tied_embeddings: bool = True
+    """Whether input and output embeddings are one matrix."""
+    adaptive_cutoffs: tuple[int, ...] = ()
+    """Borders of the frequency bands of adaptive input and softmax (Baevski & Auli, 2019); none when empty."""
+    embedding_dropout: float = 0.0
+    """Dropout of the embedded tokens."""
+    attention_dropout: float = 0.0
+    """Dropout of the attention weights."""
+    activation_dropout: float = 0.0
+    """Dropout inside the feed-forward block."""
+    residual_dropout: float = 0.0
+    """Dropout of what each sublayer adds to the residual stream."""
+    adaptive_dropout: float = 0.0
+    """Dropout inside the tail bands of the adaptive softmax."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "num_heads", "num_kv_heads", "d_model", "d_ff"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}: give a positive integer")
+        if self.d_model % self.num_heads:
+            raise ValueError(f"num_heads={self.num_heads} does not divide d_model={self.d_model}: change one of them")
+        if self.num_kv_heads is not None and self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}: change one")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name.endswith("_dropout") and not 0 <= value < 1:
+                raise ValueError(f"{field.name}={value}: give at least 0 and below 1")
+        for name, choices in (("norm", ("layernorm", "rmsnorm")), ("activation", ("gelu", "swiglu"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r}: give {' or '.join(choices)}")
+        cutoffs = self.adaptive_cutoffs
+        if list(cutoffs) != sorted(set(cutoffs)) or any(cutoff < 1 for cutoff in cutoffs):
+            raise ValueError(f"adaptive_cutoffs={cutoffs}: give increasing positive integers")
+        if cutoffs and not self.tied_embeddings:
+            raise ValueError("adaptive_cutoffs with tied_embeddings=False: only the tied form is here, tie them")
+        if cutoffs and self.d_model % 4 ** len(cutoffs):
+            raise ValueError(
+                f"d_model={self.d_model}: each of the {len(cutoffs)} adaptive cutoffs divides it by 4 again"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """D."""
+        return self.d_model // self.num_heads
+
+
+ARCHITECTURES = {
+    "demo": Architecture(),
+    # Baevski & Auli's WikiText-103 model as the ALiBi paper trains it.
+    "wikitext103-247m": Architecture(
+        num_layers=16,
+        num_heads=8,
+        d_model=1024,
+        d_ff=4096,
+        bias=True,
+        adaptive_cutoffs=(20000, 60000),
+        embedding_dropout=0.3,
+        attention_dropout=0.1,
+        activation_dropout=0.1,
+        residual_dropout=0.3,
+        adaptive_dropout=0.2,
+    ),
+    # The ALiBi paper's largest model.
+    "cc100-1.3b": Architecture(num_layers=25, num_heads=16, d_model=2048, d_ff=8192),
+}
+"""Named shapes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Architecture):
+    """A whole model: its shape, its vocabulary and how it knows positions."""
+
+    vocab_size: int
+    """V, the number of token ids."""
+    position: str = "alibi"
+    """The position method with its options, as in `rotary:base=500000`."""
+    train_length: int
+    """L, the length in tokens that the model is trained at."""
+    longest_length: int | None = None
+    """The longest length in tokens that the model is meant for; L when None."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("vocab_size", "train_length", "longest_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}: give a positive integer")
+        if self.longest_length is not None and self.longest_length < self.train_length:
+            raise ValueError(f"longest_length={self.longest_length} is below train_length={self.train_length}")
+        if self.adaptive_cutoffs and self.adaptive_cutoffs[-1] >= self.vocab_size:
+            raise ValueError(
+                f"adaptive_cutoffs={self.adaptive_cutoffs}: all must be below vocab_size={self.vocab_size}"
+            )
+        parse_method(self.position)
+
+    @property
+    def size(self) -> ModelSize:
+        """What the position method may know."""
+        return ModelSize(
+            d_model=self.d_model,
+            num_heads=self.num_heads,
+            head_dim=self.head_dim,
+            train_length=self.train_length,
+            longest_length=self.longest_length or self.train_length,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON can hold them."""
+        return {**dataclasses.asdict(self), "adaptive_cutoffs": list(self.adaptive_cutoffs)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "ModelConfig":
+        """The inverse of `to_dict`; ValueError on keys that are unknown or missing."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"unknown configuration key {unknown[0]!r}: known are {', '.join(sorted(known))}")
+        if missing := sorted({"vocab_size", "train_length"} - set(values)):
+            raise ValueError(f"configuration key {missing[0]!r} is missing")
+        return cls(**{**values, "adaptive_cutoffs": tuple(values.get("adaptive_cutoffs", ()))})

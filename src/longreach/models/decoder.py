@@ -1,0 +1,207 @@
+"""A pre-LN decoder that leaves positions to a position method."""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longreach.ops.attention import attention
+from longreach.positions import AttentionPositions, build_method, rotate
+
+from .config import ModelConfig
+from .kv_cache import KVCache
+from .vocabulary import AdaptiveVocabulary, Vocabulary
+
+# Axes: B batch, T tokens (Tq queries, Tk keys), H query heads, Hkv key/value heads, D head_dim, C d_model,
+# V vocabulary.
+
+
+class Decoder(nn.Module):
+    """Token ids to logits. With LayerNorm, GELU and no biases its weights fit `transformers`' MPT exactly."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.vocabulary = (AdaptiveVocabulary if config.adaptive_cutoffs else Vocabulary)(config)
+        self.dropout = nn.Dropout(config.embedding_dropout)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.norm = _norm(config)
+        # Built last, so that with one seed all other weights are the same under every method.
+        self.positions = build_method(config.position, config.size)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        positions: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        length: int | None = None,
+    ) -> Tensor:
+        """Logits of the next token after each token.
+
+        Args:
+            tokens: (B, T) int64 ids; with a cache, those that follow what it holds.
+            positions: (B, T) or (1, T) int64 absolute positions; counted on from the cache when None.
+            key_padding_mask: (B, Tk) bool, True where a key is padding, over the cache and tokens together.
+            cache: keys and values of the tokens before, appended to in place. For inference only.
+            length: L', the length that the whole sequence will have, for methods that depend on it; Tk when None.
+
+        Returns:
+            (B, T, V).
+
+        Raises:
+            ValueError: more positions than the method holds; a cache without `length` for a method that needs it.
+        """
+        hidden = self.hidden(tokens, positions=positions, key_padding_mask=key_padding_mask, cache=cache, length=length)
+        logits: Tensor = self.vocabulary.logits(hidden)
+        return logits
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        *,
+        positions: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        length: int | None = None,
+    ) -> Tensor:
+        """What the logits are made of, (B, T, C). Arguments as in `forward`."""
+        start = 0 if cache is None else cache.length
+        key_length = start + tokens.shape[1]
+        if positions is None:
+            positions = torch.arange(start, key_length, device=tokens.device)[None]
+        self._check_length(key_length, cache, length)
+        x = self.dropout(self.positions.embed(self.vocabulary.embed(tokens), positions))  # [B, T, C]
+        attend = self.positions.attend(positions, key_length, key_length if length is None else length)
+        for block in self.blocks:
+            x = block(x, attend, key_padding_mask, cache)
+        normed: Tensor = self.norm(x)
+        return normed
+
+    def logits(self, tokens: Tensor, chunk_size: int = 1024) -> Iterator[Tensor]:
+        """Yield the logits of consecutive stretches of at most chunk_size positions, each (B, chunk, V).
+
+        All V logits of a long sequence need more memory than the rest of the model; a stretch at a time does not.
+        """
+        hidden = self.hidden(tokens)
+        for chunk in hidden.split(chunk_size, dim=1):
+            yield self.vocabulary.logits(chunk)
+
+    def loss(self, tokens: Tensor, targets: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Mean nll in nats per token of targets (B, T), each the token after tokens (B, T)."""
+        hidden = self.hidden(tokens, positions=positions)
+        loss: Tensor = self.vocabulary.loss(hidden.flatten(0, 1), targets.flatten())
+        return loss
+
+    def _check_length(self, key_length: int, cache: KVCache | None, length: int | None) -> None:
+        longest = self.positions.max_length
+        if longest is not None and key_length > longest:
+            raise ValueError(
+                f"{key_length} tokens: position method {self.config.position!r} holds {longest} positions; "
+                "give fewer tokens, or train one with a longer table"
+            )
+        if length is not None and length < key_length:
+            raise ValueError(f"length={length} is below the {key_length} tokens of cache and input: give at least that")
+        if cache is not None and length is None and self.positions.depends_on_length:
+            raise ValueError(
+                f"position method {self.config.position!r} depends on the length of the whole sequence: "
+                "give length= to every call with this cache"
+            )
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.attention_norm = _norm(config)
+        self.attention = SelfAttention(config, layer)
+        self.feed_forward_norm = _norm(config)
+        self.feed_forward = FeedForward(config)
+        self.dropout = nn.Dropout(config.residual_dropout)
+
+    def forward(
+        self, x: Tensor, positions: AttentionPositions, key_padding_mask: Tensor | None, cache: KVCache | None
+    ) -> Tensor:
+        """(B, T, C) to (B, T, C)."""
+        x = x + self.dropout(self.attention(self.attention_norm(x), positions, key_padding_mask, cache))
+        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+
+
+class SelfAttention(nn.Module):
+    """Causal self-attention, grouped-query where num_kv_heads is below num_heads."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.config = config
+        self.layer = layer
+        kv_heads = config.num_kv_heads or config.num_heads
+        self.heads = (config.num_heads, kv_heads, kv_heads)
+        self.qkv = _linear(config, config.d_model, sum(self.heads) * config.head_dim)  # rows are [q | k | v]
+        self.out = _residual_linear(config, config.d_model)
+
+    def forward(
+        self, x: Tensor, positions: AttentionPositions, key_padding_mask: Tensor | None, cache: KVCache | None
+    ) -> Tensor:
+        """(B, T, C) to (B, T, C)."""
+        heads = self.qkv(x).unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)  # [B, H + 2 Hkv, T, D]
+        q, k, v = heads.split(self.heads, dim=1)
+        if positions.rotation is not None:
+            q, k = rotate(q, positions.rotation), rotate(k, positions.rotation)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        mixed: Tensor = attention(  # type: ignore[assignment]  # a tensor, since no LSE is asked for
+            q,
+            k,
+            v,
+            slopes=positions.slopes,
+            bias=positions.bias,
+            key_padding_mask=key_padding_mask,
+            dropout_p=self.config.attention_dropout if self.training else 0.0,
+        )
+        projected: Tensor = self.out(mixed.transpose(1, 2).flatten(-2))
+        return projected
+
+
+class FeedForward(nn.Module):
+    """down(gelu(up(x))), or down(silu(gate(x)) * up(x)) with gate and up in one matrix."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        width = config.d_ff or 4 * config.d_model
+        self.gated = config.activation == "swiglu"
+        self.up = _linear(config, config.d_model, 2 * width if self.gated else width)
+        self.down = _residual_linear(config, width)
+        self.dropout = nn.Dropout(config.activation_dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) to (B, T, C)."""
+        x = self.up(x)
+        if self.gated:
+            gate, x = x.chunk(2, dim=-1)
+            x = F.silu(gate) * x
+        else:
+            x = F.gelu(x)
+        down: Tensor = self.down(self.dropout(x))
+        return down
+
+
+def _norm(config: ModelConfig) -> nn.Module:
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(config.d_model, eps=1e-5)
+    return nn.LayerNorm(config.d_model, eps=1e-5, bias=config.bias)
+
+
+def _linear(config: ModelConfig, inputs: int, outputs: int, std: float = 0.02) -> nn.Linear:
+    linear = nn.Linear(inputs, outputs, bias=config.bias)
+    nn.init.normal_(linear.weight, std=std)
+    if config.bias:
+        nn.init.zeros_(linear.bias)
+    return linear
+
+
+def _residual_linear(config: ModelConfig, inputs: int) -> nn.Linear:
+    """A layer that adds to the residual stream, smaller at the start the more of them there are (as in GPT-2)."""
+    return _linear(config, inputs, config.d_model, std=0.02 / (2 * config.num_layers) ** 0.5)

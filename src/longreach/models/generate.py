@@ -1,0 +1,150 @@
+"""Text from a decoder: greedy or sampled, batched with left padding, token by token."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from .decoder import Decoder
+from .kv_cache import KVCache
+
+
+def generate(
+    model: Decoder,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    eos_id: int | None = None,
+    seed: int = 0,
+) -> list[list[int]]:
+    """Continue each prompt; see `stream`, which this collects.
+
+    Returns:
+        The new token ids of each prompt, up to and without eos_id.
+    """
+    steps = stream(
+        model,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        eos_id=eos_id,
+        seed=seed,
+    )
+    continuations: list[list[int]] = [[] for _ in prompts]
+    for step in steps:
+        for continuation, token in zip(continuations, step, strict=True):
+            if token is not None:
+                continuation.append(token)
+    return continuations
+
+
+@torch.inference_mode()
+def stream(
+    model: Decoder,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    eos_id: int | None = None,
+    seed: int = 0,
+) -> Iterator[list[int | None]]:
+    """Continue each prompt, yielding one token per prompt at a time.
+
+    Prompts of different lengths are padded on the left and hidden by a mask, so that each is continued as it would
+    be alone. Methods that depend on the length of the whole sequence are given one constant length for the call,
+    the longest prompt + max_new_tokens: then decoding with the cache equals the full forward pass.
+
+    Args:
+        model: the decoder; there is no limit on length but that of its position method.
+        prompts: token ids, at least one per prompt.
+        max_new_tokens: how many tokens to add at most, at least 1.
+        temperature: 0 takes the likeliest token; otherwise logits are divided by it and a token is drawn.
+        top_k: draw only among the k likeliest tokens.
+        top_p: draw only among the likeliest tokens that together hold probability p.
+        eos_id: the token that ends a prompt's continuation; it is not given out.
+        seed: of the draws.
+
+    Yields:
+        For each prompt its next token id, or None once it has ended. Stops when all have.
+
+    Raises:
+        ValueError: no prompt, an empty prompt, or a value out of range.
+    """
+    _check(model, prompts, max_new_tokens, temperature, top_k, top_p)
+    device = next(model.parameters()).device
+    longest = max(len(prompt) for prompt in prompts)
+    padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)  # [B]
+    tokens = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    cache = KVCache()
+    ended = [False] * len(prompts)
+    for _ in range(max_new_tokens):
+        start, stop = cache.length, cache.length + tokens.shape[1]
+        hidden = model.hidden(
+            tokens,
+            positions=(torch.arange(start, stop, device=device) - padding[:, None]).clamp(min=0),
+            key_padding_mask=torch.arange(stop, device=device) < padding[:, None] if padding.any() else None,
+            cache=cache,
+            length=longest + max_new_tokens,
+        )
+        logits = model.vocabulary.logits(hidden[:, -1]).float()  # [B, V]
+        tokens = _choose(logits, temperature, top_k, top_p, generator)[:, None]
+        chosen = tokens[:, 0].tolist()
+        ended = [was or token == eos_id for was, token in zip(ended, chosen, strict=True)]
+        if all(ended):
+            return
+        yield [None if end else token for end, token in zip(ended, chosen, strict=True)]
+
+
+def _choose(
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator
+) -> Tensor:
+    """One token id for each row of logits (B, V), as (B,)."""
+    if temperature == 0.0:
+        return logits.argmax(dim=-1)
+    ordered, ids = (logits / temperature).sort(dim=-1, descending=True)
+    probabilities = ordered.softmax(dim=-1)
+    if top_k is not None:
+        probabilities[:, top_k:] = 0.0
+    if top_p is not None:
+        probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True)
+        before = probabilities.cumsum(dim=-1) - probabilities  # what likelier tokens hold already
+        probabilities = probabilities.masked_fill(before >= top_p, 0.0)
+    return ids.gather(-1, torch.multinomial(probabilities, 1, generator=generator))[:, 0]
+
+
+def _check(
+    model: Decoder,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+) -> None:
+    if not prompts or not all(prompts):
+        raise ValueError(f"prompts of lengths {[len(prompt) for prompt in prompts]}: give at least one token in each")
+    for prompt in prompts:
+        for token in prompt:
+            if not 0 <= token < model.config.vocab_size:
+                raise ValueError(f"token id {token}: the model's vocabulary has {model.config.vocab_size} tokens")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens}: give at least 1")
+    if not 0.0 <= temperature < float("inf"):
+        raise ValueError(f"temperature={temperature}: give 0 for the likeliest token, or a positive number")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k={top_k}: give at least 1")
+    if top_p is not None and not 0.0 < top_p <= 1.0:
+        raise ValueError(f"top_p={top_p}: give more than 0 and at most 1")
+    longest = max(len(prompt) for prompt in prompts) + max_new_tokens
+    if model.positions.max_length is not None and longest > model.positions.max_length:
+        raise ValueError(
+            f"prompt and max_new_tokens={max_new_tokens} need {longest} positions: position method "
+            f"{model.config.position!r} holds {model.positions.max_length}; ask for fewer tokens"
+        )

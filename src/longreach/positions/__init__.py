@@ -1,0 +1,74 @@
+"""Position methods, one file each, behind the interface in `method.py`.
+
+A method is named by a string: its name, then options, as in `rotary:base=500000:scaling=ntk`.
+"""
+
+from typing import Any, get_args, get_type_hints
+
+from .alibi import Alibi, AlibiOptions
+from .learned import Learned, LearnedOptions
+from .method import AttentionPositions, ModelSize, PositionMethod
+from .none import NoneOptions, NonePositions
+from .rotary import Rotary, RotaryOptions, rotate
+from .sinusoidal import ShiftedSinusoidal, Sinusoidal, SinusoidalOptions
+from .t5 import T5, T5Options
+
+__all__ = ["METHODS", "AttentionPositions", "ModelSize", "PositionMethod", "build_method", "parse_method", "rotate"]
+
+METHODS: dict[str, tuple[Any, Any]] = {
+    "alibi": (Alibi, AlibiOptions),
+    "learned": (Learned, LearnedOptions),
+    "none": (NonePositions, NoneOptions),
+    "rotary": (Rotary, RotaryOptions),
+    "sinusoidal": (Sinusoidal, SinusoidalOptions),
+    "sinusoidal-shifted": (ShiftedSinusoidal, SinusoidalOptions),
+    "t5": (T5, T5Options),
+}
+"""Name -> the method's class and the class of its options."""
+
+
+def build_method(spec: str, size: ModelSize) -> PositionMethod:
+    """Build the method that a string names, as in `alibi` or `rotary:base=500000:scaling=ntk`."""
+    name, options = parse_method(spec)
+    method: PositionMethod = METHODS[name][0](options, size)
+    return method
+
+
+def parse_method(spec: str) -> tuple[str, Any]:
+    """Split `NAME[:OPTION=VALUE...]` into the name and its options.
+
+    Returns:
+        The name, a key of METHODS, and an instance of that method's options.
+
+    Raises:
+        ValueError: an unknown method or option, or a value that the option does not take.
+    """
+    name, *settings = spec.split(":")
+    if name not in METHODS:
+        raise ValueError(f"position method {name!r}: give one of {', '.join(METHODS)}")
+    options_class = METHODS[name][1]
+    types = get_type_hints(options_class)
+    values: dict[str, Any] = {}
+    for setting in settings:
+        option, equals, text = setting.partition("=")
+        if option not in types or not equals:
+            known = ", ".join(types) or "none"
+            raise ValueError(f"option {setting!r} of position method {name}: give OPTION=VALUE with one of {known}")
+        values[option] = _parse_value(f"{name}:{option}", text, types[option])
+    return name, options_class(**values)
+
+
+def _parse_value(where: str, text: str, annotation: Any) -> Any:
+    """Read one option's value by the type its dataclass declares."""
+    kinds = get_args(annotation) or (annotation,)
+    if bool in kinds:
+        if text not in ("true", "false"):
+            raise ValueError(f"{where}={text}: give true or false")
+        return text == "true"
+    for kind in (int, float):
+        if kind in kinds:
+            try:
+                return kind(text)
+            except ValueError:
+                raise ValueError(f"{where}={text}: give a number ({kind.__name__})") from None
+    return text

@@ -1,0 +1,60 @@
+"""The interface between a position method and a model."""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """What a position method may know of the model that it serves."""
+
+    d_model: int
+    """C, the width of the token embeddings."""
+    num_heads: int
+    """H, the number of query heads."""
+    head_dim: int
+    """D."""
+    train_length: int
+    """L, in tokens."""
+    longest_length: int
+    """The longest length that the model is meant for, in tokens."""
+
+
+@dataclass(frozen=True)
+class AttentionPositions:
+    """What every attention layer of one forward pass is told about positions."""
+
+    rotation: tuple[Tensor, Tensor] | None = None
+    """cos and sin, each (B or 1, 1, Tq, D) float32, for rotating queries and new keys."""
+    slopes: Tensor | None = None
+    """(H,) float32, for the bias -slopes * distance."""
+    bias: Tensor | None = None
+    """(H, Tq, Tk) float32, added to the scaled scores."""
+
+
+class PositionMethod(nn.Module):
+    """How a model learns where its tokens stand. A method overrides what it uses; the base class is no method at all.
+
+    A method may embed tokens, rotate queries and keys, and give slopes or a bias. Each is a function of absolute
+    positions, so cached decoding is no special case.
+    """
+
+    max_length: int | None = None
+    """The longest length, in tokens, that the method can represent at all; None for any length."""
+    max_training_offset: int = 0
+    """Each training sequence starts at a position drawn uniformly from 0 to this."""
+    depends_on_length: bool = False
+    """Whether `attend` uses the length L' of the whole sequence, which cached decoding must then be told."""
+
+    def embed(self, embeddings: Tensor, positions: Tensor) -> Tensor:
+        """Token embeddings (B, T, C) with what the method adds at positions (B or 1, T)."""
+        return embeddings
+
+    def attend(self, positions: Tensor, key_length: int, length: int) -> AttentionPositions:
+        """What attention needs for queries at positions (B or 1, Tq) over key_length keys, Tk.
+
+        length is L', the length of the whole sequence: Tk, unless a cached decoding run was told how long it will
+        become.
+        """
+        return AttentionPositions()
