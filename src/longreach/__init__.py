@@ -12,7 +12,7 @@ _PUBLIC = {
     "attention": "longreach.ops.attention",
 }
 
-__all__ = ["__version__", *sorted(_PUBLIC)]
+__all__ = ["__version__", "alibi_bias", "alibi_slopes", "attention"]  # noqa: F822
 
 
 def __getattr__(name: str) -> object:
@@ -22,4 +22,4 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return list(__all__)

@@ -103,7 +103,7 @@ class ModelConfig(Architecture):
 
     vocab_size: int
     """V, the number of token ids."""
-    position: str = "alibi"
+    method: str = "alibi"
     """The position method with its options, as in `rotary:base=500000`."""
     train_length: int
     """L, the length in tokens that the model is trained at."""
@@ -122,7 +122,7 @@ class ModelConfig(Architecture):
             raise ValueError(
                 f"adaptive_cutoffs={self.adaptive_cutoffs}: all must be below vocab_size={self.vocab_size}"
             )
-        parse_method(self.position)
+        parse_method(self.method)
 
     @property
     def size(self) -> ModelSize:

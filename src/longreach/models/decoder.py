@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longreach.ops.attention import attention
+from longreach.ops.attention import attention, choose_impl
 from longreach.positions import AttentionPositions, build_method, rotate
 
 from .config import ModelConfig
@@ -28,7 +28,7 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = _norm(config)
         # Built last, so that with one seed all other weights are the same under every method.
-        self.positions = build_method(config.position, config.size)
+        self.positions = build_method(config.method, config.size)
 
     def forward(
         self,
@@ -95,18 +95,22 @@ class Decoder(nn.Module):
         loss: Tensor = self.vocabulary.loss(hidden.flatten(0, 1), targets.flatten())
         return loss
 
+    def attention_impl(self, length: int) -> str:
+        """Name of the attention implementation that runs on sequences of this length."""
+        return choose_impl()
+
     def _check_length(self, key_length: int, cache: KVCache | None, length: int | None) -> None:
         longest = self.positions.max_length
         if longest is not None and key_length > longest:
             raise ValueError(
-                f"{key_length} tokens: position method {self.config.position!r} holds {longest} positions; "
+                f"{key_length} tokens: position method {self.config.method!r} holds {longest} positions; "
                 "give fewer tokens, or train one with a longer table"
             )
         if length is not None and length < key_length:
             raise ValueError(f"length={length} is below the {key_length} tokens of cache and input: give at least that")
         if cache is not None and length is None and self.positions.depends_on_length:
             raise ValueError(
-                f"position method {self.config.position!r} depends on the length of the whole sequence: "
+                f"position method {self.config.method!r} depends on the length of the whole sequence: "
                 "give length= to every call with this cache"
             )
 

@@ -146,5 +146,5 @@ def _check(
     if model.positions.max_length is not None and longest > model.positions.max_length:
         raise ValueError(
             f"prompt and max_new_tokens={max_new_tokens} need {longest} positions: position method "
-            f"{model.config.position!r} holds {model.positions.max_length}; ask for fewer tokens"
+            f"{model.config.method!r} holds {model.positions.max_length}; ask for fewer tokens"
         )

@@ -1,0 +1,366 @@
+"""Text in: the documents of a corpus, each as pieces of bounded size, whatever they are stored in."""
+
+import codecs
+import glob
+import gzip
+import hashlib
+import itertools
+import json
+import lzma
+import os
+import platform
+import sysconfig
+import zlib
+from array import array
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import zstandard
+
+PIECE_CHARS = 1 << 16
+BLOCK_BYTES = 1 << 18
+COMPRESSED_BLOCK_BYTES = 1 << 14  # a block may unpack to a thousand times its size
+
+OPENERS: dict[str, Callable[[Path], Any]] = {"": partial(open, mode="rb"), ".gz": gzip.open, ".xz": lzma.open}
+
+ReadProgress = Callable[[int], None]
+"""Told how many bytes of text have been read."""
+
+STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text, read once, before the corpus moves on to the next."""
+
+    name: str
+    """Where it stands: a path, a path and a line, a data set and a row."""
+    pieces: Iterator[str]
+    """Its text in order, in pieces of at most PIECE_CHARS characters, none of them empty."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents in a fixed order. Every iteration reads them anew; documents without text are left out.
+
+    Raises (on iteration):
+        ValueError: no document has any text, or one cannot be read as text; the line names the place.
+    """
+
+    name: str
+    """What the user called it."""
+    read: Callable[[], Iterator[Document]]
+    """Opens the source and yields its documents, empty ones included."""
+    validation: "Corpus | None" = None
+    """The validation split that came with it, if any."""
+
+    def __iter__(self) -> Iterator[Document]:
+        empty = True
+        for document in self.read():
+            first = next(document.pieces, None)
+            if first is not None:
+                empty = False
+                yield Document(document.name, itertools.chain([first], document.pieces))
+        if empty:
+            raise ValueError(f"{self.name!r} holds no text; name a source with text in it")
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What a pass over a corpus finds out about it."""
+
+    fingerprint: str
+    """SHA-256 (hex) over the documents' texts in order. Their names do not count, their borders do."""
+    sizes: np.ndarray
+    """UTF-8 bytes of each document, int64 [documents]."""
+
+
+def open_corpus(source: str | None, *, text_field: str = "text", streaming: bool = False) -> Corpus:
+    """A corpus from wherever its text lies.
+
+    - None: the source code of the running Python's standard library, without its tests and its editor; the few
+      files there that are no UTF-8 are left out.
+    - A file. `.jsonl` holds one document a line, in the field `text_field`; anything else is UTF-8 text, one
+      document, a leading byte order mark dropped and line ends kept as they are. Each may be compressed:
+      `.gz`, `.xz`, `.zst`.
+    - A folder: all files below it, ordered by path. Hidden ones and binary ones (a zero byte among their first
+      8192) are passed over, so that a source tree can be given as it is.
+    - A glob, `**` included: the files that it matches. What is matched is read or refused, never passed over.
+    - `hf:NAME[:CONFIG]`: a Hugging Face data set by name or a local folder of data files; every row of its split
+      `train` is a document, and the split `validation`, where there is one, becomes `Corpus.validation`.
+
+    Args:
+        source: as above.
+        text_field: the field of a .jsonl line or the column of a data set that holds the text.
+        streaming: read a Hugging Face data set from its server in every pass instead of downloading it first.
+
+    Raises:
+        ValueError: nothing is found there, or `datasets` is needed and not installed.
+    """
+    if source is None:
+        return Corpus(f"Python {platform.python_version()} standard library", _read_standard_library)
+    if source.startswith("hf:"):
+        return _open_hugging_face(source, text_field, streaming)
+    return Corpus(source, partial(_read_files, _find_files(source), text_field))
+
+
+class _Scanner:
+    """Fingerprints a corpus in bounded memory while someone else reads it."""
+
+    def __init__(self, progress: ReadProgress) -> None:
+        self._progress = progress
+        self._bytes_read = 0
+        self._sizes = array("q")
+        self._hash = hashlib.sha256()
+
+    def watch(self, corpus: Corpus) -> Iterator[Document]:
+        for document in corpus:
+            start = self._bytes_read
+            document_hash = hashlib.sha256()
+            pieces = self._watch_pieces(document.pieces, document_hash.update)
+            yield Document(document.name, pieces)
+            for _ in pieces:
+                pass  # what the reader left counts too
+            self._hash.update(document_hash.digest())
+            self._sizes.append(self._bytes_read - start)
+
+    def _watch_pieces(self, pieces: Iterator[str], update: Callable[[bytes], None]) -> Iterator[str]:
+        for piece in pieces:
+            encoded = piece.encode()
+            update(encoded)
+            self._bytes_read += len(encoded)
+            self._progress(self._bytes_read)
+            yield piece
+
+    def result(self) -> Scan:
+        return Scan(self._hash.hexdigest(), np.array(self._sizes, dtype=np.int64))
+
+
+def scan(corpus: Corpus, progress: ReadProgress = lambda bytes_read: None) -> Scan:
+    """Read `corpus` once for its fingerprint and its document sizes, in bounded memory."""
+    scanner = _Scanner(progress)
+    for _ in scanner.watch(corpus):
+        pass
+    return scanner.result()
+
+
+def reread(corpus: Corpus, expected: Scan, progress: ReadProgress = lambda bytes_read: None) -> Iterator[Document]:
+    """The documents of `corpus` once more, for what is built from them under the fingerprint of a scan.
+
+    Raises:
+        ValueError: in the end, if the text is not the one that was scanned.
+    """
+    scanner = _Scanner(progress)
+    yield from scanner.watch(corpus)
+    if scanner.result().fingerprint != expected.fingerprint:
+        raise ValueError(f"the text of {corpus.name!r} changed while it was read; run again once it rests")
+
+
+def cut_pieces(texts: Iterable[str], limit: int = PIECE_CHARS) -> Iterator[str]:
+    """Regroup a text into pieces of at most `limit` characters that tokenize as the whole does.
+
+    A piece ends after a letter or digit that white space follows. The pre-tokenizers of GPT-2 and of its
+    successors (cl100k, Llama 3, Qwen) always end a token there, whatever comes before and after, so byte-level
+    BPE gives the pieces the very tokens of the whole. Where no such place exists among `limit` characters, the
+    cut falls at the limit: all text is kept, and at most the tokens next to that cut differ. Tokenizers that put
+    a space before every text do so before every piece.
+    """
+    rest = ""
+    for text in texts:
+        rest += text
+        while len(rest) > limit:
+            end = _last_cut(rest, limit)
+            yield rest[:end]
+            rest = rest[end:]
+    if rest:
+        yield rest
+
+
+def _last_cut(text: str, limit: int) -> int:
+    for end in range(limit, 0, -1):
+        if text[end].isspace() and text[end - 1].isalnum():
+            return end
+    return limit
+
+
+def _cut_string(text: str) -> Iterator[str]:
+    # In slices, because cutting small pieces off one huge string would copy its rest each time.
+    return cut_pieces(text[start : start + PIECE_CHARS] for start in range(0, len(text), PIECE_CHARS))
+
+
+def _find_files(source: str) -> list[Path]:
+    path = Path(source).expanduser()
+    if source and path.is_file():
+        return [path]
+    if source and path.is_dir():
+        files = [file for file in _walk(path) if not _is_binary(file)]
+        if not files:
+            raise ValueError(f"{source!r} is a folder without any text file; name one that holds some")
+        return files
+    if glob.has_magic(source):
+        matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
+        files = [match for match in matches if match.is_file()]
+        if not files:
+            raise ValueError(f"the pattern {source!r} matches no file; quote it and check it with ls")
+        return files
+    raise ValueError(f"{source!r} does not exist; give a file, a folder, a glob or hf:NAME")
+
+
+def _walk(folder: Path, left_out: Collection[str] = ()) -> list[Path]:
+    """All files below `folder` that are not hidden, ordered by path, without the folders named `left_out`."""
+    files: list[Path] = []
+    for parent, subfolders, names in os.walk(folder):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".") and name not in left_out]
+        files += [Path(parent, name) for name in names if not name.startswith(".")]
+    return sorted(file for file in files if file.is_file())
+
+
+def _is_binary(path: Path) -> bool:
+    head = next(_unpacked_blocks(path), b"")[:8192]
+    # UTF-16 is text: it is refused with a mend rather than passed over.
+    return b"\0" in head and not head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+
+
+def _read_standard_library() -> Iterator[Document]:
+    for path in _walk(Path(sysconfig.get_path("stdlib")), STDLIB_LEFT_OUT):
+        if path.suffix == ".py":
+            try:
+                text = path.read_bytes().decode()
+            except UnicodeDecodeError:
+                continue
+            yield Document(str(path), _cut_string(text))
+
+
+def _read_files(paths: list[Path], text_field: str) -> Iterator[Document]:
+    for path in paths:
+        if _suffixes(path)[0] == ".jsonl":
+            yield from _read_json_lines(path, text_field)
+        else:
+            yield Document(str(path), cut_pieces(_decode(path)))
+
+
+def _suffixes(path: Path) -> tuple[str, str]:
+    """What the file holds and how that is compressed: ("", "") to (".jsonl", ".zst")."""
+    suffix = path.suffix.lower()
+    if suffix in (".gz", ".xz", ".zst"):
+        return Path(path.stem).suffix.lower(), suffix
+    return suffix, ""
+
+
+def _decode(path: Path) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    blocks_end = 0
+    for block in itertools.chain(_unpacked_blocks(path), [b""]):
+        offset = blocks_end - len(decoder.getstate()[0])  # a block may end inside a character
+        try:
+            text = decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            wrong = f"byte 0x{error.object[error.start]:02x} at offset {offset + error.start}"
+            raise ValueError(f"{str(path)!r} is not UTF-8: {wrong}; convert it, for example with iconv") from error
+        yield text.removeprefix("\ufeff") if offset == 0 else text
+        blocks_end += len(block)
+
+
+def _read_json_lines(path: Path, text_field: str) -> Iterator[Document]:
+    for number, line in enumerate(_lines(_unpacked_blocks(path)), start=1):
+        if line.strip():
+            name = f"{path}:{number}"
+            yield Document(name, _cut_string(_json_text(line, name, text_field)))
+
+
+def _json_text(line: bytes, name: str, text_field: str) -> str:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name} is not JSON ({error}); every line must be one JSON object") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{name} holds {type(record).__name__}; every line must be one JSON object")
+    if text_field not in record:
+        fields = ", ".join(map(repr, record)) or "none"
+        raise ValueError(f"{name} has no text_field={text_field!r}; its fields are {fields}: name one of them")
+    return _checked_text(record[text_field], f"{name}, field {text_field!r}")
+
+
+def _checked_text(text: Any, name: str) -> str:
+    if not isinstance(text, str):
+        raise ValueError(f"{name} holds {type(text).__name__}, not text; mend or drop it")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} holds half a surrogate pair at character {error.start}; mend or drop it") from error
+    return text
+
+
+def _lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    unfinished: list[bytes] = []
+    for block in blocks:
+        *ends, rest = block.split(b"\n")
+        for end in ends:
+            yield b"".join([*unfinished, end])
+            unfinished = []
+        unfinished.append(rest)
+    yield b"".join(unfinished)
+
+
+def _unpacked_blocks(path: Path) -> Iterator[bytes]:
+    """The file's content, unpacked, in blocks of which none is empty."""
+    compression = _suffixes(path)[1]
+    try:
+        if compression == ".zst":
+            with open(path, "rb") as packed:
+                yield from _zstd_blocks(packed)
+        else:
+            with OPENERS[compression](path) as file:
+                while block := file.read(BLOCK_BYTES):
+                    yield block
+    except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, zstandard.ZstdError) as error:
+        raise ValueError(f"{str(path)!r} is no whole {compression} file ({error}); make or fetch it again") from error
+
+
+def _zstd_blocks(file: BinaryIO) -> Iterator[bytes]:
+    # zstandard's own file objects take a file that was cut short for a whole one.
+    frame = None
+    while block := file.read(COMPRESSED_BLOCK_BYTES):
+        while block:
+            frame = frame or zstandard.ZstdDecompressor().decompressobj()
+            if unpacked := frame.decompress(block):
+                yield unpacked
+            block = frame.unused_data
+            if frame.eof:
+                frame = None
+    if frame is not None:
+        raise EOFError("it ends in the middle of a frame")
+
+
+def _open_hugging_face(source: str, text_field: str, streaming: bool) -> Corpus:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ValueError(f"{source!r} needs Hugging Face datasets: pip install 'longreach[hf]'") from error
+    name, _, config = source.removeprefix("hf:").partition(":")
+    try:
+        splits = datasets.load_dataset(name, config or None, streaming=streaming)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{source!r} cannot be loaded ({reason}); check the name, the config and the network"
+        ) from error
+    if "train" not in splits:
+        raise ValueError(f"{source!r} has no split 'train', only {', '.join(splits)}; name a data set that has one")
+    validation = None
+    if "validation" in splits:
+        validation = Corpus(f"{source} (validation)", partial(_read_rows, splits["validation"], source, text_field))
+    return Corpus(source, partial(_read_rows, splits["train"], source, text_field), validation)
+
+
+def _read_rows(rows: Iterable[dict[str, Any]], source: str, text_field: str) -> Iterator[Document]:
+    for number, row in enumerate(rows):
+        name = f"{source}, row {number}"
+        if text_field not in row:
+            columns = ", ".join(map(repr, row))
+            raise ValueError(f"{name} has no text_field={text_field!r}; its columns are {columns}: name one of them")
+        yield Document(name, _cut_string(_checked_text(row[text_field], name)))

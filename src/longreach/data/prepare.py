@@ -1,0 +1,189 @@
+"""From a data source to what training and evaluation read: a tokenizer and two streams of tokens."""
+
+import hashlib
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+
+from longreach.data.cache import cached
+from longreach.data.corpora import Corpus, Scan, open_corpus, reread, scan
+from longreach.data.tokenizer import MIN_VOCAB_SIZE, Tokenizer, load_tokenizer, train_tokenizer
+from longreach.data.tokens import TokenStream, split_documents, tokenize
+
+Progress = Callable[[str, int, int | None], None]
+"""Called with a stage in words, the bytes of text done, and the bytes in all or None if unknown."""
+
+# A vocabulary learns nothing more from more text, while the memory of training it keeps growing.
+TOKENIZER_TRAINING_BYTES = 128 << 20
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which text to learn from and how to make tokens of it."""
+
+    data: str | None = None
+    """Training text: a file, folder or glob of text or .jsonl files (also .gz, .xz, .zst), or hf:NAME[:CONFIG];
+    by default the source code of Python's standard library."""
+    valid_data: str | None = None
+    """Validation text, given as `data` is; by default the validation split that comes with `data`, else some of
+    its documents."""
+    text_field: str = "text"
+    """Field of a .jsonl line, or column of a Hugging Face data set, that holds the text."""
+    streaming: bool = False
+    """Read Hugging Face data sets from their server instead of downloading them first."""
+    tokenizer: str | None = None
+    """A tokenizer.json, a folder with one, or a name on the Hugging Face hub; by default a byte-level BPE is
+    trained on the training text."""
+    vocab_size: int = 4096
+    """Tokens of the BPE that is trained where no tokenizer is given."""
+    valid_fraction: float = 0.05
+    """Share of the text, in whole documents, that is kept for validation where none is given."""
+    cache: str | None = None
+    """Folder for tokens and trained tokenizers; by default longreach in the user's cache folder."""
+
+    def __post_init__(self) -> None:
+        if type(self.vocab_size) is not int or self.vocab_size < MIN_VOCAB_SIZE:
+            raise ValueError(f"vocab_size={self.vocab_size!r}; give a whole number of at least {MIN_VOCAB_SIZE}")
+        if not 0 < self.valid_fraction < 1:
+            raise ValueError(f"valid_fraction={self.valid_fraction!r}; give a number above 0 and below 1")
+        if self.streaming and not any(source and source.startswith("hf:") for source in (self.data, self.valid_data)):
+            raise ValueError("streaming=True is for Hugging Face data sets; give data=hf:NAME or leave it out")
+
+    def cache_folder(self) -> Path:
+        """The folder `cache`, or the one that the XDG base directory rules give."""
+        if self.cache is not None:
+            return Path(self.cache).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "longreach"
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """All that training and evaluation need to know of the text."""
+
+    tokenizer: Tokenizer
+    train: TokenStream
+    """The training documents in an order shuffled by the seed."""
+    valid: TokenStream
+    """The validation documents: shuffled where they were split off, else in the order of their source."""
+    corpus_name: str
+    corpus_hash: str
+    """SHA-256 (hex) over the text of all documents, those for validation included."""
+
+
+def prepare(config: DataConfig, seed: int, progress: Progress = lambda stage, done, total: None) -> PreparedData:
+    """Read, split and tokenize the text of `config`, or find the result in the cache.
+
+    The text is read once to fingerprint it, and again for each thing that the cache does not hold.
+
+    Args:
+        config: the sources.
+        seed: of the split into training and validation and of the order of the training documents.
+        progress: told of each stage as it goes on.
+
+    Raises:
+        ValueError: the text cannot be found, read or split, or the tokenizer cannot be had.
+        OSError: the cache cannot be written.
+    """
+    cache = config.cache_folder()
+    # All that can be wrong with a name comes out before any text is read, which may take minutes.
+    tokenizer = None if config.tokenizer is None else load_tokenizer(config.tokenizer)
+    corpus = _open("data", config.data, config)
+    valid_corpus = corpus.validation if config.valid_data is None else _open("valid_data", config.valid_data, config)
+
+    text = _scan("data", corpus, progress)
+    if valid_corpus is None:
+        valid_text = text
+        with _naming("data"):
+            train_ids, valid_ids = split_documents(text.scan.sizes, config.valid_fraction, seed)
+        corpus_hash = text.scan.fingerprint
+    else:
+        valid_text = _scan("valid_data", valid_corpus, progress)
+        train_ids = np.random.default_rng([seed, 0]).permutation(len(text.scan.sizes))
+        valid_ids = np.arange(len(valid_text.scan.sizes))
+        corpus_hash = _sha256(text.scan.fingerprint, valid_text.scan.fingerprint)
+
+    if tokenizer is None:
+        tokenizer = _trained_tokenizer(text, train_ids, config.vocab_size, cache, progress)
+    train, valid = (
+        TokenStream(tokenize(part.corpus, part.scan, tokenizer, cache, part.progress("tokenizing", progress)), ids)
+        for part, ids in ((text, train_ids), (valid_text, valid_ids))
+    )
+    return PreparedData(tokenizer, train, valid, text.corpus.name, corpus_hash)
+
+
+@dataclass(frozen=True)
+class _Text:
+    """A corpus and what is known of it from reading it once."""
+
+    corpus: Corpus
+    scan: Scan
+
+    def progress(self, stage: str, progress: Progress) -> Callable[[int], None]:
+        total = int(self.scan.sizes.sum())
+        return lambda done: progress(stage, done, total)
+
+
+def _open(argument: str, source: str | None, config: DataConfig) -> Corpus:
+    with _naming(argument):
+        return open_corpus(source, text_field=config.text_field, streaming=config.streaming)
+
+
+def _scan(argument: str, corpus: Corpus, progress: Progress) -> _Text:
+    with _naming(argument):
+        return _Text(corpus, scan(corpus, lambda done: progress("reading", done, None)))
+
+
+@contextmanager
+def _naming(argument: str) -> Iterator[None]:
+    """Say which argument a source that cannot be read was given for."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{argument}: {error}") from error
+
+
+def _trained_tokenizer(
+    text: _Text, train_ids: np.ndarray, vocab_size: int, cache: Path, progress: Progress
+) -> Tokenizer:
+    """The tokenizer trained on these documents of `text`, from the cache where it is there."""
+    in_training = np.zeros(len(text.scan.sizes), dtype=bool)
+    in_training[train_ids] = True
+    share = min(1.0, TOKENIZER_TRAINING_BYTES / text.scan.sizes[in_training].sum())
+
+    def training_pieces() -> Iterator[str]:
+        seen = used = 0
+        documents = reread(text.corpus, text.scan, text.progress("training the tokenizer", progress))
+        # Endless, so that `reread` itself comes to tell if there are more documents than there were.
+        membership = itertools.chain(in_training, itertools.repeat(False))
+        for document, is_training in zip(documents, membership, strict=False):
+            if is_training:
+                for piece in document.pieces:
+                    if used <= share * seen:  # spread evenly over the text
+                        used += len(piece)
+                        yield piece
+                    seen += len(piece)
+
+    def build(folder: Path) -> None:
+        train_tokenizer(training_pieces(), vocab_size).save(folder / "tokenizer.json")
+
+    key = _sha256(
+        text.scan.fingerprint, in_training.tobytes().hex(), str(vocab_size), str(share), tokenizers.__version__
+    )
+    return cached(cache / f"tokenizer-{key[:16]}", _load_trained, build)
+
+
+def _load_trained(folder: Path) -> Tokenizer | None:
+    try:
+        return load_tokenizer(folder / "tokenizer.json")
+    except (ValueError, OSError):
+        return None
+
+
+def _sha256(*parts: str) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()

@@ -1,0 +1,248 @@
+"""Tokens on disk and as training batches: one memory-mapped array, read as if documents were one sequence."""
+
+import functools
+import json
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from longreach.data.cache import cached
+from longreach.data.corpora import Corpus, Document, ReadProgress, Scan, reread
+from longreach.data.tokenizer import Tokenizer
+
+STORE_VERSION = 1
+# An encoding takes some hundred times the memory of its text, so this bounds tokenizing to some hundred MB.
+BATCH_CHARS = 1 << 21
+PIECE_OVERHEAD_CHARS = 256  # what even the shortest piece costs
+
+
+@dataclass(frozen=True)
+class TokenStore:
+    """All documents of a corpus as tokens, each followed by eos, memory-mapped and read-only."""
+
+    tokens: np.ndarray
+    """uint16 where the vocabulary allows, else uint32, [tokens]."""
+    offsets: np.ndarray
+    """int64 [documents + 1]: document d is tokens[offsets[d] : offsets[d + 1]], its eos included."""
+
+    def document(self, index: int) -> np.ndarray:
+        """The tokens of one document and its eos, without copying them."""
+        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+
+
+def tokenize(
+    corpus: Corpus,
+    scan: Scan,
+    tokenizer: Tokenizer,
+    cache: Path,
+    progress: ReadProgress = lambda bytes_read: None,
+) -> TokenStore:
+    """The tokens of `corpus` from the folder `cache`, computed first where they are not there.
+
+    Entries are found by the content of the corpus and of the tokenizer. Memory use does not grow with the
+    corpus, but for 16 bytes a document; several processes may do the same at once.
+
+    Args:
+        corpus: the documents.
+        scan: what `corpora.scan(corpus)` found.
+        tokenizer: the tokenizer.
+        cache: a folder, made if need be.
+        progress: told how many bytes of text have been read.
+
+    Raises:
+        ValueError: the text changed since it was scanned.
+        OSError: `cache` cannot be written or its disk is full.
+    """
+    dtype = np.dtype("uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32")
+    meta = {
+        "version": STORE_VERSION,
+        "corpus": scan.fingerprint,
+        "tokenizer": tokenizer.fingerprint,
+        "dtype": dtype.name,
+        "documents": len(scan.sizes),
+    }
+
+    def build(folder: Path) -> None:
+        documents = reread(corpus, scan, progress)
+        offsets = _write_tokens(folder / "tokens.bin", documents, tokenizer, dtype)
+        np.save(folder / "offsets.npy", offsets)
+        (folder / "meta.json").write_text(json.dumps(meta))
+
+    entry = cache / f"tokens-{scan.fingerprint[:16]}-{tokenizer.fingerprint[:16]}"
+    return cached(entry, functools.partial(_open_store, meta=meta), build)
+
+
+def _write_tokens(path: Path, documents: Iterable[Document], tokenizer: Tokenizer, dtype: np.dtype) -> np.ndarray:
+    """Write the tokens of all documents to `path`; returns their offsets."""
+    offsets = array("q", [0])
+    written = 0
+    with open(path, "wb") as file:
+        for batch in _batches_of_pieces(documents):
+            encoded = tokenizer.encode_batch([piece for piece, _ in batch])
+            for ids, (_, ends_document) in zip(encoded, batch, strict=True):
+                if ends_document:
+                    ids.append(tokenizer.eos_id)
+                file.write(np.array(ids, dtype=dtype).tobytes())
+                written += len(ids)
+                if ends_document:
+                    offsets.append(written)
+    return np.array(offsets, dtype=np.int64)
+
+
+def _batches_of_pieces(documents: Iterable[Document]) -> Iterator[list[tuple[str, bool]]]:
+    """Pieces in order, each with whether it ends its document, in batches of bounded size."""
+    batch: list[tuple[str, bool]] = []
+    size = 0
+    for document in documents:
+        for piece in document.pieces:
+            cost = len(piece) + PIECE_OVERHEAD_CHARS
+            if size + cost > BATCH_CHARS:
+                yield batch
+                batch, size = [], 0
+            batch.append((piece, False))
+            size += cost
+        batch[-1] = (batch[-1][0], True)  # a document has at least one piece
+    yield batch
+
+
+def _open_store(folder: Path, meta: dict[str, Any]) -> TokenStore | None:
+    """The store in `folder`, or None where it is absent, damaged, or not the one that `meta` describes."""
+    try:
+        if json.loads((folder / "meta.json").read_text()) != meta:
+            return None
+        offsets = np.load(folder / "offsets.npy", allow_pickle=False)
+        tokens = np.memmap(folder / "tokens.bin", dtype=meta["dtype"], mode="r")
+    except (OSError, ValueError, EOFError):
+        return None
+    if offsets.shape != (meta["documents"] + 1,) or offsets[0] != 0 or offsets[-1] != len(tokens):
+        return None
+    return TokenStore(tokens, offsets)
+
+
+class TokenStream:
+    """Documents one after another as one sequence of tokens, read piecewise from the store.
+
+    Args:
+        store: where they lie.
+        document_ids: which, and in which order.
+    """
+
+    def __init__(self, store: TokenStore, document_ids: Sequence[int] | np.ndarray) -> None:
+        self._store = store
+        self._document_ids = np.asarray(document_ids, dtype=np.int64)  # [documents]
+        lengths = np.diff(store.offsets)[self._document_ids]
+        self._starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)  # [documents + 1], in the stream
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens `start` to `stop` (exclusive) of the sequence, int64 [stop - start].
+
+        Raises:
+            ValueError: that range is not within the sequence.
+        """
+        if not 0 <= start <= stop <= len(self):
+            raise ValueError(f"start={start}, stop={stop}: outside of a stream of {len(self)} tokens")
+        tokens = np.empty(stop - start, dtype=np.int64)
+        position = start
+        index = int(np.searchsorted(self._starts, start, side="right")) - 1
+        while position < stop:
+            document = self._store.document(self._document_ids[index])
+            part = document[position - self._starts[index] :][: stop - position]
+            tokens[position - start : position - start + len(part)] = part
+            position += len(part)
+            index += 1
+        return tokens
+
+
+def split_documents(sizes: np.ndarray, valid_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which documents train and which validate: (train_ids, valid_ids), each int64 and in shuffled order.
+
+    The documents are shuffled by `seed`. From the front, those no larger than the validation share of all bytes
+    go to validation until it has that share; one document thus never takes most of the text from training, and
+    validation gets less than twice its share. Where every document is larger than the share, the smallest
+    validates. At least one document is left on each side.
+
+    Args:
+        sizes: bytes of each document, [documents].
+        valid_fraction: the share of all bytes for validation, above 0 and below 1.
+        seed: of the shuffle.
+
+    Raises:
+        ValueError: there are fewer than two documents.
+    """
+    if len(sizes) < 2:
+        raise ValueError(
+            f"{len(sizes)} document cannot be split into training and validation; "
+            "give more documents, or text of its own for validation (--valid-data)"
+        )
+    order = np.random.default_rng([seed, 0]).permutation(len(sizes))
+    share = valid_fraction * float(sizes.sum())
+    valid_ids: list[int] = []
+    taken = 0
+    for document in order:
+        if taken >= share or len(valid_ids) == len(sizes) - 1:
+            break
+        if sizes[document] <= share:
+            valid_ids.append(int(document))
+            taken += int(sizes[document])
+    valid = np.array(valid_ids or [int(np.argmin(sizes))], dtype=np.int64)
+    return order[~np.isin(order, valid)], valid
+
+
+class Batches:
+    """Training batches as a pure function of the seed and the step, so that resuming needs no state.
+
+    An epoch is every block of `length` tokens once, in an order drawn anew for each epoch; a batch may hold the
+    end of one epoch and the start of the next. The tokens left over at the end of the stream are not used.
+
+    Args:
+        stream: the training tokens.
+        length: tokens that a sequence predicts, T.
+        batch_size: sequences in a batch, B.
+        seed: of the orders.
+
+    Raises:
+        ValueError: `length` or `batch_size` is not positive, or the stream holds less than one window.
+    """
+
+    def __init__(self, stream: TokenStream, length: int, batch_size: int, seed: int) -> None:
+        for name, value in (("length", length), ("batch_size", batch_size)):
+            if value < 1:
+                raise ValueError(f"{name}={value}; give a positive number")
+        if len(stream) < length + 1:
+            raise ValueError(
+                f"length={length} needs {length + 1} tokens, the training text has {len(stream)}; "
+                "give more text or train on shorter sequences"
+            )
+        self._stream = stream
+        self._length = length
+        self._batch_size = batch_size
+        self._seed = seed
+        self._num_blocks = (len(stream) - 1) // length  # each target block needs the token after its last
+        self._order = functools.lru_cache(maxsize=2)(self._draw_order)  # two: a batch may span two epochs
+
+    @property
+    def tokens_per_epoch(self) -> int:
+        """Tokens predicted in one epoch."""
+        return self._num_blocks * self._length
+
+    def __getitem__(self, step: int) -> np.ndarray:
+        """The batch of training step `step` >= 0, int64 [B, T + 1]: inputs [:, :-1] and targets [:, 1:]."""
+        if step < 0:
+            raise ValueError(f"step={step}; steps count from 0")
+        first = step * self._batch_size
+        return np.stack([self._sequence(index) for index in range(first, first + self._batch_size)])
+
+    def _sequence(self, index: int) -> np.ndarray:
+        epoch, place = divmod(index, self._num_blocks)
+        start = int(self._order(epoch)[place]) * self._length
+        return self._stream.read(start, start + self._length + 1)
+
+    def _draw_order(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self._seed, epoch]).permutation(self._num_blocks)

@@ -1,0 +1,1 @@
+"""Training one model: the same loop for every position method."""

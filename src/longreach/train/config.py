@@ -1,0 +1,217 @@
+"""What a training run is made of, and its file."""
+
+import dataclasses
+import math
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import tomli_w
+
+from longreach.data.prepare import DataConfig
+from longreach.models.config import ARCHITECTURES, Architecture
+from longreach.positions import parse_method
+from longreach.results import write_atomically
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a model is trained."""
+
+    train_length: int = 128
+    """L, the length in tokens of the training sequences."""
+    steps: int = 150
+    """Number of optimizer steps."""
+    batch_size: int = 24
+    """Sequences per optimizer step."""
+    accumulation: int = 1
+    """Into how many parts a batch is split, one after the other, to save memory."""
+    learning_rate: float = 2e-3
+    """Peak learning rate of AdamW, reached after the warm-up."""
+    warmup_steps: int = 20
+    """Steps over which the learning rate rises linearly from 0."""
+    final_learning_rate: float = 0.1
+    """Where the cosine ends, as a fraction of the peak."""
+    weight_decay: float = 0.1
+    """Weight decay of matrices; embeddings, biases and norms have none."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of AdamW's two averages."""
+    gradient_clip: float = 1.0
+    """Largest norm of the gradient."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """bf16 runs under autocast, weights staying in fp32; auto is bf16 on CUDA devices that have it, else fp32."""
+    compile: bool = False
+    """Whether to run the model through torch.compile."""
+    checkpoint_every: int = 50
+    """Steps between checkpoints."""
+    device: str = "auto"
+    """Where to run: cpu, cuda, cuda:1, ...; auto is cuda where there is one."""
+    seed: int = 0
+    """Seed of the weights, the split, the order of batches and dropout."""
+
+    def __post_init__(self) -> None:
+        for name in ("train_length", "steps", "batch_size", "accumulation", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: give a positive integer")
+        if self.batch_size % self.accumulation:
+            raise ValueError(
+                f"accumulation={self.accumulation} does not divide batch_size={self.batch_size}: change one"
+            )
+        for name in ("learning_rate", "gradient_clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)}: give a positive number")
+        if not 0 <= self.warmup_steps <= self.steps:
+            raise ValueError(f"warmup_steps={self.warmup_steps}: give at least 0 and at most steps={self.steps}")
+        if not 0 <= self.final_learning_rate <= 1:
+            raise ValueError(f"final_learning_rate={self.final_learning_rate}: give a fraction of the peak, 0 to 1")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay={self.weight_decay}: give at least 0")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas={self.betas}: give two numbers of at least 0 and below 1")
+        if self.precision not in ("auto", "fp32", "bf16"):
+            raise ValueError(f"precision={self.precision!r}: give auto, fp32 or bf16")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training run: a method, the data, the model and the training."""
+
+    method: str = "alibi"
+    """The position method, with options as in rotary:base=500000."""
+    longest_length: int | None = None
+    """The longest length in tokens that the model is meant for; L when None."""
+    data: DataConfig = DataConfig()
+    """The text."""
+    model: Architecture = ARCHITECTURES["demo"]
+    """The shape."""
+    train: TrainConfig = TrainConfig()
+    """The training."""
+
+    def __post_init__(self) -> None:
+        parse_method(self.method)
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "demo": {},
+    # The ALiBi paper's WikiText-103 model and batch, for its length L = 512; it was trained with Nesterov momentum.
+    "wikitext103-247m": {
+        "model": ARCHITECTURES["wikitext103-247m"],
+        "data": DataConfig(vocab_size=267744),
+        "train": TrainConfig(
+            train_length=512, steps=286000, batch_size=18, learning_rate=3e-4, warmup_steps=16000, gradient_clip=0.1
+        ),
+    },
+    # The ALiBi paper's largest model: 50k updates.
+    "cc100-1.3b": {
+        "model": ARCHITECTURES["cc100-1.3b"],
+        "data": DataConfig(vocab_size=50257),
+        "train": TrainConfig(
+            train_length=512, steps=50000, batch_size=512, accumulation=32, learning_rate=2e-4, warmup_steps=2000
+        ),
+    },
+}
+"""Named starting values of a run: whole sections that replace the defaults."""
+
+Config = TypeVar("Config")
+
+
+def save_config(config: Any, path: Path) -> None:
+    """Write a configuration dataclass as TOML, leaving out what is None."""
+    write_atomically(path, tomli_w.dumps(to_toml_values(config)).encode())
+
+
+def load_config(kind: type[Config], path: str | os.PathLike[str]) -> Config:
+    """Read what `save_config` wrote, or a person: fields left out take their defaults.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not TOML, or a key is unknown, or a value is of the wrong type or out of range.
+    """
+    try:
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        return _from_values(kind, values, "")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such configuration file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a TOML file ({error}); mend it there") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def claim_folder(folder: Path, config: Any) -> None:
+    """Make folder this configuration's own: write config.toml, or check that the one there is the same.
+
+    Raises:
+        ValueError: the folder holds another run's configuration, or files of something else.
+        OSError: the folder cannot be written.
+    """
+    path = folder / "config.toml"
+    if path.exists():
+        there, asked = load_config(type(config), path), config
+        if there != asked:
+            names = ", ".join(_differences(to_toml_values(there), to_toml_values(asked)))
+            raise ValueError(f"output {folder} holds a run with another {names}: give a new folder, or the same values")
+        return
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"output {folder} is not empty and holds no config.toml: give a new or an empty folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    save_config(config, path)
+
+
+def to_toml_values(config: Any) -> dict[str, Any]:
+    """The fields of nested configuration dataclasses as TOML and JSON can hold them, without those that are None."""
+    values = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            values[field.name] = to_toml_values(value)
+        elif value is not None:
+            values[field.name] = list(value) if isinstance(value, tuple) else value
+    return values
+
+
+def _from_values(kind: type[Config], values: Mapping[str, Any], prefix: str) -> Config:
+    types = get_type_hints(kind)
+    arguments = {}
+    for key, value in values.items():
+        if key not in types:
+            raise ValueError(f"unknown configuration key {prefix + key!r}: known are {', '.join(types)}")
+        arguments[key] = _from_value(types[key], value, prefix + key)
+    return kind(**arguments)
+
+
+def _from_value(annotation: Any, value: Any, name: str) -> Any:
+    """Check one TOML value against the type its field declares, and turn lists into tuples."""
+    if dataclasses.is_dataclass(annotation):
+        if not isinstance(value, dict):
+            raise ValueError(f"{name}={value!r}: give a table [{name}]")
+        return _from_values(annotation, value, name + ".")  # type: ignore[arg-type]
+    if get_origin(annotation) is tuple:
+        item = get_args(annotation)[0]
+        if not isinstance(value, list):
+            raise ValueError(f"{name}={value!r}: give a list")
+        return tuple(_from_value(item, element, name) for element in value)
+    if get_origin(annotation) is Literal:
+        return value  # the dataclass names the choices
+    kinds = get_args(annotation) or (annotation,)
+    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) not in kinds:
+        wanted = " or ".join(kind.__name__ for kind in kinds if kind is not type(None))
+        raise ValueError(f"{name}={value!r}: give {wanted}")
+    return value
+
+
+def _differences(there: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
+    """Names of the fields that differ, sections opened."""
+    names = []
+    for key in sorted({*there, *asked}):
+        one, other = there.get(key), asked.get(key)
+        if isinstance(one, dict) and isinstance(other, dict):
+            names += _differences(one, other)
+        elif one != other:
+            names.append(key)
+    return names

@@ -1,0 +1,204 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from longreach.data import prepare as prepare_module
+from longreach.data.corpora import Corpus, Document
+from longreach.data.prepare import DataConfig, prepare
+from longreach.data.tokens import TokenStream
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A folder of 40 documents, each about a word of its own."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    for index in range(40):
+        (folder / f"{index:02}.txt").write_text(f"{word(index)} and more of {word(index)}\n" * 5)
+    return folder
+
+
+def word(index: int) -> str:
+    return "".join(chr(ord("a") + int(digit)) for digit in f"{index * 7919 + 10**6}")
+
+
+def config_of(source, tmp_path, **options) -> DataConfig:
+    return DataConfig(**{"data": str(source), "cache": str(tmp_path / "cache"), "vocab_size": 300} | options)
+
+
+def everything(stream: TokenStream) -> list[int]:
+    return stream.read(0, len(stream)).tolist()
+
+
+def documents(stream: TokenStream, tokenizer) -> list[str]:
+    ids = np.array(everything(stream))
+    ends = np.flatnonzero(ids == tokenizer.eos_id)
+    assert ends[-1] == len(ids) - 1
+    return [tokenizer.decode(part) for part in np.split(ids, ends[:-1] + 1)]
+
+
+def test_every_document_is_either_for_training_or_for_validation(source, tmp_path):
+    data = prepare(config_of(source, tmp_path, valid_fraction=0.2), seed=3)
+    train, valid = documents(data.train, data.tokenizer), documents(data.valid, data.tokenizer)
+    assert sorted(train + valid) == sorted(path.read_text() for path in source.iterdir())
+    assert len(valid) == 8
+    assert train != sorted(train)
+    assert data.corpus_name == str(source)
+
+
+def test_preparing_again_gives_the_same_from_the_cache(source, tmp_path, monkeypatch):
+    first = prepare(config_of(source, tmp_path), seed=0)
+    fresh = prepare(config_of(source, tmp_path, cache=str(tmp_path / "other")), seed=0)
+    monkeypatch.setattr(prepare_module, "train_tokenizer", lambda *_: pytest.fail("the cache has it"))
+    stages = []
+    again = prepare(config_of(source, tmp_path), seed=0, progress=lambda stage, done, total: stages.append(stage))
+    assert set(stages) == {"reading"}
+    for other in (fresh, again):
+        assert everything(other.train) == everything(first.train)
+        assert everything(other.valid) == everything(first.valid)
+        assert other.tokenizer.fingerprint == first.tokenizer.fingerprint
+        assert other.corpus_hash == first.corpus_hash
+
+
+def test_seeds_split_differently_and_share_the_corpus_hash(source, tmp_path):
+    one, two = (prepare(config_of(source, tmp_path), seed) for seed in (0, 1))
+    assert one.corpus_hash == two.corpus_hash
+    assert documents(one.valid, one.tokenizer) != documents(two.valid, two.tokenizer)
+
+
+@pytest.fixture
+def learned_from(monkeypatch) -> list[str]:
+    """The texts that tokenizers are trained on from now on."""
+    texts: list[str] = []
+    train = prepare_module.train_tokenizer
+
+    def train_and_note(pieces, vocab_size):
+        texts.extend(pieces)
+        return train(texts, vocab_size)
+
+    monkeypatch.setattr(prepare_module, "train_tokenizer", train_and_note)
+    return texts
+
+
+def test_the_tokenizer_learns_from_training_documents_alone(source, tmp_path, learned_from):
+    data = prepare(config_of(source, tmp_path), seed=0)
+    assert sorted(learned_from) == sorted(documents(data.train, data.tokenizer))
+    assert not set(learned_from) & set(documents(data.valid, data.tokenizer))
+
+
+def test_the_tokenizer_learns_from_a_bounded_share_spread_over_the_text(source, tmp_path, monkeypatch, learned_from):
+    texts = [path.read_text() for path in sorted(source.iterdir())]
+    budget = sum(map(len, texts)) // 4
+    monkeypatch.setattr(prepare_module, "TOKENIZER_TRAINING_BYTES", budget)
+    prepare(config_of(source, tmp_path), seed=0)
+    assert abs(sum(map(len, learned_from)) - budget) <= max(map(len, texts))
+    numbers = [texts.index(text) for text in learned_from]
+    assert min(numbers) < 8
+    assert max(numbers) > 31
+
+
+def test_a_given_tokenizer_is_used(source, tmp_path):
+    first = prepare(config_of(source, tmp_path), seed=0)
+    first.tokenizer.save(tmp_path / "tokenizer.json")
+    given = prepare(config_of(source, tmp_path, tokenizer=str(tmp_path / "tokenizer.json")), seed=5)
+    assert given.tokenizer.fingerprint == first.tokenizer.fingerprint
+
+
+def test_given_validation_text_is_kept_apart_and_in_order(source, tmp_path):
+    texts = ["z last", "a first", "m middle"]
+    (tmp_path / "valid.jsonl").write_text("\n".join(json.dumps({"body": text}) for text in texts))
+    (tmp_path / "train.jsonl").write_text(json.dumps({"body": "a single document will do"}))
+    options = {"valid_data": str(tmp_path / "valid.jsonl"), "text_field": "body"}
+    data = prepare(config_of(tmp_path / "train.jsonl", tmp_path, **options), seed=0)
+    assert documents(data.valid, data.tokenizer) == texts
+    assert documents(data.train, data.tokenizer) == ["a single document will do"]
+    (tmp_path / "valid.jsonl").write_text(json.dumps({"body": "other"}))
+    other = prepare(config_of(tmp_path / "train.jsonl", tmp_path, **options), seed=0)
+    assert other.corpus_hash != data.corpus_hash
+
+
+def test_a_validation_split_that_comes_with_the_data_is_used_unless_another_is_given(tmp_path, monkeypatch):
+    def corpus(name: str, *texts: str, validation: Corpus | None = None) -> Corpus:
+        return Corpus(name, lambda: (Document(text, iter([text])) for text in texts), validation)
+
+    sources = {"hf:set": corpus("hf:set", "one", validation=corpus("split", "two")), "mine": corpus("mine", "three")}
+    monkeypatch.setattr(prepare_module, "open_corpus", lambda source, text_field, streaming: sources[source])
+    for valid_data, expected in ((None, ["two"]), ("mine", ["three"])):
+        data = prepare(config_of("hf:set", tmp_path, valid_data=valid_data, streaming=True), seed=0)
+        assert documents(data.train, data.tokenizer) == ["one"]
+        assert documents(data.valid, data.tokenizer) == expected
+
+
+def test_progress_tells_each_stage_up_to_all_bytes(source, tmp_path):
+    told = {}
+    prepare(
+        config_of(source, tmp_path), seed=0, progress=lambda stage, done, total: told.update({stage: (done, total)})
+    )
+    total = sum(path.stat().st_size for path in source.iterdir())
+    assert told == {"reading": (total, None), "training the tokenizer": (total, total), "tokenizing": (total, total)}
+
+
+def test_a_damaged_trained_tokenizer_is_trained_again(source, tmp_path):
+    first = prepare(config_of(source, tmp_path), seed=0)
+    (path,) = (tmp_path / "cache").glob("tokenizer-*/tokenizer.json")
+    path.write_text(path.read_text()[:-100])
+    assert prepare(config_of(source, tmp_path), seed=0).tokenizer.fingerprint == first.tokenizer.fingerprint
+
+
+def test_cache_folder_follows_the_xdg_rules(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert str(DataConfig().cache_folder()) == "/home/someone/.cache/longreach"
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    assert str(DataConfig().cache_folder()) == "/home/someone/.cache/longreach"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert DataConfig().cache_folder() == tmp_path / "longreach"
+    assert str(DataConfig(cache="~/mine").cache_folder()) == "/home/someone/mine"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"vocab_size": 256}, "vocab_size=256; give a whole number of at least 257"),
+        ({"vocab_size": 4096.0}, r"vocab_size=4096\.0; give a whole number"),
+        ({"vocab_size": True}, "vocab_size=True; give"),
+        ({"valid_fraction": 0.0}, r"valid_fraction=0\.0; give a number above 0 and below 1"),
+        ({"valid_fraction": 1}, "valid_fraction=1; give"),
+        ({"valid_fraction": float("nan")}, "valid_fraction=nan; give"),
+        ({"streaming": True, "data": "text.txt"}, "streaming=True is for Hugging Face data sets; give data=hf:NAME"),
+    ],
+)
+def test_contradictory_configurations_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        DataConfig(**options)
+
+
+def test_bad_sources_are_named_by_argument_before_anything_is_read(source, tmp_path):
+    def read_nothing(stage, done, total):
+        pytest.fail("the name should have been refused first")
+
+    with pytest.raises(ValueError, match=r"^data: '/nowhere' does not exist; give"):
+        prepare(config_of("/nowhere", tmp_path), 0, read_nothing)
+    with pytest.raises(ValueError, match=r"^valid_data: '/nowhere' does not exist; give"):
+        prepare(config_of(source, tmp_path, valid_data="/nowhere"), 0, read_nothing)
+    with pytest.raises(ValueError, match=r"^tokenizer='/nowhere': no such file"):
+        prepare(config_of(source, tmp_path, tokenizer="/nowhere"), 0, read_nothing)
+
+
+def test_bad_text_is_named_by_argument_and_leaves_no_cache(source, tmp_path):
+    (source / "20.txt").write_bytes(b"\xe9")
+    with pytest.raises(ValueError, match=r"^data: '.*/20\.txt' is not UTF-8: byte 0xe9 at offset 0; convert"):
+        prepare(config_of(source, tmp_path), 0)
+    with pytest.raises(ValueError, match=r"^data: 1 document cannot be split"):
+        prepare(config_of(source / "00.txt", tmp_path), 0)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_importing_it_loads_nothing_heavy():
+    script = (
+        "import sys, longreach.data.prepare; print(*sorted({'torch', 'datasets', 'transformers'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, check=True).stdout.strip() == b""

@@ -1,0 +1,166 @@
+import base64
+import dataclasses
+import html.parser
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from xml.etree import ElementTree
+
+import pytest
+
+from longreach.report.page import write_report
+from longreach.results import Results
+
+CITATION_LINKS = {"https://arxiv.org/abs/2108.12409v2"}
+
+
+class Page(html.parser.HTMLParser):
+    """The tags and attributes of a page, its text, and whether every tag that was opened was closed."""
+
+    VOID = frozenset({"meta", "img", "source", "br"})
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.words, self.open = [], [], []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.words).split())
+
+
+def read(path):
+    return path.read_text(encoding="utf-8")
+
+
+def test_page_says_what_was_measured(demo, tmp_path):
+    path = write_report(demo, tmp_path / "new" / "folder")
+    text = Page(read(path)).text
+    for expected in (
+        "alibi (0.98x) extrapolates from 128 to 2,048 tokens (16x)",
+        "The shape agrees with the paper's",
+        "Perplexity per token, trained at 128 tokens",
+        "130.50",
+        "Bits per byte",
+        "Evaluation speed",
+        "Peak memory of evaluation",
+        "its table holds 128 positions",
+        "4,213,760",
+        "Press, Smith and Lewis",
+        "commit abc123",
+        "c0ffee",
+        '"d_model": 256',
+    ):
+        assert expected in text
+    assert sorted(os.listdir(path.parent)) == ["figures", "report.html"]
+    assert sorted(os.listdir(path.parent / "figures")) == [
+        f"{name}.{kind}" for name in ("paper", "perplexity") for kind in ("png", "svg")
+    ]
+    for kind in ("paper", "perplexity"):
+        assert (path.parent / "figures" / f"{kind}.png").read_bytes().startswith(b"\x89PNG")
+        ElementTree.fromstring((path.parent / "figures" / f"{kind}.svg").read_bytes())
+
+
+def test_page_needs_nothing_but_itself(demo, tmp_path):
+    source = read(write_report(demo, tmp_path))
+    page = Page(source)
+    for tag, attributes in page.tags:
+        assert tag not in {"script", "link", "iframe", "object", "embed", "base"}
+        for name in ("src", "srcset", "data", "poster", "background", "action"):
+            assert attributes.get(name, "data:").startswith("data:")
+        if "href" in attributes:
+            assert (tag, attributes["href"]) in {("a", link) for link in CITATION_LINKS}
+        assert not any(name.startswith("on") for name in attributes)
+    style = re.search(r"<style>(.*)</style>", source, re.DOTALL).group(1)
+    assert "url(" not in style
+    assert "@import" not in style
+    # What the embedded images refer to lies within them.
+    for image in re.findall(r"data:image/svg\+xml;base64,([^\"]+)", source):
+        for element in ElementTree.fromstring(base64.b64decode(image)).iter():
+            for name, value in element.attrib.items():
+                assert not name.endswith("href") or value.startswith("#")
+    assert "default-src 'none'" in source
+
+
+def test_user_given_names_are_escaped(demo, record, skipped, provenance, tmp_path):
+    attack = """<script>alert("1")</script>'"&<img src=x onerror=alert(1)>{{ 7*7 }}{% raw %}"""
+    names = [field.name for field in dataclasses.fields(provenance) if type(getattr(provenance, field.name)) is str]
+    names.remove("created")
+    hostile = dataclasses.replace(provenance, config={attack: [attack]}, **dict.fromkeys(names, attack))
+    results = dataclasses.replace(demo, provenance=hostile)
+    results = results.add(record(f"rotary:{attack}", 128, 70.0), skipped(attack, 4096, attack))
+    results = results.add(dataclasses.replace(demo.training[0], method=attack, attention=attack))
+    page = Page(read(write_report(results, tmp_path)))
+    assert all(tag != "script" for tag, _ in page.tags)
+    assert all("onerror" not in attributes for _, attributes in page.tags)
+    assert page.text.count(attack) >= len(names) + 4
+    assert json.dumps(attack)[1:-1] in page.text  # the configuration
+    ElementTree.fromstring((tmp_path / "figures" / "perplexity.svg").read_bytes())
+
+
+@pytest.mark.parametrize(
+    "cells",
+    [
+        [],
+        [("alibi", 128, 75.0)],
+        [("alibi", 256, 75.0)],
+        [("alibi", 128, math.inf), ("alibi", 256, 80.0)],
+        [("caf\udce9 " + "very-long-name-" * 20, 128, 75.0), ("alibi", 128, 75.0, 64)],
+    ],
+)
+def test_odd_results_give_a_page(empty, record, cells, tmp_path):
+    results = empty.add(*(record(*cell) for cell in cells))
+    text = Page(read(write_report(results, tmp_path))).text
+    assert ("Nothing has been measured yet" in text) == (not cells)
+    assert ("perplexities above a billion" in text) == any(cell[2] == math.inf for cell in cells)
+
+
+def test_from_the_file_alone_in_a_fresh_process_without_torch_and_with_the_same_bytes(demo, tmp_path):
+    demo.write(tmp_path / "results.json")
+    code = (
+        "import sys; from longreach.results import Results; from longreach.report.page import write_report;"
+        "write_report(Results.read(sys.argv[1]), sys.argv[2]);"
+        "print(*({'torch', 'matplotlib.pyplot', 'transformers'} & set(sys.modules)))"
+    )
+    arguments = [str(tmp_path / "results.json"), str(tmp_path / "fresh")]
+    run = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == []
+    here = write_report(Results.read(tmp_path / "results.json"), tmp_path / "here")
+    assert here.read_bytes() == (tmp_path / "fresh" / "report.html").read_bytes()
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    code = (
+        "import sys, longreach, longreach.report, longreach.report.page, longreach.report.tables;"
+        "print(*({'torch', 'matplotlib', 'jinja2', 'rich', 'numpy'} & set(sys.modules)))"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.split() == []
+
+
+def test_failed_write_keeps_the_old_page(demo, empty, tmp_path, monkeypatch):
+    before = write_report(demo, tmp_path).read_bytes()
+
+    def full_disk(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        write_report(empty, tmp_path)
+    assert (tmp_path / "report.html").read_bytes() == before
+    assert sorted(os.listdir(tmp_path)) == ["figures", "report.html"]
