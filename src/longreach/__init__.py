@@ -12,7 +12,7 @@ _PUBLIC = {
     "attention": "longreach.ops.attention",
 }
 
-__all__ = ["__version__", "alibi_bias", "alibi_slopes", "attention"]  # noqa: F822
+__all__ = ["__version__", "alibi_bias", "alibi_slopes", "attention"]
 
 
 def __getattr__(name: str) -> object:

@@ -3,18 +3,21 @@
 import argparse
 import contextlib
 import io
+import os
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from types import UnionType
+from typing import Annotated, Any, NoReturn, TypeVar, Union, get_args, get_origin
 
 import torch
 import tyro
 from rich.console import Console
 
 from longreach.compare import CompareConfig, compare
-from longreach.data.prepare import prepare
+from longreach.data.prepare import DataConfig, prepare
 from longreach.data.tokenizer import StreamingDecoder
 from longreach.evaluate.sweep import EvaluateConfig
 from longreach.models.generate import stream
@@ -26,7 +29,8 @@ from longreach.terminal import TerminalProgress
 from longreach.train.config import PRESETS, RunConfig, load_config
 
 Arguments = TypeVar("Arguments")
-Flat = tyro.conf.OmitArgPrefixes
+# Options of nested configurations stand beside the others: --steps, not --config.train.steps.
+_FLAT = tyro.conf.OmitArgPrefixes
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class CompareArguments:
 
     output: Path
     """Folder for results.json, report.html, figures and the trained models."""
-    config: Flat[CompareConfig]
+    config: Annotated[CompareConfig, _FLAT]
     preset: str = "demo"
     """Starting values: demo, wikitext103-247m or cc100-1.3b. Other options change them."""
     config_file: Path | None = None
@@ -52,7 +56,7 @@ class TrainArguments:
 
     output: Path
     """Folder for the model, its tokenizer and metrics.jsonl."""
-    config: Flat[RunConfig]
+    config: Annotated[RunConfig, _FLAT]
     preset: str = "demo"
     """Starting values: demo, wikitext103-247m or cc100-1.3b. Other options change them."""
     config_file: Path | None = None
@@ -65,7 +69,7 @@ class EvaluateArguments:
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Folders of trained runs, as `train` writes them and `compare` does for each method."""
-    evaluate: Flat[EvaluateConfig] = EvaluateConfig()
+    evaluate: Annotated[EvaluateConfig, _FLAT] = EvaluateConfig()
     data: str | None = None
     """Text to test on: file, folder, glob or hf:NAME[:CONFIG]; by default the validation text of each run."""
     output: Path | None = None
@@ -119,8 +123,8 @@ def train_command(arguments: TrainArguments) -> None:
     with TerminalProgress() as progress:
         record = train_run(config, arguments.output, prepare(config.data, config.train.seed, progress), progress)
     print(
-        f"{record.method}: {record.steps} steps, {record.tokens:,} tokens, loss {record.final_loss:.3f} nats per token, "
-        f"{record.tokens_per_second:,.0f} tokens/s; model in {arguments.output}"
+        f"{record.method}: {record.steps} steps, {record.tokens:,} tokens, {record.tokens_per_second:,.0f} tokens/s, "
+        f"loss {record.final_loss:.3f} nats per token; model in {arguments.output}"
     )
 
 
@@ -132,24 +136,25 @@ def evaluate_command(arguments: EvaluateArguments) -> None:
     with TerminalProgress() as progress:
         for folder in arguments.runs:
             run = open_run(folder, arguments.device)
-            config = arguments.evaluate
-            if not config.valid_lengths:
-                lengths = tuple(multiple * run.config.train.train_length for multiple in (1, 2, 4, 8, 16))
-                config = replace(config, valid_lengths=lengths)
-            prepared = prepare_validation(
-                run.config.data, arguments.data, run.tokenizer, run.config.train.seed, progress
-            )
+            seed, config = run.config.train.seed, arguments.evaluate.resolved(run.config.train.train_length)
+            prepared = prepare(_data_for_evaluation(run.config.data, folder, arguments.data), seed, progress)
             tokens = validation_tokens(prepared, config)
             if results is None:
-                results = Results(provenance=provenance(run.config, prepared, str(run.device), run.config.train.seed))
+                results = Results(provenance=provenance(run.config, prepared, str(run.device), seed))
             for valid_length in config.valid_lengths:
                 results = results.add(evaluate_run(run, tokens, valid_length, config, progress))
-                if arguments.output is not None:
-                    results.write(arguments.output / "results.json")
-    assert results is not None
+    assert results is not None  # there is at least one run
     print_tables(results, Console())
     if arguments.output is not None:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        results.write(arguments.output / "results.json")
         print(f"Report: {write_report(results, arguments.output)}")
+
+
+def _data_for_evaluation(data: DataConfig, folder: Path, source: str | None) -> DataConfig:
+    """The run's own validation text, or all of another source, in the tokens of the run's tokenizer."""
+    data = replace(data, tokenizer=str(folder / "tokenizer.json"))
+    return data if source is None else replace(data, data=source, valid_data=source, streaming=False)
 
 
 def generate_command(arguments: GenerateArguments) -> None:
@@ -223,7 +228,7 @@ def _overview() -> str:
         "Train short, reach long: language models past their training length.",
         "",
     ]
-    lines += [f"  {verb:<10}{kind.__doc__.splitlines()[0]}" for verb, (kind, _) in VERBS.items()]
+    lines += [f"  {verb:<10}{(kind.__doc__ or '').splitlines()[0]}" for verb, (kind, _) in VERBS.items()]
     return "\n".join([*lines, "", "longreach VERB --help shows a verb's options; longreach --version the version."])
 
 
@@ -232,12 +237,26 @@ def _parse(kind: type[Arguments], words: list[str], program: str) -> Arguments:
     default = _starting_values(kind, words)
     errors = io.StringIO()
     try:
-        with contextlib.redirect_stderr(errors):
-            return tyro.cli(kind, prog=program, args=words, default=default, registry=_comma_lists())
+        with contextlib.redirect_stderr(errors), _wide_errors(words):
+            return tyro.cli(kind, prog=program, args=words, default=default, registry=_readers())
     except SystemExit as end:
         if end.code == 0:  # --help
             raise
         _fail(program, _first_section(errors.getvalue()))
+
+
+@contextlib.contextmanager
+def _wide_errors(words: list[str]) -> Iterator[None]:
+    """Keep tyro from breaking errors, which become one line, at the width of the terminal; help keeps its width."""
+    before = os.environ.get("COLUMNS")
+    if not {"-h", "--help"} & set(words):
+        os.environ["COLUMNS"] = "100000"
+    try:
+        yield
+    finally:
+        os.environ.pop("COLUMNS", None)
+        if before is not None:
+            os.environ["COLUMNS"] = before
 
 
 def _starting_values(kind: type[Arguments], words: list[str]) -> Any:
@@ -261,31 +280,53 @@ def _starting_values(kind: type[Arguments], words: list[str]) -> Any:
     return kind(output=tyro.MISSING, config=config, preset=known.preset, config_file=known.config_file)  # type: ignore[call-arg]
 
 
-def _comma_lists() -> tyro.constructors.ConstructorRegistry:
-    """Read tuples of any length as one word, `128,256`."""
+_KINDS: dict[Any, tuple[str, str]] = {
+    int: ("INT", "an integer"),
+    float: ("FLOAT", "a number"),
+    str: ("TEXT", "text"),
+    Path: ("PATH", "a path"),
+}
+"""Type -> how help names it, and how errors do."""
+
+
+def _readers() -> tyro.constructors.ConstructorRegistry:
+    """How words become values: X, X or none for `X | None`, and lists in one word, as in 128,256, for tuples."""
     registry = tyro.constructors.ConstructorRegistry()
 
     @registry.primitive_rule
-    def comma_list(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
-        arguments = get_args(info.type)
-        if get_origin(info.type) is not tuple or len(arguments) != 2 or arguments[0] not in (int, str):
-            return None
-        if arguments[1] is not Ellipsis:
-            return None
-        item = arguments[0]
+    def read_kind(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
+        parts = get_args(info.type)
+        is_list = get_origin(info.type) is tuple and parts[1:] == (Ellipsis,)
+        is_optional = get_origin(info.type) in (Union, UnionType) and type(None) in parts
+        kind = parts[0] if is_list or is_optional else info.type
+        if kind not in _KINDS or (is_list and kind is Path):
+            return None  # paths come as words of their own, since a shell expands them so
+        metavar, description = _KINDS[kind]
 
-        def read(words: list[str]) -> tuple[Any, ...]:
+        def read_one(word: str) -> Any:
             try:
-                return tuple(item(word.strip()) for word in words[0].split(",") if word.strip())
+                return kind(word)
             except ValueError:
-                raise ValueError(f"{words[0]!r} is not a list of integers like 128,256") from None
+                raise ValueError(f"{word!r} is not {description}") from None
+
+        def read(words: list[str]) -> Any:
+            if words[0] == "none" and (is_list or is_optional):
+                return () if is_list else None
+            if is_list:
+                return tuple(read_one(word.strip()) for word in words[0].split(","))
+            return read_one(words[0])
+
+        def show(value: Any) -> list[str]:
+            if is_list:
+                return [",".join(map(str, value)) or "none"]
+            return ["none" if value is None else str(value)]
 
         return tyro.constructors.PrimitiveConstructorSpec(
             nargs=1,
-            metavar="INT,INT,..." if item is int else "NAME,NAME,...",
+            metavar=f"{metavar},{metavar},..." if is_list else metavar,
             instance_from_str=read,
-            is_instance=lambda value: isinstance(value, tuple),
-            str_from_instance=lambda value: [",".join(map(str, value))],
+            is_instance=lambda value: True,  # values come from this module or a checked configuration
+            str_from_instance=show,
         )
 
     return registry
@@ -299,10 +340,11 @@ def _first_section(box: str) -> str:
         if content.startswith("──"):
             break
         text.append(content)
-    return " ".join(text)
+    # Which section of the configuration a refused value stands in is of no interest on the command line.
+    return re.sub(r"^Error parsing (config[.\w]*: )?", "", " ".join(text))
 
 
-def _fail(program: str, message: str) -> Any:
+def _fail(program: str, message: str) -> NoReturn:
     """End the program with status 2 and one line."""
     print(f"{program}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)

@@ -37,13 +37,6 @@ class CompareConfig:
         if len(set(map(run_name, self.methods))) < len(self.methods):
             raise ValueError(f"methods={','.join(self.methods)}: give each method once")
 
-    def resolved(self) -> "CompareConfig":
-        """With the lengths that follow from the training length filled in."""
-        if self.evaluate.valid_lengths:
-            return self
-        lengths = tuple(multiple * self.train.train_length for multiple in (1, 2, 4, 8, 16))
-        return replace(self, evaluate=replace(self.evaluate, valid_lengths=lengths))
-
     def run(self, method: str) -> RunConfig:
         """The training run of one method."""
         return RunConfig(
@@ -66,7 +59,7 @@ def compare(config: CompareConfig, output: Path, progress: Progress) -> Results:
         FloatingPointError: training diverged.
         OSError: a file cannot be read or written.
     """
-    config = config.resolved()
+    config = replace(config, evaluate=config.evaluate.resolved(config.train.train_length))
     resolve_device(config.train.device)
     prepared = prepare(config.data, config.train.seed, progress)
     tokens = validation_tokens(prepared, config.evaluate)

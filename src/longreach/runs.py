@@ -90,7 +90,8 @@ def validation_tokens(prepared: PreparedData, config: EvaluateConfig) -> np.ndar
             f"valid_lengths={','.join(map(str, config.valid_lengths))}: the validation text has {available} tokens to "
             "score; give shorter lengths, more text, or a larger valid_fraction"
         )
-    tokens: np.ndarray = prepared.valid.read(0, 1 + min(available, config.valid_tokens))
+    scored = min(available, max(config.valid_tokens, *config.valid_lengths))
+    tokens: np.ndarray = prepared.valid.read(0, 1 + scored)
     return tokens
 
 

@@ -1,7 +1,7 @@
 """Perplexity of one model at many lengths, on the same tokens at each."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ class EvaluateConfig:
     valid_lengths: tuple[int, ...] = ()
     """L_valid, the lengths in tokens to test at; 1, 2, 4, 8 and 16 times the training length when none are given."""
     valid_tokens: int = 32768
-    """How many tokens are scored, the same at every length; fewer if the validation text is shorter."""
+    """How many tokens are scored, the same at every length: at least the longest length, at most what there is."""
     tokens_per_batch: int = 8192
     """About how many tokens one forward pass of the evaluation holds."""
 
@@ -32,11 +32,12 @@ class EvaluateConfig:
         for name in ("valid_tokens", "tokens_per_batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: give a positive integer")
-        if self.valid_lengths and max(self.valid_lengths) > self.valid_tokens:
-            raise ValueError(
-                f"valid_lengths={self.valid_lengths} with valid_tokens={self.valid_tokens}: "
-                "give at least as many valid_tokens as the longest length"
-            )
+
+    def resolved(self, train_length: int) -> "EvaluateConfig":
+        """With the lengths that follow from the training length, where none are given."""
+        if self.valid_lengths:
+            return self
+        return replace(self, valid_lengths=tuple(multiple * train_length for multiple in (1, 2, 4, 8, 16)))
 
 
 def evaluate_length(

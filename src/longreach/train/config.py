@@ -163,7 +163,7 @@ def claim_folder(folder: Path, config: Any) -> None:
 
 def to_toml_values(config: Any) -> dict[str, Any]:
     """The fields of nested configuration dataclasses as TOML and JSON can hold them, without those that are None."""
-    values = {}
+    values: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):

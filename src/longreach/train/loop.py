@@ -146,7 +146,7 @@ class _Run:
         ):
             with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
                 part_loss = self.loss(part[:, :-1], part[:, 1:], part_positions) / self.config.accumulation
-            part_loss.backward()  # type: ignore[no-untyped-call]
+            part_loss.backward()
             loss += part_loss.item()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.gradient_clip).item()
         if not (math.isfinite(loss) and math.isfinite(norm)):

@@ -1,0 +1,24 @@
+"""What all tests share."""
+
+import hypothesis
+import pytest
+import torch
+
+# Two test processes run side by side on two cores: more threads would only wait for each other.
+torch.set_num_threads(1)
+
+# A loaded machine is no reason to fail, and a failure must be found again.
+hypothesis.settings.register_profile("longreach", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("longreach")
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A folder of twelve small documents with a learnable pattern, for tests that train."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for number in range(12):
+        lines = [
+            f"document {number} line {line}: the sum of {line} and {number} is {line + number}.\n" for line in range(60)
+        ]
+        (folder / f"{number:02}.txt").write_text("".join(lines), encoding="utf-8")
+    return folder

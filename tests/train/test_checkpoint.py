@@ -1,0 +1,83 @@
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from longreach.train.checkpoint import load_checkpoint, save_checkpoint
+
+
+def state(value):
+    return {"model": {"w": torch.full((1000,), float(value))}, "step": value, "random_state": torch.get_rng_state()}
+
+
+def test_round_trip(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(state(3), path)
+    loaded = load_checkpoint(path)
+    assert loaded["step"] == 3
+    assert torch.equal(loaded["model"]["w"], torch.full((1000,), 3.0))
+    assert torch.equal(loaded["random_state"], torch.get_rng_state())
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_every_kind_of_damage_is_noticed(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(state(3), path)
+    good = path.read_bytes()
+    flipped = bytearray(good)
+    flipped[len(good) // 2] ^= 1
+    for bad in (bytes(flipped), good[:-1], good[: len(good) // 2], good[:10], b"", good + b"x"):
+        path.write_bytes(bad)
+        with pytest.raises(ValueError, match=r"checkpoint .*checkpoint\.pt is damaged: delete it"):
+            load_checkpoint(path)
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
+    # RLIMIT_FSIZE makes the kernel refuse to grow a file, as a full disk would; a process of its own bears it.
+    script = f"""
+import resource, signal, torch
+from pathlib import Path
+from longreach.train.checkpoint import load_checkpoint, save_checkpoint
+path = Path({str(tmp_path / "checkpoint.pt")!r})
+save_checkpoint({{"step": 1, "w": torch.zeros(10)}}, path)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    save_checkpoint({{"step": 2, "w": torch.zeros(1_000_000)}}, path)
+except OSError as error:
+    print("refused", error.errno)
+print(load_checkpoint(path)["step"], [p.name for p in path.parent.iterdir()])
+"""
+    output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert output.splitlines() == ["refused 27", "1 ['checkpoint.pt']"]  # 27 is EFBIG
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.01, 0.03, 0.07])
+def test_kill_in_mid_save_leaves_a_good_checkpoint(tmp_path, delay):
+    path = tmp_path / "checkpoint.pt"
+    script = f"""
+import torch
+from pathlib import Path
+from longreach.train.checkpoint import save_checkpoint
+for step in range(10**9):
+    save_checkpoint({{"step": step, "w": torch.full((500_000,), float(step))}}, Path({str(path)!r}))
+    print(step, flush=True)
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
+        for _ in range(3):
+            announced = int(process.stdout.readline())
+        time.sleep(delay)
+        process.kill()
+        announced = max([announced, *map(int, process.stdout.read().split())])
+    loaded = load_checkpoint(path)
+    assert loaded["step"] >= announced
+    assert torch.equal(loaded["w"], torch.full((500_000,), float(loaded["step"])))
+
+
+def test_no_folder_is_an_oserror(tmp_path):
+    with pytest.raises(OSError, match="nowhere"):
+        save_checkpoint(state(1), tmp_path / "nowhere" / "checkpoint.pt")
+    assert os.listdir(tmp_path) == []

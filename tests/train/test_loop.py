@@ -1,0 +1,204 @@
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from longreach.models.config import ModelConfig
+from longreach.models.decoder import Decoder
+from longreach.models.pretrained import load_model
+from longreach.train import loop
+from longreach.train.config import TrainConfig
+from longreach.train.loop import resolve_device, train
+
+MODEL = ModelConfig(vocab_size=32, train_length=8, longest_length=64, num_layers=2, num_heads=2, d_model=16)
+CONFIG = TrainConfig(
+    train_length=8, steps=12, batch_size=4, warmup_steps=2, checkpoint_every=5, device="cpu", learning_rate=1e-2
+)
+
+
+class CountingBatches:
+    """Sequences that count up from a start drawn from the step: a pure function of it, as `Batches` is."""
+
+    def __getitem__(self, step):
+        starts = np.random.default_rng(step).integers(0, 32, (CONFIG.batch_size, 1))
+        return (starts + np.arange(CONFIG.train_length + 1)) % 32
+
+
+class Interrupted(Exception):
+    pass
+
+
+def run(folder, model=MODEL, config=CONFIG, stop_after=None):
+    def on_step(step):
+        if step.step == stop_after:
+            raise Interrupted
+
+    return train(model, config, CountingBatches(), folder, on_step)
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def timeless(record):
+    return dataclasses.replace(record, seconds=1.0, tokens_per_second=1.0, peak_memory=None)
+
+
+def test_files_and_record(tmp_path):
+    record = run(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "config.json",
+        "metrics.jsonl",
+        "model.safetensors",
+        "training.json",
+    }
+    lines = metrics(tmp_path)
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert [line["tokens"] for line in lines] == [step * 32 for step in range(1, 13)]
+    assert (record.method, record.train_length, record.steps, record.tokens) == ("alibi", 8, 12, 384)
+    assert record.parameters == sum(p.numel() for p in Decoder(MODEL).parameters())
+    assert record.final_loss == pytest.approx(sum(line["loss"] for line in lines) / 12)
+    assert lines[-1]["loss"] < lines[0]["loss"]
+
+
+def test_first_loss_and_gradient_are_those_of_the_model(tmp_path):
+    run(tmp_path)
+    torch.manual_seed(CONFIG.seed)
+    model = Decoder(MODEL)
+    batch = torch.from_numpy(CountingBatches()[0])
+    loss = model.loss(batch[:, :-1], batch[:, 1:])
+    loss.backward()
+    norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+    first = metrics(tmp_path)[0]
+    assert first["loss"] == loss.item()
+    assert first["gradient_norm"] == pytest.approx(norm.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("stop_after", [1, 5, 7, 11, 12])
+@pytest.mark.parametrize(
+    "model",
+    [
+        MODEL,
+        dataclasses.replace(MODEL, method="sinusoidal-shifted"),
+        dataclasses.replace(MODEL, residual_dropout=0.3, attention_dropout=0.2),
+    ],
+    ids=["alibi", "sinusoidal-shifted", "dropout"],
+)
+def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, model, stop_after):
+    whole = run(tmp_path / "whole", model)
+    with pytest.raises(Interrupted):
+        run(tmp_path / "parts", model, stop_after=stop_after)
+    resumed = run(tmp_path / "parts", model)
+    assert timeless(resumed) == timeless(whole)
+    strip = [{k: v for k, v in line.items() if k != "seconds"} for line in metrics(tmp_path / "parts")]
+    assert strip == [{k: v for k, v in line.items() if k != "seconds"} for line in metrics(tmp_path / "whole")]
+    weights = load_model(tmp_path / "parts").state_dict()
+    for name, tensor in load_model(tmp_path / "whole").state_dict().items():
+        assert torch.equal(weights[name], tensor), name
+
+
+def test_a_torn_last_line_of_metrics_is_dropped(tmp_path):
+    with pytest.raises(Interrupted):
+        run(tmp_path, stop_after=7)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 8, "lo')
+    run(tmp_path)
+    assert [line["step"] for line in metrics(tmp_path)] == list(range(1, 13))
+
+
+def test_a_finished_run_is_not_run_again(tmp_path):
+    first = run(tmp_path)
+    before = (tmp_path / "model.safetensors").stat().st_mtime_ns
+    assert run(tmp_path) == first
+    assert (tmp_path / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_accumulation_changes_nothing_but_rounding(tmp_path):
+    whole = run(tmp_path / "whole")
+    parts = run(tmp_path / "parts", config=dataclasses.replace(CONFIG, accumulation=4))
+    assert parts.final_loss == pytest.approx(whole.final_loss, rel=1e-4)
+    assert metrics(tmp_path / "parts")[0]["loss"] == pytest.approx(metrics(tmp_path / "whole")[0]["loss"], rel=1e-6)
+
+
+def test_compiled_training_is_the_same_training(tmp_path, monkeypatch):
+    # The eager backend traces the model without needing a C++ compiler.
+    compile_with = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f: compile_with(f, backend="eager"))
+    compiled = run(tmp_path / "compiled", config=dataclasses.replace(CONFIG, compile=True))
+    assert timeless(compiled) == timeless(run(tmp_path / "plain"))
+
+
+def test_shifted_training_draws_positions_up_to_the_longest_length(tmp_path, monkeypatch):
+    seen = []
+    embed = loop.Decoder.loss
+
+    def loss(self, tokens, targets, positions=None):
+        seen.append(positions)
+        return embed(self, tokens, targets, positions)
+
+    monkeypatch.setattr(loop.Decoder, "loss", loss)
+    run(tmp_path, dataclasses.replace(MODEL, method="sinusoidal-shifted"))
+    starts = torch.cat([positions[:, 0] for positions in seen])
+    assert all(torch.equal(p - p[:, :1], torch.arange(8).expand(4, -1)) for p in seen)
+    assert starts.min() >= 0
+    assert 32 < starts.max() <= 64
+    assert len(starts.unique()) > 20
+
+
+def test_divergence_stops_and_keeps_the_last_good_checkpoint(tmp_path):
+    config = dataclasses.replace(CONFIG, checkpoint_every=1)
+
+    def poison(step):
+        if step.step == 3:
+            for module in loop_run[0].model.modules():
+                if isinstance(module, torch.nn.Linear):
+                    module.weight.data.fill_(float("nan"))
+
+    loop_run = []
+    init = loop._Run.__init__
+
+    def remember(self, *arguments):
+        init(self, *arguments)
+        loop_run.append(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop._Run, "__init__", remember)
+        config = dataclasses.replace(config, checkpoint_every=2)
+        with pytest.raises(FloatingPointError, match=r"^step 4: loss=nan, .*; try a learning_rate below 0\.01$"):
+            train(MODEL, config, CountingBatches(), tmp_path, poison)
+    assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3]
+    resumed = train(MODEL, config, CountingBatches(), tmp_path)
+    assert np.isfinite(resumed.final_loss)
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    with pytest.raises(Interrupted):
+        run(tmp_path, stop_after=7)
+    (tmp_path / "checkpoint.pt").write_bytes(b"torn")
+    with pytest.raises(ValueError, match=r"checkpoint\.pt is damaged: delete it"):
+        run(tmp_path)
+
+
+def test_a_damaged_training_record_is_named(tmp_path):
+    run(tmp_path)
+    (tmp_path / "training.json").write_text('{"method": 3')
+    with pytest.raises(ValueError, match=r"training\.json is damaged .*: delete its folder"):
+        run(tmp_path)
+
+
+def test_bf16_keeps_weights_in_fp32(tmp_path):
+    run(tmp_path, config=dataclasses.replace(CONFIG, precision="bf16"))
+    assert all(p.dtype == torch.float32 for p in load_model(tmp_path).parameters())
+    bf16 = [line["loss"] for line in metrics(tmp_path)]
+    run(tmp_path / "fp32", config=dataclasses.replace(CONFIG, precision="fp32"))
+    fp32 = [line["loss"] for line in metrics(tmp_path / "fp32")]
+    assert bf16 != fp32
+    assert bf16 == pytest.approx(fp32, rel=0.05)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu", "cpuu"])
+def test_a_device_that_is_not_there_is_named(device):
+    with pytest.raises(ValueError, match=rf"^device='{device}' is not to be had here \(.*\): give cpu$"):
+        resolve_device(device)

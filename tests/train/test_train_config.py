@@ -1,0 +1,101 @@
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from longreach.compare import CompareConfig
+from longreach.data.prepare import DataConfig
+from longreach.models.config import Architecture
+from longreach.train.config import PRESETS, RunConfig, TrainConfig, claim_folder, load_config, save_config
+
+
+@pytest.mark.parametrize("kind", [RunConfig, CompareConfig])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_survive_their_file(tmp_path, kind, preset):
+    config = dataclasses.replace(kind(), **PRESETS[preset])
+    save_config(config, tmp_path / "config.toml")
+    assert load_config(kind, tmp_path / "config.toml") == config
+
+
+@given(
+    steps=st.integers(1, 10**6),
+    rate=st.floats(1e-8, 10),
+    text=st.text(max_size=20),
+    heads=st.sampled_from([1, 2, 4, 8]),
+)
+def test_any_configuration_survives_its_file(tmp_path_factory, steps, rate, text, heads):
+    config = RunConfig(
+        data=DataConfig(data=text),
+        model=Architecture(num_heads=heads, adaptive_cutoffs=(10, 20)),
+        train=TrainConfig(steps=steps, warmup_steps=0, learning_rate=rate),
+    )
+    path = tmp_path_factory.mktemp("config") / "config.toml"
+    save_config(config, path)
+    assert load_config(RunConfig, path) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "[train]\nstepz = 3\n",
+            r"config\.toml: unknown configuration key 'train\.stepz': known are train_length, steps",
+        ),
+        ("[train]\nsteps = 3.5\n", r"config\.toml: train\.steps=3\.5: give int"),
+        ("[train]\nsteps = true\n", r"train\.steps=True: give int"),
+        ("[train]\nsteps = 0\n", r"steps=0: give a positive integer"),
+        ("[train]\nbetas = 3\n", r"train\.betas=3: give a list"),
+        ("train = 3\n", r"train=3: give a table \[train\]"),
+        ("steps = = 3\n", "not a TOML file"),
+        ('method = "foo"\n', "position method 'foo': give one of alibi"),
+        ("[model]\nnum_heads = 7\n", "num_heads=7 does not divide d_model=256"),
+    ],
+)
+def test_mistakes_in_a_file_are_named(tmp_path, text, message):
+    (tmp_path / "config.toml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_config(RunConfig, tmp_path / "config.toml")
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"config\.toml: no such configuration file"):
+        load_config(RunConfig, tmp_path / "config.toml")
+
+
+@pytest.mark.parametrize(
+    ("values", "name"),
+    [
+        ({"train_length": 0}, "train_length"),
+        ({"steps": -1}, "steps"),
+        ({"batch_size": 6, "accumulation": 4}, "accumulation"),
+        ({"learning_rate": 0.0}, "learning_rate"),
+        ({"learning_rate": float("nan")}, "learning_rate"),
+        ({"gradient_clip": float("inf")}, "gradient_clip"),
+        ({"warmup_steps": 151}, "warmup_steps"),
+        ({"final_learning_rate": 1.5}, "final_learning_rate"),
+        ({"weight_decay": -0.1}, "weight_decay"),
+        ({"betas": (0.9, 1.0)}, "betas"),
+        ({"precision": "fp8"}, "precision"),
+    ],
+)
+def test_contradictions_are_named(values, name):
+    with pytest.raises(ValueError, match=f"^{name}="):
+        TrainConfig(**{"steps": 150, **values})
+
+
+def test_a_folder_belongs_to_one_configuration(tmp_path):
+    folder = tmp_path / "run"
+    claim_folder(folder, RunConfig())
+    claim_folder(folder, RunConfig())
+    other = RunConfig(method="rotary", train=TrainConfig(steps=7, warmup_steps=0))
+    with pytest.raises(ValueError, match=r"holds a run with another method, steps, warmup_steps: give a new folder"):
+        claim_folder(folder, other)
+    assert load_config(RunConfig, folder / "config.toml") == RunConfig()
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(ValueError, match=r"is not empty and holds no config\.toml"):
+        claim_folder(tmp_path, RunConfig())
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
