@@ -26,7 +26,7 @@ from longreach.report.tables import print_tables
 from longreach.results import Results
 from longreach.runs import evaluate_run, open_run, provenance, train_run, validation_tokens
 from longreach.terminal import TerminalProgress
-from longreach.train.config import PRESETS, RunConfig, load_config
+from longreach.train.config import PRESETS, RunConfig, check_folder, load_config
 
 Arguments = TypeVar("Arguments")
 # Options of nested configurations stand beside the others: --steps, not --config.train.steps.
@@ -120,6 +120,7 @@ def compare_command(arguments: CompareArguments) -> None:
 def train_command(arguments: TrainArguments) -> None:
     """`longreach train`."""
     config = arguments.config
+    check_folder(arguments.output, config)
     with TerminalProgress() as progress:
         record = train_run(config, arguments.output, prepare(config.data, config.train.seed, progress), progress)
     print(

@@ -10,7 +10,7 @@ from longreach.positions import parse_method
 from longreach.report.page import write_report
 from longreach.results import Results
 from longreach.runs import Progress, evaluate_run, open_run, provenance, train_run, validation_tokens
-from longreach.train.config import RunConfig, TrainConfig, claim_folder
+from longreach.train.config import RunConfig, TrainConfig, check_folder, claim_folder
 from longreach.train.loop import resolve_device
 
 
@@ -60,6 +60,7 @@ def compare(config: CompareConfig, output: Path, progress: Progress) -> Results:
         OSError: a file cannot be read or written.
     """
     config = replace(config, evaluate=config.evaluate.resolved(config.train.train_length))
+    check_folder(output, config)  # before the time that reading the data takes
     resolve_device(config.train.device)
     prepared = prepare(config.data, config.train.seed, progress)
     tokens = validation_tokens(prepared, config.evaluate)

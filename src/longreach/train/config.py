@@ -141,24 +141,33 @@ def load_config(kind: type[Config], path: str | os.PathLike[str]) -> Config:
         raise ValueError(f"{path}: {error}") from error
 
 
-def claim_folder(folder: Path, config: Any) -> None:
-    """Make folder this configuration's own: write config.toml, or check that the one there is the same.
+def check_folder(folder: Path, config: Any) -> None:
+    """Check that folder is free for this configuration: new, empty, or its own already.
 
     Raises:
         ValueError: the folder holds another run's configuration, or files of something else.
-        OSError: the folder cannot be written.
     """
     path = folder / "config.toml"
     if path.exists():
-        there, asked = load_config(type(config), path), config
-        if there != asked:
-            names = ", ".join(_differences(to_toml_values(there), to_toml_values(asked)))
+        there = load_config(type(config), path)
+        if there != config:
+            names = ", ".join(_differences(to_toml_values(there), to_toml_values(config)))
             raise ValueError(f"output {folder} holds a run with another {names}: give a new folder, or the same values")
-        return
-    if folder.is_dir() and any(folder.iterdir()):
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"output {folder} is not empty and holds no config.toml: give a new or an empty folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    save_config(config, path)
+
+
+def claim_folder(folder: Path, config: Any) -> None:
+    """Make folder this configuration's own by its config.toml, after `check_folder`.
+
+    Raises:
+        ValueError: as `check_folder`.
+        OSError: the folder cannot be written.
+    """
+    check_folder(folder, config)
+    if not (folder / "config.toml").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        save_config(config, folder / "config.toml")
 
 
 def to_toml_values(config: Any) -> dict[str, Any]:

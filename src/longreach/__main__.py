@@ -1,0 +1,5 @@
+"""`python -m longreach` is `longreach`."""
+
+from longreach.cli import main
+
+main()

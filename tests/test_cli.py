@@ -1,0 +1,253 @@
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from longreach.cli import VERBS, main
+from longreach.models.pretrained import load_model
+from longreach.results import Results
+
+SMALL = "--num-layers 1 --num-heads 2 --d-model 16 --vocab-size 300 --train-length 16 --batch-size 4 --warmup-steps 2"
+
+
+@pytest.fixture(autouse=True)
+def _denormals():
+    """The command line flushes denormals for its whole process, which here has other tests to run."""
+    yield
+    torch.set_flush_denormal(False)
+
+
+@pytest.fixture(scope="module")
+def small(corpus, tmp_path_factory):
+    """Arguments that make any verb that trains quick."""
+    cache = tmp_path_factory.mktemp("cache")
+    return [*SMALL.split(), "--data", str(corpus), "--valid-fraction", "0.2", "--cache", str(cache), "--steps", "4"]
+
+
+@pytest.fixture(scope="module")
+def trained(small, tmp_path_factory):
+    """The folder of a run that `longreach train` made."""
+    folder = tmp_path_factory.mktemp("runs") / "alibi"
+    main(["train", "--output", str(folder), *small])
+    return folder
+
+
+def refused(capsys, *words):
+    """The one line with which a command refuses its arguments."""
+    with pytest.raises(SystemExit) as end:
+        main(list(words))
+    captured = capsys.readouterr()
+    assert end.value.code == 2
+    assert captured.out == ""
+    lines = captured.err.splitlines()
+    assert len(lines) == 1, captured.err
+    assert lines[0].startswith("longreach")
+    return lines[0]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_each_verb(capsys, verb):
+    with pytest.raises(SystemExit) as end:
+        main([verb, "--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: longreach {verb}")
+    assert VERBS[verb][0].__doc__.splitlines()[0] in text
+    # Every option is explained: what follows its name and type is more than a default.
+    assert "(default" not in [word for line in text.splitlines() for word in line.split()[3:4]]
+
+
+def test_overview(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    assert all(verb in text for verb in VERBS)
+
+
+def test_no_verb_is_an_error(capsys):
+    with pytest.raises(SystemExit) as end:
+        main([])
+    assert end.value.code == 2
+
+
+def test_version_is_the_package_s(capsys):
+    import longreach
+
+    main(["--version"])
+    assert capsys.readouterr().out == f"longreach {longreach.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["comparr"], ["'comparr'", "compare, train"]),
+        (["compare"], ["--output"]),
+        (["compare", "--output"], ["--output"]),
+        (["compare", "--output", "x", "--stepz", "3"], ["--stepz"]),
+        (["compare", "--output", "x", "--steps", "ten"], ["--steps", "'ten'", "integer"]),
+        (["compare", "--output", "x", "--steps", "3.5"], ["--steps", "'3.5'", "integer"]),
+        (["compare", "--output", "x", "--steps", "0"], ["steps=0", "positive"]),
+        (["compare", "--output", "x", "--learning-rate", "fast"], ["--learning-rate", "'fast'", "number"]),
+        (["compare", "--output", "x", "--valid-lengths", "128,-1"], ["valid_lengths=(128, -1)", "positive"]),
+        (["compare", "--output", "x", "--valid-lengths", "128,1e3"], ["--valid-lengths", "'1e3'", "integer"]),
+        (["compare", "--output", "x", "--train-length", "-5"], ["train_length=-5", "positive"]),
+        (["compare", "--output", "x", "--num-heads", "7"], ["num_heads=7", "d_model=256"]),
+        (["compare", "--output", "x", "--methods", "alibi,rope"], ["'rope'", "rotary"]),
+        (["compare", "--output", "x", "--methods", "rotary:bass=3"], ["'bass=3'", "base"]),
+        (["compare", "--output", "x", "--preset", "huge"], ["'huge'", "demo, wikitext103-247m"]),
+        (["compare", "--output", "x", "--norm", "batchnorm"], ["batchnorm", "--norm", "rmsnorm"]),
+        (["compare", "--output", "x", "--device", "tpu"], ["device='tpu'", "give cpu"]),
+        (["compare", "--output", "x", "--data", "nowhere/at/all.txt"], ["data", "nowhere/at/all.txt"]),
+        (["compare", "--output", "x", "--config-file", "nowhere.toml"], ["nowhere.toml"]),
+        (["train", "--output", "x", "--method", "rope"], ["'rope'", "rotary"]),
+        (["evaluate"], ["RUNS"]),
+        (["evaluate", "nowhere"], ["nowhere"]),
+        (["generate", "nowhere"], ["nowhere"]),
+        (["report", "nowhere"], ["nowhere"]),
+    ],
+)
+def test_mistakes_get_one_line_and_leave_nothing(capsys, tmp_path, monkeypatch, words, parts):
+    monkeypatch.chdir(tmp_path)
+    line = refused(capsys, *words)
+    assert all(part in line for part in parts), line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_long_names_stay_whole_in_errors(capsys, tmp_path):
+    name = str(tmp_path / ("long-name-" * 20))
+    assert name in refused(capsys, "compare", "--output", "x", "--data", name)
+
+
+@pytest.mark.parametrize(
+    ("content", "part"), [(b"", "text"), (b"\xff\xfe\x00bad\x80", "UTF-8"), (b"too short", "valid")]
+)
+def test_bad_text_is_refused(capsys, tmp_path, content, part):
+    (tmp_path / "text.txt").write_bytes(content)
+    output = tmp_path / "out"
+    line = refused(capsys, "compare", "--output", str(output), "--data", str(tmp_path / "text.txt"))
+    assert part in line
+    assert not output.exists()
+
+
+def test_train_says_what_it_made(capsys, small, tmp_path):
+    main(["train", "--output", str(tmp_path / "run"), "--method", "rotary", *small])
+    assert capsys.readouterr().out.startswith("rotary: 4 steps, 256 tokens, ")
+    assert load_model(tmp_path / "run").config.method == "rotary"
+
+
+def test_train_refuses_the_folder_of_another_run(capsys, small, trained):
+    line = refused(capsys, "train", "--output", str(trained), *small, "--seed", "9")
+    assert "another seed" in line
+
+
+def test_a_configuration_file_gives_the_same_run(small, trained, tmp_path):
+    main(["train", "--output", str(tmp_path / "again"), "--config-file", str(trained / "config.toml")])
+    first, second = load_model(trained).state_dict(), load_model(tmp_path / "again").state_dict()
+    assert all((first[name] == second[name]).all() for name in first)
+    assert (tmp_path / "again" / "config.toml").read_text() == (trained / "config.toml").read_text()
+
+
+def test_options_change_a_configuration_file(trained, tmp_path):
+    words = ["--config-file", str(trained / "config.toml"), "--method", "none", "--steps", "2"]
+    main(["train", "--output", str(tmp_path / "other"), *words])
+    assert json.loads((tmp_path / "other" / "training.json").read_text())["steps"] == 2
+
+
+def test_compare_prints_the_table_and_report_rebuilds_it(capsys, small, tmp_path):
+    output = tmp_path / "out"
+    main(["compare", "--output", str(output), *small, "--methods", "alibi,none", "--valid-lengths", "16,32"])
+    table = capsys.readouterr().out
+    assert "alibi" in table
+    assert "none" in table
+    assert str(output / "report.html") in table
+    page = (output / "report.html").read_text()
+    (output / "report.html").unlink()
+    main(["report", str(output)])
+    assert (output / "report.html").read_text() == page
+
+
+def test_evaluate_gives_the_numbers_of_compare(capsys, small, tmp_path):
+    output = tmp_path / "out"
+    main(["compare", "--output", str(output), *small, "--methods", "alibi,none", "--valid-lengths", "16,32"])
+    words = [str(output / "alibi"), str(output / "none"), "--valid-lengths", "16,32"]
+    main(["evaluate", *words, "--output", str(tmp_path / "evaluation")])
+    compared, evaluated = (Results.read(path / "results.json").records for path in (output, tmp_path / "evaluation"))
+    assert [(r.cell, r.nll, r.bytes) for r in evaluated] == [(r.cell, r.nll, r.bytes) for r in compared]
+    assert (tmp_path / "evaluation" / "report.html").exists()
+
+
+def test_evaluate_on_other_text(capsys, trained, tmp_path):
+    text = "one two three four five six seven. " * 40
+    (tmp_path / "other.txt").write_text(text)
+    main(
+        [
+            "evaluate",
+            str(trained),
+            "--data",
+            str(tmp_path / "other.txt"),
+            "--valid-lengths",
+            "16",
+            "--output",
+            str(tmp_path / "e"),
+        ]
+    )
+    record = Results.read(tmp_path / "e" / "results.json").records[0]
+    # All the text but its first token is scored, and the end of the document, which has no bytes.
+    assert len(text) - 10 < record.bytes < len(text)
+
+
+def test_generate_streams_past_the_training_length(capsys, trained):
+    words = ["generate", str(trained), "--prompt", "document 3", "--max-new-tokens", "60", "--seed", "1"]
+    main(words)
+    text = capsys.readouterr().out
+    assert text.startswith("document 3")
+    main(words)
+    assert capsys.readouterr().out == text
+    main([*words[:-1], "2"])
+    assert capsys.readouterr().out != text
+
+
+def test_generate_reads_standard_input(capsys, trained, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the sum of"))
+    main(["generate", str(trained), "--prompt", "-", "--max-new-tokens", "3", "--temperature", "0"])
+    assert capsys.readouterr().out.startswith("the sum of")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--temperature", "-1"), ("--top-k", "0"), ("--top-p", "1.5"), ("--max-new-tokens", "0")]
+)
+def test_generate_refuses_values_out_of_range(capsys, trained, option, value):
+    line = refused(capsys, "generate", str(trained), "--prompt", "a", option, value)
+    assert option.removeprefix("--").replace("-", "_") in line
+
+
+def test_generate_past_a_learned_table_is_refused(capsys, small, tmp_path):
+    main(["train", "--output", str(tmp_path / "run"), "--method", "learned", *small])
+    capsys.readouterr()
+    line = refused(capsys, "generate", str(tmp_path / "run"), "--prompt", "document", "--max-new-tokens", "50")
+    assert "holds 16" in line
+
+
+def test_a_damaged_model_is_refused(capsys, small, tmp_path):
+    main(["train", "--output", str(tmp_path / "run"), *small])
+    capsys.readouterr()
+    weights = tmp_path / "run" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert "damaged" in refused(capsys, "generate", str(tmp_path / "run"), "--prompt", "a")
+
+
+def test_divergence_is_one_line(capsys, small, tmp_path):
+    line = refused(capsys, "train", "--output", str(tmp_path / "run"), *small, "--learning-rate", "1e30")
+    assert "step 2" in line
+    assert "learning_rate" in line
+
+
+def test_the_installed_command_runs():
+    result = subprocess.run(
+        [sys.executable, "-m", "longreach", "--version"], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.startswith("longreach ")
