@@ -6,7 +6,6 @@ from pathlib import Path
 from longreach.data.prepare import DataConfig, PreparedData, prepare
 from longreach.evaluate.sweep import EvaluateConfig
 from longreach.models.config import ARCHITECTURES, Architecture
-from longreach.positions import parse_method
 from longreach.report.page import write_report
 from longreach.results import Results
 from longreach.runs import Progress, evaluate_run, open_run, provenance, train_run, validation_tokens
@@ -33,7 +32,7 @@ class CompareConfig:
         if not self.methods:
             raise ValueError("methods is empty: give at least one position method")
         for method in self.methods:
-            parse_method(method)
+            self.run(method)  # refuses what does not fit together
         if len(set(map(run_name, self.methods))) < len(self.methods):
             raise ValueError(f"methods={','.join(self.methods)}: give each method once")
 
@@ -41,7 +40,7 @@ class CompareConfig:
         """The training run of one method."""
         return RunConfig(
             method=method,
-            longest_length=max(self.train.train_length, *self.evaluate.valid_lengths),
+            longest_length=max((self.train.train_length, *self.evaluate.valid_lengths)),
             data=self.data,
             model=self.model,
             train=self.train,

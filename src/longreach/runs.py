@@ -15,7 +15,6 @@ from longreach.data.prepare import PreparedData
 from longreach.data.tokenizer import Tokenizer, load_tokenizer
 from longreach.data.tokens import Batches
 from longreach.evaluate.sweep import EvaluateConfig, evaluate_length
-from longreach.models.config import ModelConfig
 from longreach.models.decoder import Decoder
 from longreach.models.pretrained import load_model
 from longreach.results import Provenance, Record, Skipped, TrainingRecord
@@ -51,19 +50,12 @@ def train_run(config: RunConfig, folder: Path, prepared: PreparedData, progress:
     claim_folder(folder, config)
     if not (folder / "tokenizer.json").exists():
         prepared.tokenizer.save(folder / "tokenizer.json")
-    model_config = ModelConfig(
-        **vars(config.model),
-        vocab_size=prepared.tokenizer.vocab_size,
-        method=config.method,
-        train_length=config.train.train_length,
-        longest_length=config.longest_length,
-    )
 
     def on_step(step: Step) -> None:
         note = f"{step.tokens / step.seconds:,.0f} tokens/s  loss {step.loss:.3f}"
         progress(f"training {config.method}", step.step, config.train.steps, note)
 
-    return train(model_config, config.train, batches, folder, on_step)
+    return train(config.model_config(prepared.tokenizer.vocab_size), config.train, batches, folder, on_step)
 
 
 def open_run(folder: Path, device: str | None = None) -> Run:
@@ -90,7 +82,7 @@ def validation_tokens(prepared: PreparedData, config: EvaluateConfig) -> np.ndar
             f"valid_lengths={','.join(map(str, config.valid_lengths))}: the validation text has {available} tokens to "
             "score; give shorter lengths, more text, or a larger valid_fraction"
         )
-    scored = min(available, max(config.valid_tokens, *config.valid_lengths))
+    scored = min(available, max((config.valid_tokens, *config.valid_lengths)))
     tokens: np.ndarray = prepared.valid.read(0, 1 + scored)
     return tokens
 

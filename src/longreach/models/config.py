@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from longreach.positions import ModelSize, parse_method
+import torch
+
+from longreach.positions import ModelSize, build_method
 
 
 @dataclass(frozen=True)
@@ -44,23 +46,23 @@ class Architecture:
     """Dropout inside the tail bands of the adaptive softmax."""
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "num_heads", "num_kv_heads", "d_model", "d_ff"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value}: give a positive integer")
+        self._check_counts("num_layers", "num_heads", "num_kv_heads", "d_model", "d_ff")
         if self.d_model % self.num_heads:
             raise ValueError(f"num_heads={self.num_heads} does not divide d_model={self.d_model}: change one of them")
         if self.num_kv_heads is not None and self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}: change one")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name.endswith("_dropout") and not 0 <= value < 1:
-                raise ValueError(f"{field.name}={value}: give at least 0 and below 1")
+            if field.name.endswith("_dropout") and not (isinstance(value, int | float) and 0 <= value < 1):
+                raise ValueError(f"{field.name}={value!r}: give a number of at least 0 and below 1")
+            if field.type is bool and not isinstance(value, bool):
+                raise ValueError(f"{field.name}={value!r}: give true or false")
         for name, choices in (("norm", ("layernorm", "rmsnorm")), ("activation", ("gelu", "swiglu"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: give {' or '.join(choices)}")
         cutoffs = self.adaptive_cutoffs
-        if list(cutoffs) != sorted(set(cutoffs)) or any(cutoff < 1 for cutoff in cutoffs):
+        positive = all(isinstance(cutoff, int) and cutoff >= 1 for cutoff in cutoffs)
+        if not positive or list(cutoffs) != sorted(set(cutoffs)):
             raise ValueError(f"adaptive_cutoffs={cutoffs}: give increasing positive integers")
         if cutoffs and not self.tied_embeddings:
             raise ValueError("adaptive_cutoffs with tied_embeddings=False: only the tied form is here, tie them")
@@ -68,6 +70,15 @@ class Architecture:
             raise ValueError(
                 f"d_model={self.d_model}: each of the {len(cutoffs)} adaptive cutoffs divides it by 4 again"
             )
+
+    def _check_counts(self, *names: str) -> None:
+        """Refuse fields that are no positive integers; None is for those whose default it is."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name not in names or (value is None and field.default is None):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{field.name}={value!r}: give a positive integer")
 
     @property
     def head_dim(self) -> int:
@@ -112,17 +123,15 @@ class ModelConfig(Architecture):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("vocab_size", "train_length", "longest_length"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value}: give a positive integer")
+        self._check_counts("vocab_size", "train_length", "longest_length")
         if self.longest_length is not None and self.longest_length < self.train_length:
             raise ValueError(f"longest_length={self.longest_length} is below train_length={self.train_length}")
         if self.adaptive_cutoffs and self.adaptive_cutoffs[-1] >= self.vocab_size:
             raise ValueError(
                 f"adaptive_cutoffs={self.adaptive_cutoffs}: all must be below vocab_size={self.vocab_size}"
             )
-        parse_method(self.method)
+        with torch.device("meta"):  # what the method itself refuses, without memory for its tables
+            build_method(self.method, self.size)
 
     @property
     def size(self) -> ModelSize:

@@ -70,9 +70,9 @@ class Decoder(nn.Module):
         """What the logits are made of, (B, T, C). Arguments as in `forward`."""
         start = 0 if cache is None else cache.length
         key_length = start + tokens.shape[1]
+        self._check_length(key_length, positions, cache, length)
         if positions is None:
             positions = torch.arange(start, key_length, device=tokens.device)[None]
-        self._check_length(key_length, cache, length)
         x = self.dropout(self.positions.embed(self.vocabulary.embed(tokens), positions))  # [B, T, C]
         attend = self.positions.attend(positions, key_length, key_length if length is None else length)
         for block in self.blocks:
@@ -85,6 +85,8 @@ class Decoder(nn.Module):
 
         All V logits of a long sequence need more memory than the rest of the model; a stretch at a time does not.
         """
+        if chunk_size < 1:
+            raise ValueError(f"chunk_size={chunk_size}: give at least 1")
         hidden = self.hidden(tokens)
         for chunk in hidden.split(chunk_size, dim=1):
             yield self.vocabulary.logits(chunk)
@@ -99,13 +101,19 @@ class Decoder(nn.Module):
         """Name of the attention implementation that runs on sequences of this length."""
         return choose_impl()
 
-    def _check_length(self, key_length: int, cache: KVCache | None, length: int | None) -> None:
+    def _check_length(
+        self, key_length: int, positions: Tensor | None, cache: KVCache | None, length: int | None
+    ) -> None:
         longest = self.positions.max_length
-        if longest is not None and key_length > longest:
-            raise ValueError(
-                f"{key_length} tokens: position method {self.config.method!r} holds {longest} positions; "
-                "give fewer tokens, or train one with a longer table"
-            )
+        if longest is not None:
+            reached = key_length
+            if positions is not None and positions.numel() and not torch.compiler.is_compiling():
+                reached = int(positions.max()) + 1  # a compiled graph cannot look at values
+            if reached > longest:
+                raise ValueError(
+                    f"{reached} tokens: position method {self.config.method!r} holds {longest} positions; "
+                    "give fewer tokens, or train one with a longer table"
+                )
         if length is not None and length < key_length:
             raise ValueError(f"length={length} is below the {key_length} tokens of cache and input: give at least that")
         if cache is not None and length is None and self.positions.depends_on_length:

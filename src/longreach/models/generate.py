@@ -1,6 +1,6 @@
 """Text from a decoder: greedy or sampled, batched with left padding, token by token."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -43,7 +43,6 @@ def generate(
     return continuations
 
 
-@torch.inference_mode()
 def stream(
     model: Decoder,
     prompts: Sequence[Sequence[int]],
@@ -71,18 +70,32 @@ def stream(
         eos_id: the token that ends a prompt's continuation; it is not given out.
         seed: of the draws.
 
-    Yields:
-        For each prompt its next token id, or None once it has ended. Stops when all have.
+    Returns:
+        An iterator that gives, at each step, the next token id of each prompt, or None once it has ended. It stops
+        when all have.
 
     Raises:
-        ValueError: no prompt, an empty prompt, or a value out of range.
+        ValueError: no prompt, an empty prompt, or a value out of range; at the call, before the first token.
     """
     _check(model, prompts, max_new_tokens, temperature, top_k, top_p)
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
+    return _steps(
+        model, prompts, max_new_tokens, eos_id, lambda logits: _choose(logits, temperature, top_k, top_p, generator)
+    )
+
+
+@torch.inference_mode()
+def _steps(
+    model: Decoder,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    eos_id: int | None,
+    choose: Callable[[Tensor], Tensor],
+) -> Iterator[list[int | None]]:
     device = next(model.parameters()).device
     longest = max(len(prompt) for prompt in prompts)
     padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)  # [B]
     tokens = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
-    generator = torch.Generator(device).manual_seed(seed)
     cache = KVCache()
     ended = [False] * len(prompts)
     for _ in range(max_new_tokens):
@@ -95,7 +108,7 @@ def stream(
             length=longest + max_new_tokens,
         )
         logits = model.vocabulary.logits(hidden[:, -1]).float()  # [B, V]
-        tokens = _choose(logits, temperature, top_k, top_p, generator)[:, None]
+        tokens = choose(logits)[:, None]
         chosen = tokens[:, 0].tolist()
         ended = [was or token == eos_id for was, token in zip(ended, chosen, strict=True)]
         if all(ended):
@@ -109,8 +122,8 @@ def _choose(
     """One token id for each row of logits (B, V), as (B,)."""
     if temperature == 0.0:
         return logits.argmax(dim=-1)
-    ordered, ids = (logits / temperature).sort(dim=-1, descending=True)
-    probabilities = ordered.softmax(dim=-1)
+    ordered, ids = logits.sort(dim=-1, descending=True)
+    probabilities = ((ordered - ordered[:, :1]) / temperature).softmax(dim=-1)  # a small temperature cannot overflow
     if top_k is not None:
         probabilities[:, top_k:] = 0.0
     if top_p is not None:
@@ -142,7 +155,7 @@ def _check(
         raise ValueError(f"top_k={top_k}: give at least 1")
     if top_p is not None and not 0.0 < top_p <= 1.0:
         raise ValueError(f"top_p={top_p}: give more than 0 and at most 1")
-    longest = max(len(prompt) for prompt in prompts) + max_new_tokens
+    longest = max(len(prompt) for prompt in prompts) + max_new_tokens - 1  # the last token is not read
     if model.positions.max_length is not None and longest > model.positions.max_length:
         raise ValueError(
             f"prompt and max_new_tokens={max_new_tokens} need {longest} positions: position method "

@@ -50,8 +50,14 @@ def alibi_distance(
 
     Returns:
         (Tq, Tk) int64.
+
+    Raises:
+        ValueError: a length is negative.
     """
     key_length = query_length if key_length is None else key_length
+    for name, length in (("query_length", query_length), ("key_length", key_length)):
+        if length < 0:
+            raise ValueError(f"{name}={length}: give at least 0")
     query_positions = torch.arange(query_length, device=device) + (key_length - query_length)
     return query_positions[:, None] - torch.arange(key_length, device=device)
 
@@ -72,7 +78,7 @@ def alibi_bias(slopes: Tensor, query_length: int, key_length: int | None = None)
         (H, Tq, Tk) or (B, H, Tq, Tk) in the dtype of the slopes.
 
     Raises:
-        ValueError: slopes are not of that shape, or not floating point.
+        ValueError: slopes are not of that shape, or not floating point; a length is negative.
     """
     if slopes.dim() not in (1, 2) or not slopes.is_floating_point():
         raise ValueError(

@@ -33,7 +33,7 @@ def attention(
     ALiBi is Press, Smith, Lewis, ICLR 2022 (arXiv 2108.12409). Queries are aligned with the last keys: query
     number r stands at position i = r + Tk - Tq, which serves full sequences, chunked prefill and single decoding
     steps alike. The ALiBi bias is made from distances in at least float32, and added after the scale. A query
-    that sees no key gets output 0 and LSE -inf.
+    that sees no key gets output 0 and LSE -inf. impl="reference" adds and sums in the dtype of q throughout.
 
     Args:
         q: (B, H, Tq, D) float64, float32, bfloat16 or float16.
@@ -130,15 +130,15 @@ def _validate(
         raise ValueError(f"k has {num_kv_heads} heads, q has {num_heads}: Hkv must divide H")
     if head_dim == 0:
         raise ValueError("q has head_dim D=0: give at least 1")
-    for side in slopes if isinstance(slopes, tuple) else (slopes,):
-        if side is None:
-            continue
+    if isinstance(slopes, tuple) and len(slopes) != 2:
+        raise ValueError(f"slopes is a tuple of {len(slopes)}: give one tensor, or the pair (left, right)")
+    for side in () if slopes is None else slopes if isinstance(slopes, tuple) else (slopes,):
+        if not isinstance(side, Tensor):
+            raise ValueError(f"slopes of {type(side).__name__}: give one tensor, or the pair (left, right) of two")
         if tuple(side.shape) not in ((num_heads,), (batch, num_heads)):
             expected = f"({num_heads},) or ({batch}, {num_heads})"
             raise ValueError(f"slopes of shape {tuple(side.shape)}: give (H,) or (B, H), here {expected}")
         _validate_float("slopes", side, q)
-    if isinstance(slopes, tuple) and len(slopes) != 2:
-        raise ValueError(f"slopes is a tuple of {len(slopes)}: give one tensor, or the pair (left, right)")
     if bias is not None:
         target = (batch, num_heads, query_length, key_length)
         shape = (1,) * (4 - bias.dim()) + tuple(bias.shape)
@@ -147,8 +147,8 @@ def _validate(
         _validate_float("bias", bias, q)
     if scale is not None and not 0 < scale < float("inf"):
         raise ValueError(f"scale={scale!r}: give a positive number, or None for D**-0.5")
-    if window_size is not None and window_size < 1:
-        raise ValueError(f"window_size={window_size}: give at least 1, or None for no window")
+    if window_size is not None and (not isinstance(window_size, int) or window_size < 1):
+        raise ValueError(f"window_size={window_size!r}: give an integer of at least 1, or None for no window")
     if key_padding_mask is not None:
         if tuple(key_padding_mask.shape) != (batch, key_length) or key_padding_mask.dtype != torch.bool:
             raise ValueError(

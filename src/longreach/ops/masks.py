@@ -51,8 +51,18 @@ def dense_bias(
     total = bias.to(dtype) if bias is not None else None
     if slopes is not None:
         left, right = slopes if isinstance(slopes, tuple) else (slopes, slopes)
-        distance = alibi_distance(query_length, key_length, device=left.device).to(dtype)
-        left, right = (m.to(dtype)[..., None, None] for m in (left, right))  # [(B,) H, 1, 1]
-        penalty = left * distance.clamp(min=0) + right * (-distance).clamp(min=0)
+        # Distances in float16 overflow past 65504, where a slope of 0 would give NaN: round the product alone.
+        wide = torch.promote_types(dtype, torch.float32)
+        distance = alibi_distance(query_length, key_length, device=left.device).to(wide)
+        left, right = (m.to(wide)[..., None, None] for m in (left, right))  # [(B,) H, 1, 1]
+        penalty = (left * distance.clamp(min=0) + right * (-distance).clamp(min=0)).to(dtype)
         total = -penalty if total is None else total - penalty
     return total
+
+
+def without_padding(k: Tensor, v: Tensor, key_padding_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """k and v with zeros where a key is padding: what stands there is unset memory perhaps, and 0 * NaN is NaN."""
+    if key_padding_mask is None:
+        return k, v
+    padding = key_padding_mask[:, None, :, None]  # [B, 1, Tk, 1]
+    return k.masked_fill(padding, 0.0), v.masked_fill(padding, 0.0)

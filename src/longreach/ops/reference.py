@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .masks import dense_bias, visible_keys
+from .masks import dense_bias, visible_keys, without_padding
 
 
 def reference_attention(
@@ -31,6 +31,7 @@ def reference_attention(
     """
     num_heads, query_length, head_dim = q.shape[1:]
     num_kv_heads, key_length = k.shape[1:3]
+    k, v = without_padding(k, v, key_padding_mask)
     k = k.repeat_interleave(num_heads // num_kv_heads, dim=1)
     v = v.repeat_interleave(num_heads // num_kv_heads, dim=1)
     scores = q @ k.transpose(-2, -1) * (head_dim**-0.5 if scale is None else scale)  # [B, H, Tq, Tk]
@@ -48,6 +49,9 @@ def reference_attention(
     )
     if visible is not None:
         scores = scores.masked_fill(~visible, float("-inf"))
+    if bias is not None:
+        # A key that the bias hides leaves the graph like all others: the gradient of a softmax over nothing is NaN.
+        scores = scores.masked_fill(scores.isneginf(), float("-inf"))
     lse = torch.logsumexp(scores, dim=-1) if key_length else scores.new_full(scores.shape[:-1], float("-inf"))
     # A row without keys has LSE -inf, and -inf - -inf is NaN: shift such rows by 0 instead, exp(-inf) is 0.
     shift = lse.masked_fill(lse == float("-inf"), 0.0)

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .masks import dense_bias, visible_keys
+from .masks import dense_bias, visible_keys, without_padding
 
 
 def sdpa_attention(
@@ -29,7 +29,8 @@ def sdpa_attention(
     """
     query_length, key_length = q.shape[2], k.shape[2]
     if not (q.numel() and k.numel()):
-        return q * 0.0  # nothing to attend with or to; keeps the graph
+        everything = torch.ones((), dtype=torch.bool, device=q.device)
+        return q.masked_fill(everything, 0.0)  # nothing to attend with or to; keeps the graph
     grouped = q.shape[1] != k.shape[1]
     plain = slopes is None and bias is None and window_size is None and key_padding_mask is None and cu_seqlens is None
     if plain and (not causal or query_length in (1, key_length)):
@@ -38,6 +39,7 @@ def sdpa_attention(
         return F.scaled_dot_product_attention(
             q, k, v, is_causal=is_causal, scale=scale, dropout_p=dropout_p, enable_gqa=grouped
         )
+    k, v = without_padding(k, v, key_padding_mask)
     visible = visible_keys(
         query_length,
         key_length,
@@ -58,7 +60,7 @@ def sdpa_attention(
         mask = visible
     elif visible is not None:
         mask = mask.masked_fill(~visible, float("-inf"))
-    if mask is not None and mask.dim() == 3:
-        mask = mask[None]  # [1, H, Tq, Tk]
+    if mask is not None:
+        mask = mask[(None,) * (4 - mask.dim())]  # SDPA wants at least two axes, and reads three as (B, Tq, Tk)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, dropout_p=dropout_p, enable_gqa=grouped)
     return out if empty is None else out.masked_fill(empty, 0.0)

@@ -5,6 +5,9 @@ stands for what is absent, and the code for it is not compiled. Logits are kept 
 `scale` and slopes come multiplied by log2(e).
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# Parameters are Triton values or constants, which Python types do not tell apart.
+
 import math
 
 import triton
@@ -17,7 +20,7 @@ _LN2 = tl.constexpr(math.log(2.0))
 def _tile(
     base, first, stride, ok, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr
 ):
-    """Rows [first, first + BLOCK) of a matrix with column stride 1: zeros past HEAD_DIM, and where MASKED and not ok."""
+    """Rows [first, first + BLOCK) of a matrix with column stride 1; zeros past HEAD_DIM, and where MASKED, not ok."""
     rows = tl.arange(0, BLOCK)
     columns = tl.arange(0, BLOCK_D)
     # T times the row stride of a [B, T, H, D] layout can pass 2^31 elements; BLOCK times it does not.
@@ -216,12 +219,14 @@ def forward_kernel(
 
 @triton.jit
 def _query_gradient_tiles(
-    dq, dleft, dright, q, grad_out, lse, delta, k, v, stride_k, stride_v, query, lo, hi, left, right, padding,
-    key_length, scale, first, last,
+    dq, row_sum, left_moment, right_moment, left_mean, right_mean, q, grad_out, lse, delta, k, v, stride_k, stride_v,
+    query, lo, hi, left, right, padding, key_length, scale, first, last,
     EDGE: tl.constexpr, PAST: tl.constexpr, SPLIT_BIAS: tl.constexpr, SLOPES_GRADIENT: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dQ / scale, and each row's part of the gradients of the slopes, over the key tiles [first, last) of one zone."""
+    """dQ / scale over the key tiles [first, last) of one zone; where slopes learn, sums over each row for them too:
+    that of dS, and those of dS and of the weights times the distance to past and to future keys.
+    """
     for tile in tl.range(first, last):
         origin = tile * BLOCK_N
         key = origin + tl.arange(0, BLOCK_N)
@@ -240,15 +245,16 @@ def _query_gradient_tiles(
         dq = tl.dot(grad_logits.to(k_tile.dtype), k_tile, dq, input_precision="ieee")
         if SLOPES_GRADIENT:
             distance = (query[:, None] - key[None, :]).to(tl.float32)
-            moment = grad_logits * distance
-            if EDGE:
-                dleft -= tl.sum(tl.where(distance > 0, moment, 0.0), 1)
-                dright += tl.sum(tl.where(distance < 0, moment, 0.0), 1)
-            elif PAST:
-                dleft -= tl.sum(moment, 1)
-            else:
-                dright += tl.sum(moment, 1)
-    return dq, dleft, dright
+            row_sum += tl.sum(grad_logits, 1)
+            if EDGE or PAST:
+                past = tl.maximum(distance, 0.0)
+                left_moment += tl.sum(grad_logits * past, 1)
+                left_mean += tl.sum(weights * past, 1)
+            if EDGE or not PAST:
+                future = tl.maximum(-distance, 0.0)
+                right_moment += tl.sum(grad_logits * future, 1)
+                right_mean += tl.sum(weights * future, 1)
+    return dq, row_sum, left_moment, right_moment, left_mean, right_mean
 
 
 @triton.jit(do_not_specialize=["query_length", "key_length"])
@@ -287,7 +293,8 @@ def query_gradient_kernel(
     grad_tile = _tile(grad_out, block * BLOCK_M, stride_gt, exists, BLOCK_M, HEAD_DIM, BLOCK_D, True)
     out_tile = _tile(out, block * BLOCK_M, stride_ot, exists, BLOCK_M, HEAD_DIM, BLOCK_D, True)
     row_delta = tl.sum(grad_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
-    row_delta -= tl.load(grad_lse + pair * query_length + row, mask=exists, other=0.0)
+    row_grad_lse = tl.load(grad_lse + pair * query_length + row, mask=exists, other=0.0)
+    row_delta -= row_grad_lse
     row_lse = tl.load(lse + pair * query_length + row, mask=exists, other=float("-inf"))
     # An LSE of inf makes the weights of rows 0 that do not exist or see no key.
     row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse / _LN2)
@@ -297,28 +304,34 @@ def query_gradient_kernel(
 
     q_tile = _tile(q, block * BLOCK_M, stride_qt, exists, BLOCK_M, HEAD_DIM, BLOCK_D, True)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    row_dleft = tl.zeros([BLOCK_M], tl.float32)
-    row_dright = tl.zeros([BLOCK_M], tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    left_moment = tl.zeros([BLOCK_M], tl.float32)
+    right_moment = tl.zeros([BLOCK_M], tl.float32)
+    left_mean = tl.zeros([BLOCK_M], tl.float32)
+    right_mean = tl.zeros([BLOCK_M], tl.float32)
     for zone in tl.static_range(5):
         if (ZONES >> zone) & 1:
-            acc, row_dleft, row_dright = _query_gradient_tiles(
-                acc, row_dleft, row_dright, q_tile, grad_tile, row_lse, row_delta, k, v, stride_kt, stride_vt, query,
-                lo, hi, left, right, padding, key_length, scale, borders[zone], borders[zone + 1], zone % 2 == 0,
-                zone == 1, SPLIT_BIAS, dleft is not None, HEAD_DIM, BLOCK_D, BLOCK_N,
+            acc, row_sum, left_moment, right_moment, left_mean, right_mean = _query_gradient_tiles(
+                acc, row_sum, left_moment, right_moment, left_mean, right_mean, q_tile, grad_tile, row_lse, row_delta,
+                k, v, stride_kt, stride_vt, query, lo, hi, left, right, padding, key_length, scale, borders[zone],
+                borders[zone + 1], zone % 2 == 0, zone == 1, SPLIT_BIAS, dleft is not None, HEAD_DIM, BLOCK_D, BLOCK_N,
             )  # fmt: skip
 
     dq += batch * stride_dqb + head * stride_dqh
     _store(dq, block * BLOCK_M, stride_dqt, exists, acc * natural_scale, BLOCK_M, HEAD_DIM, BLOCK_D)
     if dleft is not None:
         partial = pair * tl.cdiv(query_length, BLOCK_M) + block
-        tl.store(dleft + partial, tl.sum(row_dleft))
-        tl.store(dright + partial, tl.sum(row_dright))
+        # A row of dS sums to dLSE but for the error of delta, which carries the rounding of the output. That error
+        # reaches each dS times its weight: the sum tells it, and it is taken out before distances multiply it.
+        error = row_grad_lse - row_sum
+        tl.store(dleft + partial, -tl.sum(left_moment + error * left_mean))
+        tl.store(dright + partial, -tl.sum(right_moment + error * right_mean))
 
 
 @triton.jit
 def _key_gradient_tiles(
-    dk, dv, k, v, q, grad_out, log2_lse, delta, stride_q, stride_g, key, lo, hi, shown, left, right, query_length, scale,
-    first, last,
+    dk, dv, k, v, q, grad_out, log2_lse, delta, stride_q, stride_g, key, lo, hi, shown, left, right, query_length,
+    scale, first, last,
     EDGE: tl.constexpr, PAST: tl.constexpr, SPLIT_BIAS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
@@ -456,7 +469,7 @@ def combine_kernel(
     num_kv_heads, group, query_length, num_splits,
     SPLIT: tl.constexpr, BLOCK_S: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The mean of one row's partial outputs, weighted by their exponentiated LSE, over the splits that were computed."""
+    """The mean of one row's partial outputs over the splits that were computed, weighted by exp of their LSE."""
     row = tl.program_id(0)
     rows = tl.num_programs(0)
     pair = tl.cast(tl.program_id(1), tl.int64)

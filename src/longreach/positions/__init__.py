@@ -43,6 +43,8 @@ def parse_method(spec: str) -> tuple[str, Any]:
     Raises:
         ValueError: an unknown method or option, or a value that the option does not take.
     """
+    if not isinstance(spec, str):
+        raise ValueError(f"position method {spec!r}: give a string, as in rotary:base=500000")
     name, *settings = spec.split(":")
     if name not in METHODS:
         raise ValueError(f"position method {name!r}: give one of {', '.join(METHODS)}")
@@ -54,6 +56,8 @@ def parse_method(spec: str) -> tuple[str, Any]:
         if option not in types or not equals:
             known = ", ".join(types) or "none"
             raise ValueError(f"option {setting!r} of position method {name}: give OPTION=VALUE with one of {known}")
+        if option in values:
+            raise ValueError(f"option {option!r} of position method {name} is given twice in {spec!r}: give it once")
         values[option] = _parse_value(f"{name}:{option}", text, types[option])
     return name, options_class(**values)
 
@@ -63,12 +67,12 @@ def _parse_value(where: str, text: str, annotation: Any) -> Any:
     kinds = get_args(annotation) or (annotation,)
     if bool in kinds:
         if text not in ("true", "false"):
-            raise ValueError(f"{where}={text}: give true or false")
+            raise ValueError(f"{where}={text!r}: give true or false")
         return text == "true"
     for kind in (int, float):
         if kind in kinds:
             try:
                 return kind(text)
             except ValueError:
-                raise ValueError(f"{where}={text}: give a number ({kind.__name__})") from None
+                raise ValueError(f"{where}={text!r}: give a number ({kind.__name__})") from None
     return text

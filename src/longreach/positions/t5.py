@@ -46,5 +46,6 @@ class T5(PositionMethod):
         """Bucket of each distance i - j >= 0, int64: causal T5 spends all its buckets on the past."""
         exact = self.options.num_buckets // 2
         log_ratio = torch.log(distance.clamp(min=1).double() / exact) / math.log(self.options.max_distance / exact)
-        spaced = exact + (log_ratio * (self.options.num_buckets - exact)).long()
+        # Distances that stand on a border of two buckets must not fall below it by rounding.
+        spaced = exact + (log_ratio * (self.options.num_buckets - exact) + 1e-9).long()
         return torch.where(distance < exact, distance, spaced.clamp(max=self.options.num_buckets - 1))

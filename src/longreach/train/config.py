@@ -12,8 +12,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 import tomli_w
 
 from longreach.data.prepare import DataConfig
-from longreach.models.config import ARCHITECTURES, Architecture
-from longreach.positions import parse_method
+from longreach.models.config import ARCHITECTURES, Architecture, ModelConfig
 from longreach.results import write_atomically
 
 
@@ -23,15 +22,15 @@ class TrainConfig:
 
     train_length: int = 128
     """L, the length in tokens of the training sequences."""
-    steps: int = 150
+    steps: int = 450
     """Number of optimizer steps."""
-    batch_size: int = 24
+    batch_size: int = 8
     """Sequences per optimizer step."""
     accumulation: int = 1
     """Into how many parts a batch is split, one after the other, to save memory."""
     learning_rate: float = 2e-3
     """Peak learning rate of AdamW, reached after the warm-up."""
-    warmup_steps: int = 20
+    warmup_steps: int = 40
     """Steps over which the learning rate rises linearly from 0."""
     final_learning_rate: float = 0.1
     """Where the cosine ends, as a fraction of the peak."""
@@ -91,7 +90,19 @@ class RunConfig:
     """The training."""
 
     def __post_init__(self) -> None:
-        parse_method(self.method)
+        # Refuse what does not fit together before any data is read. A given tokenizer's size is not known yet.
+        smallest = max(self.model.adaptive_cutoffs, default=0) + 1
+        self.model_config(self.data.vocab_size if self.data.tokenizer is None else smallest)
+
+    def model_config(self, vocab_size: int) -> ModelConfig:
+        """The model that is trained, given its tokenizer's V."""
+        return ModelConfig(
+            **vars(self.model),
+            vocab_size=vocab_size,
+            method=self.method,
+            train_length=self.train.train_length,
+            longest_length=self.longest_length,
+        )
 
 
 PRESETS: dict[str, dict[str, Any]] = {

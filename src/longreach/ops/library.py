@@ -1,0 +1,236 @@
+"""The Triton kernels as operators of torch.library, with shapes for tracing and formulas for autograd.
+
+torch.compile takes each operator as one opaque node, so that it neither breaks the graph nor looks inside at sizes
+that only the kernels care about. Nothing here imports triton until an operator runs on real tensors.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .reach import default_tolerance, key_ranges
+
+REACH_M = 128
+"""Queries per block of the key ranges that the kernels take. The BLOCK_M of every kernel divides it."""
+
+REACH_N = 64
+"""Keys per block of the key ranges. It divides the BLOCK_N of the kernel for dK and dV."""
+
+MAX_HEAD_DIM = 256
+"""Largest head_dim of the kernels."""
+
+DECODE_ROWS = 64
+"""Largest number of queries that share one key head, (H / Hkv) Tq, for which the decoding kernel is used."""
+
+
+def triton_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    slopes: Tensor | tuple[Tensor, Tensor] | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    window_size: int | None = None,
+    key_padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    tolerance: float | None = None,
+    key_norms: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Output and LSE of `longreach.attention`, which documents and validates the arguments, by Triton kernels.
+
+    Only keys within reach are read, the rest holds at most `tolerance` of each row's probability mass. Few queries
+    without a gradient are decoded: their keys are split among programs. Forward and backward are deterministic.
+
+    Args:
+        q: (B, H, Tq, D) float32, bfloat16 or float16, D at most MAX_HEAD_DIM; on a GPU.
+        k: (B, Hkv, Tk, D).
+        v: (B, Hkv, Tk, D).
+        slopes: (H,) or (B, H), a pair (left, right) of them, or None. May require a gradient.
+        causal: whether a query sees only keys at or before its position.
+        scale: factor of q . k; D**-0.5 when None.
+        window_size: see only keys with |i - j| < window_size.
+        key_padding_mask: (B, Tk) bool, True where a key is padding; what k and v hold there is never read.
+        cu_seqlens: (N + 1,) borders of packed documents.
+        tolerance: probability mass per row that may be dropped; `default_tolerance` of the dtype when None.
+        key_norms: `key_block_norms(k, REACH_N)`, which spares decoding the reading of keys beyond reach.
+
+    Returns:
+        out (B, H, Tq, D) in the dtype of q, and the natural LSE (B, H, Tq) in float32. Both carry gradients, once.
+
+    Raises:
+        ValueError: a dtype, head_dim or device that the kernels do not take.
+    """
+    batch, num_heads, query_length, head_dim = q.shape
+    if q.dtype == torch.float64:
+        raise ValueError('q of float64 with impl="triton": give float32, bfloat16 or float16, or another impl')
+    if head_dim > MAX_HEAD_DIM:
+        raise ValueError(
+            f'q has head_dim D={head_dim} with impl="triton": give at most {MAX_HEAD_DIM}, or another impl'
+        )
+    left = right = None
+    if slopes is not None:
+        pair = slopes if isinstance(slopes, tuple) else (slopes, slopes)
+        left, right = (side.to(torch.float32).expand(batch, num_heads) for side in pair)
+    scale = head_dim**-0.5 if scale is None else scale
+    tolerance = default_tolerance(q.dtype) if tolerance is None else tolerance
+    bounds = (scale, causal, window_size)
+    starts, ends = _key_ranges(q, k, left, right, key_padding_mask, cu_seqlens, key_norms, *bounds, tolerance)
+    few = num_heads // k.shape[1] * query_length <= DECODE_ROWS
+    learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, left, right))
+    if few and not learns and cu_seqlens is None:
+        return _decode(q, k, v, left, right, key_padding_mask, starts, ends, *bounds)
+    return _forward(q, k, v, left, right, key_padding_mask, cu_seqlens, starts, ends, *bounds)
+
+
+def empty_output(x: Tensor) -> Tensor:
+    """An empty tensor with the memory layout of x, or a contiguous one where that has a stride other than 1 in D."""
+    out = torch.empty_like(x)
+    return out if out.stride(-1) == 1 else torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("longreach::key_ranges", mutates_args=())
+def _key_ranges(
+    q: Tensor,
+    k: Tensor,
+    left: Tensor | None,
+    right: Tensor | None,
+    key_padding_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    key_norms: Tensor | None,
+    scale: float,
+    causal: bool,
+    window_size: int | None,
+    tolerance: float,
+) -> tuple[Tensor, Tensor]:
+    return key_ranges(
+        q,
+        k,
+        None if left is None or right is None else (left, right),
+        scale=scale,
+        causal=causal,
+        tolerance=tolerance,
+        block_m=REACH_M,
+        block_n=REACH_N,
+        window_size=window_size,
+        key_padding_mask=key_padding_mask,
+        cu_seqlens=cu_seqlens,
+        key_norms=key_norms,
+    )
+
+
+@_key_ranges.register_fake
+def _(q: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    batch, num_heads, query_length = q.shape[:3]
+    shape = (batch, num_heads, (query_length + REACH_M - 1) // REACH_M)
+    return q.new_empty(shape, dtype=torch.int32), q.new_empty(shape, dtype=torch.int32)
+
+
+@torch.library.custom_op("longreach::triton_forward", mutates_args=())
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    left: Tensor | None,
+    right: Tensor | None,
+    key_padding_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    starts: Tensor,
+    ends: Tensor,
+    scale: float,
+    causal: bool,
+    window_size: int | None,
+) -> tuple[Tensor, Tensor]:
+    from . import triton
+
+    masks = (left, right, key_padding_mask, cu_seqlens, starts, ends)
+    return triton.forward(q, k, v, *masks, scale=scale, causal=causal, window_size=window_size)
+
+
+@torch.library.custom_op("longreach::triton_decode", mutates_args=())
+def _decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    left: Tensor | None,
+    right: Tensor | None,
+    key_padding_mask: Tensor | None,
+    starts: Tensor,
+    ends: Tensor,
+    scale: float,
+    causal: bool,
+    window_size: int | None,
+) -> tuple[Tensor, Tensor]:
+    from . import triton
+
+    masks = (left, right, key_padding_mask, starts, ends)
+    return triton.decode(q, k, v, *masks, scale=scale, causal=causal, window_size=window_size)
+
+
+@_forward.register_fake
+@_decode.register_fake
+def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return empty_output(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("longreach::triton_backward", mutates_args=())
+def _backward(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    left: Tensor | None,
+    right: Tensor | None,
+    key_padding_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    starts: Tensor,
+    ends: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    causal: bool,
+    window_size: int | None,
+    slopes_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from . import triton
+
+    saved = (q, k, v, left, right, key_padding_mask, cu_seqlens, starts, ends, out, lse)
+    return triton.backward(
+        grad_out,
+        grad_lse,
+        *saved,
+        scale=scale,
+        causal=causal,
+        window_size=window_size,
+        slopes_gradient=slopes_gradient,
+    )
+
+
+@_backward.register_fake
+def _(
+    grad_out: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *others: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    slopes_gradient = others[-1]
+    shape = q.shape[:2] if slopes_gradient else (0,)
+    dleft, dright = (q.new_empty(shape, dtype=torch.float32) for _ in range(2))
+    return empty_output(q), empty_output(k), empty_output(v), dleft, dright
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:9], *output)
+    ctx.scale, ctx.causal, ctx.window_size = inputs[9:]
+
+
+def _differentiate(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    slopes_gradient = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
+    gradients = _backward(
+        grad_out, grad_lse, *ctx.saved_tensors, ctx.scale, ctx.causal, ctx.window_size, slopes_gradient
+    )
+    dq, dk, dv, dleft, dright = gradients
+    slopes = (dleft, dright) if slopes_gradient else (None, None)
+    return dq, dk, dv, *slopes, *(None,) * 7
+
+
+_forward.register_autograd(_differentiate, setup_context=_save_for_backward)

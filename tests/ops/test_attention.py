@@ -1,0 +1,284 @@
+import math
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from slow_attention import CASES, TOLERANCE, slow_attention
+
+import longreach
+import longreach.ops.attention as module
+from longreach.ops.alibi import alibi_slopes
+from longreach.ops.attention import attention, choose_impl
+
+DENSE = ("reference", "sdpa")
+
+
+@pytest.fixture
+def qkv():
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randn(shape, generator=generator) for shape in ((2, 4, 5, 8), (2, 2, 5, 8), (2, 2, 5, 8))]
+
+
+def test_public_name():
+    assert longreach.attention is attention
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_auto_follows_the_definition(name):
+    tensors, options = CASES[name].inputs()
+    out, lse = attention(*tensors, **options, return_lse=True)
+    expected_out, expected_lse = slow_attention(*tensors, **options)
+    assert out.dtype == lse.dtype == torch.float64
+    torch.testing.assert_close(out, expected_out, rtol=TOLERANCE, atol=TOLERANCE)
+    torch.testing.assert_close(lse, expected_lse, rtol=TOLERANCE, atol=TOLERANCE)
+    torch.testing.assert_close(attention(*tensors, **options), expected_out, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@st.composite
+def calls(draw):
+    """Tensors and options of any valid call with small integers as scores, and empty axes among them."""
+    batch, kv_heads, head_dim = draw(st.integers(0, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    heads = kv_heads * draw(st.integers(1, 2))
+    packed = draw(st.booleans())
+    key_length = draw(st.integers(1 if packed else 0, 6))
+    query_length = key_length if packed else draw(st.integers(0, 6))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    tensors = [normal(batch, heads, query_length, head_dim)]
+    tensors += [normal(batch, kv_heads, key_length, head_dim) for _ in "kv"]
+    options = {"causal": draw(st.booleans()), "window_size": draw(st.none() | st.integers(1, 4))}
+    if draw(st.booleans()):
+        shape = draw(st.sampled_from([(heads,), (batch, heads)]))
+        options["slopes"] = draw(st.sampled_from([normal(*shape).abs(), (normal(*shape).abs(), normal(*shape).abs())]))
+    if draw(st.booleans()):
+        full = (batch, heads, query_length, key_length)
+        shape = tuple(draw(st.sampled_from([1, size])) for size in full)
+        options["bias"] = normal(*shape[draw(st.integers(0, 4)) :])
+    if draw(st.booleans()):
+        options["key_padding_mask"] = normal(batch, key_length) > 0
+    if packed:
+        inner = draw(st.lists(st.integers(0, key_length), max_size=4))
+        options["cu_seqlens"] = torch.tensor([0, *sorted(inner), key_length])
+    return tensors, options
+
+
+@pytest.mark.parametrize("impl", DENSE)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(calls())
+def test_any_call_follows_the_definition(impl, call):
+    tensors, options = call
+    expected, _ = slow_attention(*tensors, **options)
+    out = attention(*tensors, **options, impl=impl)
+    torch.testing.assert_close(out, expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("impl", ["auto", *DENSE])
+@pytest.mark.parametrize(("batch", "query_length", "key_length"), [(0, 3, 3), (2, 0, 3), (2, 3, 0), (2, 0, 0)], ids=str)
+def test_empty_inputs(impl, batch, query_length, key_length):
+    q = torch.full((batch, 2, query_length, 4), math.nan)
+    k = torch.full((batch, 1, key_length, 4), math.nan)
+    out = attention(q, k, k, slopes=torch.ones(2), impl=impl)
+    assert torch.equal(out, torch.zeros(batch, 2, query_length, 4))
+    q.requires_grad_()
+    attention(q, k, k, slopes=torch.ones(2), impl=impl).sum().backward()
+    assert torch.equal(q.grad, torch.zeros_like(q))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dtypes_of_the_results(qkv, dtype):
+    out, lse = attention(*(x.to(dtype) for x in qkv), slopes=torch.ones(4), return_lse=True)
+    assert out.dtype == dtype
+    assert lse.dtype == torch.float32
+
+
+@pytest.mark.parametrize("impl", ["auto", *DENSE])
+def test_poisoned_padding_does_not_leak(qkv, impl):
+    q, k, v = qkv
+    padding = torch.tensor([[True, True, False, False, True], [True] * 5])
+    clean = attention(q, k, v, slopes=torch.ones(4), causal=False, key_padding_mask=padding, impl=impl)
+    poison = padding[:, None, :, None]
+    leaves = [q.clone(), k.masked_fill(poison, math.nan), v.masked_fill(poison, math.inf)]
+    leaves = [x.requires_grad_() for x in leaves]
+    out = attention(*leaves, slopes=torch.ones(4), causal=False, key_padding_mask=padding, impl=impl)
+    assert torch.equal(out, clean)
+    assert torch.all(out[1] == 0)
+    out.sum().backward()
+    assert all(x.grad.isfinite().all() for x in leaves)
+    assert all(torch.all(x.grad.masked_select(poison) == 0) for x in leaves[1:])
+
+
+@pytest.mark.parametrize("impl", DENSE)
+def test_inputs_need_not_be_contiguous(qkv, impl):
+    q, k, v = qkv
+    expected = attention(q, k, v, slopes=torch.ones(4), impl=impl)
+    fused = torch.cat([q, k, v], dim=1).transpose(1, 2).contiguous().transpose(1, 2)  # [B, H + 2 Hkv, T, D] views
+    strided = fused.split([4, 2, 2], dim=1)
+    assert not any(x.is_contiguous() for x in strided)
+    slopes = torch.ones(1).expand(4)
+    torch.testing.assert_close(attention(*strided, slopes=slopes, impl=impl), expected, rtol=0, atol=1e-6)
+
+
+def test_slopes_give_what_their_bias_gives(qkv):
+    slopes = alibi_slopes(4)
+    expected = attention(*qkv, bias=longreach.alibi_bias(slopes, 5))
+    torch.testing.assert_close(attention(*qkv, slopes=slopes), expected, rtol=0, atol=1e-6)
+
+
+def test_a_pair_of_equal_slopes_is_one_slope(qkv):
+    slopes = alibi_slopes(4)
+    expected = attention(*qkv, slopes=slopes, causal=False)
+    assert torch.equal(attention(*qkv, slopes=(slopes, slopes), causal=False), expected)
+
+
+@pytest.mark.parametrize("slopes", [None, torch.ones(1)], ids=["plain", "slopes"])
+@pytest.mark.parametrize("impl", DENSE)
+def test_dropout_statistics(impl, slopes):
+    torch.manual_seed(5)
+    length, probability = 200, 0.3
+    zeros = torch.zeros(1, 1, length, length)
+    eye = torch.eye(length)[None, None]  # the output is the weights
+    arguments = {"slopes": None if slopes is None else 0 * slopes, "causal": False, "impl": impl}
+    out = attention(zeros, zeros, eye, dropout_p=probability, **arguments)
+    kept = out != 0
+    deviation = math.sqrt(probability * (1 - probability) / length**2)
+    assert abs(1 - kept.float().mean() - probability) < 5 * deviation
+    torch.testing.assert_close(out[kept], torch.full_like(out[kept], 1 / length / (1 - probability)))
+    undropped = attention(zeros, zeros, eye, dropout_p=0.0, **arguments)
+    torch.testing.assert_close(undropped, torch.full_like(out, 1 / length))
+
+
+@pytest.mark.parametrize("impl", ["auto", "sdpa"])
+def test_autocast_casts_what_sdpa_would_and_keeps_the_bias_exact(qkv, impl):
+    slopes = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    bias = torch.randn(5, 5)
+    low = attention(*(x.bfloat16() for x in qkv), slopes=slopes, bias=bias, impl=impl)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(attention(*qkv, slopes=slopes, bias=bias, impl=impl), low)
+        double = attention(*(x.double() for x in qkv), slopes=slopes, impl=impl)
+    assert low.dtype == torch.bfloat16
+    assert torch.equal(double, attention(*(x.double() for x in qkv), slopes=slopes, impl=impl))
+
+
+def test_autocast_takes_mixed_inputs(qkv):
+    q, k, v = qkv
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attention(q, k.bfloat16(), v).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("impl", "options"),
+    [
+        ("auto", {}),
+        ("auto", {"slopes": alibi_slopes(4), "key_padding_mask": torch.arange(10).view(2, 5) < 2}),
+        ("sdpa", {"slopes": alibi_slopes(4), "window_size": 2}),
+        ("reference", {"slopes": alibi_slopes(4), "cu_seqlens": torch.tensor([0, 2, 5]), "return_lse": True}),
+    ],
+)
+def test_compiles_into_one_graph(qkv, impl, options):
+    leaves = [x.clone().requires_grad_() for x in qkv]
+    expected = attention(*leaves, **options, impl=impl)
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")(*leaves, **options, impl=impl)
+    torch.testing.assert_close(compiled, expected, rtol=1e-5, atol=1e-6)
+    outs = (compiled[0], expected[0]) if isinstance(compiled, tuple) else (compiled, expected)
+    ours, theirs = (torch.autograd.grad(out.square().sum(), leaves) for out in outs)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_auto_is_what_choose_impl_says(qkv):
+    assert torch.equal(attention(*qkv), attention(*qkv, impl=choose_impl()))
+    chosen = choose_impl(return_lse=True)
+    for ours, theirs in zip(
+        attention(*qkv, return_lse=True), attention(*qkv, return_lse=True, impl=chosen), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+
+
+def test_explicit_impl_never_falls_back(qkv, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("broken on purpose")
+
+    def forbidden(*args, **kwargs):
+        raise AssertionError("another implementation ran")
+
+    for name in DENSE:
+        for other in DENSE:
+            monkeypatch.setattr(module, f"{other}_attention", broken if other == name else forbidden)
+        with pytest.raises(RuntimeError, match="broken on purpose"):
+            attention(*qkv, impl=name)
+
+
+def test_sdpa_refuses_the_lse(qkv):
+    with pytest.raises(ValueError, match=r"^return_lse=True with impl=\"sdpa\""):
+        attention(*qkv, return_lse=True, impl="sdpa")
+
+
+WRONG = {
+    "q of three axes": ({"q": torch.ones(4, 5, 8)}, "q of shape"),
+    "q of integers": ({"q": torch.ones(2, 4, 5, 8, dtype=torch.int64)}, "q of torch.int64"),
+    "q complex": ({"q": torch.ones(2, 4, 5, 8, dtype=torch.complex64)}, "q of torch.complex64"),
+    "q without head_dim": (dict.fromkeys("qkv", torch.ones(2, 4, 5, 0)), "q has head_dim"),
+    "k of two axes": ({"k": torch.ones(5, 8)}, "k of shape"),
+    "k of another dtype": ({"k": torch.ones(2, 2, 5, 8, dtype=torch.float64)}, "k is torch.float64"),
+    "k of another device": ({"k": torch.ones(2, 2, 5, 8, device="meta")}, "k is torch.float32 on meta"),
+    "k of another batch": ({"k": torch.ones(1, 2, 5, 8)}, "k of shape"),
+    "k of another head_dim": ({"k": torch.ones(2, 2, 5, 9)}, "k of shape"),
+    "k heads that do not divide": ({"k": torch.ones(2, 3, 5, 8), "v": torch.ones(2, 3, 5, 8)}, "k has 3 heads"),
+    "k without heads": ({"k": torch.ones(2, 0, 5, 8), "v": torch.ones(2, 0, 5, 8)}, "k has 0 heads"),
+    "v of another length": ({"v": torch.ones(2, 2, 6, 8)}, "v of shape"),
+    "v of another dtype": ({"v": torch.ones(2, 2, 5, 8).half()}, "v is torch.float16"),
+    "slopes of key heads": ({"slopes": torch.ones(2)}, "slopes of shape"),
+    "slopes (1, H)": ({"slopes": torch.ones(1, 4)}, "slopes of shape"),
+    "slopes of integers": ({"slopes": torch.ones(4, dtype=torch.int64)}, "slopes of torch.int64"),
+    "slopes of another device": ({"slopes": torch.ones(4, device="meta")}, "slopes is on meta"),
+    "slopes in a list": ({"slopes": [torch.ones(4), torch.ones(4)]}, "slopes of list"),
+    "slopes as a number": ({"slopes": 0.5}, "slopes of float"),
+    "slopes, one side missing": ({"slopes": (None, torch.ones(4))}, "slopes of NoneType"),
+    "slopes, other side missing": ({"slopes": (torch.ones(4), None)}, "slopes of NoneType"),
+    "slopes, right side wrong": ({"slopes": (torch.ones(4), torch.ones(3))}, "slopes of shape"),
+    "slopes, a triple": ({"slopes": (torch.ones(4),) * 3}, "slopes is a tuple of 3"),
+    "slopes, an empty tuple": ({"slopes": ()}, "slopes is a tuple of 0"),
+    "bias too long": ({"bias": torch.ones(6)}, "bias of shape"),
+    "bias of five axes": ({"bias": torch.ones(1, 2, 4, 5, 5)}, "bias of shape"),
+    "bias of key heads": ({"bias": torch.ones(2, 5, 5)}, "bias of shape"),
+    "bias of bool": ({"bias": torch.ones(5, 5, dtype=torch.bool)}, "bias of torch.bool"),
+    "bias of another device": ({"bias": torch.ones(5, 5, device="meta")}, "bias is on meta"),
+    "scale zero": ({"scale": 0.0}, "scale=0.0"),
+    "scale NaN": ({"scale": math.nan}, "scale=nan"),
+    "scale infinite": ({"scale": math.inf}, "scale=inf"),
+    "window_size zero": ({"window_size": 0}, "window_size=0"),
+    "window_size fraction": ({"window_size": 2.5}, r"window_size=2\.5"),
+    "key_padding_mask of bytes": ({"key_padding_mask": torch.ones(2, 5, dtype=torch.uint8)}, "key_padding_mask of"),
+    "key_padding_mask too short": ({"key_padding_mask": torch.ones(2, 4, dtype=torch.bool)}, "key_padding_mask of"),
+    "key_padding_mask of another device": (
+        {"key_padding_mask": torch.ones(2, 5, dtype=torch.bool, device="meta")},
+        "key_padding_mask is on meta",
+    ),
+    "cu_seqlens of floats": ({"cu_seqlens": torch.tensor([0.0, 5.0])}, "cu_seqlens of"),
+    "cu_seqlens of one": ({"cu_seqlens": torch.tensor([0])}, "cu_seqlens of"),
+    "cu_seqlens of two axes": ({"cu_seqlens": torch.tensor([[0, 5]])}, "cu_seqlens of"),
+    "cu_seqlens while decoding": (
+        {"q": torch.ones(2, 4, 1, 8), "cu_seqlens": torch.tensor([0, 5])},
+        "cu_seqlens with Tq=1 and Tk=5",
+    ),
+    "cu_seqlens of another device": ({"cu_seqlens": torch.tensor([0, 5], device="meta")}, "cu_seqlens is on meta"),
+    "dropout_p of one": ({"dropout_p": 1.0}, r"dropout_p=1\.0"),
+    "dropout_p negative": ({"dropout_p": -0.1}, r"dropout_p=-0\.1"),
+    "tolerance negative": ({"tolerance": -1e-9}, "tolerance=-1e-09"),
+    "tolerance of one": ({"tolerance": 1.0}, r"tolerance=1\.0"),
+    "tolerance NaN": ({"tolerance": math.nan}, "tolerance=nan"),
+    "impl unknown": ({"impl": "fastest"}, "impl='fastest'"),
+    "impl missing": ({"impl": None}, "impl=None"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_arguments_are_named(qkv, name):
+    changed, message = WRONG[name]
+    arguments = {**dict(zip("qkv", qkv, strict=True)), **changed}
+    with pytest.raises(ValueError, match=f"^{message}") as raised:
+        attention(arguments.pop("q"), arguments.pop("k"), arguments.pop("v"), **arguments)
+    assert "\n" not in str(raised.value)

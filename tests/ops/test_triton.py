@@ -1,0 +1,463 @@
+"""The Triton kernels, interpreted on the CPU, or compiled where there is a GPU."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from triton_interpreter import DEVICE
+
+from longreach.ops import triton as kernels
+from longreach.ops.alibi import alibi_distance
+from longreach.ops.library import DECODE_ROWS, REACH_M, REACH_N, triton_attention
+from longreach.ops.reference import reference_attention
+
+CASES: dict[str, dict[str, Any]] = {
+    "causal": {"lengths": (203, 203)},
+    "causal, half": {"lengths": (290, 290), "head_dim": 64, "dtype": torch.bfloat16},
+    "causal, slopes of each batch row": {"lengths": (131, 131), "slopes": "batch", "dtype": torch.float16},
+    "without slopes": {"lengths": (150, 259), "slopes": None, "causal": False},
+    "without slopes, causal": {"lengths": (150, 259), "slopes": None, "dtype": torch.float16},
+    "chunked prefill": {"lengths": (70, 261), "head_dim": 24},
+    "more queries than keys": {"lengths": (190, 77), "head_dim": 5},
+    "bidirectional": {"lengths": (210, 290), "causal": False, "dtype": torch.bfloat16},
+    "left and right slopes": {"lengths": (170, 200), "causal": False, "slopes": "pair"},
+    "left and right slopes, half": {"lengths": (140, 400), "causal": False, "slopes": "pair", "dtype": torch.float16},
+    "left and right slopes, causal": {"lengths": (100, 100), "slopes": "pair"},
+    "window": {"lengths": (259, 259), "window_size": 37, "dtype": torch.bfloat16},
+    "window over tiles": {"lengths": (130, 390), "window_size": 200, "causal": False, "dtype": torch.float16},
+    "narrow window": {"lengths": (67, 67), "window_size": 3, "causal": False},
+    "documents": {"lengths": (270, 270), "documents": [0, 100, 101, 270], "dtype": torch.float16},
+    "documents both ways": {"lengths": (200, 200), "documents": [0, 1, 64, 150, 200], "causal": False},
+    "padding on the left": {"lengths": (140, 140), "padding": [100, 0], "dtype": torch.bfloat16},
+    "padding on the right": {"lengths": (70, 140), "padding": [-100, -3], "causal": False},
+    "grouped heads": {"lengths": (70, 100), "heads": (6, 2), "causal": False, "slopes": "pair"},
+    "grouped heads, half": {"lengths": (135, 135), "heads": (3, 1), "head_dim": 96, "dtype": torch.bfloat16},
+    "wide heads": {"lengths": (40, 70), "head_dim": 256},
+    "wide heads, half": {"lengths": (40, 70), "head_dim": 200, "dtype": torch.float16},
+    "everything": {
+        "lengths": (200, 200),
+        "heads": (2, 1),
+        "causal": False,
+        "slopes": "pair",
+        "window_size": 140,
+        "documents": [0, 10, 200],
+        "padding": [20, -30],
+        "dtype": torch.float16,
+    },
+}
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh memory holds NaN, so that an element which no kernel writes shows."""
+    empty, empty_like = torch.empty, torch.empty_like
+
+    def poison(x: Tensor) -> Tensor:
+        return x.fill_(float("nan")) if x.is_floating_point() else x
+
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: poison(empty(*args, **kwargs)))
+    monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: poison(empty_like(*args, **kwargs)))
+
+
+@pytest.fixture(autouse=DEVICE == "cpu")
+def large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interpreted, a tile takes the same time whatever its size: float32 gets the large ones of half types too."""
+    half = kernels.PLANS[2, 64]
+    monkeypatch.setattr(kernels, "PLANS", dict.fromkeys(kernels.PLANS, half))
+
+
+def surrounded(*shape: int, dtype: torch.dtype, layout: str = "BHTD") -> Tensor:
+    """Normal numbers between NaNs: whatever is read before or after them shows."""
+    batch, heads, length, head_dim = shape
+    if layout == "BTHD":
+        buffer = torch.full((batch, length + 5, heads, head_dim + 8), float("nan"), dtype=dtype, device=DEVICE)
+        view = buffer.transpose(1, 2)[:, :, 2:-3, :head_dim]
+    else:
+        buffer = torch.full((batch, heads, length + 5, head_dim + 8), float("nan"), dtype=dtype, device=DEVICE)
+        view = buffer[:, :, 2:-3, :head_dim]
+    return view.copy_(torch.randn(shape, device=DEVICE))
+
+
+def make(
+    lengths: tuple[int, int],
+    *,
+    heads: tuple[int, int] = (2, 2),
+    head_dim: int = 16,
+    dtype: torch.dtype = torch.float32,
+    slopes: str | None = "head",
+    padding: list[int] | None = None,
+    documents: list[int] | None = None,
+    layout: str = "BHTD",
+    **options: Any,
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors to differentiate, by name, and the other arguments of attention."""
+    torch.manual_seed(0)
+    batch = 2 if padding is not None or slopes == "batch" else 1
+    query_length, key_length = lengths
+    tensors = {
+        "q": surrounded(batch, heads[0], query_length, head_dim, dtype=dtype, layout=layout),
+        "k": surrounded(batch, heads[1], key_length, head_dim, dtype=dtype, layout=layout),
+        "v": surrounded(batch, heads[1], key_length, head_dim, dtype=dtype, layout=layout),
+    }
+    steepness = torch.logspace(-0.15, -3, heads[0], device=DEVICE)
+    if slopes == "batch":
+        tensors["slopes"] = torch.stack([steepness, steepness.flip(0)])
+    elif slopes == "pair":
+        steepness[-1] = 0.0
+        tensors["left"], tensors["right"] = steepness, steepness.flip(0) / 2
+    elif slopes == "head":
+        tensors["slopes"] = steepness
+    if padding is not None:
+        position = torch.arange(key_length, device=DEVICE)
+        hidden = [position < count if count >= 0 else position >= key_length + count for count in padding]
+        options["key_padding_mask"] = torch.stack(hidden)
+    if documents is not None:
+        options["cu_seqlens"] = torch.tensor(documents, dtype=torch.int32, device=DEVICE)
+    return tensors, options
+
+
+def run(
+    function: Any,
+    tensors: dict[str, Tensor],
+    options: dict[str, Any],
+    grads: tuple[Tensor, Tensor],
+    *,
+    dtype: torch.dtype | None = None,
+    hidden: float = 0.0,
+) -> dict[str, Tensor]:
+    """Output, LSE and gradients; in dtype if given; with `hidden` for what padded keys and values hold."""
+    leaves = {}
+    for name, x in tensors.items():
+        if name in ("k", "v") and "key_padding_mask" in options:
+            x = torch.where(options["key_padding_mask"][:, None, :, None], hidden, x)
+        # Keep the strides: detach gives a view.
+        leaves[name] = (x.to(dtype) if dtype else x).detach().requires_grad_()
+    slopes = leaves.get("slopes", (leaves["left"], leaves["right"]) if "left" in leaves else None)
+    out, lse = function(leaves["q"], leaves["k"], leaves["v"], slopes=slopes, **options)
+    grads = (grads[0].to(out.dtype), grads[1].to(lse.dtype))
+    gradients = torch.autograd.grad((out, lse), list(leaves.values()), grads, allow_unused=True)
+    named = {f"d{name}": g for name, g in zip(leaves, gradients, strict=True) if g is not None}
+    return {"out": out.detach(), "lse": lse.detach(), **named}
+
+
+def difference(x: Tensor, exact: Tensor) -> Tensor:
+    """Absolute differences where there is a number and not -inf."""
+    return (x.double() - exact)[exact > float("-inf")].abs()
+
+
+def assert_within(ours: dict[str, Tensor], plain: dict[str, Tensor], golden: dict[str, Tensor]) -> None:
+    """The project's rule: errors, max and mean, at most 2 (output) or 3 (gradients) times those of the plain way."""
+    for name, exact in golden.items():
+        assert ours[name].shape == exact.shape, name
+        assert torch.equal(ours[name] > float("-inf"), exact > float("-inf")), name
+        error, allowed = (difference(x[name], exact) for x in (ours, plain))
+        factor = 2 if name in ("out", "lse") else 3
+        assert error.max() <= factor * allowed.max(), f"{name}: {error.max()} against {allowed.max()}"
+        assert error.mean() <= factor * allowed.mean(), f"{name}: {error.mean()} against {allowed.mean()}"
+
+
+def check(tensors: dict[str, Tensor], options: dict[str, Any]) -> None:
+    q = tensors["q"]
+    of_slopes = {"dslopes", "dleft", "dright"}
+    plain_errors: dict[str, list[Tensor]] = {}
+    # The gradient of a slope is one number, whose plain error can be small by chance: take that of several draws.
+    for _ in range(4):
+        grads = torch.randn(q.shape, device=DEVICE), torch.randn(q.shape[:3], device=DEVICE)
+        grads = grads[0].to(q.dtype).double(), grads[1].to(q.dtype).double()
+        plain = run(reference_attention, tensors, options, grads, dtype=q.dtype)
+        golden = run(reference_attention, tensors, options, grads, dtype=torch.float64)
+        for name in of_slopes & golden.keys():
+            plain_errors.setdefault(name, []).append(difference(plain[name], golden[name]).max())
+    ours = run(triton_attention, tensors, options, grads, hidden=float("nan"))
+    for name, errors in plain_errors.items():
+        error = difference(ours[name], golden[name]).max()
+        assert error <= 3 * max(errors), f"{name}: {error} against {errors}"
+    assert_within(ours, plain, {name: x for name, x in golden.items() if name not in of_slopes})
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_output_and_gradients(case: dict[str, Any]) -> None:
+    check(*make(**case))
+
+
+def test_transposed_layout_needs_no_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors, options = make((70, 70), heads=(4, 2), layout="BTHD")
+    assert all(tensors[name].stride(1) < tensors[name].stride(2) for name in "qkv")
+    copied = []
+    monkeypatch.setattr(kernels, "_unit_stride", lambda x: copied.append(x.stride(-1) != 1) or x)
+    check(tensors, options)
+    assert copied
+    assert not any(copied)
+
+
+def test_strided_head_dim_is_copied() -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 16, 40, device=DEVICE).transpose(2, 3) for _ in range(3))
+    out, _ = triton_attention(q.requires_grad_(), k, v)
+    torch.testing.assert_close(out, reference_attention(q, k, v)[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [16, 64, 96, 128, 256])
+@pytest.mark.parametrize("causal", [True, False])
+def test_compiled_at_length(dtype: torch.dtype, head_dim: int, causal: bool) -> None:
+    check(*make((3001, 3001), heads=(4, 2), head_dim=head_dim, dtype=dtype, causal=causal))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"lengths": (1, 1)},
+        {"lengths": (1, 700), "heads": (8, 2)},
+        {"lengths": (1, 700), "dtype": torch.bfloat16, "slopes": "batch", "window_size": 301},
+        {"lengths": (5, 600), "heads": (6, 2), "head_dim": 24, "dtype": torch.float16, "slopes": "pair"},
+        {"lengths": (5, 600), "heads": (6, 2), "slopes": "pair", "causal": False, "window_size": 400},
+        {"lengths": (3, 590), "slopes": None, "padding": [590, -300]},
+        {"lengths": (9, 4)},
+    ],
+)
+def test_decoding(case: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The decoding kernels against the reference, over several splits, none of whose memory is read unwritten."""
+    tensors, options = make(**case)
+    monkeypatch.setattr(kernels, "forward", None)
+    hidden = options.get("key_padding_mask")
+    slopes = tensors.get("slopes", (tensors["left"], tensors["right"]) if "left" in tensors else None)
+    q, k, v = (tensors[name] for name in "qkv")
+    if hidden is not None:
+        k, v = (x.masked_fill(hidden[:, None, :, None], float("nan")) for x in (k, v))
+    assert q.shape[1] // k.shape[1] * q.shape[2] <= DECODE_ROWS
+    out, lse = triton_attention(q, k, v, slopes=slopes, **options)
+    results = []
+    for dtype in (q.dtype, torch.float64):
+        k, v = (tensors[name].to(dtype) for name in "kv")
+        reference = reference_attention(q.to(dtype), k, v, slopes=slopes, **options)
+        results.append(dict(zip(("out", "lse"), reference, strict=True)))
+    assert_within({"out": out, "lse": lse}, *results)
+
+
+def test_decoding_combines_many_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More live splits than the combining kernel takes at a time."""
+    tensors, options = make((2, 20 * REACH_N), slopes=None)
+    narrow = kernels.Tiles(block_m=16, block_n=16, num_warps=4, num_stages=1)
+    plan = kernels.Plan(narrow, narrow, narrow, narrow)
+    monkeypatch.setattr(kernels, "plan", lambda q: plan)
+    out, lse = triton_attention(*tensors.values(), slopes=None, **options)
+    expected = reference_attention(*tensors.values(), slopes=None)
+    torch.testing.assert_close((out, lse), expected)
+
+
+def ranges_of_the_last(count: int, lengths: tuple[int, int], heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Ranges of the last key blocks before each causal query block, and what they hide as a bias of -inf."""
+    query_length, key_length = lengths
+    last_rows = (torch.arange(REACH_M, query_length + REACH_M, REACH_M).clamp(max=query_length)) - 1
+    ends = torch.div(last_rows + key_length - query_length, REACH_N, rounding_mode="floor") + 1
+    starts = (ends - count).clamp(min=0)
+    block = torch.arange(query_length) // REACH_M
+    key_block = torch.arange(key_length) // REACH_N
+    needed = (key_block >= starts[block, None]) & (key_block < ends[block, None])
+    starts, ends = (x.to(torch.int32).expand(1, heads, -1).contiguous().to(DEVICE) for x in (starts, ends))
+    return starts, ends, torch.where(needed, 0.0, float("-inf")).to(DEVICE)
+
+
+def test_only_key_ranges_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where NaN keys lie out of range of all queries, results are those of attention that masks out of range keys."""
+    lengths = (200, 500)
+    # Tiles of two key blocks would give dK and dV of keys that a neighbouring key block's queries need.
+    tiles = kernels.Tiles(block_m=64, block_n=REACH_N, num_warps=4, num_stages=1)
+    monkeypatch.setattr(kernels, "plan", lambda q: kernels.Plan(tiles, tiles, tiles, tiles))
+    tensors, _ = make(lengths, slopes=None)
+    q, k, v = (x.contiguous() for x in tensors.values())
+    starts, ends, bias = ranges_of_the_last(3, lengths, 2)
+    far = int(starts.min()) * REACH_N
+    assert far > 2 * REACH_N
+    reference = [x.double().requires_grad_() for x in (q, k, v)]
+    expected = reference_attention(*reference, bias=bias.double())
+    grads = torch.randn_like(q), torch.randn(q.shape[:3], device=DEVICE)
+    expected_gradients = torch.autograd.grad(expected, reference, tuple(x.double() for x in grads))
+    k[:, :, :far] = v[:, :, :far] = float("nan")
+    ranges = (None, None, None, None, starts, ends)
+    options: dict[str, Any] = {"causal": True, "scale": 0.25, "window_size": None}
+    out, lse = kernels.forward(q, k, v, *ranges, **options)
+    gradients = kernels.backward(*grads, q, k, v, *ranges, out, lse, **options, slopes_gradient=False)
+    for ours, exact in zip((out, lse, *gradients[:3]), (*expected, *expected_gradients), strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5)
+    assert not gradients[1][:, :, :far].any()
+    assert [x.shape for x in gradients[3:]] == [(0,), (0,)]
+    last = (starts[..., -1:].contiguous(), ends[..., -1:].contiguous())
+    decoded = kernels.decode(q[:, :, -4:], k, v, None, None, None, *last, **options)
+    torch.testing.assert_close(decoded, (out[:, :, -4:], lse[:, :, -4:]))
+
+
+def test_reach_skips_far_keys() -> None:
+    """A steep head reads a small part of 64k keys in bfloat16, in which the nearest keys keep distinct biases."""
+    length = 2**16
+    torch.manual_seed(0)
+    q = torch.zeros(1, 1, 2, 16, dtype=torch.bfloat16, device=DEVICE)
+    k = torch.zeros(1, 1, length, 16, dtype=torch.bfloat16, device=DEVICE)
+    v = torch.zeros(1, 1, length, 16, dtype=torch.bfloat16, device=DEVICE)
+    nearest = torch.arange(16, device=DEVICE)
+    v[0, 0, length - 1 - nearest, nearest] = 1.0  # channel d of the output is the weight of the key at distance d
+    v[:, :, : length - 4096] = float("nan")
+    weights, _ = triton_attention(q, k, v, slopes=torch.tensor([0.5], device=DEVICE))
+    expected = torch.exp(-0.5 * nearest.double()) * (1 - 2.718281828459045**-0.5)
+    # Weights and output are each rounded to bfloat16 once.
+    torch.testing.assert_close(weights[0, 0, 1].double(), expected, rtol=2 * 2.0**-8, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_runs_give_the_same_bits(dtype: torch.dtype) -> None:
+    tensors, options = make((140, 140), heads=(2, 1), dtype=dtype)
+    grads = torch.randn(1, 2, 140, 16, device=DEVICE), torch.randn(1, 2, 140, device=DEVICE)
+    first, second = (run(triton_attention, tensors, options, grads) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_rows_without_keys() -> None:
+    """Output 0, LSE -inf, and no gradient to or from them, where padding or position leaves a row no key."""
+    for case in ({"lengths": (140, 140), "padding": [140, 20]}, {"lengths": (200, 60)}):
+        tensors, options = make(**case)
+        grads = torch.ones_like(tensors["q"]), torch.ones(tensors["q"].shape[:3], device=DEVICE)
+        ours = run(triton_attention, tensors, options, grads, hidden=float("nan"))
+        empty = ours["lse"] == float("-inf")
+        assert empty.any()
+        assert not empty.all()
+        assert not ours["out"][empty].any()
+        assert not ours["dq"][empty].any()
+        assert all(x.isfinite().all() for name, x in ours.items() if name != "lse")
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 5, 5), (1, 2, 0, 5), (1, 2, 5, 0)])
+def test_empty_inputs(shape: tuple[int, int, int, int]) -> None:
+    batch, heads, query_length, key_length = shape
+    q = torch.randn(batch, heads, query_length, 16, device=DEVICE, requires_grad=True)
+    k, v = (torch.randn(batch, heads, key_length, 16, device=DEVICE, requires_grad=True) for _ in range(2))
+    slopes = torch.ones(heads, device=DEVICE, requires_grad=True)
+    out, lse = triton_attention(q, k, v, slopes=slopes)
+    assert not out.any()
+    assert (lse == float("-inf")).all()
+    for x, gradient in zip((q, k, v, slopes), torch.autograd.grad(out.sum(), (q, k, v, slopes)), strict=True):
+        assert gradient.shape == x.shape
+        assert not gradient.any()
+    with torch.no_grad():
+        decoded, _ = triton_attention(q, k, v, slopes=slopes)
+    assert decoded.shape == q.shape
+    assert not decoded.any()
+
+
+@pytest.mark.parametrize(("length", "options"), [(1, {}), (67, {"window_size": 1, "causal": False})])
+def test_one_key_gets_all_the_weight(length: int, options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    q, k, v, grad = (torch.randn(2, 2, length, 16, device=DEVICE, requires_grad=True) for _ in range(4))
+    out, lse = triton_attention(q, k, v, slopes=torch.ones(2, device=DEVICE), **options)
+    torch.testing.assert_close(out, v)
+    torch.testing.assert_close(lse, (q * k).sum(dim=-1) / 4)
+    dq, dk, dv = torch.autograd.grad(out, (q, k, v), grad)
+    torch.testing.assert_close(dv, grad)
+    torch.testing.assert_close((dq, dk), (torch.zeros_like(q), torch.zeros_like(k)))
+
+
+def test_work_list_starts_with_the_most_work() -> None:
+    counts = torch.tensor([[[3, 1], [7, 0]], [[2, 9], [5, 5]]], dtype=torch.int32)
+    order = kernels.work_list(counts)
+    assert order.dtype == torch.int32
+    assert counts.flatten()[order].tolist() == [9, 7, 5, 5, 3, 2, 1, 0]
+    assert sorted(order.tolist()) == list(range(8))
+
+
+def random_ranges(num_query_blocks: int, num_key_blocks: int) -> Iterator[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(100):
+        borders = torch.randint(0, num_key_blocks + 1, (2, 1, 3, num_query_blocks), generator=generator)
+        yield borders.amin(dim=0).int(), borders.amax(dim=0).int()
+
+
+def hull(starts: Tensor, ends: Tensor, key_block: int) -> tuple[int, int]:
+    needing = [r for r in range(len(starts)) if starts[r] <= key_block < ends[r]]
+    return (min(needing), max(needing) + 1) if needing else (0, 0)
+
+
+def test_transposed_ranges_hold_all_that_need_a_key_block() -> None:
+    for starts, ends in random_ranges(7, 11):
+        firsts, lasts = kernels.transposed_ranges(starts, ends, 11)
+        assert firsts.shape == lasts.shape == (1, 3, 11)
+        assert (firsts <= lasts).all()
+        assert firsts.min() >= 0
+        assert lasts.max() <= 7
+        for head in range(3):
+            for c in range(11):
+                first, last = hull(starts[0, head], ends[0, head], c)
+                if first < last:
+                    assert firsts[0, head, c] <= first
+                    assert lasts[0, head, c] >= last
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_transposed_ranges_are_exact_in_self_attention(causal: bool) -> None:
+    own = torch.arange(9, dtype=torch.int32)
+    for starts, ends in random_ranges(9, 9):
+        starts, ends = torch.minimum(starts, own), own + 1 if causal else torch.maximum(ends, own + 1)
+        ends = ends.expand_as(starts)
+        firsts, lasts = kernels.transposed_ranges(starts, ends, 9)
+        for head in range(3):
+            expected = [hull(starts[0, head], ends[0, head], c) for c in range(9)]
+            assert list(zip(firsts[0, head].tolist(), lasts[0, head].tolist(), strict=True)) == expected
+
+
+def test_nobody_needs_keys() -> None:
+    nothing = torch.zeros(1, 2, 3, dtype=torch.int32)
+    firsts, lasts = kernels.transposed_ranges(nothing, nothing, 4)
+    assert torch.equal(firsts, lasts)
+
+
+@pytest.mark.parametrize("plan", kernels.PLANS.values(), ids=map(str, kernels.PLANS))
+def test_tiles_fit_the_key_ranges(plan: kernels.Plan) -> None:
+    for tiles in (plan.forward, plan.query_gradient, plan.key_gradient):
+        assert REACH_M % tiles.block_m == 0
+    assert plan.key_gradient.block_n % REACH_N == 0
+    assert REACH_N % plan.decode.block_n == 0
+    # The second kernel reads statistics of no query that the first did not write.
+    assert plan.query_gradient.block_m % plan.key_gradient.block_m == 0
+
+
+def test_errors_name_the_argument(monkeypatch: pytest.MonkeyPatch) -> None:
+    q = torch.zeros(1, 1, 2, 16, device=DEVICE)
+    with pytest.raises(ValueError, match="q of float64"):
+        triton_attention(q.double(), q.double(), q.double())
+    wide = torch.zeros(1, 1, 2, 257, device=DEVICE)
+    with pytest.raises(ValueError, match=r"head_dim D=257.*at most 256"):
+        triton_attention(wide, wide, wide)
+    monkeypatch.setattr(kernels.triton.knobs.runtime, "interpret", False)
+    with pytest.raises(ValueError, match=r"q is on cpu.*GPU"):
+        triton_attention(q.cpu(), q.cpu(), q.cpu())
+
+
+def test_kernels_compile_for_hopper(tmp_path: Path) -> None:
+    """Compiled without a GPU for compute capability 9.0, the half kernels use its matrix units and fit its memory."""
+    script = Path(__file__).with_name("compile_for_hopper.py")
+    environment = {"TRITON_CACHE_DIR": str(tmp_path), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    kinds = {"forward", "query_gradient", "key_gradient", "decode", "combine"}
+    assert {line.split()[0].removesuffix("_kernel") for line in done.stdout.splitlines()} == kinds
+    for line in done.stdout.splitlines():
+        name, shared_bytes, matrix_instructions = line.split()
+        assert int(shared_bytes) <= 227 * 1024, line
+        if name in ("forward_kernel", "query_gradient_kernel", "key_gradient_kernel"):
+            assert int(matrix_instructions) > 0, line
+
+
+def test_distance_convention() -> None:
+    """What the kernels call query - key is the distance of the equations."""
+    tensors, _ = make((3, 5), slopes=None)
+    q, k, v = tensors.values()
+    slopes = torch.tensor([2.0, 2.0], device=DEVICE)
+    bias = -2.0 * alibi_distance(3, 5, device=DEVICE)
+    expected = reference_attention(q, k, v, bias=bias.expand(1, 2, 3, 5).float())
+    torch.testing.assert_close(triton_attention(q, k, v, slopes=slopes), expected)

@@ -1,0 +1,53 @@
+"""Importing this module makes the Triton kernels runnable in the tests: compiled on a GPU, interpreted without one.
+
+Triton reads TRITON_INTERPRET when it is imported and when a kernel is defined, so import this first. It is the one
+place that mends what the interpreter of Triton 3.6 gets wrong, none of which touches the kernels:
+
+- a scalar is an array of one element, which NumPy from 2.4 refuses to turn into an index;
+- a product of bfloat16 matrices multiplies their bit patterns as integers;
+- float32 is cut off to bfloat16 instead of rounded to the nearest even, as GPUs do.
+"""
+
+import os
+import sys
+from typing import Any
+
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+if DEVICE == "cpu":
+    if "longreach.ops.triton" in sys.modules or ("triton" in sys.modules and "TRITON_INTERPRET" not in os.environ):
+        raise RuntimeError("triton was imported before its interpreter was asked for: import triton_interpreter first")
+    os.environ["TRITON_INTERPRET"] = "1"
+
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert_float = interpreter._convert_float
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def rounding_convert_float(data: Any, source: Any, target: Any, rounding_mode: Any) -> Any:
+        if source == tl.bfloat16 and target == tl.float32:
+            return data.astype(np.uint32) << 16
+        if source == tl.float32 and target == tl.bfloat16:
+            return torch.from_numpy(data.copy()).to(torch.bfloat16).view(torch.uint16).numpy()
+        return convert_float(data, source, target, rounding_mode)
+
+    def dot(builder: Any, a: Any, b: Any, accumulator: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
+        operands = []
+        for operand in (a, b):
+            data = operand.data
+            if operand.dtype == tl.bfloat16:
+                data = rounding_convert_float(data, tl.bfloat16, tl.float32, None).view(np.float32)
+            operands.append(data.astype(accumulator.data.dtype))
+        return interpreter.TensorHandle(np.matmul(*operands) + accumulator.data, accumulator.dtype.scalar)
+
+    def patch_tensor_with_index(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._convert_float = rounding_convert_float
+    interpreter._patch_lang_tensor = patch_tensor_with_index
+    interpreter.InterpreterBuilder.create_dot = dot

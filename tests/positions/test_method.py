@@ -1,0 +1,11 @@
+import torch
+
+from longreach.positions import AttentionPositions, PositionMethod
+
+
+def test_the_base_class_does_nothing():
+    method = PositionMethod()
+    embeddings = torch.randn(2, 3, 4)
+    assert method.embed(embeddings, torch.arange(3)[None]) is embeddings
+    assert method.attend(torch.arange(3)[None], 3, 3) == AttentionPositions(None, None, None)
+    assert (method.max_length, method.max_training_offset, method.depends_on_length) == (None, 0, False)

@@ -1,0 +1,86 @@
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from longreach.positions import METHODS, parse_method
+from longreach.positions.alibi import AlibiOptions
+from longreach.positions.learned import LearnedOptions
+from longreach.positions.none import NoneOptions
+from longreach.positions.rotary import RotaryOptions
+from longreach.positions.sinusoidal import SinusoidalOptions
+from longreach.positions.t5 import T5Options
+
+FACTORS = st.floats(0, 1, exclude_min=True)
+OPTIONS = {
+    "alibi": st.builds(AlibiOptions, interpolation_factor=FACTORS, learned=st.booleans())
+    | st.builds(AlibiOptions, dynamic=st.just(True), learned=st.booleans()),
+    "learned": st.builds(LearnedOptions, table_length=st.none() | st.integers(1, 10**6)),
+    "none": st.just(NoneOptions()),
+    "rotary": st.builds(RotaryOptions, base=st.floats(1, 1e12, exclude_min=True))
+    | st.builds(RotaryOptions, scaling=st.sampled_from(["linear", "ntk"]), interpolation_factor=st.none() | FACTORS),
+    "sinusoidal": st.just(SinusoidalOptions()),
+    "sinusoidal-shifted": st.just(SinusoidalOptions()),
+    "t5": st.builds(T5Options, num_buckets=st.integers(2, 64), max_distance=st.integers(33, 10**6)),
+}
+
+
+def spelled(name, options):
+    """The string that names a method with these options, each that is not None."""
+    values = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+    texts = {k: str(v).lower() if isinstance(v, bool) else str(v) for k, v in values.items() if v is not None}
+    return ":".join([name, *(f"{option}={text}" for option, text in texts.items())])
+
+
+def test_every_method_is_covered():
+    assert set(OPTIONS) == set(METHODS)
+
+
+@given(st.sampled_from(sorted(METHODS)).flatmap(lambda name: st.tuples(st.just(name), OPTIONS[name])))
+def test_spelled_options_are_read_back(named):
+    assert parse_method(spelled(*named)) == named
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_bare_name_gives_the_defaults(name):
+    assert parse_method(name) == (name, METHODS[name][1]())
+
+
+BEGINNINGS = ["", *(f"{name}:" for name in METHODS)] + [
+    f"{name}:{field.name}=" for name, (_, options) in METHODS.items() for field in dataclasses.fields(options)
+]
+
+
+@given(st.tuples(st.sampled_from(BEGINNINGS), st.text(max_size=9)).map("".join))
+def test_any_text_is_read_or_refused_in_one_line(spec):
+    refusal = ""
+    try:
+        name, options = parse_method(spec)
+        assert isinstance(options, METHODS[name][1])
+    except ValueError as error:
+        refusal = str(error)
+    assert len(refusal.splitlines()) <= 1
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("", "position method '': give one of alibi, "),
+        ("ALiBi", "position method 'ALiBi': give one of alibi, "),
+        (" alibi", "position method ' alibi': give one of alibi, "),
+        (None, "position method None: give a string"),
+        (7, "position method 7: give a string"),
+        ("alibi:", "option '' of position method alibi: give OPTION=VALUE with one of interpolation_factor, "),
+        ("alibi:dynamic", "option 'dynamic' of position method alibi: give OPTION=VALUE"),
+        ("alibi:base=2", "option 'base=2' of position method alibi: give OPTION=VALUE"),
+        ("alibi:dynamic=yes", "alibi:dynamic='yes': give true or false"),
+        ("alibi:interpolation_factor=half", r"alibi:interpolation_factor='half': give a number \(float\)"),
+        ("alibi:interpolation_factor=", r"alibi:interpolation_factor='': give a number \(float\)"),
+        ("learned:table_length=1.5", r"learned:table_length='1\.5': give a number \(int\)"),
+        ("t5:num_buckets=32:num_buckets=64", "option 'num_buckets' of position method t5 is given twice"),
+    ],
+)
+def test_refusals(spec, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        parse_method(spec)

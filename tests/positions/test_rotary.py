@@ -1,0 +1,126 @@
+import cmath
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from longreach.positions import ModelSize, build_method, rotate
+
+SIZE = ModelSize(d_model=24, num_heads=3, head_dim=8, train_length=16, longest_length=64)
+EPS = torch.finfo(torch.float32).eps
+
+
+def frequencies(spec, length=16, size=SIZE):
+    """The angle by which each pair turns from one position to the next."""
+    cos, sin = build_method(spec, size).attend(torch.tensor([[1]]), length, length).rotation
+    half = size.head_dim // 2
+    assert torch.equal(cos[..., :half], cos[..., half:])
+    assert torch.equal(sin[..., :half], sin[..., half:])
+    return torch.atan2(sin, cos).flatten()[:half].double()
+
+
+def rotated(spec, x, positions, length=16):
+    rotation = build_method(spec, SIZE).attend(torch.as_tensor(positions), length, length).rotation
+    return rotate(x, rotation)
+
+
+@pytest.mark.parametrize("base", [10000.0, 500000.0, 2.0])
+def test_turns_each_pair_as_a_complex_number(base):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 3, 4, 8, generator=generator, dtype=torch.float64)
+    positions = torch.tensor([[0, 1, 2, 300], [5, 5, 60, 7]])
+    out = rotated(f"rotary:base={base}", x, positions)
+    expected = torch.empty_like(x)
+    for b, h, t in np.ndindex(2, 3, 4):
+        for i in range(4):
+            pair = complex(x[b, h, t, i], x[b, h, t, i + 4])
+            turned = pair * cmath.exp(1j * float(positions[b, t]) * base ** (-2 * i / 8))
+            expected[b, h, t, i], expected[b, h, t, i + 4] = turned.real, turned.imag
+    # float32 angles up to 300, from a power that is a few units off.
+    torch.testing.assert_close(out, expected, rtol=0, atol=300 * 8 * EPS)
+
+
+@given(st.integers(0, 2000), st.integers(0, 2000), st.integers(0, 2000))
+def test_scores_depend_on_the_distance_alone(query, key, shift):
+    generator = torch.Generator().manual_seed(query)
+    q, k = torch.randn(2, 1, 1, 1, 8, generator=generator, dtype=torch.float64)
+    here = rotated("rotary", q, [[query]]) * rotated("rotary", k, [[key]])
+    there = rotated("rotary", q, [[query + shift]]) * rotated("rotary", k, [[key + shift]])
+    # Each angle, up to 4000, is rounded to half a unit of float32 in each of four rotations.
+    tolerance = 4 * 4000 * EPS * float(q.norm() * k.norm())
+    assert abs(here.sum() - there.sum()) < tolerance
+
+
+def test_keeps_lengths_and_the_dtype():
+    x = torch.randn(2, 3, 4, 8)
+    out = rotated("rotary", x, torch.arange(4)[None])
+    torch.testing.assert_close(out.norm(dim=-1), x.norm(dim=-1), rtol=8 * EPS, atol=0)
+    assert torch.equal(out[:, :, 0], x[:, :, 0])  # position 0 turns nothing
+    low = rotated("rotary", x.bfloat16(), torch.tensor([[1000, 1001, 1002, 1003]]))
+    assert low.dtype == torch.bfloat16
+    assert len(torch.unique(low[0, 0] / x.bfloat16()[0, 0], dim=0)) == 4  # positions were not rounded
+
+
+def test_rotation_shape_and_dtype():
+    cos, sin = build_method("rotary", SIZE).attend(torch.arange(10).view(2, 5), 5, 5).rotation
+    assert cos.shape == sin.shape == (2, 1, 5, 8)
+    assert cos.dtype == sin.dtype == torch.float32
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.5, 0.125])
+def test_linear_scaling_multiplies_positions(factor):
+    scaled = frequencies(f"rotary:scaling=linear:interpolation_factor={factor}")
+    torch.testing.assert_close(scaled, frequencies("rotary") * factor, rtol=8 * EPS, atol=0)
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.5, 0.125])
+def test_ntk_keeps_the_fastest_and_interpolates_the_slowest(factor):
+    plain = frequencies("rotary")
+    scaled = frequencies(f"rotary:scaling=ntk:interpolation_factor={factor}")
+    assert scaled[0] == plain[0]
+    torch.testing.assert_close(scaled[-1], plain[-1] * factor, rtol=16 * EPS, atol=0)
+    ratio = scaled / plain
+    assert (ratio.diff() <= 0).all()  # and goes over from one to the other
+
+
+@pytest.mark.parametrize("scaling", ["linear", "ntk"])
+def test_without_a_factor_the_length_gives_it(scaling):
+    spec = f"rotary:scaling={scaling}"
+    assert build_method(spec, SIZE).depends_on_length
+    assert not build_method(f"{spec}:interpolation_factor=0.5", SIZE).depends_on_length
+    assert not build_method("rotary", SIZE).depends_on_length
+    plain = frequencies("rotary")
+    assert torch.equal(frequencies(spec, length=3), plain)
+    assert torch.equal(frequencies(spec, length=16), plain)
+    assert torch.equal(frequencies(spec, length=64), frequencies(f"{spec}:interpolation_factor=0.25"))
+
+
+def test_a_fixed_factor_holds_at_every_length():
+    spec = "rotary:scaling=linear:interpolation_factor=0.5"
+    assert torch.equal(frequencies(spec, length=3), frequencies(spec, length=64))
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("rotary:base=1", r"base=1\.0: "),
+        ("rotary:base=nan", "base=nan: "),
+        ("rotary:base=inf", "base=inf: "),
+        ("rotary:scaling=yarn", "scaling='yarn': give none, linear or ntk"),
+        ("rotary:interpolation_factor=0.5", r"interpolation_factor=0\.5: give scaling=linear or ntk"),
+        ("rotary:scaling=ntk:interpolation_factor=0", r"interpolation_factor=0\.0: "),
+        ("rotary:scaling=ntk:interpolation_factor=2", r"interpolation_factor=2\.0: "),
+        ("rotary:scaling=ntk:interpolation_factor=nan", "interpolation_factor=nan: "),
+    ],
+)
+def test_options_out_of_range(spec, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        build_method(spec, SIZE)
+
+
+@pytest.mark.parametrize(("spec", "head_dim"), [("rotary", 7), ("rotary:scaling=ntk", 2)])
+def test_head_dim_that_cannot_be_rotated(size, spec, head_dim):
+    with pytest.raises(ValueError, match=f"^head_dim={head_dim} with "):
+        build_method(spec, size(head_dim=head_dim))

@@ -1,0 +1,127 @@
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import longreach
+
+ROOT = Path(longreach.__file__).parent
+MODULES = {
+    ".".join(("longreach", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): path
+    for path in sorted(ROOT.rglob("*.py"))
+}
+
+MAY_IMPORT = {
+    "ops": set(),
+    "positions": {"ops"},
+    "models": {"positions", "ops"},
+    "data": set(),
+    "results": set(),
+    "evaluate": {"data", "results"},
+    "train": {"models", "data", "evaluate", "results"},
+    "extend": {"ops", "models", "positions"},
+    "report": {"results"},
+}
+"""Part of longreach -> the other parts that it may import, DESIGN.md's table."""
+
+ABOVE = {"runs", "compare", "terminal"}
+"""Modules that put the parts together: they may import anything but the command line."""
+
+ENTRANCES = {"cli", "__main__"}
+"""The command line, and `python -m longreach`, which alone may import it."""
+
+IMPLEMENTATIONS = {"reference", "sdpa", "cpu", "triton", "flex"}
+"""Modules of ops that each compute attention in their own way."""
+
+HEAVY = {"triton", "transformers", "datasets", "matplotlib"}
+
+
+def part(module):
+    """The part of longreach that a module belongs to, "" for the package itself."""
+    return [*module.split("."), ""][1]
+
+
+def imports(module):
+    """Full names of all that a module imports, anywhere in it; `from a import b` is read as a.b if that is a module."""
+    path = MODULES[module]
+    package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            source = ".".join([*base, *([node.module] if node.module else [])])
+            for alias in node.names:
+                yield f"{source}.{alias.name}" if f"{source}.{alias.name}" in MODULES else source
+
+
+def ours(module):
+    return {name for name in imports(module) if name.split(".")[0] == "longreach"}
+
+
+def test_there_is_something_to_read():
+    assert {"longreach", "longreach.ops.attention", "longreach.positions", "longreach.models.decoder"} <= set(MODULES)
+    assert "longreach.ops.masks" in ours("longreach.ops.reference")  # relative
+    assert "longreach.ops.attention" in ours("longreach.models.decoder")  # absolute
+    assert "longreach.positions" in ours("longreach.models.config")  # a package
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_who_may_import_whom(module):
+    own = part(module)
+    others = {part(name) for name in ours(module)} - {own, ""}
+    if own == "":
+        assert others == set()  # the package resolves its public names when asked
+    elif own not in ABOVE | ENTRANCES:
+        assert own in MAY_IMPORT, f"{own} has no row in MAY_IMPORT"
+        assert others <= MAY_IMPORT[own]
+    if own != "__main__":
+        assert "cli" not in others
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if part(name) == "ops"])
+def test_ops_imports_torch_alone(module):
+    roots = {name.split(".")[0] for name in imports(module)} - {"longreach", *sys.stdlib_module_names}
+    allowed = {"torch", "triton"} if module.startswith("longreach.ops.triton") else {"torch"}
+    assert roots <= allowed
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if part(name) == "ops"])
+def test_implementations_never_import_each_other(module):
+    name = module.removeprefix("longreach.ops.")
+    if name in IMPLEMENTATIONS:
+        assert not {f"longreach.ops.{other}" for other in IMPLEMENTATIONS - {name}} & ours(module)
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if part(name) in ("report", "results")])
+def test_reports_need_no_torch(module):
+    assert "torch" not in {name.split(".")[0] for name in imports(module)}
+
+
+def loaded_after(statement):
+    """Names of the modules that a fresh process holds after a statement."""
+    code = f"import sys\n{statement}\nprint(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(run.stdout.split())
+
+
+def test_importing_longreach_loads_nothing_heavy():
+    assert not (HEAVY | {"torch"}) & loaded_after("import longreach; dir(longreach)")
+
+
+def test_using_attention_and_models_loads_nothing_optional():
+    statement = "import longreach; longreach.attention; import longreach.models.generate, longreach.models.pretrained"
+    assert not HEAVY & loaded_after(statement)
+
+
+def test_reading_results_and_writing_reports_load_no_torch():
+    assert "torch" not in loaded_after("import longreach.results, longreach.report.page, longreach.report.tables")
+
+
+def test_public_names_resolve_and_others_are_refused():
+    for name in longreach.__all__:
+        assert getattr(longreach, name) is not None
+    with pytest.raises(AttributeError, match=r"no attribute 'Attention'; public names: .*attention"):
+        _ = longreach.Attention
