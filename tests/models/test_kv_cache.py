@@ -61,3 +61,17 @@ def test_what_was_appended_is_copied():
 def test_keeps_the_dtype(dtype):
     keys, values = KVCache().append(0, torch.ones(1, 1, 2, 1, dtype=dtype), torch.ones(1, 1, 2, 1, dtype=dtype))
     assert keys.dtype == values.dtype == dtype
+
+
+@pytest.mark.parametrize("chunks", [[1] * 70, [64, 64], [63, 1, 1, 64, 200], [130]])
+def test_key_norms_bound_every_key_of_their_block(chunks):
+    cache = KVCache()
+    keys = torch.randn(2, 3, sum(chunks), 8)
+    start = 0
+    for chunk in chunks:
+        new = keys[:, :, start : start + chunk]
+        cache.append(0, new, new)
+        start += chunk
+        norms = cache.key_norms(0)
+        blocks = torch.nn.functional.pad(keys[:, :, :start].norm(dim=-1), (0, -start % 64)).unflatten(-1, (-1, 64))
+        torch.testing.assert_close(norms, blocks.amax(dim=-1))

@@ -5,13 +5,16 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from slow_attention import CASES, TOLERANCE, slow_attention
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import longreach
 import longreach.ops.attention as module
 from longreach.ops.alibi import alibi_slopes
-from longreach.ops.attention import attention, choose_impl
+from longreach.ops.attention import IMPLEMENTATIONS, attention, choose_impl
+from longreach.ops.reach import KEY_BLOCK, key_block_norms
 
 DENSE = ("reference", "sdpa")
+ON_CPU = (*DENSE, "cpu")
 
 
 @pytest.fixture
@@ -66,17 +69,19 @@ def calls(draw):
     return tensors, options
 
 
-@pytest.mark.parametrize("impl", DENSE)
+@pytest.mark.parametrize("impl", ON_CPU)
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(calls())
 def test_any_call_follows_the_definition(impl, call):
     tensors, options = call
+    if impl == "cpu":
+        options.pop("bias", None)
     expected, _ = slow_attention(*tensors, **options)
     out = attention(*tensors, **options, impl=impl)
     torch.testing.assert_close(out, expected, rtol=TOLERANCE, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("impl", ["auto", *DENSE])
+@pytest.mark.parametrize("impl", ["auto", *ON_CPU])
 @pytest.mark.parametrize(("batch", "query_length", "key_length"), [(0, 3, 3), (2, 0, 3), (2, 3, 0), (2, 0, 0)], ids=str)
 def test_empty_inputs(impl, batch, query_length, key_length):
     q = torch.full((batch, 2, query_length, 4), math.nan)
@@ -95,7 +100,7 @@ def test_dtypes_of_the_results(qkv, dtype):
     assert lse.dtype == torch.float32
 
 
-@pytest.mark.parametrize("impl", ["auto", *DENSE])
+@pytest.mark.parametrize("impl", ["auto", *ON_CPU])
 def test_poisoned_padding_does_not_leak(qkv, impl):
     q, k, v = qkv
     padding = torch.tensor([[True, True, False, False, True], [True] * 5])
@@ -111,7 +116,7 @@ def test_poisoned_padding_does_not_leak(qkv, impl):
     assert all(torch.all(x.grad.masked_select(poison) == 0) for x in leaves[1:])
 
 
-@pytest.mark.parametrize("impl", DENSE)
+@pytest.mark.parametrize("impl", ON_CPU)
 def test_inputs_need_not_be_contiguous(qkv, impl):
     q, k, v = qkv
     expected = attention(q, k, v, slopes=torch.ones(4), impl=impl)
@@ -176,6 +181,8 @@ def test_autocast_takes_mixed_inputs(qkv):
         ("auto", {"slopes": alibi_slopes(4), "key_padding_mask": torch.arange(10).view(2, 5) < 2}),
         ("sdpa", {"slopes": alibi_slopes(4), "window_size": 2}),
         ("reference", {"slopes": alibi_slopes(4), "cu_seqlens": torch.tensor([0, 2, 5]), "return_lse": True}),
+        ("cpu", {"slopes": alibi_slopes(4), "window_size": 3}),
+        ("cpu", {"slopes": (alibi_slopes(4), alibi_slopes(4).flip(0)), "causal": False, "return_lse": True}),
     ],
 )
 def test_compiles_into_one_graph(qkv, impl, options):
@@ -188,27 +195,111 @@ def test_compiles_into_one_graph(qkv, impl, options):
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_auto_is_what_choose_impl_says(qkv):
-    assert torch.equal(attention(*qkv), attention(*qkv, impl=choose_impl()))
-    chosen = choose_impl(return_lse=True)
-    for ours, theirs in zip(
-        attention(*qkv, return_lse=True), attention(*qkv, return_lse=True, impl=chosen), strict=True
-    ):
-        assert torch.equal(ours, theirs)
+def test_compiled_gradients_of_learned_slopes(qkv):
+    slopes = alibi_slopes(4).requires_grad_()
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    gradients = []
+    for function in (attention, compiled):
+        out, lse = function(*qkv, slopes=slopes, return_lse=True, impl="cpu")
+        gradients.append(torch.autograd.grad(out.square().sum() + lse.sum(), slopes)[0])
+    assert torch.equal(*gradients)
+
+
+def test_one_graph_serves_all_lengths():
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(attention, fullgraph=True, dynamic=True, backend=counter)
+    for length in (300, 417, 999):
+        q = torch.randn(1, 4, length, 8)
+        expected = attention(q, q, q, slopes=alibi_slopes(4))
+        assert torch.equal(compiled(q, q, q, slopes=alibi_slopes(4)), expected)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "chosen"),
+    [
+        (("cpu", 1024, 1024), {"reaching": True}, "cpu"),
+        (("cpu", 1024, 1024), {"reaching": False}, "sdpa"),
+        (("cpu", 256, 256), {"reaching": True}, "cpu"),
+        (("cpu", 255, 256), {"reaching": True}, "sdpa"),
+        (("cpu", 64, 64), {"reaching": True, "return_lse": True}, "cpu"),
+        (("cpu", 1024, 1024), {"reaching": True, "dense": True}, "sdpa"),
+        (("cpu", 1024, 1024), {"reaching": True, "dense": True, "return_lse": True}, "reference"),
+        (("cpu", 1, 8191), {"reaching": True}, "sdpa"),
+        (("cpu", 1, 8192), {"reaching": True}, "cpu"),
+        (("cuda", 8192, 8192), {"reaching": True}, "sdpa"),
+        (("cuda", 8192, 8192), {"reaching": True, "return_lse": True}, "reference"),
+    ],
+    ids=str,
+)
+def test_what_auto_chooses(arguments, options, chosen):
+    assert choose_impl(*arguments, **options) == chosen
+
+
+@pytest.mark.parametrize("length", [32, 300])
+@pytest.mark.parametrize("with_slopes", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_auto_runs_what_choose_impl_says(length, with_slopes, with_bias, return_lse):
+    q = torch.randn(1, 4, length, 8)
+    options = {"return_lse": return_lse}
+    if with_slopes:
+        options["slopes"] = alibi_slopes(4)
+    if with_bias:
+        options["bias"] = torch.randn(length)
+    chosen = choose_impl("cpu", length, length, reaching=with_slopes, dense=with_bias, return_lse=return_lse)
+    ours, theirs = attention(q, q, q, **options), attention(q, q, q, **options, impl=chosen)
+    assert all(map(torch.equal, ours, theirs)) if return_lse else torch.equal(ours, theirs)
 
 
 def test_explicit_impl_never_falls_back(qkv, monkeypatch):
-    def broken(*args, **kwargs):
-        raise RuntimeError("broken on purpose")
+    class Ran(Exception):
+        pass
 
-    def forbidden(*args, **kwargs):
-        raise AssertionError("another implementation ran")
+    def run_as(name):
+        def run(*arguments, **options):
+            raise Ran(name)
 
-    for name in DENSE:
-        for other in DENSE:
-            monkeypatch.setattr(module, f"{other}_attention", broken if other == name else forbidden)
-        with pytest.raises(RuntimeError, match="broken on purpose"):
-            attention(*qkv, impl=name)
+        return run
+
+    monkeypatch.setattr(module, "reference_attention", run_as("reference"))
+    monkeypatch.setattr(module, "sdpa_attention", run_as("sdpa"))
+    monkeypatch.setattr(module, "triton_attention", run_as("triton"))
+    monkeypatch.setattr("longreach.ops.cpu.cpu_attention", run_as("cpu"))
+    monkeypatch.setattr("longreach.ops.flex.flex_alibi_attention", run_as("flex"))
+    for name in IMPLEMENTATIONS:
+        with pytest.raises(Ran, match=f"^{name}$"):
+            attention(*qkv, slopes=torch.ones(4), impl=name)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "triton", "flex"])
+@pytest.mark.parametrize(
+    ("name", "options"), [("bias", {"bias": torch.ones(5)}), ("dropout_p=0.5", {"dropout_p": 0.5})]
+)
+def test_what_has_no_reach_is_refused(qkv, impl, name, options):
+    with pytest.raises(ValueError, match=f"^{name} with impl="):
+        attention(*qkv, **options, impl=impl)
+
+
+def test_key_norms_change_nothing_but_what_is_read(monkeypatch):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1, 4, 1, 16), torch.randn(1, 2, 9000, 16), torch.randn(1, 2, 9000, 16)
+    slopes = torch.tensor([0.5, 0.4, 0.3, 0.2])
+    norms = key_block_norms(k, KEY_BLOCK)
+    expected = attention(q, k, v, slopes=slopes, impl="reference")
+    assert choose_impl("cpu", 1, 9000, reaching=True) == "cpu"
+    far = torch.arange(9000) < 8000  # beyond reach: not even read
+    k, v = (x.masked_fill(far[:, None], math.nan) for x in (k, v))
+    torch.testing.assert_close(attention(q, k, v, slopes=slopes, key_norms=norms), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", ["sdpa", "reference", "flex"])
+def test_key_norms_are_not_ignored_in_silence(qkv, impl):
+    norms = torch.ones(2, 2, 1)
+    attention(*qkv, slopes=torch.ones(4), key_norms=norms)
+    with pytest.raises(ValueError, match=r"^key_norms with impl="):
+        attention(*qkv, slopes=torch.ones(4), key_norms=norms, impl=impl)
 
 
 def test_sdpa_refuses_the_lse(qkv):
@@ -270,6 +361,7 @@ WRONG = {
     "tolerance negative": ({"tolerance": -1e-9}, "tolerance=-1e-09"),
     "tolerance of one": ({"tolerance": 1.0}, r"tolerance=1\.0"),
     "tolerance NaN": ({"tolerance": math.nan}, "tolerance=nan"),
+    "key_norms of another block": ({"key_norms": torch.ones(2, 2, 5)}, "key_norms of shape"),
     "impl unknown": ({"impl": "fastest"}, "impl='fastest'"),
     "impl missing": ({"impl": None}, "impl=None"),
 }

@@ -99,7 +99,10 @@ class Decoder(nn.Module):
 
     def attention_impl(self, length: int) -> str:
         """Name of the attention implementation that runs on sequences of this length."""
-        return choose_impl()
+        device = next(self.parameters()).device
+        attend = self.positions.attend(torch.zeros(1, 1, dtype=torch.int64, device=device), 1, length)
+        dense = attend.bias is not None or (self.training and self.config.attention_dropout > 0)
+        return choose_impl(device.type, length, length, reaching=attend.slopes is not None, dense=dense)
 
     def _check_length(
         self, key_length: int, positions: Tensor | None, cache: KVCache | None, length: int | None
@@ -162,8 +165,10 @@ class SelfAttention(nn.Module):
         q, k, v = heads.split(self.heads, dim=1)
         if positions.rotation is not None:
             q, k = rotate(q, positions.rotation), rotate(k, positions.rotation)
+        key_norms = None
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
+            key_norms = cache.key_norms(self.layer) if positions.slopes is not None else None
         mixed: Tensor = attention(  # type: ignore[assignment]  # a tensor, since no LSE is asked for
             q,
             k,
@@ -171,6 +176,7 @@ class SelfAttention(nn.Module):
             slopes=positions.slopes,
             bias=positions.bias,
             key_padding_mask=key_padding_mask,
+            key_norms=key_norms,
             dropout_p=self.config.attention_dropout if self.training else 0.0,
         )
         projected: Tensor = self.out(mixed.transpose(1, 2).flatten(-2))

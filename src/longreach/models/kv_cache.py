@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from longreach.ops.reach import KEY_BLOCK, key_block_norms
+
 
 class KVCache:
     """Grows with what is appended, without a limit on length.
@@ -15,6 +17,8 @@ class KVCache:
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
         self._lengths: list[int] = []
+        self._key_norms: list[Tensor | None] = []
+        self._normed: list[int] = []
 
     @property
     def length(self) -> int:
@@ -27,6 +31,8 @@ class KVCache:
             self._keys.append(keys[:, :, :0])
             self._values.append(values[:, :, :0])
             self._lengths.append(0)
+            self._key_norms.append(None)
+            self._normed.append(0)
         start = self._lengths[layer]
         stop = start + keys.shape[2]
         if stop > self._keys[layer].shape[2]:
@@ -37,6 +43,18 @@ class KVCache:
         self._values[layer][:, :, start:stop] = values
         self._lengths[layer] = stop
         return self._keys[layer][:, :, :stop], self._values[layer][:, :, :stop]
+
+    def key_norms(self, layer: int) -> Tensor:
+        """Largest norm in each block of KEY_BLOCK keys of a layer, (B, Hkv, ceil(length / KEY_BLOCK)).
+
+        With them attention knows which keys are within reach without reading the others. Each key is read once.
+        """
+        whole = self._normed[layer] // KEY_BLOCK  # blocks that no later key has joined
+        keys = self._keys[layer][:, :, whole * KEY_BLOCK : self._lengths[layer]]
+        fresh, known = key_block_norms(keys, KEY_BLOCK), self._key_norms[layer]
+        norms = fresh if known is None else torch.cat((known[..., :whole], fresh), dim=-1)
+        self._key_norms[layer], self._normed[layer] = norms, self._lengths[layer]
+        return norms
 
 
 def _grown(buffer: Tensor, used: int, capacity: int) -> Tensor:

@@ -1,14 +1,28 @@
 """The public attention function: validate once, choose an implementation, call it."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .library import compiled_cpu_attention, triton_attention
+from .reach import KEY_BLOCK
 from .reference import reference_attention
 from .sdpa import sdpa_attention
 
-IMPLEMENTATIONS = ("reference", "sdpa")
+IMPLEMENTATIONS = ("reference", "sdpa", "cpu", "triton", "flex")
+"""What `impl` may name besides "auto"."""
+
+CPU_CROSSOVER = 256 * 256
+"""Tq Tk from which "cpu" beats "sdpa" with a dense mask on the CPU: 1.2 to 2.3 times at 256, and 0.6 to 0.9 at 64
+(`python benchmarks/attention.py --crossover`)."""
+
+CPU_DECODE_CROSSOVER = 8192
+"""Tk from which that holds for fewer than DECODE_QUERIES queries, whose bound costs as much as the keys it saves."""
+
+DECODE_QUERIES = 16
+"""Queries below which a call counts as decoding."""
 
 
 def attention(
@@ -25,6 +39,7 @@ def attention(
     cu_seqlens: Tensor | None = None,
     dropout_p: float = 0.0,
     tolerance: float | None = None,
+    key_norms: Tensor | None = None,
     return_lse: bool = False,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -49,10 +64,15 @@ def attention(
         cu_seqlens: (N + 1,) int32 or int64, [0, ..., T]: borders of N documents packed along T. Needs Tq = Tk. No
             query sees another document.
         dropout_p: probability with which attention weights are dropped; pass 0 outside training.
-        tolerance: the probability mass per row that an implementation may drop, at least 0; None is the default
-            of the dtype. Both implementations here drop nothing.
+        tolerance: the probability mass per row that "cpu", "triton" and "flex" may drop, at least 0: they skip keys
+            that provably hold no more (docs/reach.md). None is the default of the dtype, below its rounding. The
+            others drop nothing.
+        key_norms: (B, Hkv, ceil(Tk / KEY_BLOCK)), upper bounds on the key norms of each block of KEY_BLOCK keys, as
+            `longreach.ops.reach.key_block_norms` gives them; a KV cache keeps them so that decoding with "cpu" and
+            "triton" reads only keys within reach. "auto" makes no use of them where it chooses otherwise.
         return_lse: whether to return the LSE too.
-        impl: "auto", "reference" or "sdpa". An explicit choice runs or raises. "auto" is what `choose_impl` says.
+        impl: "auto", "reference", "sdpa", "cpu", "triton" or "flex". An explicit choice runs or raises. "auto" is
+            what `choose_impl` says.
 
     Returns:
         The output (B, H, Tq, D) in the dtype of q; with return_lse a pair of it and the natural log of each row's
@@ -63,32 +83,91 @@ def attention(
     """
     q, k, v = _autocast(q, k, v)
     _validate(q, k, v, slopes, bias, scale, window_size, key_padding_mask, cu_seqlens, dropout_p, tolerance, impl)
+    if key_norms is not None:
+        _validate_key_norms(key_norms, k, impl)
     if impl == "auto":
-        impl = choose_impl(return_lse=return_lse)
-    if impl == "sdpa" and return_lse:
-        raise ValueError(
-            'return_lse=True with impl="sdpa": SDPA does not return the LSE; use impl="reference" or "auto"'
+        masked = window_size is not None or key_padding_mask is not None or cu_seqlens is not None
+        impl = choose_impl(
+            q.device.type,
+            q.shape[2],
+            k.shape[2],
+            reaching=slopes is not None or masked,
+            dense=bias is not None or dropout_p > 0,
+            return_lse=return_lse,
         )
+    arguments: dict[str, Any] = {
+        "slopes": slopes,
+        "causal": causal,
+        "scale": scale,
+        "window_size": window_size,
+        "key_padding_mask": key_padding_mask,
+        "cu_seqlens": cu_seqlens,
+    }
     with torch.autocast(q.device.type, enabled=False):
-        arguments: dict[str, Any] = {
-            "slopes": slopes,
-            "bias": bias,
-            "causal": causal,
-            "scale": scale,
-            "window_size": window_size,
-            "key_padding_mask": key_padding_mask,
-            "cu_seqlens": cu_seqlens,
-            "dropout_p": dropout_p,
-        }
         if impl == "sdpa":
-            return sdpa_attention(q, k, v, **arguments)
-        out, lse = reference_attention(q, k, v, **arguments)
-        return (out, lse.to(torch.promote_types(lse.dtype, torch.float32))) if return_lse else out
+            if return_lse:
+                raise ValueError('return_lse=True with impl="sdpa", which has no LSE: use another impl or "auto"')
+            return sdpa_attention(q, k, v, **arguments, bias=bias, dropout_p=dropout_p)
+        if impl == "reference":
+            out, lse = reference_attention(q, k, v, **arguments, bias=bias, dropout_p=dropout_p)
+            lse = lse.to(torch.promote_types(lse.dtype, torch.float32))
+        else:
+            if bias is not None or dropout_p:
+                name = "bias" if bias is not None else f"dropout_p={dropout_p}"
+                raise ValueError(f'{name} with impl="{impl}", which has neither: use impl="sdpa" or "auto"')
+            if impl != "flex":
+                arguments["key_norms"] = key_norms
+            out, lse = _reaching(impl, q)(q, k, v, **arguments, tolerance=tolerance)
+    return (out, lse) if return_lse else out
 
 
-def choose_impl(*, return_lse: bool = False) -> str:
-    """Name the implementation that `attention(impl="auto")` runs: "sdpa", or "reference" where the LSE is wanted."""
-    return "reference" if return_lse else "sdpa"
+def choose_impl(
+    device: str,
+    query_length: int,
+    key_length: int,
+    *,
+    reaching: bool,
+    dense: bool = False,
+    return_lse: bool = False,
+) -> str:
+    """Name the implementation that `attention(impl="auto")` runs.
+
+    On the CPU that is "cpu" from the measured crossovers on, where there is anything to skip or hide; "sdpa"
+    otherwise, and "reference" where a dense bias or dropout meets a wanted LSE. On other devices it is "sdpa", or
+    "reference" for the LSE: the GPU kernels have not been timed yet, so they run only by impl="triton".
+
+    Args:
+        device: the type of the device, as in "cpu".
+        query_length: Tq.
+        key_length: Tk.
+        reaching: whether there are slopes, a window, padding or documents.
+        dense: whether there is a dense bias or dropout.
+        return_lse: whether the LSE is wanted.
+    """
+    if device != "cpu" or dense:
+        return "reference" if return_lse else "sdpa"
+    if return_lse:
+        return "cpu"
+    if query_length < DECODE_QUERIES:
+        return "cpu" if reaching and key_length >= CPU_DECODE_CROSSOVER else "sdpa"
+    return "cpu" if reaching and query_length * key_length >= CPU_CROSSOVER else "sdpa"
+
+
+def _reaching(impl: str, q: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The function of an implementation that skips what is beyond reach, imported when it is first used."""
+    if impl == "triton":
+        return triton_attention
+    if impl == "flex":
+        from .flex import flex_alibi_attention
+
+        return flex_alibi_attention
+    if q.device.type != "cpu":
+        raise ValueError(f'q is on {q.device} with impl="cpu": move it to the CPU, or use another impl')
+    if torch.compiler.is_compiling():
+        return compiled_cpu_attention
+    from .cpu import cpu_attention
+
+    return cpu_attention
 
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -170,6 +249,17 @@ def _validate(
         raise ValueError(f"tolerance={tolerance!r}: give at least 0 and below 1, or None for the default of the dtype")
     if impl != "auto" and impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl={impl!r}: give one of {', '.join(('auto', *IMPLEMENTATIONS))}")
+
+
+def _validate_key_norms(key_norms: Tensor, k: Tensor, impl: str) -> None:
+    expected = (*k.shape[:2], -(-k.shape[2] // KEY_BLOCK))
+    if tuple(key_norms.shape) != expected or not key_norms.is_floating_point():
+        raise ValueError(
+            f"key_norms of shape {tuple(key_norms.shape)} and {key_norms.dtype}: give a floating-point tensor "
+            f"(B, Hkv, ceil(Tk / {KEY_BLOCK})) = {expected}"
+        )
+    if impl not in ("auto", "cpu", "triton"):
+        raise ValueError(f'key_norms with impl="{impl}", which makes no use of them: use "cpu", "triton" or "auto"')
 
 
 def _validate_float(name: str, x: Tensor, q: Tensor) -> None:

@@ -1,0 +1,136 @@
+"""FlexAttention driven by reach: a BlockMask that holds only the key blocks which can matter.
+
+An example of how another kernel is driven by `longreach.reach`, and a second fast path on GPUs without our kernels.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+
+from .reach import Reach, reach
+
+
+def reach_block_mask(
+    found: Reach,
+    query_length: int,
+    key_length: int,
+    *,
+    causal: bool = True,
+    window_size: int | None = None,
+    key_padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> BlockMask:
+    """Build the BlockMask of FlexAttention that computes the blocks in `found` and hides what the masks hide.
+
+    Its index table has one number for each pair of a query block and a key block, as every BlockMask has.
+
+    Args:
+        found: of `longreach.reach`, with the same masks.
+        query_length: Tq.
+        key_length: Tk.
+        causal: as given to `reach`.
+        window_size: as given to `reach`.
+        key_padding_mask: as given to `reach`.
+        cu_seqlens: as given to `reach`.
+    """
+    device = found.starts.device
+    num_key_blocks = -(-key_length // found.block_n)
+    numbers = torch.arange(num_key_blocks, dtype=torch.int32, device=device)
+    return BlockMask.from_kv_blocks(
+        found.ends - found.starts,
+        (found.starts[..., None] + numbers).clamp(max=max(num_key_blocks - 1, 0)),  # the first `count` are read
+        BLOCK_SIZE=(found.block_m, found.block_n),
+        mask_mod=_mask_mod(key_length - query_length, causal, window_size, key_padding_mask, cu_seqlens, key_length),
+        seq_lengths=(query_length, key_length),
+    )
+
+
+def flex_alibi_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    slopes: Tensor | tuple[Tensor, Tensor] | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    window_size: int | None = None,
+    key_padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    tolerance: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Output (B, H, Tq, D) and LSE (B, H, Tq) of `longreach.attention`, by compiled FlexAttention.
+
+    Arguments as in `longreach.attention`. The first call with new options compiles, which takes seconds.
+
+    Raises:
+        ValueError: a gradient is wanted on the CPU, where FlexAttention has no backward pass; or an empty tensor.
+    """
+    if q.device.type == "cpu" and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        raise ValueError('q, k or v needs a gradient with impl="flex" on the CPU: use impl="cpu", or torch.no_grad()')
+    if not (q.numel() and k.numel()):
+        raise ValueError(f'q {tuple(q.shape)} or k {tuple(k.shape)} is empty with impl="flex": use impl="auto"')
+    masks: dict[str, Any] = {
+        "causal": causal,
+        "window_size": window_size,
+        "key_padding_mask": key_padding_mask,
+        "cu_seqlens": cu_seqlens,
+    }
+    found = reach(q, k, slopes, scale=scale, tolerance=tolerance, **masks)
+    out, aux = _compiled_flex_attention()(
+        q,
+        k,
+        v,
+        score_mod=None if slopes is None else _score_mod(slopes, q.shape[:2], k.shape[2] - q.shape[2]),
+        block_mask=reach_block_mask(found, q.shape[2], k.shape[2], **masks),
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+        return_aux=AuxRequest(lse=True),
+    )
+    return out, aux.lse
+
+
+@functools.cache
+def _compiled_flex_attention() -> Callable[..., Any]:
+    return torch.compile(flex_attention)
+
+
+def _score_mod(slopes: Tensor | tuple[Tensor, Tensor], heads: torch.Size, offset: int) -> Callable[..., Tensor]:
+    """The bias of ALiBi, in float32 from distances; `heads` is (B, H)."""
+    pair = slopes if isinstance(slopes, tuple) else (slopes, slopes)
+    left, right = (side.to(torch.float32).expand(heads).contiguous() for side in pair)
+
+    def score_mod(score: Tensor, b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:
+        distance = row + offset - key
+        return score - torch.where(distance >= 0, left[b, h], -right[b, h]) * distance
+
+    return score_mod
+
+
+def _mask_mod(
+    offset: int,
+    causal: bool,
+    window_size: int | None,
+    key_padding_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    key_length: int,
+) -> Callable[..., Tensor]:
+    document = None
+    if cu_seqlens is not None:
+        document = torch.bucketize(torch.arange(key_length, device=cu_seqlens.device), cu_seqlens, right=True)
+
+    def mask_mod(b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:
+        distance = row + offset - key
+        visible = distance >= 0 if causal else distance == distance
+        if window_size is not None:
+            visible = visible & (distance.abs() < window_size)
+        if key_padding_mask is not None:
+            visible = visible & ~key_padding_mask[b, key]
+        if document is not None:
+            visible = visible & (document[row] == document[key])
+        return visible
+
+    return mask_mod

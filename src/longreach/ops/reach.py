@@ -1,0 +1,578 @@
+"""Reach: which key blocks can matter to which query blocks. The theorem and its proof are in docs/reach.md.
+
+P_ij = exp(scale q_i . k_j - m |i - j| - lse_i) is small when the bias is large against what the scores can make up
+for. `key_ranges` bounds the scores from above (Cauchy-Schwarz, by norms of centred keys) and each row's lse_i from
+below (the LSE over the nearest keys), sums the bounds of the blocks from the far end, and drops blocks while that sum
+stays within the tolerated probability mass. It reads q and k once and costs O(T D) plus one number for each pair of
+a query block and a key block; nothing is read back to the host, so a GPU need not wait.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+KEY_BLOCK = 64
+"""Keys per block in what a KV cache keeps of their norms, and in the ranges of all implementations here."""
+
+NEAR = 32
+"""Queries that share one tile when their LSE is bounded from below by the nearest 2 NEAR keys."""
+
+NEAR_ROUNDING = 2.0**-7
+"""Error of a near score relative to |q_i| |k_j|: covers products and sums in bfloat16, TF32 or better."""
+
+ROUNDING = 2.0**-20
+"""Relative slack of every other term of the bound: at least 8 roundings of float32."""
+
+
+@dataclass(frozen=True)
+class Reach:
+    """Which key blocks each query block needs, as half-open ranges of block numbers."""
+
+    starts: Tensor
+    """(B, H, ceil(Tq / block_m)) int32: the first key block that each query block needs."""
+    ends: Tensor
+    """(B, H, ceil(Tq / block_m)) int32: one past the last key block that each query block needs."""
+    block_m: int
+    """Queries per block, counted from query 0."""
+    block_n: int
+    """Keys per block, counted from key 0."""
+    kept: Tensor
+    """(B, H) float32: needed blocks as a share of the blocks that dense attention with this `causal` computes."""
+
+
+def default_tolerance(dtype: torch.dtype) -> float:
+    """Probability mass per row that may be dropped unless the caller says otherwise.
+
+    The unit roundoff u of the dtype, for float32 (2^-24) and float64 (2^-53): the dropped mass changes the output by
+    at most 2u max|v|, as much as rounding each weight and each sum. For half types u / 64 (2^-14 for bfloat16, 2^-17
+    for float16): there the weights are rounded to u and summed in float32, and the mass dropped is to stay far below.
+    """
+    unit_roundoff = torch.finfo(dtype).eps / 2
+    return unit_roundoff / 64 if dtype.itemsize == 2 else unit_roundoff
+
+
+def reach(
+    q: Tensor,
+    k: Tensor,
+    slopes: Tensor | tuple[Tensor, Tensor] | None,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    tolerance: float | None = None,
+    block_m: int = 128,
+    block_n: int = 128,
+    window_size: int | None = None,
+    key_padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Reach:
+    """Find the key blocks that ALiBi attention needs, and the share of the dense work that they are.
+
+    A query block needs the key blocks that cover all but `tolerance` of each of its rows' probability mass (provably:
+    docs/reach.md). To drive another kernel, hand it `starts` and `ends`.
+
+    Args:
+        q: (B, H, Tq, D) floating point.
+        k: (B, Hkv, Tk, D), the dtype and device of q; Hkv divides H.
+        slopes: (H,) or (B, H), not negative, or a pair (left, right) of them; None for heads without ALiBi.
+        scale: factor of q . k; D**-0.5 when None.
+        causal: whether a query sees only keys at or before its position.
+        tolerance: probability mass per row that may be dropped; `default_tolerance` of the dtype when None. 0 drops
+            only what is exactly zero: masked, or an exponential that underflows.
+        block_m: queries per block.
+        block_n: keys per block.
+        window_size: as in `longreach.attention`.
+        key_padding_mask: as in `longreach.attention`.
+        cu_seqlens: as in `longreach.attention`.
+
+    Raises:
+        ValueError: a tolerance outside [0, 1), a block size below 1, or slopes of the wrong shape.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    tolerance = default_tolerance(q.dtype) if tolerance is None else tolerance
+    starts, ends = key_ranges(
+        q,
+        k,
+        slopes,
+        scale=scale,
+        causal=causal,
+        tolerance=tolerance,
+        block_m=block_m,
+        block_n=block_n,
+        window_size=window_size,
+        key_padding_mask=key_padding_mask,
+        cu_seqlens=cu_seqlens,
+    )
+    blocks = _Blocks(q.shape[2], k.shape[2], block_m, block_n, causal, None, None, q.device)
+    dense = (blocks.last - blocks.first).sum()
+    kept = (ends - starts).sum(dim=-1) / dense.clamp(min=1)  # [B, H]
+    return Reach(starts, ends, block_m, block_n, kept)
+
+
+def key_block_norms(k: Tensor, block_n: int, key_padding_mask: Tensor | None = None) -> Tensor:
+    """Largest norm of the keys of each block, for `key_ranges`: what a cache keeps so that decoding need not read it.
+
+    Args:
+        k: (B, Hkv, Tk, D) floating point.
+        block_n: keys per block.
+        key_padding_mask: (B, Tk) bool, True where a key is padding, to be left out.
+
+    Returns:
+        (B, Hkv, ceil(Tk / block_n)) float32, or float64 if k is; 0 for a block of padding alone.
+    """
+    norms = _norms(k)  # [B, Hkv, Tk]
+    if key_padding_mask is not None:
+        norms = norms.masked_fill(key_padding_mask[:, None], 0.0)
+    return _block_max(norms, block_n, 0.0)
+
+
+def key_ranges(
+    q: Tensor,
+    k: Tensor,
+    slopes: Tensor | tuple[Tensor, Tensor] | None,
+    *,
+    scale: float,
+    causal: bool = True,
+    tolerance: float,
+    block_m: int,
+    block_n: int,
+    window_size: int | None = None,
+    key_padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    key_norms: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Half-open range of key blocks that covers all but `tolerance` of the probability mass of each query's row.
+
+    Arguments as in `reach`, which returns the same ranges with the share of work kept. Outside the range lie only
+    keys that the masks hide, and keys whose weights sum to at most `tolerance` in each row of the query block.
+
+    Args:
+        q: (B, H, Tq, D).
+        k: (B, Hkv, Tk, D).
+        slopes: (H,) or (B, H), a pair (left, right) of them, or None.
+        scale: factor of q . k.
+        causal: whether a query sees only keys at or before its position i = r + Tk - Tq.
+        tolerance: probability mass per row that may be dropped, in [0, 1).
+        block_m: queries per block.
+        block_n: keys per block.
+        window_size: see only keys with |i - j| < window_size.
+        key_padding_mask: (B, Tk) bool, True where a key is padding.
+        cu_seqlens: (N + 1,) borders of packed documents.
+        key_norms: `key_block_norms(k, block_n)` or any upper bounds on it. With it, of k only the keys nearest to the
+            queries are read; without it, all keys are read and centred, which is tighter.
+
+    Returns:
+        starts, ends: int32 (B, H, ceil(Tq / block_m)), starts <= ends. A block that needs no keys has starts == ends.
+
+    Raises:
+        ValueError: a tolerance outside [0, 1), a block size below 1, or slopes of the wrong shape.
+    """
+    batch, num_heads, query_length, _ = q.shape
+    key_length = k.shape[2]
+    left, right = _check(q, slopes, tolerance, block_m, block_n)
+    blocks = _Blocks(query_length, key_length, block_m, block_n, causal, window_size, cu_seqlens, q.device)
+    num_query_blocks, num_key_blocks = len(blocks.first), len(blocks.key_first)
+    if not (num_query_blocks and num_key_blocks):
+        nothing = torch.zeros(batch, num_heads, num_query_blocks, dtype=torch.int32, device=q.device)
+        return nothing, nothing.clone()
+
+    key_hidden = None if key_padding_mask is None else ~_block_any(~key_padding_mask, block_n)  # [B, NK]
+    norm = _norms(q) * scale  # [B, H, Tq]
+    log_tolerance = _log_tolerance(tolerance, norm.dtype, key_length)
+    sides = [_Side(left, 1, log_tolerance)]
+    if not causal:
+        half = log_tolerance - math.log(2.0)
+        sides = [_Side(left, 1, half), _Side(right, -1, half)]
+    if key_norms is None:
+        centre, lengths = _centred_lengths(k, key_padding_mask)
+        lengths = _per_query_head(lengths, num_heads)  # [B, H, Tk]
+        radii = [_soft_radius(lengths, norm, side, block_n) for side in sides]  # each [B, H, NK]
+    else:
+        centre, radii = None, [_per_query_head(key_norms, num_heads)] * len(sides)
+    document = None
+    if cu_seqlens is not None:
+        document = torch.bucketize(torch.arange(key_length, device=q.device), cu_seqlens, right=True)
+    masks = _Masks(causal, window_size, key_padding_mask, document)
+    lse, sees = _lse_lower_bound(q, k, left, right, centre, scale, masks)
+
+    dropped = []
+    for side, bound in zip(sides, radii, strict=True):
+        # How far the rows of a query block can exceed the bias, at the smallest and at the largest radius. Between
+        # the two it is convex in the radius, a maximum of lines, so that the chord bounds it from above.
+        inner = side.slope[..., None] * blocks.distance_within(side.sign)  # [B, H, Tq]
+        radius = bound * (1 + (q.shape[3] + 16) * ROUNDING)
+        lowest, highest = radius.amin(dim=-1, keepdim=True), radius.amax(dim=-1, keepdim=True)  # [B, H, 1]
+        low, high = (_row_excess(norm * edge, lse, inner, sees, block_m) for edge in (lowest, highest))
+        share = (radius - lowest) / (highest - lowest).clamp(min=torch.finfo(lse.dtype).tiny)  # [B, H, NK]
+        dropped.append(_count_dropped(low, high, share, side, blocks, key_hidden))
+    starts = torch.maximum(dropped[0], blocks.first)
+    ends = blocks.last.expand_as(starts)
+    if not causal:
+        ends = torch.minimum(num_key_blocks - dropped[1], ends)
+    nobody = ~_block_any(sees, block_m)  # [B or 1, 1, NQ]
+    starts = torch.where(nobody, ends, torch.minimum(starts, ends))
+    return starts.to(torch.int32), ends.to(torch.int32).contiguous()
+
+
+@dataclass(frozen=True)
+class _Side:
+    """The keys on one side of a query block, and how their weights fall off."""
+
+    slope: Tensor
+    """(B, H) slopes, lowered by the rounding of their products with distances."""
+    sign: int
+    """1 for keys in the past, -1 for keys in the future."""
+    log_tolerance: float
+    """Log of the mass that may be dropped on this side."""
+
+    def log_block_weight(self, block_n: int) -> Tensor:
+        """Log of the sum of e^(-slope t) over a block's keys t = 0, 1, ..., block_n - 1, a geometric sum: (B, H)."""
+        plain = self.slope == 0
+        slope = self.slope.masked_fill(plain, 1.0)
+        weight = torch.expm1(-slope * block_n) / torch.expm1(-slope)
+        return weight.masked_fill(plain, block_n).log()
+
+
+class _Blocks:
+    """Positions of query and key blocks, and what the causal mask, the window and the documents leave of them."""
+
+    def __init__(
+        self,
+        query_length: int,
+        key_length: int,
+        block_m: int,
+        block_n: int,
+        causal: bool,
+        window_size: int | None,
+        cu_seqlens: Tensor | None,
+        device: torch.device,
+    ) -> None:
+        self.block_n, self.key_length = block_n, key_length
+        first_row = torch.arange(0, query_length, block_m, device=device)
+        last_row = (first_row + (block_m - 1)).clamp(max=query_length - 1)
+        offset = key_length - query_length
+        self.positions = torch.arange(query_length, device=device) + offset  # [Tq]
+        self.query_first, self.query_last = first_row + offset, last_row + offset  # [NQ] positions
+        self.row_block = torch.div(self.positions - offset, block_m, rounding_mode="floor")  # [Tq]
+        self.key_first = torch.arange(0, key_length, block_n, device=device)  # [NK] positions
+        self.key_last = (self.key_first + (block_n - 1)).clamp(max=key_length - 1)
+        first_key = torch.zeros_like(self.query_first)
+        past_key = torch.full_like(self.query_last, key_length)  # one past the last visible key
+        if causal:
+            past_key = self.query_last + 1
+        if window_size is not None:
+            first_key = torch.maximum(first_key, self.query_first - (window_size - 1))
+            past_key = torch.minimum(past_key, self.query_last + window_size)
+        if cu_seqlens is not None:
+            borders = cu_seqlens.to(first_key.dtype)
+            document = torch.bucketize(self.query_first, borders, right=True) - 1
+            first_key = torch.maximum(first_key, borders[document])
+            document = torch.bucketize(self.query_last, borders, right=True)
+            past_key = torch.minimum(past_key, borders[document])
+        past_key = past_key.clamp(0, key_length)
+        self.first = torch.div(first_key.clamp(0, key_length), block_n, rounding_mode="floor")  # [NQ] key blocks
+        self.last = torch.div(past_key + (block_n - 1), block_n, rounding_mode="floor")
+        self.first = torch.minimum(self.first, self.last)
+
+    def distance_within(self, sign: int) -> Tensor:
+        """Distance of each query from the edge of its block that faces the keys of that side: (Tq,) >= 0."""
+        edge = self.query_first if sign == 1 else self.query_last
+        return (self.positions - edge[self.row_block]) * sign
+
+    def gap(self, sign: int, chunk: slice) -> Tensor:
+        """Distance between the nearest edges of query blocks and key blocks: (chunk, NK); < 1 where they overlap."""
+        if sign == 1:
+            return self.query_first[chunk, None] - self.key_last
+        return self.key_first - self.query_last[chunk, None]
+
+    def outside(self, chunk: slice) -> Tensor:
+        """Where a key block is hidden from a whole query block by causality, window or documents: (chunk, NK)."""
+        number = torch.arange(len(self.key_first), device=self.key_first.device)
+        return (number < self.first[chunk, None]) | (number >= self.last[chunk, None])
+
+
+def _check(
+    q: Tensor, slopes: Tensor | tuple[Tensor, Tensor] | None, tolerance: float, block_m: int, block_n: int
+) -> tuple[Tensor, Tensor]:
+    """Validate what `longreach.attention` does not, and return left and right slopes as (B, H)."""
+    if not 0.0 <= tolerance < 1.0:
+        raise ValueError(f"tolerance={tolerance!r}: give at least 0 and below 1")
+    for name, size in (("block_m", block_m), ("block_n", block_n)):
+        if size < 1:
+            raise ValueError(f"{name}={size}: give at least 1")
+    batch, num_heads = q.shape[:2]
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    if slopes is None:
+        slopes = torch.zeros(num_heads, dtype=dtype, device=q.device)
+    pair = slopes if isinstance(slopes, tuple) else (slopes, slopes)
+    for side in pair:
+        if tuple(side.shape) not in ((num_heads,), (batch, num_heads)):
+            raise ValueError(
+                f"slopes of shape {tuple(side.shape)}: give (H,) or (B, H), here ({num_heads},) or {(batch, num_heads)}"
+            )
+    left, right = (side.detach().to(dtype).expand(batch, num_heads) * (1 - ROUNDING) for side in pair)
+    return left, right
+
+
+def _log_tolerance(tolerance: float, dtype: torch.dtype, key_length: int) -> float:
+    """Log of the mass that may go, less the rounding of the sums that are compared with it."""
+    if tolerance > 0.0:
+        return math.log(tolerance) - 2.0**-8
+    # Below this mass, exp(s_ij - max_j s_ij) <= Tk P_ij is under half of the smallest positive number: it rounds to 0.
+    info = torch.finfo(dtype)
+    return math.log(info.tiny) + math.log(info.eps) - math.log(2.0 * key_length) - 2.0**-8
+
+
+def _centred_lengths(k: Tensor, key_padding_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Mean of the keys (B, Hkv, 1, D), and each key's distance from it (B, Hkv, Tk), -inf for padding.
+
+    Softmax does not change when one vector is taken from all keys, and without their mean their norms are smaller.
+    """
+    dtype = torch.promote_types(k.dtype, torch.float32)
+    if key_padding_mask is None:
+        centre = k.mean(dim=2, keepdim=True, dtype=dtype)
+        return centre, _norms(k, centre)
+    hidden = key_padding_mask[:, None, :, None]  # [B, 1, Tk, 1]
+    visible_count = (~hidden).sum(dim=2, keepdim=True).clamp(min=1)
+    centre = k.masked_fill(hidden, 0.0).sum(dim=2, keepdim=True, dtype=dtype) / visible_count
+    return centre, _norms(k, centre).masked_fill(key_padding_mask[:, None], float("-inf"))
+
+
+def _norms(x: Tensor, centre: Tensor | None = None) -> Tensor:
+    """|x - centre| of each row of x (B, H, T, D), at least in float32: (B, H, T)."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    parts = [x.new_empty(*x.shape[:2], 0, dtype=dtype)]
+    for rows in _chunks(x.shape[2], x.shape[0] * x.shape[1] * x.shape[3], x.device):
+        part = x[:, :, rows].to(dtype)
+        parts.append(torch.linalg.vector_norm(part if centre is None else part - centre, dim=-1))
+    return torch.cat(parts, dim=2)
+
+
+def _soft_radius(lengths: Tensor, norm: Tensor, side: _Side, block_n: int) -> Tensor:
+    """Power mean of exp(length) over each key block, weighted as the bias weighs it: (B, H, NK), at least 0.
+
+    With the head's largest norm as its exponent it bounds the block's sum for every query, and lies below the maximum.
+    """
+    exponent = norm.amax(dim=-1, keepdim=True).clamp(min=torch.finfo(norm.dtype).tiny ** 0.5)  # [B, H, 1]
+    lengths = F.pad(lengths, (0, -lengths.shape[-1] % block_n), value=float("-inf")).unflatten(-1, (-1, block_n))
+    from_edge = torch.arange(block_n, device=lengths.device)
+    if side.sign == 1:
+        from_edge = from_edge.flip(0)  # the near edge of a past block is its last key
+    log_terms = exponent[..., None] * lengths - side.slope[..., None, None] * from_edge
+    log_mean = log_terms.logsumexp(dim=-1) - side.log_block_weight(block_n)[..., None]
+    return (log_mean / exponent).clamp(min=0.0)
+
+
+def _block_max(x: Tensor, block: int, fill: float) -> Tensor:
+    """Maximum of x (..., T) over each block of T, the last one filled up: (..., ceil(T / block))."""
+    missing = -x.shape[-1] % block
+    if missing:
+        x = F.pad(x, (0, missing), value=fill)
+    return x.unflatten(-1, (-1, block)).amax(dim=-1)
+
+
+def _block_any(x: Tensor, block: int) -> Tensor:
+    """Whether any of x (..., T) holds in each block of T: (..., ceil(T / block))."""
+    return F.pad(x, (0, -x.shape[-1] % block)).unflatten(-1, (-1, block)).any(dim=-1)
+
+
+def _per_query_head(x: Tensor, num_heads: int) -> Tensor:
+    """(B, Hkv, ...) to (B, H, ...)."""
+    return x.repeat_interleave(num_heads // x.shape[1], dim=1) if x.shape[1] != num_heads else x
+
+
+def _row_excess(bound: Tensor, lse: Tensor, inner: Tensor, sees: Tensor, block_m: int) -> Tensor:
+    """Largest log of a row's weight on a key at the edge of its query block, were the bias 0 there: (B, H, NQ)."""
+    excess = bound - lse - inner + ROUNDING * (bound.abs() + lse.abs() + inner)  # [B, H, Tq]
+    return _block_max(excess.masked_fill(~sees, float("-inf")), block_m, float("-inf"))
+
+
+def _count_dropped(
+    low: Tensor, high: Tensor, share: Tensor, side: _Side, blocks: _Blocks, key_hidden: Tensor | None
+) -> Tensor:
+    """How many key blocks, from the far end of that side, each query block can do without: (B, H, NQ)."""
+    num_key_blocks = share.shape[-1]
+    weight = side.log_block_weight(blocks.block_n)  # [B, H]
+    # Rows that see nothing have an excess of -inf, for which the chord is not a number: they need no keys.
+    low = (low + weight[..., None] - side.log_tolerance).clamp(min=torch.finfo(low.dtype).min / 8)
+    rise = (high + weight[..., None] - side.log_tolerance).clamp(min=torch.finfo(low.dtype).min / 8) - low
+    slope = side.slope[..., None, None]  # [B, H, 1, 1]
+    counts = []
+    for chunk in _chunks(low.shape[-1], share.numel(), low.device):
+        gap = blocks.gap(side.sign, chunk)  # [chunk, NK]
+        log_mass = low[..., chunk, None] + rise[..., chunk, None] * share[:, :, None] - slope * gap
+        mass = log_mass.exp_().masked_fill_(gap < 1, float("inf")).masked_fill_(blocks.outside(chunk), 0.0)
+        if key_hidden is not None:
+            mass = mass.masked_fill_(key_hidden[:, None, None], 0.0)
+        if side.sign == -1:
+            mass = mass.flip(-1)
+        counts.append((mass.cumsum(dim=-1) <= 1).sum(dim=-1).clamp(max=num_key_blocks))
+    return torch.cat(counts, dim=-1)
+
+
+def _chunks(length: int, width: int, device: torch.device) -> Iterator[slice]:
+    """Slices of `length` rows of `width` numbers each, so that memory stays bounded, and on the CPU in the cache."""
+    budget = 2**18 if device.type == "cpu" else 2**26
+    step = max(1, budget // max(width, 1))
+    for start in range(0, length, step):
+        yield slice(start, min(start + step, length))
+
+
+@dataclass(frozen=True)
+class _Masks:
+    """What hides keys from queries."""
+
+    causal: bool
+    """Whether keys after the query are hidden."""
+    window_size: int | None
+    """Keys at this distance and beyond are hidden."""
+    key_padding_mask: Tensor | None
+    """(B, Tk), True where a key is hidden from all."""
+    document: Tensor | None
+    """(Tk,) number of each token's document; keys of other documents are hidden."""
+
+    @property
+    def hide_more_than_causality(self) -> bool:
+        """Whether anything but causality may hide one of the nearest keys."""
+        narrow = self.window_size is not None and self.window_size < 2 * NEAR
+        return narrow or self.key_padding_mask is not None or self.document is not None
+
+    def hide(self, query_positions: Tensor, key_positions: Tensor, key_length: int) -> Tensor:
+        """Whether each key is hidden from each query: (B or 1, 1, ...) of broadcast positions."""
+        distance = query_positions - key_positions
+        hidden = (key_positions < 0) | (key_positions >= key_length)
+        if self.causal:
+            hidden = hidden | (distance < 0)
+        if self.window_size is not None:
+            hidden = hidden | (distance.abs() >= self.window_size)
+        key_index = key_positions.clamp(0, key_length - 1)
+        if self.document is not None:
+            query_index = query_positions.clamp(0, key_length - 1)
+            hidden = hidden | (self.document[query_index] != self.document[key_index])
+        hidden = hidden[None, None]
+        if self.key_padding_mask is not None:
+            hidden = hidden | self.key_padding_mask[:, None, key_index]
+        return hidden
+
+
+def _lse_lower_bound(
+    q: Tensor, k: Tensor, left: Tensor, right: Tensor, centre: Tensor | None, scale: float, masks: _Masks
+) -> tuple[Tensor, Tensor]:
+    """Lower bound of each row's LSE over centred keys (B, H, Tq), and which rows see any key, (B or 1, 1, Tq) bool.
+
+    The bound is the LSE over the visible among the 2 NEAR keys about the query. Where padding may hide all of those,
+    it is at least the score of the nearest visible key.
+    """
+    query_length, key_length = q.shape[2], k.shape[2]
+    num_tiles, group = -(-query_length // NEAR), q.shape[1] // k.shape[1]
+    parts = []
+    for kv_heads in _chunks(k.shape[1], q.shape[0] * group * num_tiles * NEAR * 2 * NEAR, q.device):
+        heads = slice(kv_heads.start * group, kv_heads.stop * group)
+        some = q[:, heads], k[:, kv_heads], left[:, heads], right[:, heads]
+        chunks = _chunks(num_tiles, some[0].shape[0] * some[0].shape[1] * NEAR * 2 * NEAR, q.device)
+        parts.append(torch.cat([_near_lse(*some, scale, masks, tiles) for tiles in chunks], dim=2))
+    lse = torch.cat(parts, dim=1)  # [B, H, Tq]
+
+    positions = torch.arange(query_length, device=q.device) + (key_length - query_length)
+    nearest = [_nearest_visible(positions, key_length, masks.key_padding_mask, past=True)]
+    if not masks.causal:
+        nearest.append(_nearest_visible(positions, key_length, masks.key_padding_mask, past=False))
+    hidden = [_nearest_hidden(positions, index, key_length, masks) for index in nearest]  # each [B or 1, 1, Tq]
+    sees = ~hidden[0] if masks.causal else ~(hidden[0] & hidden[1])
+    if masks.key_padding_mask is not None or (not masks.causal and query_length > key_length):
+        for index, unseen in zip(nearest, hidden, strict=True):
+            score = _score_of(q, k, left, right, scale, positions, index.clamp(0, key_length - 1))
+            lse = torch.maximum(lse, score.masked_fill(unseen, float("-inf")))
+    if centre is not None:
+        norm = _norms(q)
+        centre = _per_query_head(centre, q.shape[1])  # [B, H, 1, D]
+        slack = norm * torch.linalg.vector_norm(centre, dim=-1) * (scale * NEAR_ROUNDING)
+        lse = lse - (q @ centre.to(q.dtype).transpose(-2, -1))[..., 0] * scale - slack
+    return lse, sees
+
+
+def _near_lse(q: Tensor, k: Tensor, left: Tensor, right: Tensor, scale: float, masks: _Masks, tiles: slice) -> Tensor:
+    """Lower bound of the LSE over the keys about each query, for tiles of NEAR queries: (B, H, rows)."""
+    query_length, num_kv_heads, key_length = q.shape[2], *k.shape[1:3]
+    dtype, device = left.dtype, q.device
+    count = tiles.stop - tiles.start
+    first_row, past_row = tiles.start * NEAR, min(tiles.stop * NEAR, query_length)
+    first_key = first_row + key_length - query_length - NEAR  # a position, which may lie outside of the keys
+    past_key = first_key + (count + 1) * NEAR
+    rows = _padded(q, first_row, first_row + count * NEAR)
+    rows = rows.unflatten(2, (count, NEAR)).unflatten(1, (num_kv_heads, -1))  # [B, Hkv, G, count, NEAR, D]
+    keys = _padded(k, first_key, past_key)  # [B, Hkv, (count + 1) NEAR, D]
+    scores = (rows @ keys.unfold(2, 2 * NEAR, NEAR)[:, :, None]).flatten(1, 2)  # [B, H, count, NEAR, 2 NEAR]
+
+    row, column = torch.arange(NEAR, device=device)[:, None], torch.arange(2 * NEAR, device=device)
+    distance = NEAR + row - column
+    penalty = left[..., None, None] * distance.clamp(min=0) + right[..., None, None] * (-distance).clamp(min=0)
+    penalty = penalty * (1 + 4 * ROUNDING)
+    if masks.causal:
+        penalty.masked_fill_(distance < 0, float("inf"))
+    scores = torch.add(-penalty[:, :, None], scores, alpha=scale)
+    if first_key < 0 or past_key > key_length or masks.hide_more_than_causality:
+        tile = torch.arange(count, device=device)[:, None, None] * NEAR
+        hidden = masks.hide(first_key + NEAR + tile + row, first_key + tile + column, key_length)
+        scores.masked_fill_(hidden, float("-inf"))
+    top = scores.amax(dim=-1, keepdim=True).clamp(min=torch.finfo(dtype).min)  # finite, so that no row is NaN
+    lse = scores.sub_(top).exp_().sum(dim=-1).log() + top[..., 0]  # [B, H, count, NEAR]
+
+    key_norm = torch.linalg.vector_norm(keys, dim=-1, dtype=dtype)  # [B, Hkv, (count + 1) NEAR]
+    if masks.key_padding_mask is not None:  # what lies in padding may be NaN
+        key_norm = key_norm.nan_to_num(nan=0.0, posinf=0.0)
+    key_norm = key_norm.unfold(2, 2 * NEAR, NEAR).amax(dim=-1)[:, :, None, :, None]  # [B, Hkv, 1, count, 1]
+    row_norm = torch.linalg.vector_norm(rows, dim=-1, dtype=dtype)  # [B, Hkv, G, count, NEAR]
+    slack = (row_norm * key_norm).flatten(1, 2) * (scale * NEAR_ROUNDING)
+    return (lse - slack).flatten(2)[:, :, : past_row - first_row]
+
+
+def _padded(x: Tensor, first: int, past: int) -> Tensor:
+    """x[:, :, first:past], with zeros where that lies outside of x (B, H, T, D)."""
+    length = x.shape[2]
+    low, high = min(max(first, 0), length), min(max(past, 0), length)
+    inside = x[:, :, low:high]
+    if high - low == past - first:
+        return inside
+    before = min(max(-first, 0), past - first)
+    return F.pad(inside, (0, 0, before, past - first - before - (high - low)))
+
+
+def _nearest_visible(positions: Tensor, key_length: int, key_padding_mask: Tensor | None, *, past: bool) -> Tensor:
+    """The nearest key that is no padding at or before each position (at or after it): (B or 1, Tq).
+
+    Outside [0, Tk) where there is none.
+    """
+    if key_padding_mask is None:
+        return positions.clamp(max=key_length - 1)[None] if past else positions.clamp(min=0)[None]
+    index = torch.arange(key_length, device=positions.device)
+    if past:
+        nearest = torch.where(key_padding_mask, -1, index).cummax(dim=-1).values  # [B, Tk]
+        found = nearest[:, positions.clamp(0, key_length - 1)]
+        return torch.where(positions < 0, -1, found)
+    nearest = torch.where(key_padding_mask, key_length, index).flip(-1).cummin(dim=-1).values.flip(-1)
+    found = nearest[:, positions.clamp(0, key_length - 1)]
+    return torch.where(positions >= key_length, key_length, found)
+
+
+def _nearest_hidden(positions: Tensor, index: Tensor, key_length: int, masks: _Masks) -> Tensor:
+    """Whether the key at `index` (B or 1, Tq), known to be no padding, is hidden from each query: (B or 1, 1, Tq)."""
+    unpadded = _Masks(masks.causal, masks.window_size, None, masks.document)
+    return unpadded.hide(positions, index, key_length)[0].transpose(0, 1)
+
+
+def _score_of(
+    q: Tensor, k: Tensor, left: Tensor, right: Tensor, scale: float, positions: Tensor, index: Tensor
+) -> Tensor:
+    """Lower bound of the score of each query with one key, at `index` (B or 1, Tq): (B, H, Tq)."""
+    batch, num_kv_heads, _, head_dim = k.shape
+    where = index[:, None, :, None].expand(batch, num_kv_heads, -1, head_dim)
+    keys = _per_query_head(k.gather(2, where), q.shape[1]).to(left.dtype)  # [B, H, Tq, D]
+    rows = q.to(left.dtype)
+    distance = (positions - index)[:, None]  # [B or 1, 1, Tq]
+    penalty = left[..., None] * distance.clamp(min=0) + right[..., None] * (-distance).clamp(min=0)
+    slack = torch.linalg.vector_norm(rows, dim=-1) * torch.linalg.vector_norm(keys, dim=-1) * (scale * NEAR_ROUNDING)
+    return (rows * keys).sum(dim=-1) * scale - penalty * (1 + 4 * ROUNDING) - slack

@@ -1,0 +1,143 @@
+"""Inputs on which a bound, a mask or a rounding could go wrong, for every implementation that skips keys."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longreach.ops.alibi import alibi_slopes
+from longreach.ops.masks import dense_bias, visible_keys
+
+
+@dataclass(frozen=True)
+class Case:
+    """Shapes, options, and what is done to Gaussian tensors of std 1."""
+
+    batch: int = 1
+    heads: int = 4
+    kv_heads: int = 4
+    queries: int = 300
+    keys: int = 300
+    head_dim: int = 16
+    slopes: Any = None
+    """None for the paper's."""
+    options: dict[str, Any] = field(default_factory=dict)
+    change: Callable[[Tensor, Tensor, Tensor], None] = lambda q, k, v: None
+
+    def inputs(self, dtype: torch.dtype, seed: int = 0) -> tuple[list[Tensor], dict[str, Any]]:
+        """q, k, v of that dtype and the options of `longreach.attention`, slopes included."""
+        generator = torch.Generator().manual_seed(seed)
+        shapes = [(self.heads, self.queries), (self.kv_heads, self.keys), (self.kv_heads, self.keys)]
+        tensors = [
+            torch.randn(self.batch, *shape, self.head_dim, generator=generator, dtype=torch.float64).to(dtype)
+            for shape in shapes
+        ]
+        self.change(*tensors)
+        slopes = alibi_slopes(self.heads) if self.slopes is None else self.slopes
+        return tensors, {"slopes": slopes, **self.options}
+
+
+def _one_huge_early_key(q: Tensor, k: Tensor, v: Tensor) -> None:
+    k[:, :, 3] *= 40
+
+
+def _equal_keys(q: Tensor, k: Tensor, v: Tensor) -> None:
+    k[:] = k[:, :, :1]
+
+
+def _common_mean(q: Tensor, k: Tensor, v: Tensor) -> None:
+    k += 6.0
+
+
+def _large_logits(q: Tensor, k: Tensor, v: Tensor) -> None:
+    q *= 8
+
+
+def _strided(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for x in (q, k, v):
+        x.set_(x.transpose(-1, -2).contiguous().transpose(-1, -2))
+
+
+def _padding(*visible: tuple[int, int], keys: int) -> Tensor:
+    mask = torch.ones(len(visible), keys, dtype=torch.bool)
+    for row, (first, past) in zip(mask, visible, strict=True):
+        row[first:past] = False
+    return mask
+
+
+def _poison(mask: Tensor) -> Callable[[Tensor, Tensor, Tensor], None]:
+    def change(q: Tensor, k: Tensor, v: Tensor) -> None:
+        for x in (k, v):
+            x.masked_fill_(mask[:, None, :, None], float("nan"))
+
+    return change
+
+
+_ENDS = _padding((40, 200), (0, 77), (5, 5), keys=200)
+_HOLES = (torch.arange(200) % 7 < 3).expand(2, 200).clone()
+_HOLES[1, :150] = True
+
+CASES = {
+    "gaussian": Case(),
+    "one huge early key": Case(change=_one_huge_early_key),
+    "equal keys": Case(change=_equal_keys),
+    "common mean": Case(change=_common_mean),
+    "logits of std 8": Case(change=_large_logits),
+    "plain head beside a steep one": Case(heads=2, kv_heads=2, slopes=torch.tensor([0.0, 2**-0.5])),
+    "grouped heads": Case(heads=4, kv_heads=2, batch=2),
+    "slopes by sequence": Case(batch=2, heads=2, kv_heads=2, slopes=torch.tensor([[0.7, 0.02], [0.1, 0.0]])),
+    "strided": Case(batch=2, change=_strided),
+    "chunk of queries": Case(queries=77, keys=500),
+    "single query": Case(queries=1, keys=700),
+    "single token": Case(queries=1, keys=1),
+    "more queries than keys": Case(queries=170, keys=130),
+    "more queries than keys, both ways": Case(queries=170, keys=130, options={"causal": False}),
+    "bidirectional": Case(options={"causal": False}),
+    "two slopes": Case(slopes=(alibi_slopes(4), alibi_slopes(4).flip(0)), options={"causal": False}),
+    "window": Case(options={"window_size": 90}),
+    "window both ways": Case(queries=260, options={"window_size": 33, "causal": False}),
+    "documents": Case(options={"cu_seqlens": torch.tensor([0, 1, 2, 140, 299, 300])}),
+    "documents both ways": Case(options={"cu_seqlens": torch.tensor([0, 150, 151, 300]), "causal": False}),
+    "padding at both ends": Case(
+        batch=3, queries=200, keys=200, options={"key_padding_mask": _ENDS}, change=_poison(_ENDS)
+    ),
+    "padding, window, both ways": Case(
+        batch=3,
+        queries=60,
+        keys=200,
+        options={"key_padding_mask": _ENDS, "window_size": 50, "causal": False},
+        change=_poison(_ENDS),
+    ),
+    "padding with holes": Case(
+        batch=2, queries=200, keys=200, options={"key_padding_mask": _HOLES}, change=_poison(_HOLES)
+    ),
+    "padding with holes in documents": Case(
+        batch=2,
+        queries=200,
+        keys=200,
+        options={"key_padding_mask": _HOLES, "cu_seqlens": torch.tensor([0, 30, 155, 200])},
+        change=_poison(_HOLES),
+    ),
+    "longer than the reach": Case(heads=2, kv_heads=2, queries=1100, keys=1100, slopes=torch.tensor([0.5, 0.1])),
+    "longer than the reach, both ways": Case(
+        heads=2, kv_heads=1, queries=900, keys=900, slopes=torch.tensor([0.9, 0.3]), options={"causal": False}
+    ),
+}
+
+
+def probabilities(q: Tensor, k: Tensor, *, slopes: Any, causal: bool = True, **masks: Any) -> Tensor:
+    """Attention weights (B, H, Tq, Tk) in float64, from the definition; 0 where nothing is visible."""
+    padding = masks.get("key_padding_mask")
+    q, k = q.double(), k.double().repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    if padding is not None:
+        k = k.masked_fill(padding[:, None, :, None], 0.0)
+    query_length, key_length = q.shape[2], k.shape[2]
+    scores = q @ k.transpose(-2, -1) * q.shape[3] ** -0.5
+    scores = scores + dense_bias(slopes, None, query_length, key_length, torch.float64)
+    absent = {"window_size": None, "key_padding_mask": None, "cu_seqlens": None}
+    visible = visible_keys(query_length, key_length, causal=causal, **(absent | masks), device=q.device)
+    if visible is not None:
+        scores = scores.masked_fill(~visible, float("-inf"))
+    return scores.softmax(dim=-1).nan_to_num(nan=0.0)

@@ -1,0 +1,239 @@
+import pytest
+import torch
+from adversarial import CASES, Case, probabilities
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import longreach.ops.cpu as module
+from longreach.ops.alibi import alibi_distance
+from longreach.ops.cpu import cpu_attention
+from longreach.ops.reach import key_block_norms
+from longreach.ops.reference import reference_attention
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(params=["bounded", "dense"])
+def bounded(request, monkeypatch):
+    """Run with ranges and without them, whatever the cost model thinks of such small inputs."""
+    heads = {"bounded": lambda q, *_: slice(0, q.shape[1]), "dense": lambda *_: slice(0, 0)}
+    monkeypatch.setattr(module, "_heads_worth_bounding", heads[request.param])
+
+
+def run(function, tensors, options, grads, **more):
+    """Output, LSE and the gradients of q, k, v and slopes, for given gradients of output and LSE."""
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    slopes = options["slopes"]
+    pair = tuple(m.detach().requires_grad_() for m in (slopes if isinstance(slopes, tuple) else (slopes,)))
+    options = options | {"slopes": pair if isinstance(slopes, tuple) else pair[0]}
+    out, lse = function(*leaves, **options, **more)
+    seen = lse.masked_fill(lse.isneginf(), 0.0)
+    loss = (out * grads[0].to(out.dtype)).sum() + (seen * grads[1].to(seen.dtype)).sum()
+    return out.detach(), lse.detach(), torch.autograd.grad(loss, [*leaves, *pair])
+
+
+def run_without_slopes(function, tensors, options, grads):
+    """Output and the gradients of q, k and v, with fixed slopes, for a given gradient of the output."""
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    out, _ = function(*leaves, **options)
+    return out.detach(), *torch.autograd.grad(out, leaves, grads[0].to(out.dtype))
+
+
+def random_grads(tensors):
+    q = tensors[0]
+    generator = torch.Generator().manual_seed(7)
+    return (
+        torch.randn(q.shape, generator=generator, dtype=torch.float64),
+        torch.randn(q.shape[:3], generator=generator, dtype=torch.float64),
+    )
+
+
+def double(x):
+    return tuple(map(double, x)) if isinstance(x, tuple) else x.double()
+
+
+@pytest.mark.usefixtures("bounded")
+@pytest.mark.parametrize("name", CASES)
+def test_equals_the_definition_in_float64(name):
+    """The default tolerance there is the rounding of float64, so nothing but rounding may differ."""
+    tensors, options = CASES[name].inputs(torch.float64)
+    grads = random_grads(tensors)
+    expected, actual = (run(f, tensors, options, grads) for f in (reference_attention, cpu_attention))
+    # Scores stay below 1000 and sums below 2000 terms: 1000 * 2000 * 2^-53 = 2e-10 bounds the worst case.
+    for x, y in zip((*expected[:2], *expected[2]), (*actual[:2], *actual[2]), strict=True):
+        torch.testing.assert_close(y, x, rtol=1e-9, atol=1e-9)
+
+
+def magnitudes(tensors, options, grads):
+    """Sums of the absolute values of the terms of out, dq, dk, dv, dleft, dright: one rounding of each is no error."""
+    padding = options.get("key_padding_mask")
+    q, k, v = (x.double() for x in tensors)
+    if padding is not None:
+        k, v = (x.masked_fill(padding[:, None, :, None], 0.0) for x in (k, v))
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(group, dim=1).abs() for x in (k, v))
+    grad_out, grad_lse = (x.abs() for x in grads)
+    weights = probabilities(*tensors[:2], **options)
+    product = weights * (grad_out @ v.transpose(-2, -1))
+    score = product + weights * (product.sum(dim=-1, keepdim=True) + grad_lse[..., None])
+    distance = alibi_distance(q.shape[2], k.shape[2])
+    scale = q.shape[3] ** -0.5
+    by_key = [score.transpose(-2, -1) @ q.abs() * scale, weights.transpose(-2, -1) @ grad_out]
+    by_key = [x.unflatten(1, (-1, group)).sum(dim=2) for x in by_key]
+    by_slope = [(score * d.clamp(min=0)).sum(dim=(-2, -1)) for d in (distance, -distance)]
+    if not isinstance(options["slopes"], tuple):
+        by_slope = [by_slope[0] + by_slope[1]]
+    return [weights @ v, score @ k * scale, *by_key, *by_slope]
+
+
+@pytest.mark.usefixtures("bounded")
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize("name", CASES)
+def test_error_is_within_the_rule(name, dtype):
+    """Max and mean error against float64 at most 2x (3x for gradients) that of the plain reference in this dtype."""
+    tensors, options = CASES[name].inputs(dtype)
+    grads = random_grads(tensors)
+    in_double = [x.double() for x in tensors]
+    for fixed_slopes in (False, True):
+        if fixed_slopes:
+            grads = grads[0], torch.zeros_like(grads[1])
+        calls = ((reference_attention, in_double), (reference_attention, tensors), (cpu_attention, tensors))
+        golden, plain, actual = (
+            run_without_slopes(function, x, options, grads)
+            if fixed_slopes
+            else (lambda found: (found[0], *found[2]))(run(function, x, options, grads))
+            for function, x in calls
+        )
+        assert actual[0].dtype == dtype
+        for number, right in enumerate(golden):
+            terms = magnitudes(tensors, options, grads)[number]
+            for reduce in (torch.Tensor.amax, torch.Tensor.mean):
+                rounding = torch.finfo(dtype).eps / 2 * reduce(terms)
+                allowed = (3 if number else 2) * reduce((plain[number].double() - right).abs()) + rounding
+                assert reduce((actual[number].double() - right).abs()) <= allowed, (number, reduce, fixed_slopes)
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_any_shape(data):
+    keys = data.draw(st.integers(1, 700), "keys")
+    group = data.draw(st.integers(1, 2), "group")
+    kv_heads = data.draw(st.integers(1, 2), "kv heads")
+    case = Case(
+        batch=data.draw(st.integers(1, 2), "batch"),
+        heads=group * kv_heads,
+        kv_heads=kv_heads,
+        keys=keys,
+        queries=data.draw(st.sampled_from([1, keys, max(1, keys - 131), keys + 9]), "queries"),
+        head_dim=data.draw(st.sampled_from([1, 16, 33]), "head_dim"),
+        slopes=torch.rand(group * kv_heads) * data.draw(st.sampled_from([0.0, 0.2, 2.0]), "slopes"),
+        options={
+            "causal": data.draw(st.booleans(), "causal"),
+            "window_size": data.draw(st.sampled_from([None, 1, 150]), "window"),
+        },
+    )
+    tensors, options = case.inputs(torch.float64)
+    grads = random_grads(tensors)
+    expected, actual = (run(f, tensors, options, grads) for f in (reference_attention, cpu_attention))
+    for x, y in zip((*expected[:2], *expected[2]), (*actual[:2], *actual[2]), strict=True):
+        torch.testing.assert_close(y, x, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_gradcheck(causal):
+    tensors, _ = Case(heads=2, kv_heads=1, queries=5, keys=7, head_dim=3).inputs(torch.float64)
+    slopes = (torch.tensor([0.3, 0.9]).double(), torch.tensor([0.2, 0.5]).double())
+    inputs = [x.requires_grad_() for x in (*tensors, *slopes)]
+
+    def function(q, k, v, left, right):
+        return cpu_attention(q, k, v, slopes=(left, right), causal=causal)
+
+    assert torch.autograd.gradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("with_norms", [False, True])
+def test_decoding_in_chunks_equals_one_forward(with_norms):
+    tensors, options = Case(queries=700, keys=700, heads=2, kv_heads=1, slopes=torch.tensor([0.8, 0.1])).inputs(
+        torch.float64
+    )
+    q, k, v = tensors
+    expected, _ = cpu_attention(q, k, v, **options)
+    row = 0
+    for size in (1, 3, 140, 1, 1, 400, 153, 1):
+        past = row + size
+        norms = key_block_norms(k[:, :, :past], module.BLOCK_N) if with_norms else None
+        out, _ = cpu_attention(q[:, :, row:past], k[:, :, :past], v[:, :, :past], key_norms=norms, **options)
+        torch.testing.assert_close(out, expected[:, :, row:past], rtol=1e-12, atol=1e-12)
+        row = past
+    assert row == 700
+
+
+def test_decoding_reads_only_what_is_within_reach():
+    """Values beyond the reach may be anything at all, were they in the cache or not."""
+    (q, k, v), _ = Case(queries=1, keys=20_000, heads=1, kv_heads=1).inputs(torch.float32)
+    norms = key_block_norms(k, module.BLOCK_N)
+    expected, _ = cpu_attention(q, k, v, slopes=torch.tensor([0.5]))
+    k[:, :, :19_000], v[:, :, :19_000] = float("nan"), float("nan")
+    actual, _ = cpu_attention(q, k, v, slopes=torch.tensor([0.5]), key_norms=norms)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_near_keys_keep_distinct_biases_at_64k_in_bfloat16():
+    """Equal scores, so that the LSE is that of the biases alone: a geometric series."""
+    length, slope = 65_536, 2**-8
+    q = torch.zeros(1, 1, 1, 16, dtype=torch.bfloat16)
+    k, v = torch.zeros(2, 1, 1, length, 16, dtype=torch.bfloat16)
+    v[0, 0, -1] = 1.0
+    out, lse = cpu_attention(q, k, v, slopes=torch.tensor([slope]))
+    top = 1 - torch.tensor(-slope).double().exp()  # the nearest key's weight, were there no end of keys
+    assert lse.item() == pytest.approx(-top.log().item(), abs=1e-4)
+    assert out[0, 0, 0, 0].item() == pytest.approx(top.item(), rel=2**-7)
+
+
+def test_time_is_linear_beyond_the_reach():
+    """Counted in pairs of a query and a key that tiles hold, not in seconds: doubling the length doubles them."""
+    pairs = []
+    for length in (8192, 16384):
+        shape = (1, 2, length, 16)
+        (q, k, _), _ = Case(heads=2, kv_heads=2, queries=length, keys=length).inputs(torch.float32)
+        ranges = module.key_ranges(
+            q, k, torch.tensor([0.5, 0.05]), scale=0.25, tolerance=2**-24, block_m=128, block_n=64
+        )
+        ranges = [x.transpose(0, 1).mul(module.BLOCK_N).tolist() for x in ranges]
+        masks = module._Masks.of(length, length, True, None, None, None)
+        tiles = list(module._plan(shape, shape, masks, *ranges))
+        assert sum(tile.rows * tile.count * (tile.heads.stop - tile.heads.start) for tile in tiles) == 2 * length
+        pairs.append(sum(t.rows * t.width * t.count * (t.heads.stop - t.heads.start) for t in tiles))
+    assert pairs[1] < 2.1 * pairs[0]
+    assert pairs[0] < 0.15 * 8192**2  # of 2 * 8192^2 / 2 for dense causal attention
+
+
+def test_backward_is_deterministic_and_repeats():
+    tensors, options = CASES["longer than the reach"].inputs(torch.float32)
+    grads = random_grads(tensors)
+    first, second = (run(cpu_attention, tensors, options, grads) for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(first[2], second[2], strict=True))
+    leaves = [x.requires_grad_() for x in tensors]
+    out = torch.utils.checkpoint.checkpoint(lambda *x: cpu_attention(*x, **options)[0], *leaves, use_reentrant=False)
+    again = torch.autograd.grad((out * grads[0].float()).sum(), leaves)
+    plain = run_without_slopes(cpu_attention, tensors, options, grads)
+    assert all(torch.equal(x, y) for x, y in zip(again, plain[1:], strict=True))
+
+
+@pytest.mark.parametrize(("queries", "keys", "batch"), [(0, 5, 1), (5, 0, 1), (0, 0, 1), (4, 4, 0)])
+def test_empty(queries, keys, batch):
+    tensors, options = Case(batch=batch, queries=queries, keys=keys).inputs(torch.float32)
+    out, lse, grads = run(cpu_attention, tensors, options, random_grads(tensors))
+    assert out.shape == tensors[0].shape
+    assert not out.any()
+    assert lse.isneginf().all()
+    assert not any(g.any() for g in grads)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [({"bias": torch.zeros(1, 1, 1, 1)}, "^bias with"), ({"dropout_p": 0.1}, "^dropout_p=0.1")]
+)
+def test_refuses(change, message):
+    tensors, options = Case(queries=3, keys=3).inputs(torch.float32)
+    with pytest.raises(ValueError, match=message):
+        cpu_attention(*tensors, **options, **change)

@@ -1,0 +1,136 @@
+import math
+
+import pytest
+import torch
+from adversarial import CASES, Case, probabilities
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from longreach.ops.alibi import alibi_slopes
+from longreach.ops.reach import default_tolerance, key_block_norms, key_ranges, reach
+
+
+def dropped_mass(tensors, options, starts, ends, block_m, block_n):
+    """Weight of the keys outside of the ranges, (B, H, Tq), by the definition in float64."""
+    q, k, _ = tensors
+    weights = probabilities(q, k, **options)
+    query_block = torch.arange(q.shape[2]) // block_m
+    key_block = torch.arange(k.shape[2]) // block_n
+    first, past = starts[..., query_block, None], ends[..., query_block, None]
+    return weights.masked_fill((key_block >= first) & (key_block < past), 0.0).sum(dim=-1)
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 2**-24, 1e-2])
+@pytest.mark.parametrize("name", CASES)
+def test_dropped_mass_is_within_the_tolerance(name, tolerance):
+    tensors, options = CASES[name].inputs(torch.float32)
+    q, k, _ = tensors
+    padding = options.get("key_padding_mask")
+    for norms in (None, key_block_norms(k, 16, padding)):
+        starts, ends = key_ranges(
+            q, k, scale=0.25, tolerance=tolerance, block_m=32, block_n=16, key_norms=norms, **options
+        )
+        assert starts.dtype == ends.dtype == torch.int32
+        assert bool((starts >= 0).all() and (starts <= ends).all() and (ends <= -(-k.shape[2] // 16)).all())
+        # With tolerance 0 what is dropped must vanish even after exp(s - max) <= Tk * weight in float32.
+        limit = tolerance or 2.0**-150
+        assert dropped_mass(tensors, options, starts, ends, 32, 16).max().item() <= limit
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_dropped_mass_for_any_shape(data):
+    keys = data.draw(st.integers(1, 400), "keys")
+    case = Case(
+        batch=data.draw(st.integers(1, 2), "batch"),
+        heads=2,
+        kv_heads=data.draw(st.sampled_from([1, 2]), "kv heads"),
+        keys=keys,
+        queries=data.draw(st.sampled_from([1, keys, max(1, keys - 13), keys + 9]), "queries"),
+        slopes=torch.tensor(data.draw(st.lists(st.floats(0, 4), min_size=2, max_size=2), "slopes")),
+        options={
+            "causal": data.draw(st.booleans(), "causal"),
+            "window_size": data.draw(st.sampled_from([None, 1, 50]), "window"),
+        },
+    )
+    tolerance = data.draw(st.floats(1e-12, 0.5), "tolerance")
+    block_m, block_n = data.draw(st.tuples(st.integers(1, 70), st.integers(1, 70)), "blocks")
+    tensors, options = case.inputs(torch.float32, seed=data.draw(st.integers(0, 99), "seed"))
+    found = reach(*tensors[:2], tolerance=tolerance, block_m=block_m, block_n=block_n, **options)
+    dropped = dropped_mass(tensors, options, found.starts, found.ends, block_m, block_n)
+    assert dropped.max().item() <= tolerance
+
+
+def test_skips_what_steep_heads_cannot_see():
+    """The bound is of use: with std 1 and D=64 a slope of 1/2 reaches less than 100 keys, as the theorem says."""
+    q, k = torch.randn(2, 1, 8, 2048, 64, generator=torch.Generator().manual_seed(0))
+    found = reach(q, k, alibi_slopes(8), block_m=64, block_n=64)
+    width = (found.ends - found.starts).amax(dim=-1)[0] * 64
+    assert width[0].item() <= 192
+    assert (width.diff() >= 0).all()
+    # |q||k| scale <= 14, lse >= -4, tail <= 1 / (1 - e^-m), and up to two blocks of rounding to whole blocks.
+    limit = [(14 + 4 + 24 * math.log(2) - math.log1p(-math.exp(-m))) / m + 192 for m in alibi_slopes(8).tolist()]
+    assert all(w <= most for w, most in zip(width.tolist(), limit, strict=True))
+    assert 0.02 < found.kept[0, 0].item() < 0.2
+
+
+def test_one_huge_key_costs_only_its_own_blocks():
+    """A bound by a prefix maximum would keep all blocks after it; here a steep head gets rid of it."""
+    tensors, options = CASES["one huge early key"].inputs(torch.float32)
+    tensors = [x.repeat(1, 1, 6, 1) for x in tensors]
+    tensors[1][:, :, 300:] = tensors[1][:, :, 300:].clamp(-3, 3)
+    found = reach(*tensors[:2], options["slopes"], block_m=32, block_n=32)
+    assert (found.ends - found.starts)[0, 0, -1].item() <= 6
+
+
+def test_common_mean_of_keys_does_not_matter():
+    """Softmax is invariant to it, so the ranges may change by the rounding of scores alone."""
+    q, k = torch.randn(2, 1, 4, 1024, 32, generator=torch.Generator().manual_seed(1))
+    centred = reach(q, k, alibi_slopes(4))
+    shifted = reach(q, k + 2.0, alibi_slopes(4))
+    assert (centred.kept - shifted.kept).abs().max().item() < 0.05
+
+
+def test_plain_heads_keep_everything():
+    q, k = torch.randn(2, 1, 2, 500, 16)
+    found = reach(q, k, torch.zeros(2), block_m=64, block_n=32)
+    assert found.kept.tolist() == [[1.0, 1.0]]
+    assert found.starts.sum() == 0
+
+
+def test_nan_keeps_everything_it_could_touch():
+    """What cannot be bounded is not dropped."""
+    q, k = torch.randn(2, 1, 1, 640, 16)
+    k[0, 0, 5] = float("nan")
+    found = reach(q, k, torch.tensor([2.0]), block_m=64, block_n=64)
+    assert found.starts.sum() == 0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "power"), [(torch.float64, 53), (torch.float32, 24), (torch.bfloat16, 14), (torch.float16, 17)]
+)
+def test_default_tolerance(dtype, power):
+    assert default_tolerance(dtype) == 2.0**-power
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(0, 5), (5, 0), (0, 0)])
+def test_empty(queries, keys):
+    found = reach(torch.empty(2, 2, queries, 8), torch.empty(2, 2, keys, 8), torch.ones(2))
+    assert found.starts.shape == (2, 2, -(-queries // 128))
+    assert (found.ends - found.starts).sum() == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tolerance": -0.1}, "tolerance=-0.1"),
+        ({"tolerance": 1.0}, "tolerance=1.0"),
+        ({"block_m": 0}, "block_m=0"),
+        ({"block_n": -1}, "block_n=-1"),
+        ({"slopes": torch.ones(3)}, r"slopes of shape \(3,\)"),
+    ],
+)
+def test_refuses(change, message):
+    q, k = torch.randn(2, 1, 2, 5, 8)
+    with pytest.raises(ValueError, match=message):
+        reach(q, k, **({"slopes": torch.ones(2)} | change))
