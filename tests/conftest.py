@@ -1,8 +1,14 @@
 """What all tests share."""
 
+import os
+
 import hypothesis
 import pytest
 import torch
+
+# Triton reads this once, when it is first imported, which torch's own modules may do at any time.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # Two test processes run side by side on two cores: more threads would only wait for each other.
 torch.set_num_threads(1)
