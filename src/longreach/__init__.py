@@ -10,9 +10,10 @@ _PUBLIC = {
     "alibi_bias": "longreach.ops.alibi",
     "alibi_slopes": "longreach.ops.alibi",
     "attention": "longreach.ops.attention",
+    "reach": "longreach.ops.reach",
 }
 
-__all__ = ["__version__", "alibi_bias", "alibi_slopes", "attention"]
+__all__ = ["__version__", "alibi_bias", "alibi_slopes", "attention", "reach"]
 
 
 def __getattr__(name: str) -> object:

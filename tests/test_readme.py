@@ -1,0 +1,73 @@
+"""The README's commands and code do what it says."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from longreach.cli import main
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+# What makes a command of the README quick without changing what it does. Options given twice take the last value.
+SMALLER = (
+    "--num-layers 1 --num-heads 2 --d-model 16 --vocab-size 300 --steps 3 --warmup-steps 1 --batch-size 2 "
+    "--valid-tokens 2048"
+)
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def test_it_opens_with_two_commands():
+    assert blocks("sh")[0].splitlines() == ["make demo", "make test"]
+
+
+def test_make_demo_runs_what_it_says():
+    plan = subprocess.run(["make", "--dry-run", "demo"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "longreach compare --output runs/demo" in plan
+    assert "`longreach compare --output runs/demo`" in README
+
+
+@pytest.fixture
+def _as_a_user(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    Path("books").mkdir()
+    for number in range(12):
+        lines = (f"On page {page} of book {number}, {page * number} words are told.\n" for page in range(400))
+        Path("books", f"{number}.txt").write_text("".join(lines), encoding="utf-8")
+    yield
+    torch.set_flush_denormal(False)
+
+
+@pytest.mark.usefixtures("_as_a_user")
+def test_every_command_runs_in_order(capsys):
+    commands = [line for block in blocks("sh")[1:] for line in block.splitlines()]
+    commands.insert(0, "longreach compare --output runs/demo")
+    assert all(command.startswith("longreach ") for command in commands)
+    for command in commands:
+        words = shlex.split(command)[1:]
+        smaller = shlex.split(SMALLER) if words[0] in ("compare", "train") else []
+        if words[0] == "train":
+            smaller = smaller[:-2]  # it evaluates nothing
+        main([*words, *smaller])
+        assert capsys.readouterr().out.strip(), command
+    for path in ("runs/demo/report.html", "runs/demo/alibi/model.safetensors", "runs/books/results.json"):
+        assert Path(path).exists()
+    assert Path("runs/alibi-evaluation/report.html").exists()
+
+
+def test_code_runs():
+    (code,) = blocks("python")
+    exec(compile(code, "README.md", "exec"), {})
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
