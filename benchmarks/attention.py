@@ -28,8 +28,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from longreach.ops.alibi import alibi_bias, alibi_distance, alibi_slopes
-from longreach.ops.cpu import BLOCK_N, cpu_attention
-from longreach.ops.reach import key_block_norms
+from longreach.ops.attention import attention
+from longreach.ops.reach import KEY_BLOCK, key_block_norms
 from longreach.ops.reference import reference_attention
 
 MASK_BYTES = 3 * 2**30
@@ -83,14 +83,16 @@ class Figure:
     """Largest error of the output against float64, in sampled rows."""
 
 
-def ours(workload: Workload, tensors: list[Tensor]) -> Attend:
+def implementation(workload: Workload, tensors: list[Tensor], impl: str) -> Attend:
+    """An implementation of `longreach.attention` by name."""
     slopes = alibi_slopes(workload.heads, device=tensors[0].device)
-    if tensors[0].is_cuda:
-        from longreach import attention
+    decodes_by_reach = workload.mode == "decode" and impl in ("cpu", "triton")
+    norms = key_block_norms(tensors[1], KEY_BLOCK) if decodes_by_reach else None  # as KVCache keeps them
+    return lambda q, k, v: attention(q, k, v, slopes=slopes, key_norms=norms, impl=impl)  # type: ignore[return-value]
 
-        return lambda q, k, v: attention(q, k, v, slopes=slopes, impl="triton")
-    norms = key_block_norms(tensors[1], BLOCK_N) if workload.mode == "decode" else None  # as KVCache keeps them
-    return lambda q, k, v: cpu_attention(q, k, v, slopes=slopes, key_norms=norms)[0]
+
+def ours(workload: Workload, tensors: list[Tensor]) -> Attend:
+    return implementation(workload, tensors, "triton" if tensors[0].is_cuda else "cpu")
 
 
 def sdpa_with_mask(workload: Workload, tensors: list[Tensor]) -> Attend | None:
@@ -180,10 +182,21 @@ def contenders(workload: Workload, tensors: list[Tensor], skip: set[str]) -> dic
     return {name: attend for name, attend in made.items() if attend is not None}
 
 
-def measure(workload: Workload, device: str, rounds: int, skip: set[str]) -> list[Figure]:
+def alternatives(workload: Workload, tensors: list[Tensor], skip: set[str]) -> dict[str, Attend]:
+    """The two between which `choose_impl` decides, the dense mask made anew at each call as it is there."""
+    return {"longreach": ours(workload, tensors), "impl=sdpa": implementation(workload, tensors, "sdpa")}
+
+
+def measure(
+    workload: Workload,
+    device: str,
+    rounds: int,
+    skip: set[str],
+    choose: Callable[[Workload, list[Tensor], set[str]], dict[str, Attend]] = contenders,
+) -> list[Figure]:
     """Check and time every contender on one workload."""
     tensors = workload.tensors(device)
-    attends = contenders(workload, tensors, skip)
+    attends = choose(workload, tensors, skip)
     gradient = torch.randn_like(tensors[0]) if workload.mode == "training" else None
     errors = {name: check(name, attend, workload, tensors) for name, attend in attends.items()}
     if gradient is not None:
@@ -301,6 +314,22 @@ def workloads(device: str, lengths: list[int]) -> list[Workload]:
     return everything
 
 
+def crossover_workloads() -> list[Workload]:
+    """Lengths around the points where `choose_impl` changes over."""
+    shapes = [(1, 8, 64), (8, 8, 32)]
+    return [
+        Workload(mode, dtype, length, batch=batch, heads=heads, head_dim=head_dim)
+        for mode, lengths in (
+            ("forward", (64, 128, 256, 512, 1024)),
+            ("training", (64, 128, 256, 512, 1024)),
+            ("decode", (1024, 4096, 8192, 16384)),
+        )
+        for dtype in ("float32", "bfloat16")
+        for batch, heads, head_dim in shapes
+        for length in lengths
+    ]
+
+
 def _importable(name: str) -> bool:
     try:
         __import__(name)
@@ -319,15 +348,22 @@ def _report(workload: Workload, figures: list[Figure]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--machine", required=True, help="name of the file under benchmarks/results, e.g. cpu-2core")
+    parser.add_argument(
+        "--machine", default="cpu-2core", help="name of the file under benchmarks/results, e.g. cpu-2core"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 8192, 32768, 65536])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--skip", nargs="*", default=[], help="contenders to leave out, by name")
     parser.add_argument("--quick", action="store_true", help="short lengths, 3 rounds, without compiled peers")
+    parser.add_argument("--crossover", action="store_true", help="time what choose_impl decides between; no file")
     arguments = parser.parse_args()
     torch.set_flush_denormal(True)
     lengths, rounds, skip = arguments.lengths, arguments.rounds, set(arguments.skip)
+    if arguments.crossover:
+        for workload in crossover_workloads():
+            _report(workload, measure(workload, arguments.device, rounds, skip, alternatives))
+        return
     if arguments.quick:
         lengths, rounds, skip = [1024, 4096], 3, skip | {"FlexAttention"}
     records: list[dict[str, Any]] = []

@@ -170,6 +170,14 @@ def test_compare_prints_the_table_and_report_rebuilds_it(capsys, small, tmp_path
     assert (output / "report.html").read_text() == page
 
 
+def test_none_is_a_method_and_the_way_to_unset_an_option(small, tmp_path):
+    words = [*small, "--methods", "none", "--valid-lengths", "none", "--d-ff", "none", "--valid-tokens", "300"]
+    main(["compare", "--output", str(tmp_path / "out"), *words])
+    results = Results.read(tmp_path / "out" / "results.json")
+    assert results.methods() == ("none",)
+    assert results.valid_lengths(16) == (16, 32, 64, 128, 256)
+
+
 def test_evaluate_gives_the_numbers_of_compare(capsys, small, tmp_path):
     output = tmp_path / "out"
     main(["compare", "--output", str(output), *small, "--methods", "alibi,none", "--valid-lengths", "16,32"])

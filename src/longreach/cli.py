@@ -311,8 +311,8 @@ def _readers() -> tyro.constructors.ConstructorRegistry:
                 raise ValueError(f"{word!r} is not {description}") from None
 
         def read(words: list[str]) -> Any:
-            if words[0] == "none" and (is_list or is_optional):
-                return () if is_list else None
+            if words[0] == "none" and (is_optional or (is_list and kind is int)):  # among names, none is a method
+                return None if is_optional else ()
             if is_list:
                 return tuple(read_one(word.strip()) for word in words[0].split(","))
             return read_one(words[0])

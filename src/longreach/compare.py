@@ -70,11 +70,14 @@ def compare(config: CompareConfig, output: Path, progress: Progress) -> Results:
         training = train_run(config.run(method), folder, prepared, progress)
         if training not in results.training:
             results = results.add(training)
-        for valid_length in config.evaluate.valid_lengths:
-            if results.find(method, config.train.train_length, valid_length) is None:
-                entry = evaluate_run(open_run(folder), tokens, valid_length, config.evaluate, progress)
-                results = results.add(entry)
-                results.write(output / "results.json")
+        lengths = config.evaluate.valid_lengths
+        missing = [length for length in lengths if results.find(method, config.train.train_length, length) is None]
+        if not missing:
+            continue
+        run = open_run(folder)
+        for valid_length in missing:
+            results = results.add(evaluate_run(run, tokens, valid_length, config.evaluate, progress))
+            results.write(output / "results.json")
     write_report(results, output)
     return results
 

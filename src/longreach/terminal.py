@@ -1,5 +1,6 @@
 """Progress in the terminal."""
 
+from datetime import timedelta
 from types import TracebackType
 
 from rich.console import Console
@@ -7,13 +8,13 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 
 class TerminalProgress:
-    """One bar per stage of the work on standard error: how much is done, how it goes, the time left.
+    """A bar on standard error for the stage at work: how much is done, how it goes, the time left.
 
-    Where standard error is no terminal, one line is printed as each stage ends.
+    A stage ends when the next begins; then its bar becomes a line that says how long it took. Where standard error is
+    no terminal there are only those lines.
     """
 
     def __init__(self) -> None:
-        self._console = Console(stderr=True)
         self._bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -21,24 +22,36 @@ class TerminalProgress:
             TextColumn("{task.fields[note]}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            console=self._console,
-            disable=not self._console.is_terminal,
+            console=Console(stderr=True),
         )
-        self._tasks: dict[str, TaskID] = {}
+        self._stage: str | None = None
+        self._task = TaskID(0)
 
     def __enter__(self) -> "TerminalProgress":
-        self._bars.start()
+        if self._bars.console.is_terminal:
+            self._bars.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bars.stop()
+        if error is None:
+            self._end_stage()
+        if self._bars.console.is_terminal:
+            self._bars.stop()
 
     def __call__(self, stage: str, done: int, total: int | None, note: str = "") -> None:
         """Show that `done` of `total` units of a stage are done."""
-        if stage not in self._tasks:
-            self._tasks[stage] = self._bars.add_task(stage, note=note)
-        self._bars.update(self._tasks[stage], completed=done, total=total, note=note)
-        if done == total and not self._console.is_terminal:
-            self._console.print(f"{stage}: done  {note}".rstrip(), highlight=False, markup=False)
+        if stage != self._stage:
+            self._end_stage()
+            self._stage, self._task = stage, self._bars.add_task(stage, note=note)
+        self._bars.update(self._task, completed=done, total=total, note=note)
+
+    def _end_stage(self) -> None:
+        if self._stage is not None:
+            (task,) = self._bars.tasks
+            took = timedelta(seconds=round(task.elapsed or 0.0))
+            line = f"{self._stage}: {took}  {task.fields['note']}"
+            self._bars.console.print(line.rstrip(), markup=False, highlight=False)
+            self._bars.remove_task(self._task)
+            self._stage = None
