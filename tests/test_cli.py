@@ -248,9 +248,13 @@ def test_a_damaged_model_is_refused(capsys, small, tmp_path):
     assert "damaged" in refused(capsys, "generate", str(tmp_path / "run"), "--prompt", "a")
 
 
-def test_divergence_is_one_line(capsys, small, tmp_path):
-    line = refused(capsys, "train", "--output", str(tmp_path / "run"), *small, "--learning-rate", "1e30")
-    assert "step 2" in line
+def test_divergence_ends_with_one_line(capsys, small, tmp_path):
+    with pytest.raises(SystemExit) as end:
+        main(["train", "--output", str(tmp_path / "run"), *small, "--learning-rate", "1e30"])
+    assert end.value.code == 2
+    *stages, line = capsys.readouterr().err.splitlines()
+    assert stages == [stage for stage in stages if stage.startswith(("reading", "tokenizing"))]
+    assert line.startswith("longreach train: step 2: loss=nan")
     assert "learning_rate" in line
 
 

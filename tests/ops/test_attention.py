@@ -228,8 +228,8 @@ def test_one_graph_serves_all_lengths():
         (("cpu", 64, 64), {"reaching": True, "return_lse": True}, "cpu"),
         (("cpu", 1024, 1024), {"reaching": True, "dense": True}, "sdpa"),
         (("cpu", 1024, 1024), {"reaching": True, "dense": True, "return_lse": True}, "reference"),
-        (("cpu", 1, 8191), {"reaching": True}, "sdpa"),
-        (("cpu", 1, 8192), {"reaching": True}, "cpu"),
+        (("cpu", 1, 16383), {"reaching": True}, "sdpa"),
+        (("cpu", 1, 16384), {"reaching": True}, "cpu"),
         (("cuda", 8192, 8192), {"reaching": True}, "sdpa"),
         (("cuda", 8192, 8192), {"reaching": True, "return_lse": True}, "reference"),
     ],
@@ -286,12 +286,12 @@ def test_what_has_no_reach_is_refused(qkv, impl, name, options):
 
 def test_key_norms_change_nothing_but_what_is_read(monkeypatch):
     torch.manual_seed(0)
-    q, k, v = torch.randn(1, 4, 1, 16), torch.randn(1, 2, 9000, 16), torch.randn(1, 2, 9000, 16)
+    q, k, v = torch.randn(1, 4, 1, 16), torch.randn(1, 2, 17000, 16), torch.randn(1, 2, 17000, 16)
     slopes = torch.tensor([0.5, 0.4, 0.3, 0.2])
     norms = key_block_norms(k, KEY_BLOCK)
     expected = attention(q, k, v, slopes=slopes, impl="reference")
-    assert choose_impl("cpu", 1, 9000, reaching=True) == "cpu"
-    far = torch.arange(9000) < 8000  # beyond reach: not even read
+    assert choose_impl("cpu", 1, 17000, reaching=True) == "cpu"
+    far = torch.arange(17000) < 16000  # beyond reach: not even read
     k, v = (x.masked_fill(far[:, None], math.nan) for x in (k, v))
     torch.testing.assert_close(attention(q, k, v, slopes=slopes, key_norms=norms), expected, rtol=1e-5, atol=1e-6)
 

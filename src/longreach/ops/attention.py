@@ -15,11 +15,11 @@ IMPLEMENTATIONS = ("reference", "sdpa", "cpu", "triton", "flex")
 """What `impl` may name besides "auto"."""
 
 CPU_CROSSOVER = 256 * 256
-"""Tq Tk from which "cpu" beats "sdpa" with a dense mask on the CPU: 1.2 to 2.3 times at 256, and 0.6 to 0.9 at 64
-(`python benchmarks/attention.py --crossover`)."""
+"""Tq Tk from which "cpu" is preferred to "sdpa" with a dense mask on the CPU. At 256 tokens it is 1.3 to 2 times as
+fast forward and on par with a backward pass, at 64 it is slower (`python benchmarks/attention.py --crossover`)."""
 
-CPU_DECODE_CROSSOVER = 8192
-"""Tk from which that holds for fewer than DECODE_QUERIES queries, whose bound costs as much as the keys it saves."""
+CPU_DECODE_CROSSOVER = 16384
+"""Tk from which that holds for fewer than DECODE_QUERIES queries: below, the bound costs more than it saves."""
 
 DECODE_QUERIES = 16
 """Queries below which a call counts as decoding."""
