@@ -1,4 +1,7 @@
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -115,3 +118,27 @@ def test_progress_counts_up_to_all_targets():
 def test_tokens_of_another_vocabulary_are_refused():
     with pytest.raises(ValueError, match=r"token id 99 with vocab_size=11"):
         run(ContextOracle(), np.array([1, 99, 2]), 2)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resident memory can be measured on Linux only")
+def test_long_windows_with_a_large_vocabulary_take_bounded_memory():
+    # All logits at once would be 8192 * 50257 * 4 bytes, 1.6 GB.
+    script = """
+import numpy as np, torch
+from longreach.evaluate.cost import Cost
+from longreach.evaluate.scoring import score
+from longreach.models.config import ModelConfig
+from longreach.models.decoder import Decoder
+torch.set_num_threads(1)
+config = ModelConfig(vocab_size=50257, train_length=128, num_layers=1, num_heads=2, d_model=8)
+tokens = np.random.default_rng(0).integers(0, 50257, 8193)
+arguments = dict(stride=8192, vocab_size=50257, device=torch.device("cpu"), tokens_per_batch=8192)
+model = Decoder(config).eval()
+with Cost(torch.device("cpu")) as idle:
+    pass
+with Cost(torch.device("cpu")) as cost:
+    score(model, tokens, valid_length=8192, **arguments)
+print((cost.peak_memory - idle.peak_memory) / 2**20)
+"""
+    output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert float(output) < 500

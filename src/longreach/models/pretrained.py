@@ -15,13 +15,20 @@ MODEL_TYPE = "longreach"
 
 
 def save_model(model: Decoder, folder: str | os.PathLike[str]) -> None:
-    """Write model.safetensors and config.json, each beside its final name first and then renamed."""
+    """Write model.safetensors and config.json, each beside its final name first and then renamed.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written; files of these names are as they were.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = {"model_type": MODEL_TYPE, **model.config.to_dict()}
     (folder / "config.json.new").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    safetensors.torch.save_file(weights, folder / "model.safetensors.new")
+    try:
+        safetensors.torch.save_file(weights, folder / "model.safetensors.new")
+    except safetensors.SafetensorError as error:
+        raise OSError(f"{folder / 'model.safetensors'} cannot be written ({error}): mend that and run again") from error
     for name in ("config.json", "model.safetensors"):
         os.replace(folder / f"{name}.new", folder / name)
 

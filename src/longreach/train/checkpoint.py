@@ -27,15 +27,14 @@ def save_checkpoint(state: dict[str, Any], path: Path) -> None:
             file.write(hashing.hash.digest())
             file.flush()
             os.fsync(file.fileno())
-    except RuntimeError as error:
+    except (OSError, RuntimeError) as error:
+        beside.unlink(missing_ok=True)
         # torch.save hides the system's error, a full disk for instance, behind one of its own.
-        beside.unlink(missing_ok=True)
-        if isinstance(error.__context__, OSError):
-            raise error.__context__ from None
-        raise
-    except OSError:
-        beside.unlink(missing_ok=True)
-        raise
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        message = f"{cause.strerror} while writing {path}: the checkpoint before it is kept; mend that and run again"
+        raise OSError(cause.errno, message) from error
     os.replace(beside, path)
     fsync_folder(path.parent)
 
