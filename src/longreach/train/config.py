@@ -22,7 +22,7 @@ class TrainConfig:
 
     train_length: int = 128
     """L, the length in tokens of the training sequences."""
-    steps: int = 450
+    steps: int = 400
     """Number of optimizer steps."""
     batch_size: int = 8
     """Sequences per optimizer step."""
