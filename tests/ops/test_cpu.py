@@ -17,7 +17,7 @@ HALF = (torch.bfloat16, torch.float16)
 def bounded(request, monkeypatch):
     """Run with ranges and without them, whatever the cost model thinks of such small inputs."""
     heads = {"bounded": lambda q, *_: slice(0, q.shape[1]), "dense": lambda *_: slice(0, 0)}
-    monkeypatch.setattr(module, "_heads_worth_bounding", heads[request.param])
+    monkeypatch.setattr(module, "heads_worth_bounding", heads[request.param])
 
 
 def run(function, tensors, options, grads, **more):
@@ -200,8 +200,8 @@ def test_time_is_linear_beyond_the_reach():
             q, k, torch.tensor([0.5, 0.05]), scale=0.25, tolerance=2**-24, block_m=128, block_n=64
         )
         ranges = [x.transpose(0, 1).mul(module.BLOCK_N).tolist() for x in ranges]
-        masks = module._Masks.of(length, length, True, None, None, None)
-        tiles = list(module._plan(shape, shape, masks, *ranges))
+        masks = module.Masks.of(length, length, True, None, None, None)
+        tiles = list(module.plan(shape, shape, masks, *ranges))
         assert sum(tile.rows * tile.count * (tile.heads.stop - tile.heads.start) for tile in tiles) == 2 * length
         pairs.append(sum(t.rows * t.width * t.count * (t.heads.stop - t.heads.start) for t in tiles))
     assert pairs[1] < 2.1 * pairs[0]

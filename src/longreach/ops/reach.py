@@ -2,9 +2,9 @@
 
 P_ij = exp(scale q_i . k_j - m |i - j| - lse_i) is small when the bias is large against what the scores can make up
 for. `key_ranges` bounds the scores from above (Cauchy-Schwarz, by norms of centred keys) and each row's lse_i from
-below (the LSE over the nearest keys), sums the bounds of the blocks from the far end, and drops blocks while that sum
-stays within the tolerated probability mass. It reads q and k once and costs O(T D) plus one number for each pair of
-a query block and a key block; nothing is read back to the host, so a GPU need not wait.
+below (by the nearest key and a mean of those before), sums the bounds of the blocks from the far end, and drops
+blocks while that sum stays within the tolerated probability mass. It reads q and k once and costs O(T D) plus one
+number for each pair of a query block and a key block; nothing is read back to the host, so a GPU need not wait.
 """
 
 import math
@@ -18,11 +18,20 @@ from torch import Tensor
 KEY_BLOCK = 64
 """Keys per block in what a KV cache keeps of their norms, and in the ranges of all implementations here."""
 
-NEAR = 32
-"""Queries that share one tile when their LSE is bounded from below by the nearest 2 NEAR keys."""
+LINK = 16
+"""Consecutive positions whose queries share one mean of the keys before, when their LSE is bounded from below."""
 
-NEAR_ROUNDING = 2.0**-7
-"""Error of a near score relative to |q_i| |k_j|: covers products and sums in bfloat16, TF32 or better."""
+CHAIN = 32
+"""Links that such a mean looks back on, a power of 2."""
+
+SAMPLE = 1024
+"""Keys whose mean is taken from all of them, about so many: no proof depends on which."""
+
+LSE_ROUNDING = 2.0**-9
+"""Error of a score in the bound on the LSE, relative to |q_i| max |k_j|: covers products in float32 or TF32."""
+
+LOG2_E = math.log2(math.e)
+"""To exponentiate by base 2: on the CPU exp is a hundred times slower where its result underflows."""
 
 ROUNDING = 2.0**-20
 """Relative slack of every other term of the bound: at least 8 roundings of float32."""
@@ -188,15 +197,18 @@ def key_ranges(
         sides = [_Side(left, 1, half), _Side(right, -1, half)]
     if key_norms is None:
         centre, lengths = _centred_lengths(k, key_padding_mask)
+        longest = lengths.amax(dim=-1, keepdim=True).clamp(min=0.0) + torch.linalg.vector_norm(centre, dim=-1)
         lengths = _per_query_head(lengths, num_heads)  # [B, H, Tk]
         radii = [_soft_radius(lengths, norm, side, block_n) for side in sides]  # each [B, H, NK]
     else:
-        centre, radii = None, [_per_query_head(key_norms, num_heads)] * len(sides)
+        centre, longest = None, key_norms.amax(dim=-1, keepdim=True)
+        radii = [_per_query_head(key_norms, num_heads)] * len(sides)
     document = None
     if cu_seqlens is not None:
         document = torch.bucketize(torch.arange(key_length, device=q.device), cu_seqlens, right=True)
     masks = _Masks(causal, window_size, key_padding_mask, document)
     lse, sees = _lse_lower_bound(q, k, left, right, centre, scale, masks)
+    lse = lse - norm * _per_query_head(longest, num_heads) * LSE_ROUNDING - 2.0**-12
 
     dropped = []
     for side, bound in zip(sides, radii, strict=True):
@@ -327,17 +339,18 @@ def _log_tolerance(tolerance: float, dtype: torch.dtype, key_length: int) -> flo
 
 
 def _centred_lengths(k: Tensor, key_padding_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Mean of the keys (B, Hkv, 1, D), and each key's distance from it (B, Hkv, Tk), -inf for padding.
+    """Mean of some keys (B, Hkv, 1, D), and each key's distance from it (B, Hkv, Tk), -inf for padding.
 
     Softmax does not change when one vector is taken from all keys, and without their mean their norms are smaller.
     """
     dtype = torch.promote_types(k.dtype, torch.float32)
+    every = max(1, k.shape[2] // SAMPLE)
+    sample = k[:, :, ::every].to(dtype)
     if key_padding_mask is None:
-        centre = k.mean(dim=2, keepdim=True, dtype=dtype)
+        centre = sample.mean(dim=2, keepdim=True)
         return centre, _norms(k, centre)
-    hidden = key_padding_mask[:, None, :, None]  # [B, 1, Tk, 1]
-    visible_count = (~hidden).sum(dim=2, keepdim=True).clamp(min=1)
-    centre = k.masked_fill(hidden, 0.0).sum(dim=2, keepdim=True, dtype=dtype) / visible_count
+    hidden = key_padding_mask[:, None, ::every, None]  # [B, 1, keys of the sample, 1]
+    centre = sample.masked_fill(hidden, 0.0).sum(dim=2, keepdim=True) / (~hidden).sum(dim=2, keepdim=True).clamp(min=1)
     return centre, _norms(k, centre).masked_fill(key_padding_mask[:, None], float("-inf"))
 
 
@@ -404,7 +417,9 @@ def _count_dropped(
     for chunk in _chunks(low.shape[-1], share.numel(), low.device):
         gap = blocks.gap(side.sign, chunk)  # [chunk, NK]
         log_mass = low[..., chunk, None] + rise[..., chunk, None] * share[:, :, None] - slope * gap
-        mass = log_mass.exp_().masked_fill_(gap < 1, float("inf")).masked_fill_(blocks.outside(chunk), 0.0)
+        mass = (
+            log_mass.mul_(LOG2_E).exp2_().masked_fill_(gap < 1, float("inf")).masked_fill_(blocks.outside(chunk), 0.0)
+        )
         if key_hidden is not None:
             mass = mass.masked_fill_(key_hidden[:, None, None], 0.0)
         if side.sign == -1:
@@ -415,7 +430,7 @@ def _count_dropped(
 
 def _chunks(length: int, width: int, device: torch.device) -> Iterator[slice]:
     """Slices of `length` rows of `width` numbers each, so that memory stays bounded, and on the CPU in the cache."""
-    budget = 2**18 if device.type == "cpu" else 2**26
+    budget = 2**17 if device.type == "cpu" else 2**26
     step = max(1, budget // max(width, 1))
     for start in range(0, length, step):
         yield slice(start, min(start + step, length))
@@ -433,12 +448,6 @@ class _Masks:
     """(B, Tk), True where a key is hidden from all."""
     document: Tensor | None
     """(Tk,) number of each token's document; keys of other documents are hidden."""
-
-    @property
-    def hide_more_than_causality(self) -> bool:
-        """Whether anything but causality may hide one of the nearest keys."""
-        narrow = self.window_size is not None and self.window_size < 2 * NEAR
-        return narrow or self.key_padding_mask is not None or self.document is not None
 
     def hide(self, query_positions: Tensor, key_positions: Tensor, key_length: int) -> Tensor:
         """Whether each key is hidden from each query: (B or 1, 1, ...) of broadcast positions."""
@@ -463,71 +472,104 @@ def _lse_lower_bound(
 ) -> tuple[Tensor, Tensor]:
     """Lower bound of each row's LSE over centred keys (B, H, Tq), and which rows see any key, (B or 1, 1, Tq) bool.
 
-    The bound is the LSE over the visible among the 2 NEAR keys about the query. Where padding may hide all of those,
-    it is at least the score of the nearest visible key.
+    It is the LSE of the nearest visible key's score and a bound on the LSE of keys in earlier links.
     """
     query_length, key_length = q.shape[2], k.shape[2]
-    num_tiles, group = -(-query_length // NEAR), q.shape[1] // k.shape[1]
-    parts = []
-    for kv_heads in _chunks(k.shape[1], q.shape[0] * group * num_tiles * NEAR * 2 * NEAR, q.device):
-        heads = slice(kv_heads.start * group, kv_heads.stop * group)
-        some = q[:, heads], k[:, kv_heads], left[:, heads], right[:, heads]
-        chunks = _chunks(num_tiles, some[0].shape[0] * some[0].shape[1] * NEAR * 2 * NEAR, q.device)
-        parts.append(torch.cat([_near_lse(*some, scale, masks, tiles) for tiles in chunks], dim=2))
-    lse = torch.cat(parts, dim=1)  # [B, H, Tq]
-
     positions = torch.arange(query_length, device=q.device) + (key_length - query_length)
     nearest = [_nearest_visible(positions, key_length, masks.key_padding_mask, past=True)]
     if not masks.causal:
         nearest.append(_nearest_visible(positions, key_length, masks.key_padding_mask, past=False))
     hidden = [_nearest_hidden(positions, index, key_length, masks) for index in nearest]  # each [B or 1, 1, Tq]
     sees = ~hidden[0] if masks.causal else ~(hidden[0] & hidden[1])
-    if masks.key_padding_mask is not None or (not masks.causal and query_length > key_length):
-        for index, unseen in zip(nearest, hidden, strict=True):
-            score = _score_of(q, k, left, right, scale, positions, index.clamp(0, key_length - 1))
-            lse = torch.maximum(lse, score.masked_fill(unseen, float("-inf")))
+
+    left, right = (side * (1 + 4 * ROUNDING) for side in (left, right))  # a larger slope makes the LSE smaller
+    earlier = _earlier_lse(q, k, left, centre, scale, masks)
+    if masks.key_padding_mask is None and query_length <= key_length:
+        score = _products(q, k[:, :, key_length - query_length :], centre) * scale  # each query with its own key
+        return torch.logaddexp(earlier, score.masked_fill(~sees, float("-inf"))), sees
+    for index, unseen in zip(nearest, hidden, strict=True):
+        index = index.clamp(0, key_length - 1)
+        where = index[:, None, :, None].expand(*k.shape[:2], -1, k.shape[3])
+        distance = (positions - index)[:, None]  # [B or 1, 1, Tq]
+        penalty = left[..., None] * distance.clamp(min=0) + right[..., None] * (-distance).clamp(min=0)
+        score = _products(q, k.gather(2, where), centre) * scale - penalty
+        # Not their sum, because with padding the nearest key may lie in an earlier link.
+        earlier = torch.maximum(earlier, score.masked_fill(unseen, float("-inf")))
+    return earlier, sees
+
+
+def _earlier_lse(q: Tensor, k: Tensor, slope: Tensor, centre: Tensor | None, scale: float, masks: _Masks) -> Tensor:
+    """Lower bound of the LSE over the visible keys in the links before each query's own: (B, H, Tq), -inf for none.
+
+    By Jensen log sum_j w_j e^(x_j) >= log W + sum_j w_j x_j / W with W = sum_j w_j, so that one mean of keys serves all
+    queries of a link. w_j = e^(-m d_j) by the distance d_j to the end of the link before, the rest of it follows.
+    """
+    query_length, offset = q.shape[2], k.shape[2] - q.shape[2]
+    first, past = offset // LINK, -(-k.shape[2] // LINK)  # the links that hold queries
+    means, log_weights = _means_of_earlier_keys(k, slope, first, past, masks)  # [B, H, links, D], [B, H, links]
     if centre is not None:
-        norm = _norms(q)
-        centre = _per_query_head(centre, q.shape[1])  # [B, H, 1, D]
-        slack = norm * torch.linalg.vector_norm(centre, dim=-1) * (scale * NEAR_ROUNDING)
-        lse = lse - (q @ centre.to(q.dtype).transpose(-2, -1))[..., 0] * scale - slack
-    return lse, sees
+        means = means - _per_query_head(centre, q.shape[1])
+    front = offset - first * LINK
+    parts = []
+    for links in _chunks(past - first, q.shape[0] * q.shape[1] * LINK * q.shape[3], q.device):
+        rows = _padded(q, links.start * LINK - front, links.stop * LINK - front).to(means.dtype)
+        parts.append((rows.unflatten(2, (-1, LINK)) * means[:, :, links, None]).sum(dim=-1))
+    from_end = torch.arange(1, LINK + 1, device=q.device)
+    lse = torch.cat(parts, dim=2) * scale + (log_weights[..., None] - slope[..., None, None] * from_end)
+    lse = lse.flatten(2)[:, :, front : front + query_length]
+    if masks.document is not None:
+        own_link = torch.arange(offset, k.shape[2], device=q.device) // LINK
+        foreign = masks.document[offset:] != masks.document[(own_link * LINK - 1).clamp(min=0)]
+        lse = lse.masked_fill(foreign, float("-inf"))
+    return lse
 
 
-def _near_lse(q: Tensor, k: Tensor, left: Tensor, right: Tensor, scale: float, masks: _Masks, tiles: slice) -> Tensor:
-    """Lower bound of the LSE over the keys about each query, for tiles of NEAR queries: (B, H, rows)."""
-    query_length, num_kv_heads, key_length = q.shape[2], *k.shape[1:3]
-    dtype, device = left.dtype, q.device
-    count = tiles.stop - tiles.start
-    first_row, past_row = tiles.start * NEAR, min(tiles.stop * NEAR, query_length)
-    first_key = first_row + key_length - query_length - NEAR  # a position, which may lie outside of the keys
-    past_key = first_key + (count + 1) * NEAR
-    rows = _padded(q, first_row, first_row + count * NEAR)
-    rows = rows.unflatten(2, (count, NEAR)).unflatten(1, (num_kv_heads, -1))  # [B, Hkv, G, count, NEAR, D]
-    keys = _padded(k, first_key, past_key)  # [B, Hkv, (count + 1) NEAR, D]
-    scores = (rows @ keys.unfold(2, 2 * NEAR, NEAR)[:, :, None]).flatten(1, 2)  # [B, H, count, NEAR, 2 NEAR]
+def _means_of_earlier_keys(k: Tensor, slope: Tensor, first: int, past: int, masks: _Masks) -> tuple[Tensor, Tensor]:
+    """For links [first, past) the mean (B, H, links, D), so weighted, of the visible keys before each, and log W.
 
-    row, column = torch.arange(NEAR, device=device)[:, None], torch.arange(2 * NEAR, device=device)
-    distance = NEAR + row - column
-    penalty = left[..., None, None] * distance.clamp(min=0) + right[..., None, None] * (-distance).clamp(min=0)
-    penalty = penalty * (1 + 4 * ROUNDING)
-    if masks.causal:
-        penalty.masked_fill_(distance < 0, float("inf"))
-    scores = torch.add(-penalty[:, :, None], scores, alpha=scale)
-    if first_key < 0 or past_key > key_length or masks.hide_more_than_causality:
-        tile = torch.arange(count, device=device)[:, None, None] * NEAR
-        hidden = masks.hide(first_key + NEAR + tile + row, first_key + tile + column, key_length)
-        scores.masked_fill_(hidden, float("-inf"))
-    top = scores.amax(dim=-1, keepdim=True).clamp(min=torch.finfo(dtype).min)  # finite, so that no row is NaN
-    lse = scores.sub_(top).exp_().sum(dim=-1).log() + top[..., 0]  # [B, H, count, NEAR]
+    At most CHAIN links are looked back on. Padding has weight 0, and so have other documents than the last key's.
+    """
+    oldest = max(first - CHAIN, 0)
+    keys = k[:, :, oldest * LINK : (past - 1) * LINK].unflatten(2, (-1, LINK))  # [B, Hkv, links, LINK, D]
+    index = torch.arange(oldest * LINK, (past - 1) * LINK, device=k.device).unflatten(0, (-1, LINK))  # [links, LINK]
+    visible = torch.ones_like(index, dtype=torch.bool)[None]  # [B or 1, links, LINK]
+    steps = [2**n for n in range(CHAIN.bit_length() - 1)]
+    if masks.window_size is not None:
+        visible = visible & (masks.window_size >= 2 * LINK)
+        steps = [step for step in steps if (2 * step + 1) * LINK <= masks.window_size]
+    if masks.key_padding_mask is not None:
+        visible = visible & ~masks.key_padding_mask[:, index]
+        keys = keys.masked_fill(masks.key_padding_mask[:, index][:, None, ..., None], 0.0)
+    if masks.document is not None:
+        last = masks.document[index[:, -1]]  # [links]
+        visible = visible & (masks.document[index] == last[:, None])
 
-    key_norm = torch.linalg.vector_norm(keys, dim=-1, dtype=dtype)  # [B, Hkv, (count + 1) NEAR]
-    if masks.key_padding_mask is not None:  # what lies in padding may be NaN
-        key_norm = key_norm.nan_to_num(nan=0.0, posinf=0.0)
-    key_norm = key_norm.unfold(2, 2 * NEAR, NEAR).amax(dim=-1)[:, :, None, :, None]  # [B, Hkv, 1, count, 1]
-    row_norm = torch.linalg.vector_norm(rows, dim=-1, dtype=dtype)  # [B, Hkv, G, count, NEAR]
-    slack = (row_norm * key_norm).flatten(1, 2) * (scale * NEAR_ROUNDING)
-    return (lse - slack).flatten(2)[:, :, : past_row - first_row]
+    to_end = torch.arange(LINK - 1, -1, -1, device=k.device)
+    weights = (-slope[..., None] * to_end).exp()[:, :, None] * visible[:, None]  # [B, H, links, LINK]
+    by_group = weights.unflatten(1, (k.shape[1], -1)).transpose(2, 3)  # [B, Hkv, links, G, LINK]
+    chunks = _chunks(keys.shape[2], keys.shape[0] * keys.shape[1] * LINK * keys.shape[4], k.device)
+    parts = [by_group[:, :, links] @ keys[:, :, links].to(slope.dtype) for links in chunks]
+    sums = torch.cat([slope.new_empty(*by_group.shape[:2], 0, by_group.shape[3], k.shape[3]), *parts], dim=2)
+    sums = torch.cat([sums.transpose(2, 3).flatten(1, 2), weights.sum(dim=-1, keepdim=True)], dim=-1)
+    for step in steps:  # each doubles the number of links that a sum covers
+        before = sums[:, :, :-step] * (-slope[..., None, None] * (LINK * step)).exp()
+        if masks.document is not None:
+            before = before * (last[:-step] == last[step:])[:, None]
+        sums[:, :, step:] = sums[:, :, step:] + before
+    sums = _padded(sums, first - 1 - oldest, past - 1 - oldest)  # [B, H, past - first, D + 1], the last column being W
+    total = sums[..., -1]
+    return sums[..., :-1] / total.clamp(min=torch.finfo(slope.dtype).tiny)[..., None], total.log()
+
+
+def _products(q: Tensor, k: Tensor, centre: Tensor | None) -> Tensor:
+    """q . (k - centre) for each query (B, H, Tq, D) and its own key (B, Hkv, Tq, D): (B, H, Tq)."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    parts = []
+    for rows in _chunks(q.shape[2], q.shape[0] * q.shape[1] * q.shape[3], q.device):
+        keys = k[:, :, rows].to(dtype)
+        keys = _per_query_head(keys if centre is None else keys - centre, q.shape[1])
+        parts.append((q[:, :, rows] * keys).sum(dim=-1))
+    return torch.cat(parts, dim=2)
 
 
 def _padded(x: Tensor, first: int, past: int) -> Tensor:
@@ -562,17 +604,3 @@ def _nearest_hidden(positions: Tensor, index: Tensor, key_length: int, masks: _M
     """Whether the key at `index` (B or 1, Tq), known to be no padding, is hidden from each query: (B or 1, 1, Tq)."""
     unpadded = _Masks(masks.causal, masks.window_size, None, masks.document)
     return unpadded.hide(positions, index, key_length)[0].transpose(0, 1)
-
-
-def _score_of(
-    q: Tensor, k: Tensor, left: Tensor, right: Tensor, scale: float, positions: Tensor, index: Tensor
-) -> Tensor:
-    """Lower bound of the score of each query with one key, at `index` (B or 1, Tq): (B, H, Tq)."""
-    batch, num_kv_heads, _, head_dim = k.shape
-    where = index[:, None, :, None].expand(batch, num_kv_heads, -1, head_dim)
-    keys = _per_query_head(k.gather(2, where), q.shape[1]).to(left.dtype)  # [B, H, Tq, D]
-    rows = q.to(left.dtype)
-    distance = (positions - index)[:, None]  # [B or 1, 1, Tq]
-    penalty = left[..., None] * distance.clamp(min=0) + right[..., None] * (-distance).clamp(min=0)
-    slack = torch.linalg.vector_norm(rows, dim=-1) * torch.linalg.vector_norm(keys, dim=-1) * (scale * NEAR_ROUNDING)
-    return (rows * keys).sum(dim=-1) * scale - penalty * (1 + 4 * ROUNDING) - slack
