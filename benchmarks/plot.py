@@ -37,19 +37,24 @@ def curves(records: list[dict[str, Any]], mode: str, dtype: str) -> dict[str, di
 
 def draw(records: list[dict[str, Any]]) -> Figure:
     """Time against length, one panel for each mode and dtype."""
-    figure = Figure(figsize=(11, 3.8), layout="constrained")
-    for axes, (mode, dtype) in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
-        for name, points in curves(records, mode, dtype).items():
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    panels = figure.subplots(1, len(PANELS), sharey=True)
+    for axes, (mode, dtype) in zip(panels, PANELS, strict=True):
+        found = curves(records, mode, dtype)
+        for name, points in found.items():
             style = "--" if name == CEILING else "-"
             axes.plot(list(points), list(points.values()), style, marker="o", ms=4, color=COLOURS[name], label=name)
         axes.set(xscale="log", yscale="log", xlabel="length (tokens)")
         axes.set_title(f"{'forward + backward' if mode == 'training' else mode}, {dtype}", fontsize=10)
-        lengths = sorted({length for points in curves(records, mode, dtype).values() for length in points})
-        axes.set_xticks(lengths, [f"{length // 1024}k" for length in lengths], minor=False)
+        lengths = sorted({length for points in found.values() for length in points})
+        axes.set_xticks(lengths, [f"{length // 1024}k" for length in lengths])
+        axes.set_yticks([0.01, 0.1, 1, 10], ["10 ms", "100 ms", "1 s", "10 s"])
         axes.minorticks_off()
         axes.grid(alpha=0.25)
-    figure.axes[0].set_ylabel("seconds (median)")
-    figure.axes[0].legend(fontsize=8, frameon=False)
+    panels[0].set_ylabel("time (median)")
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=9, frameon=False
+    )
     return figure
 
 

@@ -20,8 +20,8 @@ SMALLER = (
 )
 
 
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+def blocks(language, page=README):
+    return re.findall(rf"^```{language}\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
 
 
 def test_it_opens_with_two_commands():
@@ -63,9 +63,10 @@ def test_every_command_runs_in_order(capsys):
     assert Path("runs/alibi-evaluation/report.html").exists()
 
 
-def test_code_runs():
-    (code,) = blocks("python")
-    exec(compile(code, "README.md", "exec"), {})
+@pytest.mark.parametrize("path", ["README.md", "docs/reach.md"])
+def test_code_runs(path):
+    (code,) = blocks("python", (ROOT / path).read_text(encoding="utf-8"))
+    exec(compile(code, path, "exec"), {})
 
 
 def test_links_lead_somewhere():
