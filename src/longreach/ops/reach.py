@@ -8,21 +8,16 @@ number for each pair of a query block and a key block; nothing is read back to t
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .lse_bound import ROUNDING, Masks, chunks, lse_lower_bound, per_query_head
+
 KEY_BLOCK = 64
 """Keys per block in what a KV cache keeps of their norms, and in the ranges of all implementations here."""
-
-LINK = 16
-"""Consecutive positions whose queries share one mean of the keys before, when their LSE is bounded from below."""
-
-CHAIN = 32
-"""Links that such a mean looks back on, a power of 2."""
 
 SAMPLE = 1024
 """Keys whose mean is taken from all of them, about so many: no proof depends on which."""
@@ -32,9 +27,6 @@ LSE_ROUNDING = 2.0**-9
 
 LOG2_E = math.log2(math.e)
 """To exponentiate by base 2: on the CPU exp is a hundred times slower where its result underflows."""
-
-ROUNDING = 2.0**-20
-"""Relative slack of every other term of the bound: at least 8 roundings of float32."""
 
 
 @dataclass(frozen=True)
@@ -198,17 +190,17 @@ def key_ranges(
     if key_norms is None:
         centre, lengths = _centred_lengths(k, key_padding_mask)
         longest = lengths.amax(dim=-1, keepdim=True).clamp(min=0.0) + torch.linalg.vector_norm(centre, dim=-1)
-        lengths = _per_query_head(lengths, num_heads)  # [B, H, Tk]
+        lengths = per_query_head(lengths, num_heads)  # [B, H, Tk]
         radii = [_soft_radius(lengths, norm, side, block_n) for side in sides]  # each [B, H, NK]
     else:
         centre, longest = None, key_norms.amax(dim=-1, keepdim=True)
-        radii = [_per_query_head(key_norms, num_heads)] * len(sides)
+        radii = [per_query_head(key_norms, num_heads)] * len(sides)
     document = None
     if cu_seqlens is not None:
         document = torch.bucketize(torch.arange(key_length, device=q.device), cu_seqlens, right=True)
-    masks = _Masks(causal, window_size, key_padding_mask, document)
-    lse, sees = _lse_lower_bound(q, k, left, right, centre, scale, masks)
-    lse = lse - norm * _per_query_head(longest, num_heads) * LSE_ROUNDING - 2.0**-12
+    masks = Masks(causal, window_size, key_padding_mask, document)
+    lse, sees = lse_lower_bound(q, k, left, right, centre, scale, masks)
+    lse = lse - norm * per_query_head(longest, num_heads) * LSE_ROUNDING - 2.0**-12
 
     dropped = []
     for side, bound in zip(sides, radii, strict=True):
@@ -358,7 +350,7 @@ def _norms(x: Tensor, centre: Tensor | None = None) -> Tensor:
     """|x - centre| of each row of x (B, H, T, D), at least in float32: (B, H, T)."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     parts = [x.new_empty(*x.shape[:2], 0, dtype=dtype)]
-    for rows in _chunks(x.shape[2], x.shape[0] * x.shape[1] * x.shape[3], x.device):
+    for rows in chunks(x.shape[2], x.shape[0] * x.shape[1] * x.shape[3], x.device):
         part = x[:, :, rows].to(dtype)
         parts.append(torch.linalg.vector_norm(part if centre is None else part - centre, dim=-1))
     return torch.cat(parts, dim=2)
@@ -392,11 +384,6 @@ def _block_any(x: Tensor, block: int) -> Tensor:
     return F.pad(x, (0, -x.shape[-1] % block)).unflatten(-1, (-1, block)).any(dim=-1)
 
 
-def _per_query_head(x: Tensor, num_heads: int) -> Tensor:
-    """(B, Hkv, ...) to (B, H, ...)."""
-    return x.repeat_interleave(num_heads // x.shape[1], dim=1) if x.shape[1] != num_heads else x
-
-
 def _row_excess(bound: Tensor, lse: Tensor, inner: Tensor, sees: Tensor, block_m: int) -> Tensor:
     """Largest log of a row's weight on a key at the edge of its query block, were the bias 0 there: (B, H, NQ)."""
     excess = bound - lse - inner + ROUNDING * (bound.abs() + lse.abs() + inner)  # [B, H, Tq]
@@ -414,7 +401,7 @@ def _count_dropped(
     rise = (high + weight[..., None] - side.log_tolerance).clamp(min=torch.finfo(low.dtype).min / 8) - low
     slope = side.slope[..., None, None]  # [B, H, 1, 1]
     counts = []
-    for chunk in _chunks(low.shape[-1], share.numel(), low.device):
+    for chunk in chunks(low.shape[-1], share.numel(), low.device):
         gap = blocks.gap(side.sign, chunk)  # [chunk, NK]
         log_mass = low[..., chunk, None] + rise[..., chunk, None] * share[:, :, None] - slope * gap
         mass = (
@@ -426,181 +413,3 @@ def _count_dropped(
             mass = mass.flip(-1)
         counts.append((mass.cumsum(dim=-1) <= 1).sum(dim=-1).clamp(max=num_key_blocks))
     return torch.cat(counts, dim=-1)
-
-
-def _chunks(length: int, width: int, device: torch.device) -> Iterator[slice]:
-    """Slices of `length` rows of `width` numbers each, so that memory stays bounded, and on the CPU in the cache."""
-    budget = 2**17 if device.type == "cpu" else 2**26
-    step = max(1, budget // max(width, 1))
-    for start in range(0, length, step):
-        yield slice(start, min(start + step, length))
-
-
-@dataclass(frozen=True)
-class _Masks:
-    """What hides keys from queries."""
-
-    causal: bool
-    """Whether keys after the query are hidden."""
-    window_size: int | None
-    """Keys at this distance and beyond are hidden."""
-    key_padding_mask: Tensor | None
-    """(B, Tk), True where a key is hidden from all."""
-    document: Tensor | None
-    """(Tk,) number of each token's document; keys of other documents are hidden."""
-
-    def hide(self, query_positions: Tensor, key_positions: Tensor, key_length: int) -> Tensor:
-        """Whether each key is hidden from each query: (B or 1, 1, ...) of broadcast positions."""
-        distance = query_positions - key_positions
-        hidden = (key_positions < 0) | (key_positions >= key_length)
-        if self.causal:
-            hidden = hidden | (distance < 0)
-        if self.window_size is not None:
-            hidden = hidden | (distance.abs() >= self.window_size)
-        key_index = key_positions.clamp(0, key_length - 1)
-        if self.document is not None:
-            query_index = query_positions.clamp(0, key_length - 1)
-            hidden = hidden | (self.document[query_index] != self.document[key_index])
-        hidden = hidden[None, None]
-        if self.key_padding_mask is not None:
-            hidden = hidden | self.key_padding_mask[:, None, key_index]
-        return hidden
-
-
-def _lse_lower_bound(
-    q: Tensor, k: Tensor, left: Tensor, right: Tensor, centre: Tensor | None, scale: float, masks: _Masks
-) -> tuple[Tensor, Tensor]:
-    """Lower bound of each row's LSE over centred keys (B, H, Tq), and which rows see any key, (B or 1, 1, Tq) bool.
-
-    It is the LSE of the nearest visible key's score and a bound on the LSE of keys in earlier links.
-    """
-    query_length, key_length = q.shape[2], k.shape[2]
-    positions = torch.arange(query_length, device=q.device) + (key_length - query_length)
-    nearest = [_nearest_visible(positions, key_length, masks.key_padding_mask, past=True)]
-    if not masks.causal:
-        nearest.append(_nearest_visible(positions, key_length, masks.key_padding_mask, past=False))
-    hidden = [_nearest_hidden(positions, index, key_length, masks) for index in nearest]  # each [B or 1, 1, Tq]
-    sees = ~hidden[0] if masks.causal else ~(hidden[0] & hidden[1])
-
-    left, right = (side * (1 + 4 * ROUNDING) for side in (left, right))  # a larger slope makes the LSE smaller
-    earlier = _earlier_lse(q, k, left, centre, scale, masks)
-    if masks.key_padding_mask is None and query_length <= key_length:
-        score = _products(q, k[:, :, key_length - query_length :], centre) * scale  # each query with its own key
-        return torch.logaddexp(earlier, score.masked_fill(~sees, float("-inf"))), sees
-    for index, unseen in zip(nearest, hidden, strict=True):
-        index = index.clamp(0, key_length - 1)
-        where = index[:, None, :, None].expand(*k.shape[:2], -1, k.shape[3])
-        distance = (positions - index)[:, None]  # [B or 1, 1, Tq]
-        penalty = left[..., None] * distance.clamp(min=0) + right[..., None] * (-distance).clamp(min=0)
-        score = _products(q, k.gather(2, where), centre) * scale - penalty
-        # Not their sum, because with padding the nearest key may lie in an earlier link.
-        earlier = torch.maximum(earlier, score.masked_fill(unseen, float("-inf")))
-    return earlier, sees
-
-
-def _earlier_lse(q: Tensor, k: Tensor, slope: Tensor, centre: Tensor | None, scale: float, masks: _Masks) -> Tensor:
-    """Lower bound of the LSE over the visible keys in the links before each query's own: (B, H, Tq), -inf for none.
-
-    By Jensen log sum_j w_j e^(x_j) >= log W + sum_j w_j x_j / W with W = sum_j w_j, so that one mean of keys serves all
-    queries of a link. w_j = e^(-m d_j) by the distance d_j to the end of the link before, the rest of it follows.
-    """
-    query_length, offset = q.shape[2], k.shape[2] - q.shape[2]
-    first, past = offset // LINK, -(-k.shape[2] // LINK)  # the links that hold queries
-    means, log_weights = _means_of_earlier_keys(k, slope, first, past, masks)  # [B, H, links, D], [B, H, links]
-    if centre is not None:
-        means = means - _per_query_head(centre, q.shape[1])
-    front = offset - first * LINK
-    parts = []
-    for links in _chunks(past - first, q.shape[0] * q.shape[1] * LINK * q.shape[3], q.device):
-        rows = _padded(q, links.start * LINK - front, links.stop * LINK - front).to(means.dtype)
-        parts.append((rows.unflatten(2, (-1, LINK)) * means[:, :, links, None]).sum(dim=-1))
-    from_end = torch.arange(1, LINK + 1, device=q.device)
-    lse = torch.cat(parts, dim=2) * scale + (log_weights[..., None] - slope[..., None, None] * from_end)
-    lse = lse.flatten(2)[:, :, front : front + query_length]
-    if masks.document is not None:
-        own_link = torch.arange(offset, k.shape[2], device=q.device) // LINK
-        foreign = masks.document[offset:] != masks.document[(own_link * LINK - 1).clamp(min=0)]
-        lse = lse.masked_fill(foreign, float("-inf"))
-    return lse
-
-
-def _means_of_earlier_keys(k: Tensor, slope: Tensor, first: int, past: int, masks: _Masks) -> tuple[Tensor, Tensor]:
-    """For links [first, past) the mean (B, H, links, D), so weighted, of the visible keys before each, and log W.
-
-    At most CHAIN links are looked back on. Padding has weight 0, and so have other documents than the last key's.
-    """
-    oldest = max(first - CHAIN, 0)
-    keys = k[:, :, oldest * LINK : (past - 1) * LINK].unflatten(2, (-1, LINK))  # [B, Hkv, links, LINK, D]
-    index = torch.arange(oldest * LINK, (past - 1) * LINK, device=k.device).unflatten(0, (-1, LINK))  # [links, LINK]
-    visible = torch.ones_like(index, dtype=torch.bool)[None]  # [B or 1, links, LINK]
-    steps = [2**n for n in range(CHAIN.bit_length() - 1)]
-    if masks.window_size is not None:
-        visible = visible & (masks.window_size >= 2 * LINK)
-        steps = [step for step in steps if (2 * step + 1) * LINK <= masks.window_size]
-    if masks.key_padding_mask is not None:
-        visible = visible & ~masks.key_padding_mask[:, index]
-        keys = keys.masked_fill(masks.key_padding_mask[:, index][:, None, ..., None], 0.0)
-    if masks.document is not None:
-        last = masks.document[index[:, -1]]  # [links]
-        visible = visible & (masks.document[index] == last[:, None])
-
-    to_end = torch.arange(LINK - 1, -1, -1, device=k.device)
-    weights = (-slope[..., None] * to_end).exp()[:, :, None] * visible[:, None]  # [B, H, links, LINK]
-    by_group = weights.unflatten(1, (k.shape[1], -1)).transpose(2, 3)  # [B, Hkv, links, G, LINK]
-    chunks = _chunks(keys.shape[2], keys.shape[0] * keys.shape[1] * LINK * keys.shape[4], k.device)
-    parts = [by_group[:, :, links] @ keys[:, :, links].to(slope.dtype) for links in chunks]
-    sums = torch.cat([slope.new_empty(*by_group.shape[:2], 0, by_group.shape[3], k.shape[3]), *parts], dim=2)
-    sums = torch.cat([sums.transpose(2, 3).flatten(1, 2), weights.sum(dim=-1, keepdim=True)], dim=-1)
-    for step in steps:  # each doubles the number of links that a sum covers
-        before = sums[:, :, :-step] * (-slope[..., None, None] * (LINK * step)).exp()
-        if masks.document is not None:
-            before = before * (last[:-step] == last[step:])[:, None]
-        sums[:, :, step:] = sums[:, :, step:] + before
-    sums = _padded(sums, first - 1 - oldest, past - 1 - oldest)  # [B, H, past - first, D + 1], the last column being W
-    total = sums[..., -1]
-    return sums[..., :-1] / total.clamp(min=torch.finfo(slope.dtype).tiny)[..., None], total.log()
-
-
-def _products(q: Tensor, k: Tensor, centre: Tensor | None) -> Tensor:
-    """q . (k - centre) for each query (B, H, Tq, D) and its own key (B, Hkv, Tq, D): (B, H, Tq)."""
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    parts = []
-    for rows in _chunks(q.shape[2], q.shape[0] * q.shape[1] * q.shape[3], q.device):
-        keys = k[:, :, rows].to(dtype)
-        keys = _per_query_head(keys if centre is None else keys - centre, q.shape[1])
-        parts.append((q[:, :, rows] * keys).sum(dim=-1))
-    return torch.cat(parts, dim=2)
-
-
-def _padded(x: Tensor, first: int, past: int) -> Tensor:
-    """x[:, :, first:past], with zeros where that lies outside of x (B, H, T, D)."""
-    length = x.shape[2]
-    low, high = min(max(first, 0), length), min(max(past, 0), length)
-    inside = x[:, :, low:high]
-    if high - low == past - first:
-        return inside
-    before = min(max(-first, 0), past - first)
-    return F.pad(inside, (0, 0, before, past - first - before - (high - low)))
-
-
-def _nearest_visible(positions: Tensor, key_length: int, key_padding_mask: Tensor | None, *, past: bool) -> Tensor:
-    """The nearest key that is no padding at or before each position (at or after it): (B or 1, Tq).
-
-    Outside [0, Tk) where there is none.
-    """
-    if key_padding_mask is None:
-        return positions.clamp(max=key_length - 1)[None] if past else positions.clamp(min=0)[None]
-    index = torch.arange(key_length, device=positions.device)
-    if past:
-        nearest = torch.where(key_padding_mask, -1, index).cummax(dim=-1).values  # [B, Tk]
-        found = nearest[:, positions.clamp(0, key_length - 1)]
-        return torch.where(positions < 0, -1, found)
-    nearest = torch.where(key_padding_mask, key_length, index).flip(-1).cummin(dim=-1).values.flip(-1)
-    found = nearest[:, positions.clamp(0, key_length - 1)]
-    return torch.where(positions >= key_length, key_length, found)
-
-
-def _nearest_hidden(positions: Tensor, index: Tensor, key_length: int, masks: _Masks) -> Tensor:
-    """Whether the key at `index` (B or 1, Tq), known to be no padding, is hidden from each query: (B or 1, 1, Tq)."""
-    unpadded = _Masks(masks.causal, masks.window_size, None, masks.document)
-    return unpadded.hide(positions, index, key_length)[0].transpose(0, 1)
