@@ -188,6 +188,14 @@ def test_evaluate_gives_the_numbers_of_compare(capsys, small, tmp_path):
     assert (tmp_path / "evaluation" / "report.html").exists()
 
 
+@pytest.mark.parametrize("verb", ["evaluate", "generate"])
+def test_the_folder_of_a_comparison_is_no_run(capsys, small, tmp_path, verb):
+    main(["compare", "--output", str(tmp_path / "out"), *small, "--methods", "none,alibi", "--valid-lengths", "16"])
+    capsys.readouterr()
+    line = refused(capsys, verb, str(tmp_path / "out"))
+    assert line.endswith("out holds a comparison: give the folder of one of its runs (alibi, none)")
+
+
 def test_evaluate_on_other_text(capsys, trained, tmp_path):
     text = "one two three four five six seven. " * 40
     (tmp_path / "other.txt").write_text(text)

@@ -79,8 +79,7 @@ def test_bytes_are_those_of_the_scored_text(config, tmp_path):
 
 
 def test_methods_see_identical_batches_and_start_alike(config, tmp_path):
-    # "none" and learned ALiBi share all weights but the slopes; with one head of slope near 0 they would train alike.
-    # What is checked is what that rests on: the first loss of two methods that add nothing to the embeddings.
+    # None of these adds to the embeddings, so the first loss tells whether batch and initial weights are the same.
     compare(replace(config, methods=("none", "rotary", "rotary:base=500")), tmp_path / "out", silent)
     first = {
         folder: json.loads((tmp_path / "out" / folder / "metrics.jsonl").read_text().splitlines()[0])["loss"]

@@ -63,8 +63,12 @@ def open_run(folder: Path, device: str | None = None) -> Run:
 
     Raises:
         FileNotFoundError: the folder holds no finished run.
-        ValueError: its files are damaged.
+        ValueError: its files are damaged, or it holds a comparison, whose runs lie in folders below it.
     """
+    if (folder / "results.json").exists() and not (folder / "model.safetensors").exists():
+        below = sorted(path.parent.name for path in folder.glob("*/model.safetensors"))
+        names = ", ".join(below) or "none is finished yet"
+        raise ValueError(f"{folder} holds a comparison: give the folder of one of its runs ({names})")
     config = load_config(RunConfig, folder / "config.toml")
     resolved = resolve_device(device or config.train.device)
     return Run(config, load_model(folder, resolved), load_tokenizer(folder / "tokenizer.json"), resolved)
