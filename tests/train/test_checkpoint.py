@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from longreach.train.checkpoint import load_checkpoint, save_checkpoint
+from longreach.train.checkpoint import _HashingWriter, load_checkpoint, save_checkpoint
 
 
 def state(value):
@@ -81,3 +81,23 @@ def test_no_folder_is_an_oserror(tmp_path):
     with pytest.raises(OSError, match="nowhere"):
         save_checkpoint(state(1), tmp_path / "nowhere" / "checkpoint.pt")
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("at", [1, 2, 5, 9])
+def test_an_interrupt_in_mid_save_stays_one_and_leaves_the_old_checkpoint(tmp_path, monkeypatch, at):
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(state(1), path)
+
+    write, calls = _HashingWriter.write, []
+
+    def interrupted(self, data):
+        calls.append(data)
+        if len(calls) == at:
+            raise KeyboardInterrupt
+        return write(self, data)
+
+    monkeypatch.setattr("longreach.train.checkpoint._HashingWriter.write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(state(2), path)
+    assert load_checkpoint(path)["step"] == 1
+    assert list(tmp_path.iterdir()) == [path]

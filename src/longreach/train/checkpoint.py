@@ -27,10 +27,12 @@ def save_checkpoint(state: dict[str, Any], path: Path) -> None:
             file.write(hashing.hash.digest())
             file.flush()
             os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:
+    except BaseException as error:
         beside.unlink(missing_ok=True)
-        # torch.save hides the system's error, a full disk for instance, behind one of its own.
-        cause = error if isinstance(error, OSError) else error.__context__
+        # torch.save hides what stopped it, a full disk or Ctrl-C for instance, behind an error of its own.
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
+        if isinstance(cause, KeyboardInterrupt):
+            raise cause from None
         if not isinstance(cause, OSError):
             raise
         message = f"{cause.strerror} while writing {path}: the checkpoint before it is kept; mend that and run again"
