@@ -1,14 +1,12 @@
 import math
 import subprocess
 import sys
-from itertools import pairwise
 from xml.etree import ElementTree
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from longreach.report.figures import DARK, _spread, paper_figure, perplexity_figure, to_png, to_svg
+from longreach.report.drawing import DARK, to_png, to_svg
+from longreach.report.figures import paper_figure, perplexity_figure
 from longreach.report.paper_tables import METHODS, paper_curve
 
 
@@ -94,45 +92,3 @@ def test_infinite_perplexity_is_marked_at_the_upper_edge(empty, record):
     results = empty.add(record("t5", 128, 70.0), record("t5", 256, math.inf))
     (axes,) = perplexity_figure(results).axes
     assert ([256], [axes.get_ylim()[1]]) in [tuple(map(list, line.get_data())) for line in axes.lines]
-
-
-def test_names_neither_touch_nor_leave_the_figure(empty, record):
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.text import Text
-
-    entries = [record(f"method-number-{i}", n, 70.0 + 0.01 * i) for i in range(20) for n in (128, 2048)]
-    figure = perplexity_figure(empty.add(*entries))
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    # The boxes of the text alone: an annotation's own extent has its line to the curve in it.
-    boxes = [Text.get_window_extent(text, canvas.renderer) for text in figure.axes[0].texts]
-    boxes.sort(key=lambda box: box.y0)
-    assert len(boxes) == 20
-    assert all(below.y1 <= above.y0 for below, above in pairwise(boxes))
-    assert all(box.x1 <= figure.bbox.x1 for box in boxes)
-
-
-def test_tick_labels_do_not_touch(empty, record):
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    lengths = (512, 513, 522, 1000, 1012, 1024, 16000, 16384)
-    figure = perplexity_figure(empty.add(*(record("alibi", n, 20.0, 512) for n in lengths)))
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    labels = figure.axes[0].get_xticklabels()
-    assert "512" in [label.get_text() for label in labels]
-    boxes = [label.get_window_extent(canvas.renderer) for label in labels]
-    assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
-
-
-@given(st.lists(st.floats(-0.5, 1.5), max_size=12))
-def test_spread_keeps_order_distance_and_bounds(wanted):
-    wanted.sort()
-    pitch = 0.08
-    placed = _spread(wanted, pitch)
-    assert len(placed) == len(wanted)
-    assert all(b - a >= pitch - 1e-12 for a, b in pairwise(placed))
-    assert all(-1e-12 <= y <= 1 + 1e-12 for y in placed)
-    apart = all(b - a >= pitch for a, b in pairwise(wanted))
-    if apart and wanted and wanted[0] >= 0 and wanted[-1] <= 1:
-        assert placed == pytest.approx(wanted)

@@ -48,6 +48,25 @@ def read(path):
     return path.read_text(encoding="utf-8")
 
 
+def assert_needs_nothing_but_itself(source):
+    for tag, attributes in Page(source).tags:
+        assert tag not in {"script", "link", "iframe", "object", "embed", "base"}
+        for name in ("src", "srcset", "data", "poster", "background", "action"):
+            assert attributes.get(name, "data:").startswith("data:")
+        if "href" in attributes:
+            assert (tag, attributes["href"]) in {("a", link) for link in CITATION_LINKS}
+        assert not any(name.startswith("on") for name in attributes)
+    style = re.search(r"<style>(.*)</style>", source, re.DOTALL).group(1)
+    assert "url(" not in style
+    assert "@import" not in style
+    # What the embedded images refer to lies within them.
+    for image in re.findall(r"data:image/svg\+xml;base64,([^\"]+)", source):
+        for element in ElementTree.fromstring(base64.b64decode(image)).iter():
+            for name, value in element.attrib.items():
+                assert not name.endswith("href") or value.startswith("#")
+    assert "default-src 'none'" in source
+
+
 def test_page_says_what_was_measured(demo, tmp_path):
     path = write_report(demo, tmp_path / "new" / "folder")
     text = Page(read(path)).text
@@ -76,28 +95,52 @@ def test_page_says_what_was_measured(demo, tmp_path):
         ElementTree.fromstring((path.parent / "figures" / f"{kind}.svg").read_bytes())
 
 
-def test_page_needs_nothing_but_itself(demo, tmp_path):
-    source = read(write_report(demo, tmp_path))
+def test_page_of_everything_needs_nothing_but_itself(everything, tmp_path):
+    source = read(write_report(everything, tmp_path))
+    assert_needs_nothing_but_itself(source)
     page = Page(source)
-    for tag, attributes in page.tags:
-        assert tag not in {"script", "link", "iframe", "object", "embed", "base"}
-        for name in ("src", "srcset", "data", "poster", "background", "action"):
-            assert attributes.get(name, "data:").startswith("data:")
-        if "href" in attributes:
-            assert (tag, attributes["href"]) in {("a", link) for link in CITATION_LINKS}
-        assert not any(name.startswith("on") for name in attributes)
-    style = re.search(r"<style>(.*)</style>", source, re.DOTALL).group(1)
-    assert "url(" not in style
-    assert "@import" not in style
-    # What the embedded images refer to lies within them.
-    for image in re.findall(r"data:image/svg\+xml;base64,([^\"]+)", source):
-        for element in ElementTree.fromstring(base64.b64decode(image)).iter():
-            for name, value in element.attrib.items():
-                assert not name.endswith("href") or value.startswith("#")
-    assert "default-src 'none'" in source
+    for expected in (
+        "In perplexity at 256 tokens, alibi trained at 128 is worse than sinusoidal trained at 256",
+        "Perplexity per word, trained at 256",
+        "Past 128 tokens of context, loss falls further with alibi",
+        "From 256 to 4,096 tokens (16x), context beyond 256 may help alibi and bigscience/bloom-1b7",
+        "Where windows slide by 1, perplexity from 128 to 2,048 tokens",
+        "raising all positions, by up to 2,048, leaves the perplexity of alibi as it is",
+        "beside recomputed windows of 128 tokens, perplexity holds with alibi (cached, 1.000x)",
+        "Beside sinusoidal at the same training length",
+        "Cost, as in the paper's Table 1",
+        "42 of 50 answers of passkey",
+        "Summaries of meetings",
+        "its table holds 128 positions",
+    ):
+        assert expected in page.text
+    assert page.text.count("Whiskers: 95% bootstrap intervals") == 1  # said once for both training lengths
+    names = {"perplexity", "paper", "context", "decomposition", "strides", "offsets"}
+    names |= {"retrieval-lines", "retrieval-passkey"}
+    assert {file.stem for file in (tmp_path / "figures").iterdir()} == names
+    assert sum(tag == "img" for tag, _ in page.tags) == len(names)
+    assert all(attributes["alt"] for tag, attributes in page.tags if tag == "img")
 
 
-def test_user_given_names_are_escaped(demo, record, skipped, provenance, tmp_path):
+def test_page_without_perplexity_leads_with_what_there_is(empty, found, tmp_path):
+    page = Page(read(write_report(empty.add(found("alibi", 256, 0.5, 7)), tmp_path)))
+    assert "alibi finds 7 of 10 answers of lines in prompts of 256 tokens" in page.text
+    assert page.text.count("finds 7 of 10") == 1
+    assert "Nothing has been measured" not in page.text
+    assert "Press, Smith and Lewis" not in page.text
+    assert next(attributes for tag, attributes in page.tags if tag == "p") == {"class": "headline"}
+
+
+def test_page_of_what_was_skipped_alone_says_so(empty, skipped, tmp_path):
+    entry = dataclasses.replace(skipped("alibi", 256, "out of memory"), task="kv", stride=None, protocol=None)
+    page = Page(read(write_report(empty.add(entry), tmp_path)))
+    assert "Nothing has been measured yet" in page.text
+    assert "out of memory" in page.text
+
+
+def test_user_given_names_are_escaped(
+    demo, record, skipped, provenance, strided, context, decomposed, offset, found, summary, tmp_path
+):
     attack = """<script>alert("1")</script>'"&<img src=x onerror=alert(1)>{{ 7*7 }}{% raw %}"""
     names = [field.name for field in dataclasses.fields(provenance) if type(getattr(provenance, field.name)) is str]
     names.remove("created")
@@ -105,19 +148,32 @@ def test_user_given_names_are_escaped(demo, record, skipped, provenance, tmp_pat
     results = dataclasses.replace(demo, provenance=hostile)
     results = results.add(record(f"rotary:{attack}", 128, 70.0), skipped(attack, 4096, attack))
     results = results.add(dataclasses.replace(demo.training[0], method=attack, attention=attack))
+    results = results.add(
+        strided(attack, 128, 9.0),
+        strided(attack, 128, 9.0, protocol="cached"),
+        context(attack, 256, 65, 128, 4.0, resampled=attack),
+        context(attack, 256, 129, 256, 3.0, resampled=attack),
+        decomposed(attack, 256, 0.1, 0.1),
+        offset(attack, 0, 9.0),
+        found(attack, 128, 0.5, 1, task=f"../../{attack}"),
+        summary(attack, 128, 0.2),
+    )
     page = Page(read(write_report(results, tmp_path)))
     assert all(tag != "script" for tag, _ in page.tags)
     assert all("onerror" not in attributes for _, attributes in page.tags)
     assert page.text.count(attack) >= len(names) + 4
     assert json.dumps(attack)[1:-1] in page.text  # the configuration
-    ElementTree.fromstring((tmp_path / "figures" / "perplexity.svg").read_bytes())
+    figures = [file for file in (tmp_path / "figures").iterdir() if file.suffix == ".svg"]
+    assert len(figures) == 7
+    for file in figures:
+        ElementTree.fromstring(file.read_bytes())
+    assert sorted(os.listdir(tmp_path)) == ["figures", "report.html"]
 
 
 @pytest.mark.parametrize(
     "cells",
     [
         [],
-        [("alibi", 128, 75.0)],
         [("alibi", 256, 75.0)],
         [("alibi", 128, math.inf), ("alibi", 256, 80.0)],
         [("caf\udce9 " + "very-long-name-" * 20, 128, 75.0), ("alibi", 128, 75.0, 64)],

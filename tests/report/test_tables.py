@@ -6,16 +6,15 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
+from longreach.report.context_tables import decomposition_grid
 from longreach.report.tables import (
     bits_per_byte_grid,
-    format_memory,
-    format_perplexity,
-    format_ratio,
+    cost_grid,
     main_grid,
     paper_grid,
     print_tables,
     skipped_grid,
-    to_markdown,
+    word_grid,
 )
 
 
@@ -43,9 +42,14 @@ def test_contexts_that_differ_are_given_as_a_range(empty, record):
 
 
 def test_other_protocols_and_training_lengths_stay_out(empty, record):
-    sliding = replace(record("alibi", 256, 60.0), stride=1, protocol="sliding")
+    sliding = replace(record("alibi", 256, 60.0), stride=1, protocol="sliding-window")
     results = empty.add(record("alibi", 128, 70.0), sliding, record("alibi", 64, 80.0, train_length=64))
     assert main_grid(results, 128).rows == (("alibi", "70.00", "-", "-", "-"),)
+
+
+def test_methods_of_other_tasks_have_no_row(empty, record, found):
+    results = empty.add(record("alibi", 128, 70.0), found("bloom", 128, 0.5, 3), record("t5", 256, 9.0, 256))
+    assert [row[0] for row in main_grid(results, 128).rows] == ["alibi"]
 
 
 def test_bits_per_byte(empty, record):
@@ -67,6 +71,15 @@ def test_no_number_is_cut_off_in_a_narrow_terminal(demo, width):
         assert re.search(line, text), row
 
 
+@pytest.mark.parametrize("width", [40, 80])
+def test_intervals_stay_whole_in_a_narrow_terminal(everything, width):
+    text = printed(everything, width)
+    rows = decomposition_grid(everything, 128).rows
+    assert rows
+    for row in rows:
+        assert re.search(" +".join(map(re.escape, row)), text), row
+
+
 def test_markup_in_names_is_shown_not_obeyed(empty, record):
     name = "rotary[bold]:x=[/]"
     assert name in printed(empty.add(record(name, 128, 9.0)), 200)
@@ -84,31 +97,41 @@ def test_no_results_print_nothing(empty):
     assert printed(empty, 80) == ""
 
 
-def test_markdown(empty, record):
-    results = empty.add(record("a|b*<i>", 128, 70.0), record("alibi", 128, 60.0))
-    assert to_markdown(main_grid(results, 128)) == (
-        "| method | 128<br>1x<br>63.5 | longest<br>/ 1x | training<br>tokens/s | training<br>memory |\n"
-        "| --- | ---: | ---: | ---: | ---: |\n"
-        "| a\\|b\\*\\<i\\> | 70.00 | - | - | - |\n"
-        "| alibi | **60.00** | - | - | - |\n"
+def test_perplexity_per_word_is_there_where_words_were_counted(empty, record):
+    counted = replace(record("alibi", 128, 70.0), words=3000)
+    assert word_grid(empty.add(record("alibi", 128, 70.0)), 128) is None
+    grid = word_grid(empty.add(counted, record("t5", 128, 60.0)), 128)
+    assert grid.rows == (("alibi", f"{70 ** (4096 / 3000):.2f}"), ("t5", "-"))
+
+
+def test_cost_is_as_in_the_papers_table_and_relative_to_sinusoidal_at_the_same_length(empty, record, training):
+    slow = replace(training("t5"), tokens_per_second=3041.13, peak_memory=None)
+    results = empty.add(training("sinusoidal"), slow, training("alibi", 64), record("t5", 128, 70.0))
+    grid = cost_grid(results)
+    assert [column[0] for column in grid.columns].count("/ sinusoidal's") == 3
+    assert grid.rows == (
+        ("alibi", "64", "9,123", "-", "-", "-", "1.50 GiB", "-"),
+        ("sinusoidal", "128", "9,123", "1.000x", "-", "-", "1.50 GiB", "1.000x"),
+        ("t5", "128", "3,041", "0.33x", "41,234", "-", "-", "-"),
     )
+    alone = cost_grid(empty.add(training("alibi")))
+    assert alone.rows == (("alibi", "128", "9,123", "-", "1.50 GiB"),)
 
 
-def test_formats():
-    assert [format_perplexity(x) for x in (1.0, 999.99, 12345.6, 2.5e7, math.inf)] == [
-        "1.00",
-        "999.99",
-        "12,346",
-        "2.5e+07",
-        "∞",
-    ]
-    assert [format_ratio(x) for x in (None, 0.98, 0.9984, 1.0, 1.004, 1.62, math.inf)] == [
-        "-",
-        "0.98x",
-        "0.998x",
-        "1.000x",
-        "1.004x",
-        "1.62x",
-        "∞x",
-    ]
-    assert [format_memory(x) for x in (None, 2**20, 2**30 - 1, 3 * 2**29)] == ["-", "1 MiB", "1,024 MiB", "1.50 GiB"]
+def test_the_terminal_shows_each_kind_that_was_measured(everything, empty, found):
+    text = printed(everything, 200)
+    for title in (
+        "Perplexity per token, trained at 128",
+        "Perplexity per word, trained at 256",
+        "Where the gain comes from",
+        "Perplexity per token by stride",
+        "Ways to use a window",
+        "Accuracy of lines",
+        "Accuracy of passkey",
+        "Summaries of meetings",
+        "Skipped",
+    ):
+        assert title in text
+    assert [
+        line for line in printed(empty.add(found("alibi", 128, 0.5, 3)), 200).splitlines() if "trained" in line
+    ] == ["Accuracy of lines by prompt length, trained at 128 tokens"]

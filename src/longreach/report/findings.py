@@ -10,12 +10,15 @@ import math
 from dataclasses import dataclass
 from itertools import combinations, pairwise
 
+from longreach.report.grid import format_multiple, format_perplexity, format_ratio
 from longreach.report.paper_tables import EXTRAPOLATION_TABLES, METHODS, paper_curve
-from longreach.report.tables import format_multiple, format_perplexity, format_ratio, growth, longest_past
+from longreach.report.selection import growth, longest_past, perplexity_methods
 from longreach.results import Record, Results
 
 NAMED = 6
 """So many methods are named one by one in a sentence; the rest are counted."""
+ONE_SEED = "Each figure is of one model from one seed: a difference of a percent or two may be chance."
+"""What is said where there are no intervals."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,8 @@ class Finding:
     """What to conclude."""
     details: str = ""
     """The figures behind it; may be empty."""
+    certainty: str = ""
+    """How sure one can be of it; may be empty."""
 
 
 def extrapolation(results: Results, train_length: int) -> Finding:
@@ -33,7 +38,9 @@ def extrapolation(results: Results, train_length: int) -> Finding:
     longest = longest_past(results, train_length)
     if longest is None:
         return Finding(f"Nothing was tested past the training length of {train_length:,} tokens.")
-    ratios = {method: growth(results, method, train_length, longest) for method in results.methods(train_length)}
+    ratios = {
+        method: growth(results, method, train_length, longest) for method in perplexity_methods(results, train_length)
+    }
     known = sorted((ratio, method) for method, ratio in ratios.items() if ratio is not None)
     span = f"from {train_length:,} to {longest:,} tokens ({format_multiple(longest, train_length)})"
     if not known:
@@ -44,12 +51,12 @@ def extrapolation(results: Results, train_length: int) -> Finding:
     unknown = [method for method, ratio in ratios.items() if ratio is None]
     if holds:
         verb = "extrapolates" if len(holds) == 1 else "extrapolate"
-        sentence = f"{_list(holds)} {verb} {span}: perplexity ends at or below where it began."
+        sentence = f"{listed(holds)} {verb} {span}: perplexity ends at or below where it began."
     else:
         sentence = f"No method extrapolates {span}: every perplexity measured at both ends grew."
-    details = [f"Perplexity grows with {_list(worsens)}."] if worsens else []
+    details = [f"Perplexity grows with {listed(worsens)}."] if worsens else []
     if unknown:
-        details.append(f"Not judged, for want of a usable figure at one end: {_list(unknown)}.")
+        details.append(f"Not judged, for want of a usable figure at one end: {listed(unknown)}.")
     return Finding(sentence, " ".join([*details, *_lowest_at(results, train_length, longest)]))
 
 
@@ -103,7 +110,7 @@ def _growth_in_paper(method: str, train_length: int, multiple: float) -> float |
 
 
 def _lowest_at(results: Results, train_length: int, valid_length: int) -> list[str]:
-    entries = (results.find(method, train_length, valid_length) for method in results.methods(train_length))
+    entries = (results.find(method, train_length, valid_length) for method in perplexity_methods(results, train_length))
     measured = [(entry.perplexity, entry.method) for entry in entries if isinstance(entry, Record)]
     if len(measured) < 2 or math.isinf(min(measured)[0]):
         return []
@@ -111,7 +118,8 @@ def _lowest_at(results: Results, train_length: int, valid_length: int) -> list[s
     return [f"The lowest perplexity at {valid_length:,} is {method}'s, {format_perplexity(perplexity)} per token."]
 
 
-def _list(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
+    """`a`, `a and b`, `a, b and c`; of many the first few and how many more."""
     if len(names) > NAMED:
         names = [*names[: NAMED - 1], f"{len(names) - NAMED + 1} more"]
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

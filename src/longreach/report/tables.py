@@ -1,38 +1,39 @@
-"""The tables of a comparison: each is a grid of strings, shown in the terminal, in Markdown and on the page."""
+"""The tables of perplexity and cost, and all that a terminal is shown."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from longreach.report.context_tables import decomposition_grid, stride_grid, ways_grid
+from longreach.report.grid import (
+    MISSING,
+    Grid,
+    format_memory,
+    format_multiple,
+    format_perplexity,
+    format_range,
+    format_ratio,
+    to_rich,
+)
+from longreach.report.grid import to_markdown as to_markdown
 from longreach.report.paper_tables import METHODS, paper_cells
+from longreach.report.selection import (
+    BASELINE,
+    costs,
+    growth,
+    longest_past,
+    perplexity_lengths,
+    perplexity_methods,
+    ratio,
+    retrieval_tasks,
+)
+from longreach.report.task_tables import accuracy_grid, summary_grid
 from longreach.results import Record, Results, TrainingRecord
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
-
-MISSING = "-"
-
-
-@dataclass(frozen=True)
-class Grid:
-    """One table, ready to be shown."""
-
-    title: str
-    """What the numbers are, with their unit or denominator."""
-    note: str
-    """How to read it; may be empty."""
-    columns: tuple[tuple[str, ...], ...]
-    """Header of each column, in one or more lines."""
-    rows: tuple[tuple[str, ...], ...]
-    """Text of each cell."""
-    best: frozenset[tuple[int, int]] = frozenset()
-    """(row, column) of the cells to stress."""
-    text_columns: int = 1
-    """How many of the first columns hold text (left-aligned); the others hold numbers."""
 
 
 def main_grid(results: Results, train_length: int) -> Grid:
@@ -42,7 +43,7 @@ def main_grid(results: Results, train_length: int) -> Grid:
     longest = longest_past(results, train_length)
     past = "longest" if longest is None else format_multiple(longest, train_length)
     ends = []
-    for method in results.methods(train_length):
+    for method in perplexity_methods(results, train_length):
         ratio = None if longest is None else growth(results, method, train_length, longest)
         ends.append((format_ratio(ratio), *_training_cost(trained.get(method))))
     return Grid(
@@ -61,6 +62,19 @@ def bits_per_byte_grid(results: Results, train_length: int) -> Grid:
     return Grid(f"Bits per byte, trained at {train_length:,} tokens", note, columns, rows)
 
 
+def word_grid(results: Results, train_length: int) -> Grid | None:
+    """Perplexity per word by method and validation length; None where no text was split into words."""
+
+    def text(record: Record) -> str:
+        return MISSING if record.word_perplexity is None else format_perplexity(record.word_perplexity)
+
+    columns, rows = _by_length(results, train_length, text)
+    if all(cell == MISSING for row in rows for cell in row[1:]):
+        return None
+    note = "Each end of line counts as a word, as in the paper: comparable with it where corpus and split are its own."
+    return Grid(f"Perplexity per word, trained at {train_length:,} tokens", note, columns, rows)
+
+
 def evaluation_speed_grid(results: Results, train_length: int) -> Grid:
     """Scored tokens per second by method and validation length."""
     columns, rows = _by_length(results, train_length, lambda record: f"{record.tokens_per_second:,.0f}")
@@ -71,6 +85,26 @@ def evaluation_memory_grid(results: Results, train_length: int) -> Grid:
     """Peak memory of evaluation by method and validation length."""
     columns, rows = _by_length(results, train_length, lambda record: format_memory(record.peak_memory))
     return Grid(f"Peak memory of evaluation, trained at {train_length:,} tokens", "", columns, rows)
+
+
+def cost_grid(results: Results) -> Grid:
+    """The paper's Table 1: speed and memory by method and training length, and relative to sinusoidal where it is."""
+    baselines = {entry.train_length: entry for entry in results.training if entry.method == BASELINE}
+    rows = []
+    for entry in sorted(results.training, key=lambda entry: entry.train_length):
+        baseline = baselines.get(entry.train_length)
+        others = (None, None, None) if baseline is None else costs(results, baseline)
+        row = [entry.method, f"{entry.train_length:,}"]
+        for text, own, other in zip((_speed, _speed, format_memory), costs(results, entry), others, strict=True):
+            row.append(text(own))
+            if baselines:
+                row.append(format_ratio(ratio(own, other)))
+        rows.append(tuple(row))
+    columns: list[tuple[str, ...]] = [("method",), ("train", "length")]
+    for name in (("training", "tokens/s"), ("evaluation", "tokens/s"), ("training", "peak memory")):
+        columns += [name, (f"/ {BASELINE}'s", "at that length")] if baselines else [name]
+    note = "Evaluation: nonoverlapping windows of the training length, in the batches that it ran with."
+    return Grid("Cost, as in the paper's Table 1", note, tuple(columns), tuple(rows))
 
 
 def training_grid(results: Results) -> Grid:
@@ -107,16 +141,16 @@ def training_grid(results: Results) -> Grid:
 
 
 def skipped_grid(results: Results) -> Grid:
-    """The cells that could not be evaluated, those of one reason together."""
-    lengths: dict[tuple[str, str, int, str], list[int]] = {}
+    """What could not be evaluated, entries of one reason together."""
+    lengths: dict[tuple[str, str, str, int], list[int]] = {}
     for entry in results.skipped:
-        same = (entry.method, entry.reason, entry.train_length, entry.protocol)
+        same = (entry.method, entry.reason, entry.protocol or entry.task, entry.train_length)
         lengths.setdefault(same, []).append(entry.valid_length)
     rows = tuple(
-        (method, reason, protocol, f"{train_length:,}", ", ".join(f"{length:,}" for length in sorted(set(skipped))))
-        for (method, reason, train_length, protocol), skipped in lengths.items()
+        (method, reason, measured, f"{train_length:,}", ", ".join(f"{length:,}" for length in sorted(set(skipped))))
+        for (method, reason, measured, train_length), skipped in lengths.items()
     )
-    columns = (("method",), ("reason",), ("protocol",), ("trained at",), ("validation length",))
+    columns = (("method",), ("reason",), ("measurement",), ("trained at",), ("validation length",))
     return Grid("Skipped", "", columns, rows, text_columns=3)
 
 
@@ -141,55 +175,13 @@ def paper_grid() -> Grid:
     )
 
 
-def growth(results: Results, method: str, train_length: int, valid_length: int) -> float | None:
-    """Perplexity at `valid_length` over the method's own at `train_length`; None when it cannot be told."""
-    own, long = (results.find(method, train_length, length) for length in (train_length, valid_length))
-    if not isinstance(own, Record) or not isinstance(long, Record) or math.isinf(own.perplexity):
-        return None
-    return long.perplexity / own.perplexity
-
-
-def longest_past(results: Results, train_length: int) -> int | None:
-    """The longest validation length of the grid; None when none is past the training length."""
-    longest = max(results.valid_lengths(train_length), default=0)
-    return longest if longest > train_length else None
-
-
-def to_rich(grid: Grid) -> Table:
-    """The grid as a table of the `rich` library."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(
-        title=Text(grid.title, style="bold"),
-        caption=Text(grid.note),
-        title_justify="left",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        padding=(0, 0, 0, 1),
-    )
-    for index, column in enumerate(grid.columns):
-        number = index >= grid.text_columns
-        table.add_column(
-            Text("\n".join(column)), justify="right" if number else "left", no_wrap=number, overflow="fold"
-        )
-    for i, row in enumerate(grid.rows):
-        table.add_row(*(Text(cell, style="bold" if (i, j) in grid.best else "") for j, cell in enumerate(row)))
-    return table
-
-
 def print_tables(results: Results, console: Console) -> None:
-    """Print the main table of each training length, and what was skipped. No number is cut off: a terminal narrower
-    than a table wraps its lines.
+    """Print what was found, from perplexity to summaries, and what was skipped. No number is cut off: a terminal
+    narrower than a table wraps its lines.
     """
     from rich.measure import Measurement
 
-    grids = [main_grid(results, train_length) for train_length in results.train_lengths()]
-    if results.skipped:
-        grids.append(skipped_grid(results))
-    for grid in grids:
+    for grid in _terminal_grids(results):
         table = to_rich(grid)
         # Left to itself, rich would shorten the cells of a wide table to the width of the console.
         unbounded = console.options.update(max_width=100_000)
@@ -199,42 +191,16 @@ def print_tables(results: Results, console: Console) -> None:
         console.print(table, crop=False, overflow="ignore")
 
 
-def to_markdown(grid: Grid) -> str:
-    """The grid as a Markdown table, title and note left to the surrounding text."""
-    lines = [
-        " | ".join(_escape_markdown("\n".join(column)).replace("\n", "<br>") for column in grid.columns),
-        " | ".join("---" if index < grid.text_columns else "---:" for index in range(len(grid.columns))),
-    ]
-    for i, row in enumerate(grid.rows):
-        cells = (_escape_markdown(cell) for cell in row)
-        lines.append(" | ".join(f"**{cell}**" if (i, j) in grid.best else cell for j, cell in enumerate(cells)))
-    return "".join(f"| {line} |\n" for line in lines)
-
-
-def format_perplexity(value: float) -> str:
-    """Two decimals up to a thousand, then whole numbers, then powers of ten; overflow is infinity."""
-    if math.isinf(value):
-        return "∞"
-    return f"{value:.2f}" if value < 1000 else f"{value:,.0f}" if value < 1e6 else f"{value:.1e}"
-
-
-def format_ratio(value: float | None) -> str:
-    """`1.22x`, and `0.998x` where two decimals would say 1.00x; a dash when there is none."""
-    if value is None:
-        return MISSING
-    return f"{value:.3f}x" if 0.99 < value < 1.01 else f"{format_perplexity(value)}x"
-
-
-def format_memory(value: int | None) -> str:
-    """MiB below one GiB, GiB from there; a dash when it was not measured."""
-    if value is None:
-        return MISSING
-    return f"{value / 2**20:,.0f} MiB" if value < 2**30 else f"{value / 2**30:,.2f} GiB"
-
-
-def format_multiple(valid_length: int, train_length: int) -> str:
-    """`16x`, `1.5x`, `0.25x`."""
-    return f"{valid_length / train_length:.3g}x"
+def _terminal_grids(results: Results) -> list[Grid]:
+    lengths = results.train_lengths()
+    grids: list[Grid | None] = [main_grid(results, length) for length in perplexity_lengths(results)]
+    for make in (word_grid, decomposition_grid, stride_grid, ways_grid):
+        grids += [make(results, length) for length in lengths]
+    grids += [accuracy_grid(results, task, length) for task in retrieval_tasks(results) for length in lengths]
+    grids.append(summary_grid(results))
+    if results.skipped:
+        grids.append(skipped_grid(results))
+    return [grid for grid in grids if grid is not None]
 
 
 Columns = tuple[tuple[str, ...], ...]
@@ -250,7 +216,7 @@ def _by_length(results: Results, train_length: int, text: Callable[[Record], str
             (f"{length:,}", format_multiple(length, train_length), _mean_context(results, train_length, length))
         )
     rows = []
-    for method in results.methods(train_length):
+    for method in perplexity_methods(results, train_length):
         entries = (results.find(method, train_length, length) for length in lengths)
         rows.append((method, *(text(entry) if isinstance(entry, Record) else MISSING for entry in entries)))
     return tuple(columns), tuple(rows)
@@ -258,15 +224,14 @@ def _by_length(results: Results, train_length: int, text: Callable[[Record], str
 
 def _mean_context(results: Results, train_length: int, valid_length: int) -> str:
     """One number where all methods agree, as they do on the same tokens; a range where they do not."""
-    entries = (results.find(method, train_length, valid_length) for method in results.methods(train_length))
-    contexts = [entry.mean_context for entry in entries if isinstance(entry, Record)]
-    texts = dict.fromkeys(f"{context:,.4g}" if context < 1000 else f"{context:,.0f}" for context in sorted(contexts))
-    return "-".join([*texts][:: max(1, len(texts) - 1)]) if texts else MISSING
+    entries = (results.find(method, train_length, valid_length) for method in perplexity_methods(results, train_length))
+    contexts = (entry.mean_context for entry in entries if isinstance(entry, Record))
+    return format_range(contexts, lambda context: f"{context:,.4g}" if context < 1000 else f"{context:,.0f}")
 
 
 def _lowest(results: Results, train_length: int) -> frozenset[tuple[int, int]]:
     """(row, column) of the lowest perplexity at each length, where methods can be compared."""
-    methods = results.methods(train_length)
+    methods = perplexity_methods(results, train_length)
     best = set()
     for column, length in enumerate(results.valid_lengths(train_length), start=1):
         entries = ((row, results.find(method, train_length, length)) for row, method in enumerate(methods))
@@ -282,6 +247,5 @@ def _training_cost(entry: TrainingRecord | None) -> tuple[str, str]:
     return f"{entry.tokens_per_second:,.0f}", format_memory(entry.peak_memory)
 
 
-def _escape_markdown(text: str) -> str:
-    # Within a table cell: these would end it, or be taken for emphasis, code, a link or HTML.
-    return "".join(f"\\{character}" if character in "\\|*_`[]<>" else character for character in text)
+def _speed(tokens_per_second: float | None) -> str:
+    return MISSING if tokens_per_second is None else f"{tokens_per_second:,.0f}"

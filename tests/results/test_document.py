@@ -9,70 +9,46 @@ import sys
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from longreach.results import Provenance, Record, Results, Skipped, TrainingRecord, write_atomically
-
-PROVENANCE = Provenance(
-    longreach="0.1.0",
-    torch="2.13.0",
-    python="3.12.3",
-    platform="Linux",
-    device="cpu",
-    num_threads=2,
-    git_commit=None,
-    seed=0,
-    corpus="stdlib",
-    corpus_hash="c0",
-    tokenizer_hash="70",
-    vocab_size=4096,
-    created="2026-02-03T04:05:06+00:00",
-    config={"valid_lengths": (128, 256), "data": None, "lr": 1e-3},
+from sample_records import (
+    CONTEXT,
+    DECOMPOSITION,
+    ENTRIES,
+    OFFSET,
+    PROVENANCE,
+    RESULTS,
+    RETRIEVAL,
+    SUMMARY,
+    TRAINING,
+    record,
+    skipped,
 )
 
-
-def record(method="alibi", valid_length=128, **changes):
-    fields = {
-        "method": method,
-        "train_length": 128,
-        "valid_length": valid_length,
-        "stride": valid_length,
-        "protocol": "nonoverlapping",
-        "nll": 431.75,
-        "tokens": 100,
-        "bytes": 400,
-        "mean_context": 63.5,
-        "tokens_per_second": 1e4,
-        "seconds": 0.01,
-        "peak_memory": None,
-        "attention": "sdpa",
-    }
-    return Record.from_sums(**(fields | changes))
-
-
-def skipped(method="learned", valid_length=256):
-    return Skipped(
-        method=method,
-        train_length=128,
-        valid_length=valid_length,
-        stride=valid_length,
-        protocol="nonoverlapping",
-        reason="its table ends at 128",
-    )
-
-
-TRAINING = TrainingRecord(
-    method="alibi",
-    train_length=128,
-    steps=10,
-    tokens=1280,
-    parameters=1000,
-    final_loss=4.5,
-    tokens_per_second=900.0,
-    seconds=1.4,
-    peak_memory=2**20,
-    attention="sdpa",
+from longreach.results import (
+    PROTOCOLS,
+    ContextRecord,
+    DecompositionRecord,
+    OffsetRecord,
+    Provenance,
+    Record,
+    Results,
+    RetrievalRecord,
+    Skipped,
+    SummaryRecord,
+    TrainingRecord,
+    write_atomically,
 )
-RESULTS = Results(provenance=PROVENANCE).add(TRAINING, record(), skipped())
+
+KINDS = {
+    "provenance": Provenance,
+    "training": TrainingRecord,
+    "records": Record,
+    "contexts": ContextRecord,
+    "decompositions": DecompositionRecord,
+    "offsets": OffsetRecord,
+    "retrieval": RetrievalRecord,
+    "summaries": SummaryRecord,
+    "skipped": Skipped,
+}
 
 
 @pytest.fixture
@@ -96,13 +72,6 @@ def damage(tmp_path):
         return message.removeprefix(f"{path}: ")
 
     return read_damaged
-
-
-def test_derived_figures_by_hand():
-    # Two tokens at probability 1/4 each: perplexity 4; four bits over two bytes.
-    two = record(nll=2 * math.log(4), tokens=2, bytes=2)
-    assert two.perplexity == pytest.approx(4, rel=1e-15)
-    assert two.bits_per_byte == pytest.approx(2, rel=1e-15)
 
 
 def test_perplexity_overflows_at_709_nats_and_is_stored_as_null(tmp_path):
@@ -130,7 +99,7 @@ records = st.builds(
     train_length=positive,
     valid_length=positive,
     stride=positive,
-    protocol=names,
+    protocol=st.sampled_from(PROTOCOLS),
     nll=st.floats(0, 1e12),
     tokens=positive,
     bytes=positive,
@@ -142,16 +111,55 @@ records = st.builds(
 trainings = st.builds(
     dataclasses.replace, st.just(TRAINING), method=names, final_loss=amounts, steps=positive, peak_memory=memory
 )
+ends = st.none() | amounts
+signed_ends = st.none() | st.floats(-1e300, 1e300)
+shares = st.floats(0, 1)
+others = st.one_of(
+    st.builds(
+        dataclasses.replace,
+        st.just(CONTEXT),
+        method=names,
+        first_context=st.integers(1, 128),
+        nll=amounts,
+        low=ends,
+        high=ends,
+    ),
+    st.builds(
+        dataclasses.replace,
+        st.just(DECOMPOSITION),
+        method=names,
+        valid_length=positive,
+        base_nll=amounts,
+        relief_low=signed_ends,
+        beyond_high=signed_ends,
+        resampled=st.text(),
+    ),
+    st.builds(dataclasses.replace, st.just(OFFSET), method=names, offset=st.integers(0, 2**62), nll=amounts),
+    st.builds(
+        dataclasses.replace,
+        st.just(RETRIEVAL),
+        task=names,
+        method=names,
+        depth=shares,
+        cases=st.integers(5, 2**62),
+        correct=st.integers(0, 5),
+    ),
+    st.builds(dataclasses.replace, st.just(SUMMARY), method=names, rouge1=shares, rougeL_low=st.none() | shares),
+    st.builds(dataclasses.replace, st.just(skipped()), task=names, stride=st.none() | positive, reason=st.text()),
+)
 
 
 @given(
     st.lists(records, max_size=4, unique_by=lambda entry: entry.cell),
+    st.lists(others, max_size=4, unique_by=lambda entry: entry.key),
     st.lists(trainings, max_size=3, unique_by=lambda entry: entry.method),
     st.dictionaries(st.text(), json_values, max_size=4),
 )
-def test_reading_gives_back_what_was_written(tmp_path_factory, records, trainings, config):
+def test_reading_gives_back_what_was_written(tmp_path_factory, records, others, trainings, config):
     provenance = dataclasses.replace(PROVENANCE, config=config)
-    results = Results(provenance=provenance).add(*records, *trainings)
+    keys = {entry.key for entry in records}
+    others = [entry for entry in others if entry.key not in keys]
+    results = Results(provenance=provenance).add(*records, *others, *trainings)
     path = tmp_path_factory.mktemp("round") / "results.json"
     results.write(path)
     assert Results.read(path) == results
@@ -159,64 +167,27 @@ def test_reading_gives_back_what_was_written(tmp_path_factory, records, training
     json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(name))
 
 
-def test_tuples_in_the_configuration_become_lists():
-    assert PROVENANCE.config["valid_lengths"] == [128, 256]
+def test_each_kind_of_entry_has_its_list(tmp_path):
+    for name, kind in KINDS.items():
+        if name != "provenance":
+            (entry,) = getattr(RESULTS, name)
+            assert type(entry) is kind
+    assert RESULTS.entries() == ENTRIES
+    RESULTS.write(tmp_path / "results.json")
+    assert Results.read(tmp_path / "results.json") == RESULTS
 
 
-@pytest.mark.parametrize("bad", [{"a": math.nan}, {"a": [math.inf]}, {"a": object()}, {1: 2}, {"a": {"b": b""}}])
-def test_configuration_that_json_cannot_hold(bad):
-    with pytest.raises(ValueError, match=r"^config"):
-        dataclasses.replace(PROVENANCE, config=bad)
-
-
-@pytest.mark.parametrize("created", ["yesterday", "2026-02-03T04:05:06", "2026-02-03T04:05:06+02:00"])
-def test_time_that_is_not_utc(created):
-    with pytest.raises(ValueError, match="created must be a UTC time"):
-        dataclasses.replace(PROVENANCE, created=created)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"nll": math.nan},
-        {"nll": math.inf},
-        {"nll": -1.0},
-        {"nll": True},
-        {"tokens": 0},
-        {"tokens": 1.5},
-        {"tokens": 10**400},
-        {"bytes": -4},
-        {"stride": 0},
-        {"method": ""},
-        {"method": 7},
-        {"mean_context": math.inf},
-        {"tokens_per_second": 0.0},
-        {"seconds": -1e-9},
-        {"peak_memory": 1.5},
-        {"peak_memory": -1},
-    ],
-)
-def test_record_refuses(changes):
-    (name,) = changes
-    with pytest.raises(ValueError, match=name):
-        record(**changes)
-
-
-def test_record_refuses_figures_that_contradict_its_sums():
-    good = record()
-    for name in ("perplexity", "bits_per_byte"):
-        value = getattr(good, name)
-        assert dataclasses.replace(good, **{name: math.nextafter(value, math.inf)})
-        with pytest.raises(ValueError, match=f"{name} is .* give"):
-            dataclasses.replace(good, **{name: value * (1 + 1e-13)})
-    with pytest.raises(ValueError, match="perplexity is inf"):
-        dataclasses.replace(good, perplexity=math.inf)
-
-
-def test_integers_stand_for_numbers_but_not_the_other_way():
-    assert type(record(nll=431).nll) is float
-    with pytest.raises(ValueError, match="valid_length must be an integer"):
-        record(valid_length=128.0)
+def test_cells_are_pieces_of_work_of_which_one_may_give_several_entries():
+    bins = [dataclasses.replace(CONTEXT, first_context=n) for n in (1, 2)]
+    offsets = [dataclasses.replace(OFFSET, offset=n) for n in (0, 1)]
+    depths = [dataclasses.replace(RETRIEVAL, depth=n) for n in (0.0, 0.5)]
+    results = Results(provenance=PROVENANCE).add(*bins, *offsets, *depths, skipped(), TRAINING)
+    assert results.cells() == {
+        ("positions", "alibi", 128, 256, None, None),
+        ("offsets", "alibi", 128, 128, None, None),
+        ("lines", "alibi", 128, 512, None, None),
+        ("perplexity", "learned", 128, 256, 256, "nonoverlapping"),
+    }
 
 
 def test_add_find_and_lists_in_order():
@@ -235,7 +206,7 @@ def test_add_find_and_lists_in_order():
     assert full.find("alibi", 128, 512, protocol="sliding") is None
 
 
-@pytest.mark.parametrize("again", [record(nll=1.0), skipped(), TRAINING, skipped("alibi", 128)])
+@pytest.mark.parametrize("again", [*ENTRIES, record(nll=1.0), TRAINING, skipped("alibi", 128)])
 def test_no_cell_twice(again):
     with pytest.raises(ValueError, match="appears twice"):
         RESULTS.add(again)
@@ -255,17 +226,16 @@ def test_damaged_text(damage):
 
 
 def test_unknown_version(damage):
-    assert "version 2 is not 1" in damage(lambda document: document.update(version=2, records="elsewhere"))
+    assert "version 3 is not 2" in damage(lambda document: document.update(version=3, records="elsewhere"))
 
 
-@pytest.mark.parametrize("section", ["provenance", "training", "records", "skipped"])
+@pytest.mark.parametrize("section", KINDS)
 def test_missing_unknown_and_mistyped_keys(damage, section):
     def entry(document):
         return document[section] if section == "provenance" else document[section][0]
 
     where = section if section == "provenance" else f"{section}[0]"
-    kind = {"provenance": Provenance, "training": TrainingRecord, "records": Record, "skipped": Skipped}[section]
-    for field in dataclasses.fields(kind):
+    for field in dataclasses.fields(KINDS[section]):
         message = damage(lambda document, name=field.name: entry(document).pop(name))
         assert message.startswith(f"{where}: {field.name} is missing")
         message = damage(lambda document, name=field.name: entry(document).update({name: [1]}))
@@ -278,6 +248,8 @@ def test_missing_unknown_and_mistyped_keys(damage, section):
 
 def test_contradictory_file(damage):
     assert "records[0]: perplexity is 70.0" in damage(lambda document: document["records"][0].update(perplexity=70))
+    message = damage(lambda document: document["retrieval"][0].update(correct=11))
+    assert message.startswith("retrieval[0]: depth=0.25 and 11 of 10 correct")
     assert "a cell appears twice" in damage(lambda document: document["records"].append(document["records"][0]))
 
 

@@ -1,0 +1,127 @@
+"""A table as a grid of strings, shown in the terminal, in Markdown and on the page, and how numbers are written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+MISSING = "-"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """One table, ready to be shown."""
+
+    title: str
+    """What the numbers are, with their unit or denominator."""
+    note: str
+    """How to read it; may be empty."""
+    columns: tuple[tuple[str, ...], ...]
+    """Header of each column, in one or more lines."""
+    rows: tuple[tuple[str, ...], ...]
+    """Text of each cell."""
+    best: frozenset[tuple[int, int]] = frozenset()
+    """(row, column) of the cells to stress."""
+    text_columns: int = 1
+    """How many of the first columns hold text (left-aligned); the others hold numbers."""
+
+
+def to_rich(grid: Grid) -> Table:
+    """The grid as a table of the `rich` library."""
+    from rich import box
+    from rich.cells import cell_len
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(
+        title=Text(grid.title, style="bold"),
+        caption=Text(grid.note),
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, 0, 0, 1),
+    )
+    for index, column in enumerate(grid.columns):
+        number = index >= grid.text_columns
+        cells = [*column, *(row[index] for row in grid.rows)]
+        table.add_column(
+            Text("\n".join(column)),
+            justify="right" if number else "left",
+            no_wrap=number,
+            # Said outright, for rich takes the longest word to be enough.
+            min_width=max(map(cell_len, cells)) if number else None,
+            overflow="fold",
+        )
+    for i, row in enumerate(grid.rows):
+        table.add_row(*(Text(cell, style="bold" if (i, j) in grid.best else "") for j, cell in enumerate(row)))
+    return table
+
+
+def to_markdown(grid: Grid) -> str:
+    """The grid as a Markdown table, title and note left to the surrounding text."""
+    lines = [
+        " | ".join(_escape_markdown("\n".join(column)).replace("\n", "<br>") for column in grid.columns),
+        " | ".join("---" if index < grid.text_columns else "---:" for index in range(len(grid.columns))),
+    ]
+    for i, row in enumerate(grid.rows):
+        cells = (_escape_markdown(cell) for cell in row)
+        lines.append(" | ".join(f"**{cell}**" if (i, j) in grid.best else cell for j, cell in enumerate(cells)))
+    return "".join(f"| {line} |\n" for line in lines)
+
+
+def format_perplexity(value: float) -> str:
+    """Two decimals up to a thousand, then whole numbers, then powers of ten; overflow is infinity."""
+    if math.isinf(value):
+        return "∞"
+    return f"{value:.2f}" if value < 1000 else f"{value:,.0f}" if value < 1e6 else f"{value:.1e}"
+
+
+def format_ratio(value: float | None) -> str:
+    """`1.22x`, and `0.998x` where two decimals would say 1.00x; a dash when there is none."""
+    if value is None:
+        return MISSING
+    return f"{value:.3f}x" if 0.99 < value < 1.01 else f"{format_perplexity(value)}x"
+
+
+def format_memory(value: float | None) -> str:
+    """MiB below one GiB, GiB from there; a dash when it was not measured."""
+    if value is None:
+        return MISSING
+    return f"{value / 2**20:,.0f} MiB" if value < 2**30 else f"{value / 2**30:,.2f} GiB"
+
+
+def format_multiple(valid_length: int, train_length: int) -> str:
+    """`16x`, `1.5x`, `0.25x`."""
+    return f"{valid_length / train_length:.3g}x"
+
+
+def format_signed(value: float) -> str:
+    """`+0.018` nats: a difference of losses, with its sign."""
+    return f"{value:+.3f}"
+
+
+def format_percent(share: float) -> str:
+    """`85%`."""
+    return f"{share:.0%}"
+
+
+def format_interval(low: float | None, high: float | None, text: Callable[[float], str] = format_signed) -> str:
+    """`[+0.010, +0.025]`; a dash when there is none. `text` says how an end is written."""
+    return MISSING if low is None or high is None else f"[{text(low)}, {text(high)}]"
+
+
+def format_range(values: Iterable[float], text: Callable[[float], str]) -> str:
+    """The text of all values where they agree, `63.5-100` where they do not, a dash where there are none."""
+    texts = list(dict.fromkeys(text(value) for value in sorted(values)))
+    return "-".join(texts[:: max(1, len(texts) - 1)]) if texts else MISSING
+
+
+def _escape_markdown(text: str) -> str:
+    # Within a table cell: these would end it, or be taken for emphasis, code, a link or HTML.
+    return "".join(f"\\{character}" if character in "\\|*_`[]<>" else character for character in text)

@@ -1,0 +1,34 @@
+"""What was measured, in memory and as `results.json`."""
+
+from .document import Results, write_atomically
+from .records import (
+    PROTOCOLS,
+    Cell,
+    ContextRecord,
+    DecompositionRecord,
+    Entry,
+    OffsetRecord,
+    Provenance,
+    Record,
+    RetrievalRecord,
+    Skipped,
+    SummaryRecord,
+    TrainingRecord,
+)
+
+__all__ = [
+    "PROTOCOLS",
+    "Cell",
+    "ContextRecord",
+    "DecompositionRecord",
+    "Entry",
+    "OffsetRecord",
+    "Provenance",
+    "Record",
+    "Results",
+    "RetrievalRecord",
+    "Skipped",
+    "SummaryRecord",
+    "TrainingRecord",
+    "write_atomically",
+]

@@ -1,0 +1,239 @@
+"""`results.json`: what was measured, with what it was measured, and what was left out.
+
+One file holds one comparison, and reports are made from it alone. The file is strict JSON (no NaN, no Infinity): an
+object with `version`, `provenance` and one list for each kind of entry in `records.py`, each entry an object with
+exactly the fields of its dataclass as keys. One value needs a convention: a perplexity above e^709 does not fit a
+double, is `math.inf` in Python and `null` in the file. Its nll is there, exact.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from .checks import require_distinct
+from .records import (
+    Cell,
+    ContextRecord,
+    DecompositionRecord,
+    Entry,
+    OffsetRecord,
+    Provenance,
+    Record,
+    RetrievalRecord,
+    Skipped,
+    SummaryRecord,
+    TrainingRecord,
+)
+
+VERSION = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """All of one comparison. Immutable: `add` returns a new one.
+
+    Two entries for one cell, or two trainings of one method at one length, are a ValueError.
+    """
+
+    provenance: Provenance
+    """With what it was measured."""
+    training: tuple[TrainingRecord, ...] = ()
+    """One entry per trained model."""
+    records: tuple[Record, ...] = ()
+    """Perplexity, in the order in which it was measured, as all that follows is."""
+    contexts: tuple[ContextRecord, ...] = ()
+    """Loss by context."""
+    decompositions: tuple[DecompositionRecord, ...] = ()
+    """Where gains past the training length come from."""
+    offsets: tuple[OffsetRecord, ...] = ()
+    """Loss at shifted positions."""
+    retrieval: tuple[RetrievalRecord, ...] = ()
+    """Answers found in long prompts."""
+    summaries: tuple[SummaryRecord, ...] = ()
+    """Summaries of meetings."""
+    skipped: tuple[Skipped, ...] = ()
+    """What could not be evaluated."""
+    version: int = VERSION
+    """Version of the file format."""
+
+    def __post_init__(self) -> None:
+        if self.version != VERSION:
+            raise ValueError(
+                f"version must be {VERSION}, got {self.version!r}: read the file with the longreach that wrote it"
+            )
+        require_distinct("a cell", (entry.key for entry in self.entries()))
+        require_distinct("a training", ((entry.method, entry.train_length) for entry in self.training))
+
+    def add(self, *entries: Entry | TrainingRecord) -> Results:
+        """A copy with the entries at the end of the lists that they belong to."""
+        lists: dict[str, Any] = {
+            name: getattr(self, name) + tuple(entry for entry in entries if isinstance(entry, kind))
+            for name, kind in _LISTS.items()
+        }
+        return dataclasses.replace(self, **lists)
+
+    def entries(self) -> tuple[Entry, ...]:
+        """All that was evaluated or skipped."""
+        return tuple(entry for name in _LISTS if name != "training" for entry in getattr(self, name))
+
+    def cells(self) -> set[Cell]:
+        """The pieces of work that are finished, measured or skipped."""
+        return {entry.cell for entry in self.entries()}
+
+    def find(
+        self,
+        method: str,
+        train_length: int,
+        valid_length: int,
+        *,
+        stride: int | None = None,
+        protocol: str = "nonoverlapping",
+    ) -> Record | Skipped | None:
+        """Perplexity of one cell; None when it was never asked for. `stride` is `valid_length` unless given."""
+        stride = valid_length if stride is None else stride
+        cell = ("perplexity", method, train_length, valid_length, stride, protocol)
+        entries: tuple[Record | Skipped, ...] = (*self.records, *self.skipped)
+        return next((entry for entry in entries if entry.cell == cell), None)
+
+    def methods(self, train_length: int | None = None) -> tuple[str, ...]:
+        """Names of the methods, trained at `train_length` if given, in order of appearance."""
+        return tuple(dict.fromkeys(method for method, length in self._models() if train_length in (None, length)))
+
+    def train_lengths(self) -> tuple[int, ...]:
+        """The training lengths, ascending."""
+        return tuple(sorted({length for _, length in self._models()}))
+
+    def valid_lengths(self, train_length: int, protocol: str = "nonoverlapping") -> tuple[int, ...]:
+        """The lengths at which perplexity of models trained at `train_length` was measured or skipped, ascending."""
+        wanted = ("perplexity", train_length, protocol)
+        entries: tuple[Record | Skipped, ...] = (*self.records, *self.skipped)
+        return tuple(sorted({e.valid_length for e in entries if (e.task, e.train_length, e.protocol) == wanted}))
+
+    def _models(self) -> list[tuple[str, int]]:
+        """Method and training length of every entry, repeats included."""
+        trained = [(entry.method, entry.train_length) for entry in self.training]
+        return [*trained, *((entry.method, entry.train_length) for entry in self.entries())]
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Write strict JSON, whole or not at all. Raises OSError where the system does (the old file then stays)."""
+        document: dict[str, Any] = {"version": self.version, "provenance": dataclasses.asdict(self.provenance)}
+        for name in _LISTS:
+            document[name] = [_encode(entry) for entry in getattr(self, name)]
+        write_atomically(Path(path), (json.dumps(document, indent=2, allow_nan=False) + "\n").encode())
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> Results:
+        """Read what `write` wrote.
+
+        Raises OSError when the file cannot be read, and ValueError, in one line that names the file, the field and
+        the mend, when it is damaged, of another version, or holds missing, unknown, mistyped or contradictory values.
+        """
+        try:
+            document = _parse(Path(path).read_bytes())
+            if not isinstance(document, dict) or type(document.get("version")) is not int:
+                raise ValueError("there is no version: this is not a longreach results file")
+            if document["version"] != VERSION:
+                raise ValueError(
+                    f"version {document['version']} is not {VERSION}: read it with the longreach that wrote it"
+                )
+            _check_keys(cls, document)
+            lists: dict[str, Any] = {}
+            for name, kind in _LISTS.items():
+                if not isinstance(document[name], list):
+                    raise ValueError(f"{name} must be a list: restore the file from a backup or run again")
+                lists[name] = tuple(
+                    _decode(kind, item, f"{name}[{index}]") for index, item in enumerate(document[name])
+                )
+            return cls(provenance=_decode(Provenance, document["provenance"], "provenance"), **lists)
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)}: {error}") from error
+
+
+_LISTS: dict[str, type[Any]] = {
+    "training": TrainingRecord,
+    "records": Record,
+    "contexts": ContextRecord,
+    "decompositions": DecompositionRecord,
+    "offsets": OffsetRecord,
+    "retrieval": RetrievalRecord,
+    "summaries": SummaryRecord,
+    "skipped": Skipped,
+}
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Put `data` at `path` whole or not at all: written beside it, synced, renamed over it."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def _encode(entry: Any) -> dict[str, Any]:
+    fields = dataclasses.asdict(entry)
+    if fields.get("perplexity") == math.inf:
+        fields["perplexity"] = None
+    return fields
+
+
+Decoded = TypeVar("Decoded")
+
+
+def _decode(cls: type[Decoded], value: Any, where: str) -> Decoded:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} must be an object: restore the file from a backup or run again")
+    try:
+        _check_keys(cls, value)
+        if cls is Record and value["perplexity"] is None:
+            value = {**value, "perplexity": math.inf}
+        return cls(**value)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _check_keys(cls: type[Any], value: dict[str, Any]) -> None:
+    known = [field.name for field in dataclasses.fields(cls)]
+    for name in known:
+        if name not in value:
+            raise ValueError(f"{name} is missing: restore the file from a backup or run again")
+    for name in value:
+        if name not in known:
+            raise ValueError(f"{name!r} is not a known key: remove it, or choose from {', '.join(known)}")
+
+
+def _parse(data: bytes) -> Any:
+    try:
+        return json.loads(data.decode(), parse_constant=_refuse_constant, object_pairs_hook=_object_of_distinct_keys)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"damaged JSON ({error}): restore the file from a backup or run again") from error
+    except UnicodeDecodeError as error:
+        raise ValueError("not UTF-8 text: restore the file from a backup or run again") from error
+    except RecursionError as error:
+        raise ValueError("nested too deeply for a results file: restore the file or run again") from error
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON: a perplexity that overflows is written null, nothing else may be infinite")
+
+
+def _object_of_distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = dict(pairs)
+    if len(keys) != len(pairs):
+        twice = next(key for index, (key, _) in enumerate(pairs) if key in dict(pairs[:index]))
+        raise ValueError(f"the key {twice!r} appears twice in one object: keep one of the two")
+    return keys

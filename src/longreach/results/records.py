@@ -1,0 +1,441 @@
+"""What is measured: one frozen dataclass for each kind of entry in `results.json`.
+
+An entry carries the sums that it was made of (nll in nats, tokens, bytes) and not only the figures derived from them.
+`low` and `high` are the ends of a 95% bootstrap interval; what was resampled is said by `resampled`, as in
+"35 documents", and both ends are None where there were too few units to resample.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import MISSING, dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from .checks import check_fields, checked, plain, require_not_negative, require_positive
+
+PROTOCOLS = ("nonoverlapping", "sliding-window", "cached", "cached-unbounded", "cached-shifted")
+"""How a corpus is cut for perplexity; see `longreach.evaluate.sweep.EvaluateConfig.protocols`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """What every entry of the evaluation has in common: a model and the length at which it was tested."""
+
+    task: str
+    """What was measured. Classes that serve one task alone have it as their default."""
+    method: str
+    """Position method with its options, as the user wrote it: `alibi`, `rotary:scaling=ntk`; or a model's name."""
+    train_length: int
+    """Tokens per training sequence, the paper's L."""
+    valid_length: int
+    """Tokens per evaluation window or prompt, the paper's L_valid."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        own_task = type(self).__dataclass_fields__["task"].default
+        if own_task not in (MISSING, self.task):
+            raise ValueError(f"task is {self.task!r}, a {type(self).__name__} measures {own_task!r}: leave it out")
+        require_positive(self, "train_length", "valid_length")
+
+    @property
+    def cell(self) -> Cell:
+        """The piece of work that this entry came from; one piece may give several entries."""
+        return self.task, self.method, self.train_length, self.valid_length, None, None
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What identifies the entry."""
+        return self.cell
+
+
+Cell = tuple[str, str, int, int, int | None, str | None]
+"""(task, method, train_length, valid_length, stride, protocol): a piece of work of the evaluation. Only perplexity has
+a stride and a protocol."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record(Entry):
+    """Perplexity of one cell of the grid: a method, trained at one length, scored at another.
+
+    Make one with `Record.from_sums`, which derives `perplexity` and `bits_per_byte`. A record whose derived figures
+    contradict its sums is a ValueError, as are values of the wrong type or range.
+    """
+
+    task: str = "perplexity"
+    stride: int
+    """Tokens newly scored in each window."""
+    protocol: str
+    """How the windows were laid, one of PROTOCOLS: `nonoverlapping` has stride = valid_length."""
+    nll: float
+    """Negative log likelihood summed over the scored tokens, in nats."""
+    tokens: int
+    """Scored tokens."""
+    bytes: int
+    """UTF-8 bytes that the scored tokens stand for."""
+    words: int | None
+    """Words that they stand for, one end of line for each line included (WikiText-103's convention); None where the
+    text is not split into words."""
+    perplexity: float
+    """exp(nll / tokens): per token. `math.inf` from e^709 on."""
+    bits_per_byte: float
+    """nll / (ln 2 * bytes): comparable between tokenizers, which perplexity is not."""
+    mean_context: float
+    """Tokens that a scored token could see before it, averaged over the scored tokens."""
+    tokens_per_second: float
+    """Scored tokens per second of evaluation."""
+    seconds: float
+    """Wall-clock time of this cell's evaluation."""
+    peak_memory: int | None
+    """Peak memory of the evaluation in bytes; None where it could not be measured."""
+    attention: str
+    """The attention implementation that ran."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.protocol not in PROTOCOLS:
+            raise ValueError(f"protocol is {self.protocol!r}: give one of {', '.join(PROTOCOLS)}")
+        require_positive(self, "stride", "tokens", "bytes", "tokens_per_second")
+        require_not_negative(self, "nll", "words", "mean_context", "seconds", "peak_memory")
+        for name, expected in _derived(self.nll, self.tokens, self.bytes).items():
+            # Both figures come from the same doubles. Another order of operations moves nll / tokens by an ulp, which
+            # exp magnifies by nll / tokens; exp itself and the three operations around it give at most an ulp each.
+            tolerance = (self.nll / self.tokens + 4) * sys.float_info.epsilon
+            if not math.isclose(getattr(self, name), expected, rel_tol=tolerance):
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r} but nll, tokens and bytes give {expected!r}:"
+                    " build the record with Record.from_sums"
+                )
+
+    @property
+    def cell(self) -> Cell:
+        """As `Entry.cell`, with stride and protocol."""
+        return self.task, self.method, self.train_length, self.valid_length, self.stride, self.protocol
+
+    @property
+    def word_perplexity(self) -> float | None:
+        """exp(nll / words), what papers give for WikiText-103; None where there are no words to count."""
+        return _exp(self.nll / self.words) if self.words else None
+
+    @classmethod
+    def from_sums(cls, *, nll: float, tokens: int, bytes: int, **other: Any) -> Record:
+        """Derive perplexity = exp(nll / tokens) and bits_per_byte = nll / (ln 2 * bytes), and build the record.
+
+        nll: summed over `tokens` scored tokens, in nats, which stand for `bytes` bytes of UTF-8.
+        other: the remaining fields of `Record`.
+        Raises ValueError for sums that are not finite, not positive or of the wrong type.
+        """
+        for name, value, kind in (("nll", nll, float), ("tokens", tokens, int), ("bytes", bytes, int)):
+            checked(value, kind, name)
+        if tokens <= 0 or bytes <= 0:
+            raise ValueError(f"tokens and bytes must be positive, got {tokens} and {bytes}: score at least one token")
+        return cls(nll=nll, tokens=tokens, bytes=bytes, **_derived(nll, tokens, bytes), **other)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContextRecord(Entry):
+    """Loss of the tokens that were scored with `first_context` to `last_context` tokens of context.
+
+    Nonoverlapping windows of valid_length; the bins of one length together hold every scored token.
+    """
+
+    task: str = "positions"
+    first_context: int
+    """Fewest tokens of context in this bin: 1 is a token predicted from one token."""
+    last_context: int
+    """Most tokens of context in this bin."""
+    tokens: int
+    """Scored tokens of this bin."""
+    nll: float
+    """Their nll summed, in nats."""
+    low: float | None
+    """Lower end of the interval of nll / tokens."""
+    high: float | None
+    """Upper end of the interval of nll / tokens."""
+    resampled: str
+    """What the bootstrap drew."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "first_context", "last_context", "tokens")
+        require_not_negative(self, "nll", "low", "high")
+        if not self.first_context <= self.last_context <= self.valid_length:
+            raise ValueError(
+                f"first_context={self.first_context} and last_context={self.last_context} in windows of "
+                f"{self.valid_length}: a bin lies within the window"
+            )
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """As `Entry.key`, with the bin."""
+        return *self.cell, self.first_context
+
+    @property
+    def loss(self) -> float:
+        """nll / tokens, in nats per token."""
+        return self.nll / self.tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecompositionRecord(Entry):
+    """The gain from train_length to valid_length, split: docs/evaluation.md has the algebra.
+
+    gain = relief + beyond. Relief is what remains of the gain when no token may see more than train_length tokens of
+    context; beyond is what the context past train_length adds. Either may be negative. All in nats per token.
+    """
+
+    task: str = "decomposition"
+    stride: int
+    """Stride of the sliding window of train_length that scored the capped tokens: exact at 1, else `beyond` also holds
+    what they lacked of train_length tokens of context."""
+    capped_context: float
+    """Mean context of those tokens: train_length at stride 1."""
+    tokens: int
+    """Scored tokens, the same in all three sums."""
+    base_nll: float
+    """nll in nonoverlapping windows of train_length, summed."""
+    capped_nll: float
+    """nll with the context of valid_length, but at most train_length tokens of it, summed."""
+    long_nll: float
+    """nll in nonoverlapping windows of valid_length, summed."""
+    relief_low: float | None
+    """Lower end of the interval of `relief`."""
+    relief_high: float | None
+    """Upper end of the interval of `relief`."""
+    beyond_low: float | None
+    """Lower end of the interval of `beyond`."""
+    beyond_high: float | None
+    """Upper end of the interval of `beyond`."""
+    resampled: str
+    """What the bootstrap drew."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "stride", "capped_context", "tokens")
+        if self.capped_context > self.train_length:
+            raise ValueError(
+                f"capped_context is {self.capped_context!r} with train_length={self.train_length}: it is at most that"
+            )
+        require_not_negative(self, "base_nll", "capped_nll", "long_nll")
+
+    @property
+    def gain(self) -> float:
+        """(base_nll - long_nll) / tokens."""
+        return (self.base_nll - self.long_nll) / self.tokens
+
+    @property
+    def relief(self) -> float:
+        """(base_nll - capped_nll) / tokens: relief from the early token curse."""
+        return (self.base_nll - self.capped_nll) / self.tokens
+
+    @property
+    def beyond(self) -> float:
+        """(capped_nll - long_nll) / tokens: use of context beyond train_length."""
+        return (self.capped_nll - self.long_nll) / self.tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class OffsetRecord(Entry):
+    """Loss of the same tokens, in the same nonoverlapping windows, with all positions raised by `offset`."""
+
+    task: str = "offsets"
+    offset: int
+    """Position of each window's first token."""
+    tokens: int
+    """Scored tokens."""
+    nll: float
+    """Their nll summed, in nats."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "tokens")
+        require_not_negative(self, "offset", "nll")
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """As `Entry.key`, with the offset."""
+        return *self.cell, self.offset
+
+    @property
+    def perplexity(self) -> float:
+        """exp(nll / tokens), `math.inf` from e^709 on."""
+        return _exp(self.nll / self.tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalRecord(Entry):
+    """How many answers a model found in prompts of about valid_length tokens, at one depth."""
+
+    task: str
+    """`lines`, `topics`, `kv`, `passkey` or `retrieval`; see `longreach.evaluate.retrieval.TASKS`."""
+    depth: float
+    """Where in the prompt the answer stood: 0 at its start, 1 at its end."""
+    cases: int
+    """Prompts."""
+    correct: int
+    """Exact matches among their answers."""
+    mean_tokens: float
+    """Mean length of the prompts, in tokens."""
+    seconds: float
+    """Wall-clock time of these cases."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "cases", "mean_tokens")
+        require_not_negative(self, "depth", "correct", "seconds")
+        if self.depth > 1 or self.correct > self.cases:
+            raise ValueError(
+                f"depth={self.depth!r} and {self.correct} of {self.cases} correct: neither may exceed the whole"
+            )
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """As `Entry.key`, with the depth."""
+        return *self.cell, self.depth
+
+    @property
+    def accuracy(self) -> float:
+        """correct / cases."""
+        return self.correct / self.cases
+
+
+@dataclass(frozen=True, kw_only=True)
+class SummaryRecord(Entry):
+    """ROUGE of query-based meeting summaries (QMSum), F-measures from 0 to 1, averaged over the cases."""
+
+    task: str = "qmsum"
+    cases: int
+    """Pairs of query and summary."""
+    truncated: int
+    """Cases whose transcript did not fit valid_length and was cut."""
+    rouge1: float
+    """Unigram overlap."""
+    rouge1_low: float | None
+    rouge1_high: float | None
+    rouge2: float
+    """Bigram overlap."""
+    rouge2_low: float | None
+    rouge2_high: float | None
+    rougeL: float
+    """Longest common subsequence."""
+    rougeL_low: float | None
+    rougeL_high: float | None
+    seconds: float
+    """Wall-clock time of these cases."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "cases")
+        require_not_negative(self, "truncated", "rouge1", "rouge2", "rougeL", "seconds")
+        if self.truncated > self.cases or max(self.rouge1, self.rouge2, self.rougeL) > 1:
+            raise ValueError(
+                f"truncated={self.truncated} of {self.cases} cases, rouge1={self.rouge1}, rouge2={self.rouge2}, "
+                f"rougeL={self.rougeL}: none may exceed the whole"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Skipped(Entry):
+    """A piece of work that was asked for and could not be done."""
+
+    task: str
+    """What was to be measured."""
+    stride: int | None = None
+    """Of the perplexity that was asked for; None for other tasks."""
+    protocol: str | None = None
+    """Of the perplexity that was asked for; None for other tasks."""
+    reason: str
+    """Why, in one sentence for the reader of the report."""
+
+    @property
+    def cell(self) -> Cell:
+        """As `Entry.cell`, with stride and protocol."""
+        return self.task, self.method, self.train_length, self.valid_length, self.stride, self.protocol
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRecord:
+    """What training one method took and where it arrived."""
+
+    method: str
+    """As in `Record`."""
+    train_length: int
+    """Tokens per training sequence."""
+    steps: int
+    """Optimizer steps."""
+    tokens: int
+    """Training tokens seen, repeats counted."""
+    parameters: int
+    """Trainable parameters."""
+    final_loss: float
+    """Mean training nll over the last logged steps, in nats per token."""
+    tokens_per_second: float
+    """Training tokens per second, evaluation and checkpoints left out."""
+    seconds: float
+    """Wall-clock time of the training steps."""
+    peak_memory: int | None
+    """Peak memory of training in bytes; None where it could not be measured."""
+    attention: str
+    """The attention implementation that ran."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        require_positive(self, "train_length", "steps", "tokens", "parameters", "tokens_per_second")
+        require_not_negative(self, "final_loss", "seconds", "peak_memory")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """What it takes to run the comparison again and to trust that it is the same one."""
+
+    longreach: str
+    """Version of this package."""
+    torch: str
+    """Version of PyTorch."""
+    python: str
+    """Version of Python."""
+    platform: str
+    """Operating system and machine, as `platform.platform()` gives it."""
+    device: str
+    """The device that computed: `cpu`, `cuda:0`."""
+    num_threads: int
+    """Threads that PyTorch computed with."""
+    git_commit: str | None
+    """Commit of the longreach checkout; None when it was installed as a package."""
+    seed: int
+    """Seed of initial weights and of the order of batches."""
+    corpus: str
+    """The corpus as the user named it."""
+    corpus_hash: str
+    """Hash of the corpus' content."""
+    tokenizer_hash: str
+    """Hash of the tokenizer."""
+    vocab_size: int
+    """Size of the tokenizer's vocabulary."""
+    created: str
+    """When the run began: ISO 8601, UTC."""
+    config: dict[str, Any]
+    """The resolved configuration, in values that JSON knows; tuples become lists."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        require_positive(self, "num_threads", "vocab_size")
+        object.__setattr__(self, "config", plain(self.config, "config"))
+        try:
+            offset = datetime.fromisoformat(self.created).utcoffset()
+        except ValueError:
+            offset = None
+        if offset != timedelta(0):
+            raise ValueError(
+                f"created must be a UTC time in ISO 8601, got {self.created!r}: write it as 2026-01-31T12:00:00+00:00"
+            )
+
+
+def _derived(nll: float, tokens: int, bytes: int) -> dict[str, Any]:
+    return {"perplexity": _exp(nll / tokens), "bits_per_byte": nll / (math.log(2) * bytes)}
+
+
+def _exp(nats: float) -> float:
+    # The limit is put on the quotient, which is the same double on every machine; where exp overflows is not.
+    return math.exp(nats) if nats < 709 else math.inf

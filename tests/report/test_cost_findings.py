@@ -1,0 +1,113 @@
+import math
+from dataclasses import replace
+
+import pytest
+
+from longreach.report.cost_findings import cost, training_advantage
+
+
+@pytest.fixture
+def trained(training):
+    def make(method, train_length, speed, memory=2**30, **changes):
+        return replace(training(method, train_length), tokens_per_second=speed, peak_memory=memory, **changes)
+
+    return make
+
+
+@pytest.fixture
+def rivals(empty, trained, record):
+    """ALiBi trained at 128 and sinusoidal trained at 256, both scored at 256."""
+
+    def make(ours, theirs, *, speeds=(1840.0, 1000.0), memories=(2**30, 2**31)):
+        return empty.add(
+            trained("alibi", 128, speeds[0], memories[0]),
+            trained("sinusoidal", 256, speeds[1], memories[1]),
+            record("alibi", 256, ours),
+            record("sinusoidal", 256, theirs, 256),
+        )
+
+    return make
+
+
+def test_the_papers_headline(rivals):
+    finding = training_advantage(rivals(18.4, 18.67))
+    assert finding.sentence == (
+        "In perplexity at 256 tokens, alibi trained at 128 is at or below sinusoidal trained at 256 (18.40 and 18.67);"
+        " its training is faster, at 1.84x the tokens per second, and takes 50% less memory."
+    )
+    assert "Both saw 409,600 training tokens, at 1,840 and 1,000 tokens/s, peak memory 1.00 GiB and 2.00 GiB." in (
+        finding.details
+    )
+    assert "one seed" in finding.certainty
+
+
+def test_it_says_when_it_is_not_so(rivals):
+    sentence = training_advantage(rivals(19.0, 18.0, speeds=(800.0, 1000.0), memories=(3 * 2**30, 2**31))).sentence
+    assert "alibi trained at 128 is worse than sinusoidal trained at 256 (19.00 and 18.00)" in sentence
+    assert "slower, at 0.80x the tokens per second, and takes 50% more memory." in sentence
+    assert "faster" not in sentence
+    assert "less" not in sentence
+
+
+@pytest.mark.parametrize(
+    ("speeds", "memories", "end"),
+    [
+        ((1000.0, 1000.0), (2**30, 2**30), "its training is as fast, and takes as much memory."),
+        ((1000.0, 1000.0), (None, 2**30), "its training is as fast."),
+        ((1004.0, 1000.0), (2**30, None), "its training is as fast."),
+    ],
+)
+def test_what_is_equal_or_unknown(rivals, speeds, memories, end):
+    assert training_advantage(rivals(9.0, 9.0, speeds=speeds, memories=memories)).sentence.endswith(end)
+
+
+def test_perplexities_that_overflow_are_compared_by_their_losses(rivals):
+    results = rivals(math.inf, math.inf)
+    assert "at or below" in training_advantage(results).sentence
+    ours, theirs = results.records
+    worse = replace(ours, nll=1.1 * ours.nll, bits_per_byte=1.1 * ours.bits_per_byte)
+    assert "is worse than sinusoidal trained at 256 (∞ and ∞)" in (
+        training_advantage(replace(results, records=(worse, theirs))).sentence
+    )
+
+
+def test_nothing_is_said_without_both_trainings_and_both_figures(empty, rivals, trained, record):
+    results = rivals(9.0, 9.0)
+    assert training_advantage(empty) is None
+    assert training_advantage(replace(results, training=results.training[:1])) is None
+    assert training_advantage(replace(results, records=results.records[:1])) is None
+    same_length = empty.add(trained("alibi", 128, 1.0), trained("sinusoidal", 128, 1.0), record("alibi", 128, 9.0))
+    assert training_advantage(same_length.add(record("sinusoidal", 128, 9.0))) is None
+    shifted = empty.add(trained("alibi", 128, 1.0), trained("sinusoidal-shifted", 256, 1.0), record("alibi", 256, 9.0))
+    assert training_advantage(shifted.add(record("sinusoidal-shifted", 256, 9.0, 256))) is None
+
+
+def test_twice_the_length_is_preferred_else_the_next_longer(empty, trained, record):
+    entries = [trained("sinusoidal", n, 1000.0) for n in (96, 192, 256, 768)]
+    entries += [record("sinusoidal", n, 20.0, n) for n in (96, 192, 256, 768)]
+    for length in (128, 256):
+        entries.append(trained("alibi", length, 1500.0, tokens=1000))
+        entries += [record("alibi", n, 19.0, length) for n in (192, 256, 768)]
+    finding = training_advantage(empty.add(*entries))
+    assert "at 768 tokens, alibi trained at 256" in finding.sentence  # the longest first
+    assert "at 256 tokens, alibi trained at 128" in finding.details
+    assert "at 192 tokens" not in finding.sentence + finding.details
+    assert "did not see as many training tokens (1,000 and 409,600)" in finding.details
+
+
+def test_variants_are_named(empty, trained, record):
+    variant = "alibi:slopes=learned"
+    results = empty.add(trained(variant, 128, 9.0), trained("sinusoidal", 256, 9.0))
+    results = results.add(record(variant, 256, 9.0), record("sinusoidal", 256, 9.0, 256))
+    assert f"{variant} trained at 128" in training_advantage(results).sentence
+
+
+def test_cost_beside_sinusoidal_at_the_same_length(empty, trained):
+    results = empty.add(trained("sinusoidal", 128, 1000.0), trained("t5", 128, 500.0, 2**31), trained("t5", 256, 1.0))
+    assert cost(results).sentence == (
+        "Beside sinusoidal at the same training length: t5 trains at 0.50x the speed with 2.00x the memory."
+    )
+    two = results.add(trained("sinusoidal", 256, 2.0, None))
+    assert cost(two).sentence.endswith("and t5 at 256 trains at 0.50x the speed.")
+    assert cost(empty.add(trained("alibi", 128, 1.0))) is None
+    assert cost(empty.add(trained("sinusoidal", 128, 1.0))) is None

@@ -1,0 +1,45 @@
+import math
+
+from longreach.report.grid import (
+    Grid,
+    format_interval,
+    format_memory,
+    format_percent,
+    format_perplexity,
+    format_range,
+    format_ratio,
+    format_signed,
+    to_markdown,
+)
+
+
+def test_markdown_escapes_what_would_end_a_cell_or_be_obeyed():
+    rows = (("a|b*<i>", "70.00"), ("alibi", "60.00"))
+    grid = Grid("title", "note", (("method",), ("128", "1x")), rows, best=frozenset({(1, 1)}))
+    assert to_markdown(grid) == (
+        "| method | 128<br>1x |\n| --- | ---: |\n| a\\|b\\*\\<i\\> | 70.00 |\n| alibi | **60.00** |\n"
+    )
+
+
+def test_numbers_as_text():
+    assert [format_perplexity(x) for x in (1.0, 999.99, 12345.6, 2.5e7, math.inf)] == [
+        "1.00",
+        "999.99",
+        "12,346",
+        "2.5e+07",
+        "∞",
+    ]
+    assert [format_ratio(x) for x in (None, 0.98, 0.9984, 1.0, 1.004, 1.62, math.inf)] == [
+        "-",
+        "0.98x",
+        "0.998x",
+        "1.000x",
+        "1.004x",
+        "1.62x",
+        "∞x",
+    ]
+    assert [format_memory(x) for x in (None, 2**20, 2**30 - 1, 3 * 2**29)] == ["-", "1 MiB", "1,024 MiB", "1.50 GiB"]
+    assert [format_signed(x) for x in (0.0184, -2.0)] == ["+0.018", "-2.000"]
+    assert [format_interval(-0.5, 0.25), format_interval(None, None)] == ["[-0.500, +0.250]", "-"]
+    assert format_interval(0.5, 1.0, format_percent) == "[50%, 100%]"
+    assert [format_range(values, "{:,}".format) for values in ((), (5, 5), (2000, 5, 70))] == ["-", "5", "5-2,000"]
