@@ -62,6 +62,33 @@ def test_any_chunks_give_the_full_forward(build, tokens_of, borders, method, see
     torch.testing.assert_close(in_chunks(model, tokens, chunks, **told), model(tokens), rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("max_context", [1, 5, LENGTH])
+@pytest.mark.parametrize("method", [*METHODS, *DYNAMIC])
+@torch.no_grad()
+def test_a_bounded_cache_shows_each_token_its_last_ones(build, tokens_of, method, max_context):
+    # With one layer, keys and values are made from single tokens: a recomputed window sees what the cache shows.
+    model, tokens = build(method, num_layers=1), tokens_of(1, LENGTH)
+    for chunks in ([1] * LENGTH, [LENGTH], [8, 1, 1, 7, 4]):
+        cache = model.new_cache(LENGTH, max_context)
+        streamed = torch.cat([model(part, cache=cache) for part in tokens.split(chunks, dim=1)], dim=1)
+        for token in range(LENGTH):
+            window = slice(max(0, token + 1 - max_context), token + 1)
+            told = {"positions": torch.arange(LENGTH)[None, window], "length": min(max_context, LENGTH)}
+            alone = model(tokens[:, window], **told)[0, -1]
+            torch.testing.assert_close(streamed[0, token], alone, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@torch.no_grad()
+def test_chunks_through_a_bounded_cache_change_nothing(build, tokens_of, method):
+    model, tokens = build(method), tokens_of(2, LENGTH)
+    whole = model(tokens, cache=model.new_cache(LENGTH, 6))
+    for chunks in ([1] * LENGTH, [3, 3, 3, 3, 9], [20, 1]):
+        cache = model.new_cache(LENGTH, 6)
+        streamed = torch.cat([model(part, cache=cache) for part in tokens.split(chunks, dim=1)], dim=1)
+        torch.testing.assert_close(streamed, whole, rtol=0, atol=TOLERANCE)
+
+
 @pytest.mark.parametrize("method", [*METHODS, *DYNAMIC])
 @torch.no_grad()
 def test_left_padding_changes_nothing(build, tokens_of, method):
@@ -240,6 +267,14 @@ def test_chunks_of_logits_are_the_forward(build, tokens_of, method, chunk_size):
     torch.testing.assert_close(torch.cat(chunks, dim=1), model(tokens), rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("last", [1, 5, LENGTH])
+@torch.no_grad()
+def test_the_last_logits_alone(build, tokens_of, last):
+    model, tokens = build("alibi"), tokens_of(2, LENGTH)
+    made = torch.cat(list(model.logits(tokens, 3, last=last)), dim=1)
+    torch.testing.assert_close(made, model(tokens)[:, -last:], rtol=0, atol=TOLERANCE)
+
+
 def test_chunks_of_nothing(build, tokens_of):
     with pytest.raises(ValueError, match=r"^chunk_size=0: give at least 1$"):
         next(build().logits(tokens_of(1, 4), chunk_size=0))
@@ -263,7 +298,9 @@ def test_past_its_table_a_learned_method_says_so(build, tokens_of):
 
 @pytest.mark.parametrize("method", DYNAMIC)
 def test_a_cache_needs_the_length_that_a_dynamic_method_depends_on(build, tokens_of, method):
-    with pytest.raises(ValueError, match=rf"^position method '{method}' depends on the length .*: give length= to"):
+    with pytest.raises(
+        ValueError, match=rf"^position method '{method}' depends on the length .*: make the cache by KVCache"
+    ):
         build(method)(tokens_of(1, 4), cache=KVCache())
 
 

@@ -33,7 +33,7 @@ def test_dynamic_methods_are_told_one_length_for_the_whole_call(build, monkeypat
     original = model.hidden
 
     def recording(tokens, **rest):
-        told.append(rest["length"])
+        told.append(rest["cache"].final_length)
         return original(tokens, **rest)
 
     monkeypatch.setattr(model, "hidden", recording)

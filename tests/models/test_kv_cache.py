@@ -75,3 +75,40 @@ def test_key_norms_bound_every_key_of_their_block(chunks):
         norms = cache.key_norms(0)
         blocks = torch.nn.functional.pad(keys[:, :, :start].norm(dim=-1), (0, -start % 64)).unflatten(-1, (-1, 64))
         torch.testing.assert_close(norms, blocks.amax(dim=-1))
+
+
+@given(st.lists(st.integers(0, 9), max_size=20), st.integers(1, 12))
+def test_a_bounded_cache_returns_what_the_first_new_token_sees_and_the_new_ones(chunks, max_context):
+    cache = KVCache(max_context=max_context)
+    keys = torch.randn(2, 3, sum(chunks), 4)
+    start = 0
+    for chunk in chunks:
+        stop = start + chunk
+        held = cache.held
+        assert held == min(start, max_context - 1)
+        for layer, shift in enumerate((0.0, 100.0)):
+            new = keys[:, :, start:stop] + shift
+            got = cache.append(layer, new, -new)
+            assert torch.equal(got[0], keys[:, :, start - held : stop] + shift)
+            assert torch.equal(got[1], -got[0])
+        start = stop
+        assert cache.length == stop
+        assert cache.key_norms(0) is None
+
+
+def test_a_bounded_cache_stays_small_and_moves_seldom():
+    cache = KVCache(max_context=32)
+    moves, last = 0, None
+    for step in range(3000):
+        keys, _ = cache.append(0, torch.full((1, 1, 1, 2), float(step)), torch.zeros(1, 1, 1, 2))
+        moves += keys.untyped_storage().data_ptr() != last
+        last = keys.untyped_storage().data_ptr()
+        assert keys.untyped_storage().nbytes() <= 2 * 32 * 2 * 4
+    assert keys[0, 0, :, 0].tolist() == list(range(2968, 3000))
+    assert moves <= 3000 / 31 + 8
+
+
+@pytest.mark.parametrize("name", ["length", "max_context"])
+def test_a_cache_for_nothing_is_refused(name):
+    with pytest.raises(ValueError, match=rf"^{name}=0: give a positive integer, or None$"):
+        KVCache(**{name: 0})

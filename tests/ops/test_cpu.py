@@ -5,10 +5,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import longreach.ops.cpu as module
-from longreach.ops.alibi import alibi_distance
+from longreach.ops.alibi import alibi_distance, alibi_slopes
 from longreach.ops.cpu import cpu_attention
-from longreach.ops.reach import key_block_norms
+from longreach.ops.reach import key_block_norms, reach
 from longreach.ops.reference import reference_attention
+from longreach.ops.tiles import plan
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -237,3 +238,31 @@ def test_refuses(change, message):
     tensors, options = Case(queries=3, keys=3).inputs(torch.float32)
     with pytest.raises(ValueError, match=message):
         cpu_attention(*tensors, **options, **change)
+
+
+def test_work_stays_in_proportion_to_what_reach_keeps(monkeypatch):
+    # Pairs of a query and a key in the tiles that run, against those in the blocks that matter: what a kernel costs
+    # per kept block does not grow with length.
+    class Planned(Exception):
+        pass
+
+    def planned(*arguments, **options):
+        raise Planned(sum(_pairs(tile) for tile in plan(*arguments, **options)))
+
+    monkeypatch.setattr(module, "plan", planned)
+    work = []
+    for length in (2048, 8192, 65536):
+        torch.manual_seed(0)
+        q, k = torch.randn(1, 8, length, 64), torch.randn(1, 8, length, 64)
+        slopes = alibi_slopes(8)
+        with pytest.raises(Planned) as result:
+            cpu_attention(q, k, k, slopes=slopes)
+        kept = reach(q, k, slopes)
+        blocks = int((kept.ends - kept.starts).sum())
+        work.append(result.value.args[0] / (blocks * kept.block_m * kept.block_n))
+    assert max(work) <= 1.15
+    assert max(work) <= 1.1 * min(work)
+
+
+def _pairs(tile):
+    return tile.rows * tile.width * tile.count * (tile.heads.stop - tile.heads.start)

@@ -10,7 +10,7 @@ from longreach.models.decoder import Decoder
 from longreach.models.pretrained import load_model
 from longreach.train import loop
 from longreach.train.config import TrainConfig
-from longreach.train.loop import resolve_device, train
+from longreach.train.loop import decoder_trainee, resolve_device, train
 
 MODEL = ModelConfig(vocab_size=32, train_length=8, longest_length=64, num_layers=2, num_heads=2, d_model=16)
 CONFIG = TrainConfig(
@@ -35,7 +35,11 @@ def run(folder, model=MODEL, config=CONFIG, stop_after=None):
         if step.step == stop_after:
             raise Interrupted
 
-    return train(model, config, CountingBatches(), folder, on_step)
+    return train(builder(model), config, CountingBatches(), folder, on_step)
+
+
+def builder(model):
+    return lambda device: decoder_trainee(Decoder(model).to(device))
 
 
 def metrics(folder):
@@ -152,7 +156,7 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(tmp_path):
 
     def poison(step):
         if step.step == 3:
-            for module in loop_run[0].model.modules():
+            for module in loop_run[0].trainee.model.modules():
                 if isinstance(module, torch.nn.Linear):
                     module.weight.data.fill_(float("nan"))
 
@@ -167,9 +171,9 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(tmp_path):
         patch.setattr(loop._Run, "__init__", remember)
         config = dataclasses.replace(config, checkpoint_every=2)
         with pytest.raises(FloatingPointError, match=r"^step 4: loss=nan, .*; try a learning_rate below 0\.01$"):
-            train(MODEL, config, CountingBatches(), tmp_path, poison)
+            train(builder(MODEL), config, CountingBatches(), tmp_path, poison)
     assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3]
-    resumed = train(MODEL, config, CountingBatches(), tmp_path)
+    resumed = train(builder(MODEL), config, CountingBatches(), tmp_path)
     assert np.isfinite(resumed.final_loss)
 
 

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -44,6 +45,30 @@ def test_only_matrices_of_linear_layers_decay():
         "blocks.0.feed_forward.up.weight",
     ]
     assert len(decayed["params"]) + len(others["params"]) == len(names)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_linear_layers_of_gpt2_decay_and_its_embeddings_do_not(tied):
+    config = transformers.GPT2Config(
+        vocab_size=50,
+        n_embd=8,
+        n_layer=1,
+        n_head=2,
+        n_positions=8,
+        tie_word_embeddings=tied,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    model = transformers.GPT2LMHeadModel(config)
+    decayed, _ = build_optimizer(model, TrainConfig()).param_groups
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert sorted(names[id(p)] for p in decayed["params"]) == [
+        *([] if tied else ["lm_head.weight"]),
+        "transformer.h.0.attn.c_attn.weight",
+        "transformer.h.0.attn.c_proj.weight",
+        "transformer.h.0.mlp.c_fc.weight",
+        "transformer.h.0.mlp.c_proj.weight",
+    ]
 
 
 def test_first_step_is_adamw_by_hand():

@@ -28,7 +28,7 @@ def test_any_configuration_survives_its_file(tmp_path_factory, steps, rate, text
     config = RunConfig(
         data=DataConfig(data=text),
         model=Architecture(num_heads=heads, adaptive_cutoffs=(10, 20)),
-        train=TrainConfig(steps=steps, warmup_steps=0, learning_rate=rate),
+        train=TrainConfig(steps=steps, warmup_steps=0, learning_rate=rate, mix=("retrieval=0.2",)),
     )
     path = tmp_path_factory.mktemp("config") / "config.toml"
     save_config(config, path)
@@ -77,6 +77,8 @@ def test_a_missing_file_is_named(tmp_path):
         ({"weight_decay": -0.1}, "weight_decay"),
         ({"betas": (0.9, 1.0)}, "betas"),
         ({"precision": "fp8"}, "precision"),
+        ({"mix": ("retrieval=2",)}, "mix"),
+        ({"mix": ("lines=0.1",)}, "mix"),
     ],
 )
 def test_contradictions_are_named(values, name):

@@ -238,7 +238,7 @@ def _read_standard_library() -> Iterator[Document]:
 def _read_files(paths: list[Path], text_field: str) -> Iterator[Document]:
     for path in paths:
         if _suffixes(path)[0] == ".jsonl":
-            yield from _read_json_lines(path, text_field)
+            yield from _read_json_documents(path, text_field)
         else:
             yield Document(str(path), cut_pieces(_decode(path)))
 
@@ -265,27 +265,39 @@ def _decode(path: Path) -> Iterator[str]:
         blocks_end += len(block)
 
 
-def _read_json_lines(path: Path, text_field: str) -> Iterator[Document]:
+def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a .jsonl file, compressed or not, each with the name of its place: the path and the line.
+
+    Raises:
+        ValueError: a line is no JSON object, or the file is no whole file of its compression.
+        OSError: the file cannot be read.
+    """
     for number, line in enumerate(_lines(_unpacked_blocks(path)), start=1):
         if line.strip():
             name = f"{path}:{number}"
-            yield Document(name, _cut_string(_json_text(line, name, text_field)))
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{name} is not JSON ({error}); every line must be one JSON object") from error
+            if not isinstance(record, dict):
+                raise ValueError(f"{name} holds {type(record).__name__}; every line must be one JSON object")
+            yield name, record
 
 
-def _json_text(line: bytes, name: str, text_field: str) -> str:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name} is not JSON ({error}); every line must be one JSON object") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{name} holds {type(record).__name__}; every line must be one JSON object")
-    if text_field not in record:
-        fields = ", ".join(map(repr, record)) or "none"
-        raise ValueError(f"{name} has no text_field={text_field!r}; its fields are {fields}: name one of them")
-    return _checked_text(record[text_field], f"{name}, field {text_field!r}")
+def _read_json_documents(path: Path, text_field: str) -> Iterator[Document]:
+    for name, record in read_json_lines(path):
+        if text_field not in record:
+            fields = ", ".join(map(repr, record)) or "none"
+            raise ValueError(f"{name} has no text_field={text_field!r}; its fields are {fields}: name one of them")
+        yield Document(name, _cut_string(checked_text(record[text_field], f"{name}, field {text_field!r}")))
 
 
-def _checked_text(text: Any, name: str) -> str:
+def checked_text(text: Any, name: str) -> str:
+    """`text`, if it is text that can be encoded.
+
+    Raises:
+        ValueError: it is not; the line names its place.
+    """
     if not isinstance(text, str):
         raise ValueError(f"{name} holds {type(text).__name__}, not text; mend or drop it")
     try:
@@ -363,4 +375,4 @@ def _read_rows(rows: Iterable[dict[str, Any]], source: str, text_field: str) -> 
         if text_field not in row:
             columns = ", ".join(map(repr, row))
             raise ValueError(f"{name} has no text_field={text_field!r}; its columns are {columns}: name one of them")
-        yield Document(name, _cut_string(_checked_text(row[text_field], name)))
+        yield Document(name, _cut_string(checked_text(row[text_field], name)))

@@ -44,15 +44,16 @@ class Decoder(nn.Module):
         Args:
             tokens: (B, T) int64 ids; with a cache, those that follow what it holds.
             positions: (B, T) or (1, T) int64 absolute positions; counted on from the cache when None.
-            key_padding_mask: (B, Tk) bool, True where a key is padding, over the cache and tokens together.
+            key_padding_mask: (B, Tk) bool, True where a key is padding, over what the cache holds and tokens together.
             cache: keys and values of the tokens before, appended to in place. For inference only.
-            length: L', the length that the whole sequence will have, for methods that depend on it; Tk when None.
+            length: L', the length that the whole sequence will have, for methods that depend on it; the cache's, or
+                Tk without a cache, when None.
 
         Returns:
             (B, T, V).
 
         Raises:
-            ValueError: more positions than the method holds; a cache without `length` for a method that needs it.
+            ValueError: more positions than the method holds; a cache of unknown length for a method that needs it.
         """
         hidden = self.hidden(tokens, positions=positions, key_padding_mask=key_padding_mask, cache=cache, length=length)
         logits: Tensor = self.vocabulary.logits(hidden)
@@ -68,11 +69,13 @@ class Decoder(nn.Module):
         length: int | None = None,
     ) -> Tensor:
         """What the logits are made of, (B, T, C). Arguments as in `forward`."""
-        start = 0 if cache is None else cache.length
-        key_length = start + tokens.shape[1]
-        self._check_length(key_length, positions, cache, length)
+        start, held = (0, 0) if cache is None else (cache.length, cache.held)
+        key_length = held + tokens.shape[1]
+        if length is None and cache is not None:
+            length = cache.final_length
+        self._check_length(start + tokens.shape[1], positions, cache, length)
         if positions is None:
-            positions = torch.arange(start, key_length, device=tokens.device)[None]
+            positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)[None]
         x = self.dropout(self.positions.embed(self.vocabulary.embed(tokens), positions))  # [B, T, C]
         attend = self.positions.attend(positions, key_length, key_length if length is None else length)
         for block in self.blocks:
@@ -80,16 +83,32 @@ class Decoder(nn.Module):
         normed: Tensor = self.norm(x)
         return normed
 
-    def logits(self, tokens: Tensor, chunk_size: int = 1024) -> Iterator[Tensor]:
+    def logits(
+        self,
+        tokens: Tensor,
+        chunk_size: int = 1024,
+        *,
+        last: int | None = None,
+        positions: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Iterator[Tensor]:
         """Yield the logits of consecutive stretches of at most chunk_size positions, each (B, chunk, V).
 
         All V logits of a long sequence need more memory than the rest of the model; a stretch at a time does not.
+        With `last`, only the logits of that many last positions are made. The rest as in `forward`.
         """
         if chunk_size < 1:
             raise ValueError(f"chunk_size={chunk_size}: give at least 1")
-        hidden = self.hidden(tokens)
-        for chunk in hidden.split(chunk_size, dim=1):
+        hidden = self.hidden(tokens, positions=positions, cache=cache)
+        for chunk in hidden[:, -last if last else 0 :].split(chunk_size, dim=1):
             yield self.vocabulary.logits(chunk)
+
+    def new_cache(self, length: int, max_context: int | None = None) -> KVCache:
+        """An empty cache for a stream of `length` tokens, each seeing at most max_context, itself included.
+
+        A method that depends on the length of its input is told the most that any token will see.
+        """
+        return KVCache(length=length if max_context is None else min(length, max_context), max_context=max_context)
 
     def loss(self, tokens: Tensor, targets: Tensor, positions: Tensor | None = None) -> Tensor:
         """Mean nll in nats per token of targets (B, T), each the token after tokens (B, T)."""
@@ -97,19 +116,18 @@ class Decoder(nn.Module):
         loss: Tensor = self.vocabulary.loss(hidden.flatten(0, 1), targets.flatten())
         return loss
 
-    def attention_impl(self, length: int) -> str:
-        """Name of the attention implementation that runs on sequences of this length."""
+    def attention_impl(self, query_length: int, key_length: int | None = None, windowed: bool = False) -> str:
+        """Name of the attention implementation that runs for so many queries and keys, as many when None."""
         device = next(self.parameters()).device
-        attend = self.positions.attend(torch.zeros(1, 1, dtype=torch.int64, device=device), 1, length)
+        attend = self.positions.attend(torch.zeros(1, 1, dtype=torch.int64, device=device), 1, query_length)
         dense = attend.bias is not None or (self.training and self.config.attention_dropout > 0)
-        return choose_impl(device.type, length, length, reaching=attend.slopes is not None, dense=dense)
+        reaching = windowed or attend.slopes is not None
+        return choose_impl(device.type, query_length, key_length or query_length, reaching=reaching, dense=dense)
 
-    def _check_length(
-        self, key_length: int, positions: Tensor | None, cache: KVCache | None, length: int | None
-    ) -> None:
+    def _check_length(self, total: int, positions: Tensor | None, cache: KVCache | None, length: int | None) -> None:
         longest = self.positions.max_length
         if longest is not None:
-            reached = key_length
+            reached = total
             if positions is not None and positions.numel() and not torch.compiler.is_compiling():
                 reached = int(positions.max()) + 1  # a compiled graph cannot look at values
             if reached > longest:
@@ -117,12 +135,13 @@ class Decoder(nn.Module):
                     f"{reached} tokens: position method {self.config.method!r} holds {longest} positions; "
                     "give fewer tokens, or train one with a longer table"
                 )
-        if length is not None and length < key_length:
-            raise ValueError(f"length={length} is below the {key_length} tokens of cache and input: give at least that")
+        seen = total if cache is None or cache.max_context is None else min(total, cache.max_context)
+        if length is not None and length < seen:
+            raise ValueError(f"length={length} is below the {seen} tokens of cache and input: give at least that")
         if cache is not None and length is None and self.positions.depends_on_length:
             raise ValueError(
                 f"position method {self.config.method!r} depends on the length of the whole sequence: "
-                "give length= to every call with this cache"
+                "make the cache by KVCache(length=...)"
             )
 
 
@@ -175,6 +194,7 @@ class SelfAttention(nn.Module):
             v,
             slopes=positions.slopes,
             bias=positions.bias,
+            window_size=None if cache is None else cache.max_context,
             key_padding_mask=key_padding_mask,
             key_norms=key_norms,
             dropout_p=self.config.attention_dropout if self.training else 0.0,

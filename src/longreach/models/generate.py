@@ -96,7 +96,7 @@ def _steps(
     longest = max(len(prompt) for prompt in prompts)
     padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)  # [B]
     tokens = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
-    cache = KVCache()
+    cache = KVCache(length=longest + max_new_tokens)
     ended = [False] * len(prompts)
     for _ in range(max_new_tokens):
         start, stop = cache.length, cache.length + tokens.shape[1]
@@ -105,7 +105,6 @@ def _steps(
             positions=(torch.arange(start, stop, device=device) - padding[:, None]).clamp(min=0),
             key_padding_mask=torch.arange(stop, device=device) < padding[:, None] if padding.any() else None,
             cache=cache,
-            length=longest + max_new_tokens,
         )
         logits = model.vocabulary.logits(hidden[:, -1]).float()  # [B, V]
         tokens = choose(logits)[:, None]

@@ -1,5 +1,7 @@
 """Keys and values of the tokens seen so far, for decoding."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -7,57 +9,89 @@ from longreach.ops.reach import KEY_BLOCK, key_block_norms
 
 
 class KVCache:
-    """Grows with what is appended, without a limit on length.
+    """Grows with what is appended, without a limit on length; with max_context it keeps the last keys alone.
 
     Each layer's keys and values lie in a buffer with room to spare, doubled when it is full, so that appending
     token after token copies each of them a bounded number of times.
+
+    Args:
+        length: L', how many tokens the whole sequence will have, for position methods that depend on it.
+        max_context: how many of the last tokens a token sees, itself included; all of them when None.
+
+    Raises:
+        ValueError: a value below 1.
     """
 
-    def __init__(self) -> None:
-        self._keys: list[Tensor] = []
-        self._values: list[Tensor] = []
-        self._lengths: list[int] = []
-        self._key_norms: list[Tensor | None] = []
-        self._normed: list[int] = []
+    def __init__(self, *, length: int | None = None, max_context: int | None = None) -> None:
+        for name, value in (("length", length), ("max_context", max_context)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}: give a positive integer, or None")
+        self.final_length = length
+        self.max_context = max_context
+        self._layers: list[_Layer] = []
 
     @property
     def length(self) -> int:
-        """Number of tokens that every layer holds."""
-        return self._lengths[-1] if self._lengths else 0
+        """Number of tokens seen so far: the position of the next one."""
+        return self._layers[-1].seen if self._layers else 0
+
+    @property
+    def held(self) -> int:
+        """Number of tokens whose keys the next token can see: all seen, or the last max_context - 1."""
+        return self.length if self.max_context is None else min(self.length, self.max_context - 1)
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Append (B, Hkv, T, D) to a layer and return all that it holds, (B, Hkv, length, D), as views."""
-        if layer == len(self._keys):
-            self._keys.append(keys[:, :, :0])
-            self._values.append(values[:, :, :0])
-            self._lengths.append(0)
-            self._key_norms.append(None)
-            self._normed.append(0)
-        start = self._lengths[layer]
-        stop = start + keys.shape[2]
-        if stop > self._keys[layer].shape[2]:
-            capacity = max(stop, 2 * start)
-            self._keys[layer] = _grown(self._keys[layer], start, capacity)
-            self._values[layer] = _grown(self._values[layer], start, capacity)
-        self._keys[layer][:, :, start:stop] = keys
-        self._values[layer][:, :, start:stop] = values
-        self._lengths[layer] = stop
-        return self._keys[layer][:, :, :stop], self._values[layer][:, :, :stop]
+        """Append (B, Hkv, T, D) to a layer and return what it held and them, (B, Hkv, held + T, D), as views."""
+        if layer == len(self._layers):
+            self._layers.append(_Layer(keys[:, :, :0], values[:, :, :0]))
+        this = self._layers[layer]
+        if self.max_context is not None:
+            this.first = max(this.first, this.stop - (self.max_context - 1))
+        if this.stop + keys.shape[2] > this.keys.shape[2]:
+            this.move(capacity=max(this.stop - this.first + keys.shape[2], 2 * (this.stop - this.first)))
+        new = slice(this.stop, this.stop + keys.shape[2])
+        this.keys[:, :, new] = keys
+        this.values[:, :, new] = values
+        this.stop = new.stop
+        this.seen += keys.shape[2]
+        held = slice(this.first, this.stop)
+        return this.keys[:, :, held], this.values[:, :, held]
 
-    def key_norms(self, layer: int) -> Tensor:
+    def key_norms(self, layer: int) -> Tensor | None:
         """Largest norm in each block of KEY_BLOCK keys of a layer, (B, Hkv, ceil(length / KEY_BLOCK)).
 
         With them attention knows which keys are within reach without reading the others. Each key is read once.
+        None with max_context, under which blocks would move with every token, and there are few.
         """
-        whole = self._normed[layer] // KEY_BLOCK  # blocks that no later key has joined
-        keys = self._keys[layer][:, :, whole * KEY_BLOCK : self._lengths[layer]]
-        fresh, known = key_block_norms(keys, KEY_BLOCK), self._key_norms[layer]
-        norms = fresh if known is None else torch.cat((known[..., :whole], fresh), dim=-1)
-        self._key_norms[layer], self._normed[layer] = norms, self._lengths[layer]
-        return norms
+        if self.max_context is not None:
+            return None
+        this = self._layers[layer]
+        whole = this.normed // KEY_BLOCK  # blocks that no later key has joined
+        fresh = key_block_norms(this.keys[:, :, whole * KEY_BLOCK : this.stop], KEY_BLOCK)
+        this.norms = fresh if this.norms is None else torch.cat((this.norms[..., :whole], fresh), dim=-1)
+        this.normed = this.stop
+        return this.norms
 
 
-def _grown(buffer: Tensor, used: int, capacity: int) -> Tensor:
+@dataclass
+class _Layer:
+    """One layer's buffers, of which first to stop is in use."""
+
+    keys: Tensor
+    values: Tensor
+    first: int = 0
+    stop: int = 0
+    seen: int = 0
+    norms: Tensor | None = None
+    normed: int = 0
+
+    def move(self, capacity: int) -> None:
+        """Put what is in use at the start of new buffers; what earlier views show stays as it was."""
+        self.keys, self.values = (_moved(x, self.first, self.stop, capacity) for x in (self.keys, self.values))
+        self.first, self.stop = 0, self.stop - self.first
+
+
+def _moved(buffer: Tensor, first: int, stop: int, capacity: int) -> Tensor:
     grown = torch.empty((*buffer.shape[:2], capacity, buffer.shape[3]), dtype=buffer.dtype, device=buffer.device)
-    grown[:, :, :used] = buffer[:, :, :used]
+    grown[:, :, : stop - first] = buffer[:, :, first:stop]
     return grown

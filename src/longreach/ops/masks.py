@@ -18,11 +18,10 @@ def visible_keys(
 ) -> Tensor | None:
     """Which keys each query may see: bool, broadcastable to (B, H, Tq, Tk), or None when it sees all."""
     conditions = []
-    distance = alibi_distance(query_length, key_length, device=device)  # [Tq, Tk]
-    if causal:
-        conditions.append(distance >= 0)
+    if causal and query_length > 1:  # a single query stands at the last key
+        conditions.append(alibi_distance(query_length, key_length, device=device) >= 0)  # [Tq, Tk]
     if window_size is not None:
-        conditions.append(distance.abs() < window_size)
+        conditions.append(alibi_distance(query_length, key_length, device=device).abs() < window_size)
     if cu_seqlens is not None:
         document = torch.bucketize(torch.arange(key_length, device=device), cu_seqlens, right=True)
         conditions.append(document[:, None] == document)
@@ -55,8 +54,11 @@ def dense_bias(
         wide = torch.promote_types(dtype, torch.float32)
         distance = alibi_distance(query_length, key_length, device=left.device).to(wide)
         left, right = (m.to(wide)[..., None, None] for m in (left, right))  # [(B,) H, 1, 1]
-        penalty = (left * distance.clamp(min=0) + right * (-distance).clamp(min=0)).to(dtype)
-        total = -penalty if total is None else total - penalty
+        if query_length == 1 and not isinstance(slopes, tuple):
+            penalty = left * distance  # a single query has no future
+        else:
+            penalty = left * distance.clamp(min=0) + right * (-distance).clamp(min=0)
+        total = -penalty.to(dtype) if total is None else total - penalty.to(dtype)
     return total
 
 

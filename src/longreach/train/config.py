@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import tomli_w
 
+from longreach.data.mix import parse_mix
 from longreach.data.prepare import DataConfig
 from longreach.models.config import ARCHITECTURES, Architecture, ModelConfig
 from longreach.results import write_atomically
@@ -49,7 +50,9 @@ class TrainConfig:
     device: str = "auto"
     """Where to run: cpu, cuda, cuda:1, ...; auto is cuda where there is one."""
     seed: int = 0
-    """Seed of the weights, the split, the order of batches and dropout."""
+    """Seed of the weights, the split, the order of batches, what is mixed in and dropout."""
+    mix: tuple[str, ...] = ()
+    """Synthetic sequences among those of the text, as NAME=SHARE of all: retrieval=0.2."""
 
     def __post_init__(self) -> None:
         for name in ("train_length", "steps", "batch_size", "accumulation", "checkpoint_every"):
@@ -72,12 +75,17 @@ class TrainConfig:
             raise ValueError(f"betas={self.betas}: give two numbers of at least 0 and below 1")
         if self.precision not in ("auto", "fp32", "bf16"):
             raise ValueError(f"precision={self.precision!r}: give auto, fp32 or bf16")
+        parse_mix(self.mix)
 
 
 @dataclass(frozen=True)
 class RunConfig:
     """One training run: a method, the data, the model and the training."""
 
+    start_from: str | None = None
+    """Weights to start from (--from): the folder of a finished run, or a Hugging Face model as a folder or a name on
+    the hub, which is given ALiBi. Its data, tokenizer, shape, method and train_length are then the defaults. The shape
+    of a Hugging Face model is its own, that of this configuration is not used. New weights when None."""
     method: str = "alibi"
     """The position method, with options as in rotary:base=500000."""
     longest_length: int | None = None

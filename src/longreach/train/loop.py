@@ -6,14 +6,13 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from longreach.data.tokens import Batches
 from longreach.evaluate.cost import Cost
-from longreach.models.config import ModelConfig
 from longreach.models.decoder import Decoder
 from longreach.models.pretrained import save_model
 from longreach.results import TrainingRecord, write_atomically
@@ -44,17 +43,63 @@ class Step:
     """Time spent training so far, over all sessions of the run."""
 
 
+class BatchSource(Protocol):
+    """Batches by the number of their step, so that resuming needs no state: `Batches`, `MixedBatches`."""
+
+    def __getitem__(self, step: int, /) -> np.ndarray:
+        """The batch of a step >= 0, int64 [B, T + 1]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """What is trained: a module, and all that the loop has to know of it."""
+
+    method: str
+    """Its position method, as it is called in results."""
+    model: nn.Module
+    """On its device, in training mode. All its parameters are trained; a checkpoint holds its state dict."""
+    loss: Callable[[Tensor, Tensor, Tensor], Tensor]
+    """Mean nll in nats per token of targets (B, L), each the token after tokens (B, L), at positions (B, L)."""
+    attention: str
+    """The attention implementation that runs at the training length."""
+    save: Callable[[Path], None]
+    """Writes the trained model into a folder."""
+    max_training_offset: int = 0
+    """Each sequence starts at a position drawn uniformly from 0 to this."""
+
+
+def decoder_trainee(model: Decoder) -> Trainee:
+    """A decoder as `train` takes it. Puts it into training mode."""
+    model.train()
+    return Trainee(
+        method=model.config.method,
+        model=model,
+        loss=model.loss,
+        attention=model.attention_impl(model.config.train_length),
+        save=lambda folder: save_model(model, folder),
+        max_training_offset=model.positions.max_training_offset,
+    )
+
+
 def train(
-    model_config: ModelConfig,
+    build: Callable[[torch.device], Trainee],
     config: TrainConfig,
-    batches: Batches,
+    batches: BatchSource,
     folder: Path,
     on_step: Callable[[Step], None] = lambda step: None,
 ) -> TrainingRecord:
-    """Train a model into a folder: metrics.jsonl, then model.safetensors, config.json and training.json.
+    """Train a model into a folder: metrics.jsonl, then the files of the model and training.json.
 
     A folder that has training.json is finished, and its record is returned. A folder that has checkpoint.pt is
     gone on with, to the same numbers that an uninterrupted run gives.
+
+    Args:
+        build: makes what is trained, on a device; random weights are drawn after torch was seeded for the run.
+        config: how to train it.
+        batches: what to train it on.
+        folder: where to write.
+        on_step: called after each step.
 
     Raises:
         ValueError: the checkpoint is damaged.
@@ -65,7 +110,7 @@ def train(
     if finished.exists():
         return read_training_record(finished)
     folder.mkdir(parents=True, exist_ok=True)
-    run = _Run(model_config, config, folder)
+    run = _Run(build, config, folder)
     with Cost(run.device) as cost, open(folder / "metrics.jsonl", "a", encoding="utf-8") as metrics:
         for number in range(run.step, config.steps):
             step = run.advance(batches[number])
@@ -74,19 +119,19 @@ def train(
             on_step(step)
             if run.step % config.checkpoint_every == 0 and run.step < config.steps:
                 run.save()
-    save_model(run.model, folder)
+    run.trainee.save(folder)
     tokens = config.steps * config.batch_size * config.train_length
     record = TrainingRecord(
-        method=model_config.method,
+        method=run.trainee.method,
         train_length=config.train_length,
         steps=config.steps,
         tokens=tokens,
-        parameters=sum(parameter.numel() for parameter in run.model.parameters()),
+        parameters=sum(parameter.numel() for parameter in run.trainee.model.parameters()),
         final_loss=_final_loss(folder / "metrics.jsonl"),
         tokens_per_second=tokens / run.seconds,
         seconds=run.seconds,
         peak_memory=cost.peak_memory,
-        attention=run.model.attention_impl(config.train_length),
+        attention=run.trainee.attention,
     )
     write_atomically(finished, (json.dumps(asdict(record), indent=2) + "\n").encode())
     (folder / "checkpoint.pt").unlink(missing_ok=True)
@@ -116,16 +161,16 @@ def resolve_device(device: str) -> torch.device:
 class _Run:
     """All that changes while a model trains, in memory and in its checkpoint."""
 
-    def __init__(self, model_config: ModelConfig, config: TrainConfig, folder: Path):
+    def __init__(self, build: Callable[[torch.device], Trainee], config: TrainConfig, folder: Path):
         self.config, self.folder = config, folder
         self.device = resolve_device(config.device)
         self.bf16 = config.precision == "bf16" or (
             config.precision == "auto" and self.device.type == "cuda" and torch.cuda.is_bf16_supported()
         )
         torch.manual_seed(config.seed)
-        self.model = Decoder(model_config).to(self.device).train()
-        self.loss: Callable[..., Tensor] = torch.compile(self.model.loss) if config.compile else self.model.loss
-        self.optimizer = build_optimizer(self.model, config)
+        self.trainee = build(self.device)
+        self.loss: Callable[..., Tensor] = torch.compile(self.trainee.loss) if config.compile else self.trainee.loss
+        self.optimizer = build_optimizer(self.trainee.model, config)
         self.step = 0
         self.seconds = 0.0
         if (folder / "checkpoint.pt").exists():
@@ -148,7 +193,7 @@ class _Run:
                 part_loss = self.loss(part[:, :-1], part[:, 1:], part_positions) / self.config.accumulation
             part_loss.backward()
             loss += part_loss.item()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.gradient_clip).item()
+        norm = torch.nn.utils.clip_grad_norm_(self.trainee.model.parameters(), self.config.gradient_clip).item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise FloatingPointError(
                 f"step {self.step + 1}: loss={loss}, gradient norm={norm}; stopped, checkpoints are from before; "
@@ -164,7 +209,7 @@ class _Run:
     def save(self) -> None:
         """Write the checkpoint: model, optimizer, step (which is the data's position too) and random state."""
         state = {
-            "model": self.model.state_dict(),
+            "model": self.trainee.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "seconds": self.seconds,
@@ -175,7 +220,7 @@ class _Run:
         save_checkpoint(state, self.folder / "checkpoint.pt")
 
     def _restore(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
+        self.trainee.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.seconds = state["step"], state["seconds"]
         torch.set_rng_state(state["random_state"])
@@ -185,8 +230,8 @@ class _Run:
     def _positions(self, sequences: Tensor) -> Tensor:
         """(B, L) positions of a batch, each row shifted by its own draw where the method asks for that."""
         positions = torch.arange(self.config.train_length, device=self.device).expand(len(sequences), -1)
-        if self.model.positions.max_training_offset:
-            draws = torch.randint(self.model.positions.max_training_offset + 1, (len(sequences), 1))
+        if self.trainee.max_training_offset:
+            draws = torch.randint(self.trainee.max_training_offset + 1, (len(sequences), 1))
             positions = positions + draws.to(self.device)
         return positions
 

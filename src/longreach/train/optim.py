@@ -11,10 +11,11 @@ from .config import TrainConfig
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter, 2019, arXiv 1711.05101) over all parameters, fused where the device has it.
 
-    Weight decay is for the matrices of linear layers: embeddings, norms, biases and slopes have none.
+    Weight decay is for the matrices of linear layers: embeddings, tied ones too, norms, biases and slopes have none.
     """
-    matrices = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     parameters = list(model.parameters())
+    matrices = {id(p) for p in parameters if p.dim() == 2} - embeddings  # GPT-2's linear layers are no nn.Linear
     groups = [
         {"params": [p for p in parameters if id(p) in matrices], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if id(p) not in matrices], "weight_decay": 0.0},

@@ -1,0 +1,74 @@
+"""Synthetic sequences among the training text: `retrieval=0.2` makes a fifth of all sequences retrieval ones."""
+
+from collections.abc import Sequence
+from random import Random
+
+import numpy as np
+
+from longreach.data.synthetic import RetrievalSequences
+from longreach.data.tokenizer import Tokenizer
+from longreach.data.tokens import Batches
+
+SEQUENCES = {"retrieval": RetrievalSequences}
+"""What can be mixed in, by name."""
+
+
+def parse_mix(mix: Sequence[str]) -> dict[str, float]:
+    """The share of all sequences that each of NAME=SHARE asks for.
+
+    Raises:
+        ValueError: a name is unknown or comes twice, or a share is not positive or exceeds 1.
+    """
+    shares: dict[str, float] = {}
+    for item in mix:
+        name, _, number = item.partition("=")
+        if name not in SEQUENCES:
+            raise ValueError(f"mix={item!r}: give NAME=SHARE, as in retrieval=0.2; names are {', '.join(SEQUENCES)}")
+        if name in shares:
+            raise ValueError(f"mix={','.join(mix)}: give {name} once")
+        try:
+            shares[name] = float(number)
+        except ValueError:
+            shares[name] = 0.0
+        if not 0 < shares[name] <= 1:
+            raise ValueError(f"mix={item!r}: give a share of more than 0 and at most 1, as in {name}=0.2")
+    return shares
+
+
+class MixedBatches:
+    """Training batches in which some sequences give way to synthetic ones: a pure function of the seed and the step.
+
+    The other sequences are those that `batches` has in the same places; what gave way is not trained on in that
+    epoch.
+
+    Args:
+        batches: the text.
+        mix: each NAME=SHARE of `parse_mix`.
+        tokenizer: of the text.
+        seed: of the draws.
+
+    Raises:
+        ValueError: as `parse_mix`; or sequences are too short for what is mixed in.
+    """
+
+    def __init__(self, batches: Batches, mix: Sequence[str], tokenizer: Tokenizer, seed: int) -> None:
+        self._batches = batches
+        self._seed = seed
+        self._mixed = []
+        for name, share in parse_mix(mix).items():
+            try:
+                self._mixed.append((SEQUENCES[name](tokenizer, batches[0].shape[1]), share))
+            except ValueError as error:
+                raise ValueError(f"mix={','.join(mix)}: {error}") from error
+
+    def __getitem__(self, step: int) -> np.ndarray:
+        """The batch of training step `step`, as `Batches` gives it: int64 [B, T + 1]."""
+        batch = self._batches[step]
+        for index, row in enumerate(batch):
+            random = Random(f"{self._seed} {step} {index}")  # a string is hashed, so that neighbours share nothing
+            draw = random.random()
+            for sequences, share in self._mixed:
+                if 0 <= draw < share:
+                    row[:] = sequences.draw(random)
+                draw -= share
+        return batch
