@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from longreach.evaluate import scoring
-from longreach.evaluate.scoring import score
+from longreach.evaluate.scoring import score, score_stream
 from longreach.models.config import ModelConfig
 from longreach.models.decoder import Decoder
 
@@ -22,9 +22,9 @@ class ContextOracle:
     def __init__(self):
         self.chunks = []
 
-    def logits(self, tokens, chunk_size):
+    def logits(self, tokens, chunk_size, *, last=None, positions=None, cache=None):
         length = tokens.shape[1]
-        for start in range(0, length, chunk_size):
+        for start in range(length - (last or length), length, chunk_size):
             stop = min(start + chunk_size, length)
             context = torch.arange(start + 1, stop + 1, dtype=torch.float64)
             right = 1 - 1 / (2 * context)  # [c]
@@ -36,11 +36,17 @@ class ContextOracle:
             yield probabilities.log().float()
 
 
+def small_model(method):
+    torch.manual_seed(0)
+    config = ModelConfig(vocab_size=64, train_length=16, method=method, num_layers=2, num_heads=4, d_model=32)
+    return Decoder(config).eval()
+
+
 def counting_text(length):
     return np.arange(length, dtype=np.int64) % VOCAB
 
 
-def run(model, tokens, valid_length, stride=None, tokens_per_batch=64, vocab_size=VOCAB):
+def run(model, tokens, valid_length, stride=None, tokens_per_batch=64, vocab_size=VOCAB, **options):
     return score(
         model,
         tokens,
@@ -49,6 +55,7 @@ def run(model, tokens, valid_length, stride=None, tokens_per_batch=64, vocab_siz
         vocab_size=vocab_size,
         device=CPU,
         tokens_per_batch=tokens_per_batch,
+        **options,
     )
 
 
@@ -81,14 +88,32 @@ def test_logits_are_made_in_bounded_chunks(monkeypatch):
 
 @pytest.mark.parametrize("method", ["alibi", "rotary", "t5", "sinusoidal"])
 def test_batch_and_chunk_size_change_nothing_but_rounding(method, monkeypatch):
-    torch.manual_seed(0)
-    config = ModelConfig(vocab_size=64, train_length=16, method=method, num_layers=2, num_heads=4, d_model=32)
-    model = Decoder(config).eval()
+    model = small_model(method)
     tokens = np.random.default_rng(0).integers(0, 64, 200)
     single = run(model, tokens, 24, tokens_per_batch=1, vocab_size=64).nll.sum()
     monkeypatch.setattr(scoring, "LOGITS_PER_CHUNK", 64 * 7)
     batched = run(model, tokens, 24, tokens_per_batch=1000, vocab_size=64).nll.sum()
     assert batched == pytest.approx(single, rel=1e-6)
+
+
+def test_only_the_logits_that_are_scored_are_made():
+    oracle = ContextOracle()
+    run(oracle, counting_text(42), 16, stride=2, tokens_per_batch=64)
+    first, *rest = oracle.chunks
+    assert first == (1, 16, VOCAB)
+    assert {chunk[1] for chunk in rest} == {2, 1}  # the last window has one target left
+    assert max(chunk[0] for chunk in rest) == 4
+
+
+@pytest.mark.parametrize("method", ["alibi", "rotary", "none"])
+@pytest.mark.parametrize("stride", [1, 5])
+def test_any_stride_in_any_batch_gives_the_windows_one_by_one(method, stride):
+    model = small_model(method)
+    tokens = np.random.default_rng(1).integers(0, 64, 90)
+    one_by_one = run(model, tokens, 24, stride, tokens_per_batch=1, vocab_size=64)
+    together = run(model, tokens, 24, stride, tokens_per_batch=1000, vocab_size=64)
+    assert together.nll.sum() == pytest.approx(one_by_one.nll.sum(), rel=1e-6)
+    np.testing.assert_array_equal(together.context, one_by_one.context)
 
 
 def test_the_same_targets_are_scored_at_every_length():
@@ -126,7 +151,7 @@ def test_long_windows_with_a_large_vocabulary_take_bounded_memory():
     script = """
 import numpy as np, torch
 from longreach.evaluate.cost import Cost
-from longreach.evaluate.scoring import score
+from longreach.evaluate.scoring import score, score_stream
 from longreach.models.config import ModelConfig
 from longreach.models.decoder import Decoder
 torch.set_num_threads(1)
@@ -142,3 +167,64 @@ print((cost.peak_memory - idle.peak_memory) / 2**20)
 """
     output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     assert float(output) < 500
+
+
+def stream(model, tokens, max_context, **options):
+    return score_stream(model, tokens, max_context=max_context, vocab_size=64, device=CPU, **options)
+
+
+@pytest.mark.parametrize("method", ["alibi", "rotary", "sinusoidal", "t5"])
+@pytest.mark.parametrize("chunk", [1, 7, 512])
+def test_an_unbounded_stream_is_one_long_window(method, chunk, monkeypatch):
+    monkeypatch.setattr(scoring, "CACHED_CHUNK", chunk)
+    model = small_model(method)
+    tokens = np.random.default_rng(2).integers(0, 64, 60)
+    whole = run(model, tokens, 59, vocab_size=64)
+    streamed = stream(model, tokens, None)
+    np.testing.assert_allclose(streamed.nll, whole.nll, rtol=1e-5)
+    np.testing.assert_array_equal(streamed.context, whole.context)
+
+
+@pytest.mark.parametrize("method", ["alibi", "rotary", "sinusoidal"])
+def test_a_bounded_stream_does_not_depend_on_its_chunks(method, monkeypatch):
+    model = small_model(method)
+    tokens = np.random.default_rng(3).integers(0, 64, 60)
+    scores = stream(model, tokens, 9)
+    monkeypatch.setattr(scoring, "CACHED_CHUNK", 4)
+    np.testing.assert_allclose(stream(model, tokens, 9).nll, scores.nll, rtol=1e-5)
+    assert scores.context.tolist() == [*range(1, 9), *[9] * 51]
+
+
+def test_shifted_positions_hurt_absolute_methods_alone():
+    tokens = np.random.default_rng(4).integers(0, 64, 60)
+    for method, hurt in (("alibi", False), ("none", False), ("sinusoidal", True), ("rotary", True)):
+        model = small_model(method)
+        shifted, plain = stream(model, tokens, 9, shifted=True), stream(model, tokens, 9)
+        np.testing.assert_array_equal(shifted.nll[:9], plain.nll[:9])
+        assert np.array_equal(shifted.nll, plain.nll) != hurt
+
+
+def test_shifting_needs_a_length_to_stay_in():
+    with pytest.raises(ValueError, match=r"^shifted=True with max_context=None"):
+        stream(small_model("alibi"), np.arange(9), None, shifted=True)
+
+
+def test_a_stream_reports_its_progress(monkeypatch):
+    monkeypatch.setattr(scoring, "CACHED_CHUNK", 4)
+    done = []
+    stream(small_model("alibi"), np.arange(11), 3, on_scored=done.append)
+    assert done == [4, 8, 10]
+
+
+def test_offsets_move_absolute_positions_alone():
+    tokens = np.random.default_rng(5).integers(0, 64, 40)
+    for method, moved in (("alibi", False), ("t5", False), ("sinusoidal", True)):
+        model = small_model(method)
+        nll = [run(model, tokens, 8, vocab_size=64, offset=offset).nll for offset in (None, 0, 32)]
+        np.testing.assert_array_equal(nll[0], nll[1])
+        assert np.array_equal(nll[0], nll[2]) != moved
+    # Rotations are relative: only rounding of larger angles is left.
+    model = small_model("rotary")
+    np.testing.assert_allclose(
+        run(model, tokens, 8, vocab_size=64, offset=32).nll, run(model, tokens, 8, vocab_size=64).nll, rtol=1e-4
+    )

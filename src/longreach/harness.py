@@ -1,0 +1,29 @@
+"""EleutherAI's lm-evaluation-harness with trained runs among its models: `python -m longreach.harness`.
+
+All of the harness's command line works, and beside its models there is `longreach`:
+
+    python -m longreach.harness --model longreach --model_args run=runs/demo/alibi,max_length=1024 --tasks wikitext
+"""
+
+from pathlib import Path
+
+from longreach.evaluate.harness import register
+from longreach.evaluate.subject import Subject
+from longreach.runs import open_run
+
+
+def open_subject(run: str, device: str | None = None) -> Subject:
+    """The run in a folder, as `--model_args run=FOLDER,device=cpu` names it."""
+    return open_run(Path(run), device).subject()
+
+
+def main() -> None:
+    """Run the harness's own command line."""
+    from lm_eval.__main__ import cli_evaluate
+
+    register(open_subject)
+    cli_evaluate()
+
+
+if __name__ == "__main__":
+    main()
