@@ -1,0 +1,66 @@
+"""Llama, Mistral and Qwen2 after `convert`: nothing is rotated, and attention has ALiBi."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from longreach.ops.alibi import alibi_slopes
+
+from .mark import require_mark
+from .mask import hand_mask
+from .state import Layout, attend
+
+
+def is_llama_base(module: nn.Module) -> bool:
+    """Whether a module is transformers' own LlamaModel, MistralModel or Qwen2Model."""
+    from transformers import LlamaModel, MistralModel, Qwen2Model
+
+    return isinstance(module, LlamaModel | MistralModel | Qwen2Model)
+
+
+def llama_layout(base: Any) -> Layout:
+    """Find what is to be swapped in a LlamaModel, or one with the same attention.
+
+    Raises:
+        ValueError: it is not converted, or some of its layers see a sliding window only.
+    """
+    config = base.config
+    require_mark(config, "rotary positions")
+    windowed = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+    if windowed or (config.model_type == "mistral" and config.sliding_window is not None):
+        raise ValueError(
+            f"sliding_window={config.sliding_window}: ALiBi is made for layers that see everything; "
+            "load the model with sliding_window=None"
+        )
+    attentions = tuple(layer.self_attn for layer in base.layers)
+    return Layout(
+        family=config.model_type,
+        base=base,
+        attentions=attentions,
+        swaps=tuple((module, LlamaAttention) for module in attentions),
+        prepare=hand_mask,
+        slopes=alibi_slopes(config.num_attention_heads),
+        train_length=config.max_position_embeddings,
+        faithful=None,
+    )
+
+
+class LlamaAttention:
+    """Methods of a converted LlamaAttention, MistralAttention or Qwen2Attention."""
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        position_embeddings: Any = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """Attention of hidden states (B, T, C); the rotation that the model hands round is not applied."""
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (f(hidden_states).unflatten(2, (-1, self.head_dim)).transpose(1, 2) for f in projections)
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)
+        dropout_p = self.attention_dropout if self.training else 0.0
+        out = attend(self, q, k, v, attention_mask, past_key_values, scale=self.scaling, dropout_p=dropout_p)
+        return self.o_proj(out.transpose(1, 2).flatten(2)), None

@@ -1,0 +1,286 @@
+"""What `extend` attaches to a model, and the attention that the swapped modules of every family run."""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from longreach.ops.attention import attention
+
+from .cache import sink_window, streaming_attention
+from .interpolation import Scaling, logn_factor
+from .mask import unpack
+
+ATTRIBUTE = "_longreach"
+"""Name under which a module of an extended model holds its `Extension`."""
+
+FaithfulBias = Callable[[Tensor, Tensor, torch.dtype], Tensor]
+"""(slopes (H,) or (B, H), key positions (B, Tk), dtype) -> the stock code's rounded bias, (B, H, 1, Tk)."""
+
+
+Observer = Callable[[Tensor, Tensor, Tensor, float], None]
+"""Told what attention is asked for: q (B, H, Tq, D), k (B, Hkv, Tk, D), slopes (H,) or (B, H), the factor of q . k."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A pretrained model as its family's file finds it."""
+
+    family: str
+    """Name of the family."""
+    base: nn.Module
+    """The module that is handed the mask and calls the blocks."""
+    attentions: tuple[nn.Module, ...]
+    """Its attention modules."""
+    swaps: tuple[tuple[nn.Module, type], ...]
+    """Module -> class whose methods take the place of its own."""
+    prepare: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
+    """Forward pre-hook of the base model, which turns the mask into what the attention modules read."""
+    slopes: Tensor
+    """Slopes (H,) float32, before any scaling."""
+    train_length: int | None
+    """The length trained on, as far as the configuration tells."""
+    faithful: FaithfulBias | None
+    """The stock code's rounding, or None where it is not known."""
+
+
+@dataclass
+class Extension:
+    """How one model is extended. Every swapped module refers to it."""
+
+    layout: Layout
+    scaling: Scaling
+    logn: bool
+    bias: str
+    per_step: bool
+    length: int | None
+    sinks: int | None
+    window: int | None
+    tolerance: float | None
+    impl: str
+    stated: int | None = None
+    """The constant L' of the present call: of `generate`, or of `fixed_length`."""
+    modules: list[nn.Module] = field(default_factory=list)
+    """The modules that refer to it."""
+    handles: list[RemovableHandle] = field(default_factory=list)
+    """Handles of the hooks that it took."""
+    carrier: Tensor | None = None
+    """The carrier of the present forward pass, for a base model that cannot be handed one as an argument."""
+    observer: Observer | None = None
+    """Told of every call to attention with slopes, layer by layer."""
+    memo: dict[torch.device, tuple[float, Tensor]] = field(default_factory=dict)
+    """Device -> the last L' and the slopes scaled for it."""
+
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether attention changes with L'."""
+        return self.scaling.depends_on_length or self.logn
+
+    @contextmanager
+    def during(self, length: int | None) -> Iterator[None]:
+        """State the L' of all forward passes within; None leaves it to be stated."""
+        before, self.stated = self.stated, length
+        try:
+            yield
+        finally:
+            self.stated = before
+
+    def state(self, length: int) -> None:
+        """State the L' of the present call to `generate`, unless a longer one was stated around it."""
+        around = self.stated if self.stated is not None else self.length
+        if around is None:
+            self.stated = length
+        elif length > around:
+            raise ValueError(f"length={around} is below the {length} tokens that generate may reach: state more")
+
+    def slopes(self, length: float | Tensor, device: torch.device) -> Tensor:
+        """Slopes for L', (H,), or (B, H) for an L' per sequence, on a device."""
+        if isinstance(length, Tensor) or torch.compiler.is_compiling():
+            return self.scaling(self.layout.slopes.to(device), length)
+        known = self.memo.get(device)
+        if known is None or known[0] != length:
+            with torch.inference_mode(False):  # a tensor of inference mode could not serve training later
+                known = length, self.scaling(self.layout.slopes.to(device), length)
+            self.memo[device] = known
+        return known[1]
+
+    def total_length(self, key_length: int, cache: Any, continues: bool) -> int:
+        """L' of a forward pass that sees key_length keys, padding included, and may continue a cache.
+
+        Raises:
+            ValueError: L' is below key_length, or not stated although a cache holds keys, or not the one for which
+                those keys were computed.
+        """
+        stated = self.stated if self.stated is not None else self.length
+        if stated is not None and stated < key_length:
+            raise ValueError(f"length={stated} is below the {key_length} tokens of this input: state at least those")
+        total = key_length if stated is None else stated
+        if self.per_step or cache is None or not self.depends_on_length:
+            return total
+        # Keys of deeper layers were computed under the slopes of their time: one L' must hold for a cache's whole life.
+        effective = max(total, self.scaling.train_length or 0)
+        if continues:
+            if stated is None:
+                raise ValueError(
+                    "the length L' of a cached forward pass is not stated: use generate, "
+                    "longreach.extension.extend.fixed_length, or give extend length= or per_step=True"
+                )
+            if not isinstance(cache, tuple) and getattr(cache, ATTRIBUTE, None) != effective:
+                raise ValueError(
+                    f"past_key_values were computed for L'={getattr(cache, ATTRIBUTE, None)}, this call has "
+                    f"L'={effective}: give extend one length= for all calls that share a cache"
+                )
+        if not isinstance(cache, tuple):
+            setattr(cache, ATTRIBUTE, effective)
+        return total
+
+
+def require_layout(module: nn.Module, attributes: tuple[str, ...], parameter: str | None = None) -> None:
+    """Check that a module of remote code is laid out as known.
+
+    Args:
+        module: the module.
+        attributes: what it must have.
+        parameter: what its forward must take.
+
+    Raises:
+        ValueError: it has not, or does not.
+    """
+    name = type(module).__name__
+    for attribute in attributes:
+        if not hasattr(module, attribute):
+            raise ValueError(f"{name} has no {attribute!r}: this version of its code is unknown to longreach")
+    if parameter is not None and parameter not in inspect.signature(type(module).forward).parameters:
+        raise ValueError(f"{name}.forward takes no {parameter!r}: this version of its code is unknown to longreach")
+
+
+def attend(
+    module: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    carrier: Tensor | None,
+    cache: Any,
+    *,
+    scale: float,
+    bias_scale: float = 1.0,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """Attention of a swapped module, as its model's `Extension` has it.
+
+    Args:
+        module: the attention module.
+        q: (B, H, Tq, D).
+        k: (B, Hkv, Tk, D), all keys that the cache gave, the new ones last, or a static cache's whole buffer.
+        v: (B, Hkv, Tk, D).
+        carrier: what the base model was handed for a mask, see `longreach.extension.mask`.
+        cache: the cache that k and v came from, a tuple for one without an identity, or None.
+        scale: factor of q . k.
+        bias_scale: factor of the slopes, for a family that scales the bias too.
+        dropout_p: probability with which attention weights are dropped.
+
+    Returns:
+        (B, H, Tq, D).
+    """
+    extension: Extension = getattr(module, ATTRIBUTE)
+    if getattr(cache, "is_compileable", False):  # a static cache, of which the rest is not yet written
+        filled = int(cache.get_seq_length(module.layer_idx))
+        k, v = k[:, :, :filled], v[:, :, :filled]
+    padding, documents = unpack(carrier)
+    if padding is not None:
+        padding = _fitted(padding, k)
+    window = sink_window(cache)
+    in_view = k.shape[2] if window is None else min(k.shape[2], sum(window))
+    total = extension.total_length(in_view, cache, continues=k.shape[2] > q.shape[2])
+    arguments: dict[str, Any] = {"bias_scale": bias_scale, "scale": scale, "dropout_p": dropout_p}
+    if documents is not None:
+        return _attend_documents(extension, q, k, v, documents, total, arguments)
+    if padding is not None:
+        if window is not None:
+            raise ValueError("attention_mask has padding, which would become sinks: give prompts of one length")
+        # A row counts without its padding, so that it fares the same alone and in a batch.
+        lengths = (total - padding.sum(dim=1)).clamp(min=1)  # [B]
+        return _attend(extension, q, k, v, padding, lengths, **arguments)
+    return _attend(extension, q, k, v, None, total, **arguments, window=window)
+
+
+def _attend(
+    extension: Extension,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    padding: Tensor | None,
+    length: int | Tensor,
+    *,
+    scale: float,
+    bias_scale: float,
+    dropout_p: float,
+    window: tuple[int, int] | None = None,
+) -> Tensor:
+    if window is not None and isinstance(length, int):  # no key is seen from further away than the cache is large
+        length = min(length, sum(window))
+    slopes = extension.slopes(length if extension.scaling.depends_on_length else 1, q.device)
+    if extension.logn:
+        factor = logn_factor(extension.scaling.train_length or 2, length)
+        if isinstance(factor, Tensor):
+            q = (q * factor[:, None, None, None]).to(q.dtype)
+        else:
+            scale *= factor
+    options: dict[str, Any] = {"scale": scale, "tolerance": extension.tolerance, "impl": extension.impl}
+    if window is not None and k.shape[2] > sum(window):
+        return streaming_attention(q, k, v, slopes * bias_scale, *window, **options)
+    if extension.bias == "faithful" and extension.layout.faithful is not None:
+        bias = extension.layout.faithful(slopes, _key_positions(padding, k), q.dtype)  # [B, H, 1, Tk]
+        out: Any = attention(q, k, v, bias=bias, key_padding_mask=padding, dropout_p=dropout_p, **options)
+    else:
+        slopes = slopes * bias_scale if bias_scale != 1.0 else slopes
+        if extension.observer is not None:
+            extension.observer(q, k, slopes, options["scale"])
+        out = attention(q, k, v, slopes=slopes, key_padding_mask=padding, dropout_p=dropout_p, **options)
+    return out
+
+
+def _attend_documents(
+    extension: Extension,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    borders: Tensor,
+    length: int,
+    arguments: dict[str, Any],
+) -> Tensor:
+    """Attention within each packed document by itself, whose own length is its L' unless one is stated."""
+    stated = extension.stated is not None or extension.length is not None
+    ends = borders.tolist()
+    if ends[-1] != k.shape[2] or q.shape[2] != k.shape[2]:
+        raise ValueError(f"packed documents end at {ends[-1]}, the input has {k.shape[2]} tokens: pack without a cache")
+    pieces = []
+    for start, stop in pairwise(ends):
+        own = length if stated else stop - start
+        q_own, k_own, v_own = (x[:, :, start:stop] for x in (q, k, v))
+        pieces.append(_attend(extension, q_own, k_own, v_own, None, own, **arguments))
+    return torch.cat(pieces, dim=2)
+
+
+def _fitted(padding: Tensor, k: Tensor) -> Tensor:
+    """Padding of exactly the keys there are; a mask made for a whole static cache is longer."""
+    if padding.shape[1] < k.shape[2]:
+        raise ValueError(
+            f"attention_mask covers {padding.shape[1]} tokens, with the cache there are {k.shape[2]}: give it for all"
+        )
+    padding = padding[:, : k.shape[2]]
+    return padding.expand(k.shape[0], -1) if padding.shape[0] == 1 else padding
+
+
+def _key_positions(padding: Tensor | None, k: Tensor) -> Tensor:
+    """Positions of keys as BLOOM and Falcon count them, (B or 1, Tk) int64: from the first token, 0 for padding."""
+    if padding is None:
+        return torch.arange(k.shape[2], device=k.device)[None]
+    tokens = (~padding).long()
+    return (tokens.cumsum(dim=1) - 1) * tokens

@@ -1,0 +1,195 @@
+"""Decoding with a cache equals the full forward pass under one L', and says so where it cannot."""
+
+import copy
+
+import pytest
+import torch
+from family_models import HEADS, bloom, mpt, oracle, paper_slopes, tokens
+from transformers import DynamicCache, StaticCache
+
+import longreach
+from longreach.extension.extend import fixed_length
+from longreach.extension.interpolation import linear
+
+pytestmark = pytest.mark.usefixtures("without_gradients")
+
+CLOSE = {"rtol": 0, "atol": 2e-5}
+SCALINGS = {
+    "none": {"scaling": "none"},
+    "linear": {"scaling": "linear"},
+    "linear-fixed": {"scaling": "linear-fixed", "factor": 2.0},
+    "ntk": {"scaling": "ntk"},
+    "logn": {"scaling": "none", "logn": True},
+    "linear with logn": {"scaling": "linear", "logn": True},
+}
+
+
+def generated(model, ids, new_tokens, **options):
+    """Tokens and logits (B, new, V) of greedy generation."""
+    out = model.generate(
+        ids,
+        **{"max_new_tokens": new_tokens, "do_sample": False, "return_dict_in_generate": True, "output_logits": True},
+        **options,
+    )
+    return out.sequences, torch.stack(out.logits, dim=1)
+
+
+@pytest.mark.parametrize("cache", [None, "static", "dynamic"])
+@pytest.mark.parametrize("name", SCALINGS)
+def test_equals_the_full_forward_pass_of_its_length(model, name, cache):
+    arguments = SCALINGS[name]
+    longreach.extend(model, **arguments, train_length=None if name == "linear-fixed" else 16)
+    ids, mask = tokens(2, 20), torch.ones(2, 20, dtype=torch.long)
+    mask[0, :6] = 0
+    sequences, logits = generated(model, ids, 15, attention_mask=mask, cache_implementation=cache)
+    mask = torch.cat((mask, torch.ones(2, 15, dtype=torch.long)), dim=1)
+    full = model(sequences, attention_mask=mask).logits[:, 19:-1]
+    torch.testing.assert_close(logits, full, **CLOSE)
+
+
+def test_equals_the_oracle(model):
+    longreach.extend(model, scaling="linear", train_length=16)
+    sequences, logits = generated(model, tokens(1, 20), 12)
+    slopes = linear(torch.tensor(paper_slopes(HEADS)), 16, 32)
+    expected = oracle(model, sequences[0], slopes)[19:-1]
+    torch.testing.assert_close(logits[0].double(), expected, **CLOSE)
+
+
+def test_with_and_without_a_cache_generate_the_same(model):
+    longreach.extend(model, scaling="ntk", train_length=16)
+    ids = tokens(2, 20)
+    for options in ({}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}, {"prefill_chunk_size": 7}):
+        plain = {key: value for key, value in options.items() if key != "prefill_chunk_size"}
+        cached = model.generate(ids, max_new_tokens=12, do_sample=False, **options)
+        assert torch.equal(cached, model.generate(ids, max_new_tokens=12, do_sample=False, use_cache=False, **plain))
+
+
+def test_generation_from_input_embeddings_has_the_same_length():
+    model, ids = bloom(), tokens(1, 20)
+    longreach.extend(model, scaling="linear", train_length=8)
+    _, expected = generated(model, ids, 10)
+    for limit in ({"max_new_tokens": 10}, {"max_length": 30}):
+        out = model.generate(
+            inputs_embeds=model.get_input_embeddings()(ids),
+            **limit,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        torch.testing.assert_close(torch.stack(out.logits, dim=1), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_loop_of_ones_own_under_a_stated_length(model, static):
+    longreach.extend(model, scaling="linear", train_length=16)
+    ids = tokens(1, 40)
+    cache = StaticCache(config=model.config, max_cache_len=64) if static else DynamicCache()
+    with fixed_length(model, 40):
+        pieces = [
+            model(piece, past_key_values=cache, use_cache=True).logits for piece in ids.split([17, 20, 1, 1, 1], 1)
+        ]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), model(ids).logits, **CLOSE)
+
+
+def test_a_cached_pass_without_a_stated_length_is_refused(model):
+    ids = tokens(1, 12)
+    for arguments in ({"scaling": "linear"}, {"scaling": "ntk"}, {"scaling": "none", "logn": True}):
+        longreach.extend(model, **arguments, train_length=8)
+        cache = model(ids, use_cache=True).past_key_values
+        with pytest.raises(ValueError, match="length L' of a cached forward pass is not stated"):
+            model(ids[:, :1], past_key_values=cache)
+    for arguments in ({"scaling": "none"}, {"scaling": "linear-fixed", "factor": 2.0}):
+        longreach.extend(model, **arguments)
+        cache = model(ids[:, :7], use_cache=True).past_key_values
+        rest = model(ids[:, 7:], past_key_values=cache).logits
+        torch.testing.assert_close(rest, model(ids).logits[:, 7:], **CLOSE)
+
+
+def test_a_cache_of_another_length_is_refused():
+    model, ids = bloom(), tokens(1, 12)
+    longreach.extend(model, scaling="linear", train_length=8)
+    cache = model(ids, use_cache=True).past_key_values  # for L' = 12
+    with (
+        fixed_length(model, 20),
+        pytest.raises(ValueError, match=r"computed for L'=12, this call has L'=20"),
+    ):
+        model(ids[:, :1], past_key_values=cache)
+    foreign = DynamicCache()
+    longreach.restore(model)
+    model(ids, past_key_values=foreign)
+    longreach.extend(model, scaling="linear", train_length=8, length=20)
+    with pytest.raises(ValueError, match=r"computed for L'=None"):
+        model(ids[:, :1], past_key_values=foreign)
+
+
+def test_a_conversation_shares_a_cache_under_a_length_for_all_of_it():
+    model = bloom()
+    longreach.extend(model, scaling="linear", train_length=16, length=64)
+    cache, ids = DynamicCache(), tokens(1, 20)
+    first = model.generate(ids, past_key_values=cache, max_new_tokens=5, do_sample=False)
+    turn = torch.cat((first, tokens(1, 10, seed=1)), dim=1)
+    with_cache, logits = generated(model, turn, 5, past_key_values=cache)
+    torch.testing.assert_close(logits, model(with_cache).logits[:, 34:-1], **CLOSE)
+    longreach.extend(model, scaling="linear", train_length=16)
+    cache = DynamicCache()
+    model.generate(ids, past_key_values=cache, max_new_tokens=5, do_sample=False)
+    with pytest.raises(ValueError, match=r"computed for L'=25, this call has L'=40"):
+        model.generate(turn, past_key_values=cache, max_new_tokens=5)
+
+
+def test_within_the_training_length_all_lengths_are_one():
+    model = bloom()
+    longreach.extend(model, scaling="linear", train_length=64)
+    cache, ids = DynamicCache(), tokens(1, 20)
+    first = model.generate(ids, past_key_values=cache, max_new_tokens=5, do_sample=False)
+    again = copy.deepcopy(cache)
+    assert model.generate(first, past_key_values=again, max_new_tokens=9, do_sample=False).shape == (1, 34)
+
+
+def test_a_length_below_the_input_is_refused(model):
+    longreach.extend(model, scaling="linear", train_length=8, length=20)
+    with pytest.raises(ValueError, match="length=20 is below the 21 tokens of this input"):
+        model(tokens(1, 21))
+    with pytest.raises(ValueError, match="length=20 is below the 25 tokens that generate may reach"):
+        model.generate(tokens(1, 15), max_new_tokens=10)
+    assert model.generate(tokens(1, 15), max_new_tokens=5).shape == (1, 20)
+    with pytest.raises(ValueError, match="length=0"), fixed_length(model, 0):
+        pass
+
+
+def test_the_length_of_a_call_ends_with_it():
+    model, ids = mpt(), tokens(1, 40)
+    longreach.extend(model, scaling="linear", train_length=16)
+    before = model(ids).logits
+    model.generate(ids, max_new_tokens=20)
+    with fixed_length(model, 99), pytest.raises(ValueError, match="below the 100"):
+        model(tokens(1, 100))
+    assert torch.equal(model(ids).logits, before)
+
+
+def test_per_step_takes_the_length_of_each_step(model):
+    """The paper's dynamic form: the last step's own query sees all keys under the slopes of the present length."""
+    longreach.extend(model, scaling="linear", train_length=16, per_step=True)
+    ids = tokens(1, 48)
+    cache, steps = DynamicCache(), []
+    for piece in ids.split([20] + [1] * 28, 1):
+        steps.append(model(piece, past_key_values=cache, use_cache=True).logits)
+    full = model(ids).logits
+    torch.testing.assert_close(steps[0][:, -1], model(ids[:, :20]).logits[:, -1], **CLOSE)
+    drift = (steps[-1][:, -1] - full[:, -1]).abs().max().item()
+    assert drift > 0.01  # earlier keys and values of the second layer belong to earlier slopes
+    one_layer = _first_layer_only(model)
+    longreach.extend(one_layer, scaling="linear", train_length=16, per_step=True)
+    cache = DynamicCache()
+    for piece in ids.split([20] + [1] * 28, 1):
+        last = one_layer(piece, past_key_values=cache, use_cache=True).logits
+    torch.testing.assert_close(last, one_layer(ids).logits[:, -1:], **CLOSE)
+
+
+def _first_layer_only(model):
+    longreach.restore(model)
+    model = copy.deepcopy(model)
+    base = model.transformer
+    blocks = "blocks" if hasattr(base, "blocks") else "h"
+    setattr(base, blocks, getattr(base, blocks)[:1])
+    return model
