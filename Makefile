@@ -23,7 +23,7 @@ format: .venv/dev
 	touch $@
 
 .venv/dev: .venv/run requirements-dev.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt -e '.[hf,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt -e '.[hf,eval,dev]'
 	touch $@
 
 clean:

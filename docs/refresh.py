@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from longreach.report.context_findings import decomposition
 from longreach.report.tables import main_grid, to_markdown
 from longreach.results import Results
 
@@ -29,6 +30,9 @@ def main(demo: str, machine: str) -> None:
     results = Results.read(Path(demo) / "results.json")
     (train_length,) = results.train_lengths()
     fill(ROOT / "README.md", "demo table", to_markdown(main_grid(results, train_length)).strip())
+    split = decomposition(results, train_length)
+    assert split is not None, "a comparison without positions cannot fill the README"
+    fill(ROOT / "README.md", "demo decomposition", f"> {split.sentence} {split.details}")
     shutil.copy(Path(demo) / "figures" / "perplexity.svg", ROOT / "docs" / "demo.svg")
     plot = [sys.executable, ROOT / "benchmarks" / "plot.py", machine]
     table = subprocess.run(plot, check=True, capture_output=True, text=True).stdout.strip()

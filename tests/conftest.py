@@ -10,12 +10,22 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+# No test may depend on a network; without this each try of the hub would wait for one.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 # Two test processes run side by side on two cores: more threads would only wait for each other.
 torch.set_num_threads(1)
 
 # A loaded machine is no reason to fail, and a failure must be found again.
 hypothesis.settings.register_profile("longreach", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("longreach")
+
+
+@pytest.fixture(autouse=True)
+def _denormals():
+    """The command line flushes denormals for its whole process, which here has other tests to run."""
+    yield
+    torch.set_flush_denormal(False)
 
 
 @pytest.fixture(scope="session")

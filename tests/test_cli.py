@@ -2,22 +2,18 @@ import io
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 
 from longreach.cli import VERBS, main
+from longreach.data.tokenizer import load_tokenizer
 from longreach.models.pretrained import load_model
 from longreach.results import Results
 
 SMALL = "--num-layers 1 --num-heads 2 --d-model 16 --vocab-size 300 --train-length 16 --batch-size 4 --warmup-steps 2"
-
-
-@pytest.fixture(autouse=True)
-def _denormals():
-    """The command line flushes denormals for its whole process, which here has other tests to run."""
-    yield
-    torch.set_flush_denormal(False)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +88,7 @@ def test_version_is_the_package_s(capsys):
         (["compare", "--output", "x", "--steps", "3.5"], ["--steps", "'3.5'", "integer"]),
         (["compare", "--output", "x", "--steps", "0"], ["steps=0", "positive"]),
         (["compare", "--output", "x", "--learning-rate", "fast"], ["--learning-rate", "'fast'", "number"]),
-        (["compare", "--output", "x", "--valid-lengths", "128,-1"], ["valid_lengths=(128, -1)", "positive"]),
+        (["compare", "--output", "x", "--valid-lengths", "128,-1"], ["valid_lengths=128,-1", "positive"]),
         (["compare", "--output", "x", "--valid-lengths", "128,1e3"], ["--valid-lengths", "'1e3'", "integer"]),
         (["compare", "--output", "x", "--train-length", "-5"], ["train_length=-5", "positive"]),
         (["compare", "--output", "x", "--num-heads", "7"], ["num_heads=7", "d_model=256"]),
@@ -104,8 +100,18 @@ def test_version_is_the_package_s(capsys):
         (["compare", "--output", "x", "--data", "nowhere/at/all.txt"], ["data", "nowhere/at/all.txt"]),
         (["compare", "--output", "x", "--config-file", "nowhere.toml"], ["nowhere.toml"]),
         (["train", "--output", "x", "--method", "rope"], ["'rope'", "rotary"]),
-        (["evaluate"], ["RUNS"]),
-        (["evaluate", "nowhere"], ["nowhere"]),
+        (["train", "--output", "x", "--from", "nowhere"], ["'nowhere'", "no folder here"]),
+        (["train", "--output", "x", "--from"], ["--start-from"]),
+        (["train", "--output", "x", "--from", "."], ["start_from='.'", "holds no finished run", "compare does"]),
+        (["train", "--output", "x", "--from", "run", "--preset", "cc100-1.3b"], ["--from run", "leave --preset"]),
+        (["train", "--output", "x", "--from", "run", "--config-file", "a.toml"], ["--from run", "--config-file out"]),
+        (["compare", "--output", "x", "--from", "run"], ["--start-from"]),
+        (["evaluate"], ["MODELS"]),
+        (["evaluate", "nowhere"], ["nowhere", "no folder here"]),
+        (["evaluate", "nowhere", "nowhere"], ["MODELS=nowhere nowhere", "give each model once"]),
+        (["evaluate", "nowhere", "--task", "speed"], ["tasks='speed'", "perplexity, positions"]),
+        (["evaluate", "nowhere", "--lengths", "0"], ["longreach evaluate: valid_lengths=0"]),
+        (["evaluate", "nowhere", "--lengths", "8", "--strides", "9"], ["longreach evaluate: strides=9 is over"]),
         (["generate", "nowhere"], ["nowhere"]),
         (["report", "nowhere"], ["nowhere"]),
     ],
@@ -157,6 +163,70 @@ def test_options_change_a_configuration_file(trained, tmp_path):
     assert json.loads((tmp_path / "other" / "training.json").read_text())["steps"] == 2
 
 
+def test_train_goes_on_from_a_run_at_a_longer_length(capsys, trained, tmp_path):
+    words = [
+        "--train-length",
+        "32",
+        "--method",
+        "alibi:interpolation_factor=0.5",
+        "--steps",
+        "2",
+        "--warmup-steps",
+        "0",
+    ]
+    main(["train", "--from", str(trained), "--output", str(tmp_path / "longer"), *words])
+    said = capsys.readouterr().out
+    assert said.startswith("alibi:interpolation_factor=0.5: 2 steps, 512 tokens, ")
+    before, after = load_model(trained), load_model(tmp_path / "longer")
+    assert after.config == replace(before.config, method="alibi:interpolation_factor=0.5", train_length=32)
+    first, second = before.state_dict(), after.state_dict()
+    assert all((first[name] - second[name]).abs().max() < 0.01 for name in first)  # two steps of learning rate 2e-3
+    main(["train", "--from", str(trained), "--output", str(tmp_path / "longer"), *words])  # finished: nothing is done
+    assert capsys.readouterr().out == said
+    main(["generate", str(tmp_path / "longer"), "--prompt", "document", "--max-new-tokens", "3"])
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["--method", "t5"], ["method='t5'", "positions that are trained"]),
+        (["--num-layers", "2"], ["num_layers=2", "has 1", "leave it out"]),
+        (["--tokenizer", "none"], ["tokenizer=None", "has another", "tokenizer.json"]),
+        (["--method", "rope"], ["'rope'", "rotary"]),
+    ],
+)
+def test_train_from_a_run_refuses_what_does_not_fit_it(capsys, trained, tmp_path, words, parts):
+    line = refused(capsys, "train", "--from", str(trained), "--output", str(tmp_path / "out"), *words)
+    assert all(part in line for part in parts), line
+    assert not (tmp_path / "out").exists()
+
+
+def test_train_from_a_comparison_says_where_its_runs_are(capsys, small, tmp_path):
+    main(["compare", "--output", str(tmp_path / "runs"), *small, "--methods", "none", "--valid-lengths", "16"])
+    capsys.readouterr()
+    line = refused(capsys, "train", "--from", str(tmp_path / "runs"), "--output", str(tmp_path / "out"))
+    assert "runs' holds no finished run: give the folder of one, as train writes it and compare does" in line
+
+
+def test_train_from_a_pretrained_model_and_evaluate_it(capsys, trained, small, tmp_path):
+    tokenizer = load_tokenizer(trained / "tokenizer.json")
+    special = {"bos_token_id": None, "eos_token_id": tokenizer.eos_id}
+    size = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16, "vocab_size": tokenizer.vocab_size}
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(**size, **special)).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save(tmp_path / "gpt2" / "tokenizer.json")
+    data = small[small.index("--data") :]
+    words = ["train", "--from", str(tmp_path / "gpt2"), "--output", str(tmp_path / "run"), "--warmup-steps", "1", *data]
+    capsys.readouterr()
+    assert "method='rotary'" in refused(capsys, *words, "--method", "rotary")
+    main(words)
+    assert capsys.readouterr().out.startswith("alibi: 4 steps, 512 tokens, ")
+    main(["evaluate", str(tmp_path / "run"), "--lengths", "16,64", "--output", str(tmp_path / "evaluation")])
+    records = Results.read(tmp_path / "evaluation" / "results.json").records
+    assert [(r.train_length, r.valid_length) for r in records] == [(16, 16), (16, 64)]
+    capsys.readouterr()
+    assert "holds a Hugging Face model" in refused(capsys, "generate", str(tmp_path / "run"), "--prompt", "a")
+
+
 def test_compare_prints_the_table_and_report_rebuilds_it(capsys, small, tmp_path):
     output = tmp_path / "out"
     main(["compare", "--output", str(output), *small, "--methods", "alibi,none", "--valid-lengths", "16,32"])
@@ -188,6 +258,20 @@ def test_evaluate_gives_the_numbers_of_compare(capsys, small, tmp_path):
     assert (tmp_path / "evaluation" / "report.html").exists()
 
 
+@pytest.mark.parametrize(
+    ("more", "mend"), [([], "give --output to be able to go on"), (["--output", "x"], "run the same command again")]
+)
+def test_an_interrupt_says_how_to_go_on(capsys, monkeypatch, more, mend):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("longreach.cli.evaluate_models", interrupted)
+    with pytest.raises(SystemExit) as end:
+        main(["evaluate", "some-model", *more])
+    assert end.value.code == 130
+    assert f"longreach evaluate: interrupted; {mend}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("verb", ["evaluate", "generate"])
 def test_the_folder_of_a_comparison_is_no_run(capsys, small, tmp_path, verb):
     main(["compare", "--output", str(tmp_path / "out"), *small, "--methods", "none,alibi", "--valid-lengths", "16"])
@@ -214,6 +298,27 @@ def test_evaluate_on_other_text(capsys, trained, tmp_path):
     record = Results.read(tmp_path / "e" / "results.json").records[0]
     # All the text but its first token is scored, and the end of the document, which has no bytes.
     assert len(text) - 10 < record.bytes < len(text)
+
+
+def test_export_writes_a_model_that_transformers_loads_with_its_perplexities(capsys, small, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    output = tmp_path / "out"
+    main(["compare", "--output", str(output), *small, "--methods", "alibi,rotary", "--valid-lengths", "16,32"])
+    main(["export", str(output / "alibi"), "--output", str(tmp_path / "mpt"), "--max-length", "64"])
+    ours, theirs = load_model(output / "alibi"), AutoModelForCausalLM.from_pretrained(tmp_path / "mpt").eval()
+    tokens = torch.tensor([AutoTokenizer.from_pretrained(tmp_path / "mpt")("document 3 line 4: the sum")["input_ids"]])
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(tokens).logits, ours(tokens), rtol=0, atol=1e-5)
+    record = next(r for r in Results.read(output / "results.json").records if r.method == "alibi")
+    card = (tmp_path / "mpt" / "README.md").read_text(encoding="utf-8")
+    assert f"{record.perplexity:.2f}" in card
+    assert "rotary" not in card
+    capsys.readouterr()
+    line = refused(capsys, "export", str(output / "rotary"), "--output", str(tmp_path / "other"))
+    assert "rotary" in line
+    assert not (tmp_path / "other").exists()
+    assert "exists" in refused(capsys, "export", str(output / "alibi"), "--output", str(tmp_path / "mpt"))
 
 
 def test_generate_streams_past_the_training_length(capsys, trained):

@@ -12,7 +12,7 @@ import pytest
 
 from longreach.compare import CompareConfig, compare, run_name
 from longreach.data.prepare import DataConfig
-from longreach.evaluate.sweep import EvaluateConfig
+from longreach.evaluate.config import EvaluateConfig
 from longreach.models.config import Architecture
 from longreach.results import Results
 from longreach.train.config import TrainConfig
@@ -55,9 +55,11 @@ def test_everything_a_user_gets(config, tmp_path):
         ("rotary:base=500", 64),
         ("learned", 16),
     ]
-    assert [(s.method, s.valid_length, s.reason) for s in results.skipped] == [
-        ("learned", 64, "its table holds 16 positions")
+    reason = "its table holds 16 positions"
+    assert [(s.task, s.method, s.valid_length, s.reason) for s in results.skipped] == [
+        (task, "learned", 64, reason) for task in ("perplexity", "positions", "decomposition")
     ]
+    assert [(d.method, d.valid_length) for d in results.decompositions] == [("alibi", 64), ("rotary:base=500", 64)]
     assert {record.tokens for record in results.records} == {256}
     assert len({record.bytes for record in results.records}) == 1
     for method in config.methods:
@@ -119,13 +121,13 @@ def test_changed_data_is_refused(config, tmp_path):
     config = replace(config, methods=("none",), data=replace(config.data, data=str(text), valid_fraction=0.3))
     compare(config, tmp_path / "out", silent)
     (text / "0.txt").write_text("other words. " * 200)
-    with pytest.raises(ValueError, match="has changed since the comparison"):
+    with pytest.raises(ValueError, match=r"has changed since .*results.json was begun"):
         compare(config, tmp_path / "out", silent)
 
 
 def test_too_little_text_for_the_longest_length(config, tmp_path):
     config = replace(config, evaluate=EvaluateConfig(valid_lengths=(16, 10**6)))
-    with pytest.raises(ValueError, match=r"^valid_lengths=16,1000000: the validation text has \d+ tokens"):
+    with pytest.raises(ValueError, match=r"^valid_lengths up to 1000000: the validation text has \d+ tokens"):
         compare(config, tmp_path / "out", silent)
     assert not (tmp_path / "out").exists()
 
@@ -143,6 +145,56 @@ def test_damaged_results_are_named(config, tmp_path):
 def test_methods_that_make_no_comparison(methods, message):
     with pytest.raises(ValueError, match=message):
         CompareConfig(methods=methods)
+
+
+def test_several_training_lengths_make_a_grid(config, tmp_path):
+    config = replace(
+        config, methods=("alibi", "learned"), train_lengths=(16, 32), evaluate=EvaluateConfig(valid_tokens=256)
+    )
+    results = compare(config, tmp_path / "out", silent)
+    assert results.train_lengths() == (16, 32)
+    assert {path.name for path in (tmp_path / "out").iterdir() if path.is_dir()} == {
+        *("alibi-16", "alibi-32", "learned-16", "learned-32"),
+        "figures",
+    }
+    for train_length in (16, 32):
+        assert results.valid_lengths(train_length) == tuple(train_length * 2**k for k in range(5))
+    by_length = {training.train_length: training for training in results.training if training.method == "alibi"}
+    assert by_length[16].tokens == by_length[32].tokens  # as many tokens in a batch
+    assert {record.tokens for record in results.records} == {512}
+    assert compare(config, tmp_path / "out", silent) == results
+
+
+@pytest.mark.parametrize(
+    ("lengths", "message"),
+    [
+        ((16, 24), "train_lengths=24: it does not divide the 64 tokens of a batch"),
+        ((0,), "train_lengths=0"),
+        ((16, 16), "train_lengths=16,16: give each length once"),
+    ],
+)
+def test_training_lengths_that_do_not_fit_are_refused(config, lengths, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        replace(config, train_lengths=lengths)
+
+
+def test_every_task_that_needs_no_file(config, tmp_path):
+    asked = EvaluateConfig(
+        tasks=("perplexity", "positions", "probes", "retrieval"),
+        valid_lengths=(16, 64),
+        valid_tokens=256,
+        strides=(8,),
+        protocols=("nonoverlapping", "cached"),
+        cases_per_depth=1,
+        num_depths=2,
+    )
+    config = replace(config, methods=("alibi", "sinusoidal"), evaluate=asked)
+    results = compare(config, tmp_path / "out", silent)
+    assert {entry.task for entry in results.entries()} == {
+        *("perplexity", "positions", "decomposition", "offsets", "retrieval"),
+    }
+    assert results == Results.read(tmp_path / "out" / "results.json")
+    assert (tmp_path / "out" / "report.html").exists()
 
 
 def state_of(folder):

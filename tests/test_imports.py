@@ -21,12 +21,13 @@ MAY_IMPORT = {
     "results": set(),
     "evaluate": {"data", "results"},
     "train": {"models", "data", "evaluate", "results"},
-    "extend": {"ops", "models", "positions"},
+    "extension": {"ops", "models", "positions"},
+    "testing": {"ops"},
     "report": {"results"},
 }
 """Part of longreach -> the other parts that it may import, DESIGN.md's table."""
 
-ABOVE = {"runs", "compare", "terminal"}
+ABOVE = {"runs", "finetune", "evaluation", "doctor", "harness", "compare", "terminal"}
 """Modules that put the parts together: they may import anything but the command line."""
 
 ENTRANCES = {"cli", "__main__"}

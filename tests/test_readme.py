@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from longreach.cli import main
+from longreach.data.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -42,8 +44,15 @@ def _as_a_user(tmp_path, monkeypatch):
     for number in range(12):
         lines = (f"On page {page} of book {number}, {page * number} words are told.\n" for page in range(400))
         Path("books", f"{number}.txt").write_text("".join(lines), encoding="utf-8")
-    yield
-    torch.set_flush_denormal(False)
+    # What stands in a folder of the name of a model on the hub is loaded from there.
+    folder = Path("bigscience/bloom-560m")
+    tokenizer = train_tokenizer(["On page 7 of book 3, 21 words are told."], 300)
+    torch.manual_seed(0)
+    config = transformers.BloomConfig(
+        vocab_size=tokenizer.vocab_size, hidden_size=16, n_layer=1, n_head=2, seq_length=2048
+    )
+    transformers.BloomForCausalLM(config).save_pretrained(folder)
+    tokenizer.save(folder / "tokenizer.json")
 
 
 @pytest.mark.usefixtures("_as_a_user")

@@ -10,10 +10,30 @@ _PUBLIC = {
     "alibi_bias": "longreach.ops.alibi",
     "alibi_slopes": "longreach.ops.alibi",
     "attention": "longreach.ops.attention",
+    "convert": "longreach.extension.convert",
+    "export_mpt": "longreach.extension.export",
+    "extend": "longreach.extension.extend",
+    "load_pretrained": "longreach.extension.pretrained",
     "reach": "longreach.ops.reach",
+    "restore": "longreach.extension.extend",
+    "save_pretrained": "longreach.extension.pretrained",
+    "unconvert": "longreach.extension.convert",
 }
 
-__all__ = ["__version__", "alibi_bias", "alibi_slopes", "attention", "reach"]
+__all__ = [
+    "__version__",
+    "alibi_bias",
+    "alibi_slopes",
+    "attention",
+    "convert",
+    "export_mpt",
+    "extend",
+    "load_pretrained",
+    "reach",
+    "restore",
+    "save_pretrained",
+    "unconvert",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -10,25 +10,31 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, NoReturn, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
 import torch
 import tyro
 from rich.console import Console
 
 from longreach.compare import CompareConfig, compare
-from longreach.data.prepare import DataConfig, prepare
+from longreach.data.prepare import prepare
 from longreach.data.tokenizer import StreamingDecoder
-from longreach.evaluate.sweep import EvaluateConfig
+from longreach.doctor import DoctorConfig, examine, print_checkup
+from longreach.evaluate.config import EvaluateConfig
+from longreach.evaluation import EvaluationConfig, evaluate_models
+from longreach.extension.export import export_mpt
+from longreach.finetune import check_start, starting_config
 from longreach.models.generate import stream
 from longreach.report.page import write_report
-from longreach.report.tables import print_tables
+from longreach.report.tables import main_grid, print_tables, to_markdown
 from longreach.results import Results
-from longreach.runs import evaluate_run, open_run, provenance, train_run, validation_tokens
+from longreach.runs import open_run, train_run
 from longreach.terminal import TerminalProgress
 from longreach.train.config import PRESETS, RunConfig, check_folder, load_config
 
 Arguments = TypeVar("Arguments")
+# Short names of options that are typed often.
+_FULL_NAMES = {"--task": "--tasks", "--lengths": "--valid-lengths", "--from": "--start-from", "--scaling": "--scalings"}
 # Options of nested configurations stand beside the others: --steps, not --config.train.steps.
 _FLAT = tyro.conf.OmitArgPrefixes
 
@@ -52,7 +58,10 @@ class CompareArguments:
 
 @dataclass(frozen=True)
 class TrainArguments:
-    """Train one model with one position method. Run again, it goes on from its last checkpoint."""
+    """Train one model with one position method, from new weights or from those of another (--from).
+
+    Run again, it goes on from its last checkpoint.
+    """
 
     output: Path
     """Folder for the model, its tokenizer and metrics.jsonl."""
@@ -65,17 +74,65 @@ class TrainArguments:
 
 @dataclass(frozen=True)
 class EvaluateArguments:
-    """Test trained runs at many lengths, in nonoverlapping windows over the same tokens, and print the table."""
+    """Measure models at many lengths: perplexity, use of context, retrieval, summaries; print the tables.
 
-    runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Folders of trained runs, as `train` writes them and `compare` does for each method."""
+    Run again with the same output, it goes on where it stopped.
+    """
+
+    models: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of trained runs, as `train` writes them and `compare` does for each method, or Hugging Face models: a
+    folder or a name on the hub."""
     evaluate: Annotated[EvaluateConfig, _FLAT] = EvaluateConfig()
     data: str | None = None
-    """Text to test on: file, folder, glob or hf:NAME[:CONFIG]; by default the validation text of each run."""
+    """Text to test on: file, folder, glob or hf:NAME[:CONFIG]; by default the validation text of each run, and for
+    other models the source code of Python's standard library."""
     output: Path | None = None
     """Folder to write results.json, figures and report.html to."""
     device: str | None = None
-    """Where to run; by default where the run was trained."""
+    """Where to run; by default where a run was trained, and cuda for other models where there is one."""
+    train_length: int | None = None
+    """L of Hugging Face models whose configuration does not tell it."""
+    dtype: str = "auto"
+    """Of Hugging Face models: float32, bfloat16, float16, or auto for that of their files."""
+    trust_remote_code: bool = False
+    """Run code that comes with a Hugging Face model."""
+    scalings: tuple[str, ...] = ()
+    """How the slopes of Hugging Face models with ALiBi are scaled past L, one after another: none, linear, ntk or
+    linear-fixed=FACTOR, and +logn after any of them; stock is the model's own code."""
+
+
+@dataclass(frozen=True)
+class ExtendArguments(EvaluateArguments):
+    """Measure pretrained ALiBi models past their training length, with and without interpolated slopes, and report."""
+
+    scalings: tuple[str, ...] = ("none", "linear", "ntk")
+    """How the slopes are scaled past L, one after another: none, linear, ntk or linear-fixed=FACTOR, and +logn after
+    any of them; stock is the model's own code."""
+
+
+@dataclass(frozen=True)
+class DoctorArguments:
+    """Examine a pretrained ALiBi model: what its stock code does wrong, how far its heads see, which scaling to use.
+
+    With no text given it runs on random tokens, which show mistakes but cannot tell scalings apart.
+    """
+
+    model: tyro.conf.Positional[str]
+    """A Hugging Face model: a folder or a name on the hub."""
+    text: str | None = None
+    """Text to examine it on: file, folder or glob."""
+    valid_lengths: tuple[int, ...] = ()
+    """Lengths in tokens at which the model is wanted; by default its training length and twice that."""
+    train_length: int | None = None
+    """The length that it was trained at, where its configuration does not tell."""
+    dtype: str = "auto"
+    """float32, bfloat16, float16, or auto for that of its files."""
+    device: str = "auto"
+    """Where to run: auto, cpu, cuda or another device of torch."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model."""
+    max_memory: float = 16.0
+    """GiB that the stock code's attention may take; it is not run at lengths where it needs more."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +158,23 @@ class GenerateArguments:
 
 
 @dataclass(frozen=True)
+class ExportArguments:
+    """Write a trained ALiBi run as a model that stock transformers, vLLM and llama.cpp's converter load."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of a trained run."""
+    output: Path
+    """Folder to write to; new or empty."""
+    to: Literal["mpt"] = "mpt"
+    """The architecture: MPT is the published one that holds ALiBi without loss."""
+    max_length: int | None = None
+    """The longest input in tokens that the exported model is to take; 16 times the training length by default."""
+    results: Path | None = None
+    """A results.json whose perplexities of this run go into the model card; by default that of the comparison that
+    the run belongs to."""
+
+
+@dataclass(frozen=True)
 class ReportArguments:
     """Rebuild report.html and the figures of a folder from its results.json."""
 
@@ -121,6 +195,7 @@ def train_command(arguments: TrainArguments) -> None:
     """`longreach train`."""
     config = arguments.config
     check_folder(arguments.output, config)
+    check_start(config)
     with TerminalProgress() as progress:
         record = train_run(config, arguments.output, prepare(config.data, config.train.seed, progress), progress)
     print(
@@ -130,32 +205,39 @@ def train_command(arguments: TrainArguments) -> None:
 
 
 def evaluate_command(arguments: EvaluateArguments) -> None:
-    """`longreach evaluate`."""
-    if not arguments.runs:
-        raise ValueError("RUNS is empty: give the folder of at least one trained run")
-    results: Results | None = None
+    """`longreach evaluate` and `longreach extend`."""
+    config = EvaluationConfig(
+        models=tuple(map(str, arguments.models)),
+        evaluate=arguments.evaluate,
+        data=arguments.data,
+        device=arguments.device,
+        train_length=arguments.train_length,
+        dtype=arguments.dtype,
+        trust_remote_code=arguments.trust_remote_code,
+        scalings=arguments.scalings,
+    )
     with TerminalProgress() as progress:
-        for folder in arguments.runs:
-            run = open_run(folder, arguments.device)
-            seed, config = run.config.train.seed, arguments.evaluate.resolved(run.config.train.train_length)
-            prepared = prepare(_data_for_evaluation(run.config.data, folder, arguments.data), seed, progress)
-            tokens = validation_tokens(prepared, config)
-            if results is None:
-                results = Results(provenance=provenance(run.config, prepared, str(run.device), seed))
-            for valid_length in config.valid_lengths:
-                results = results.add(evaluate_run(run, tokens, valid_length, config, progress))
-    assert results is not None  # there is at least one run
+        results = evaluate_models(config, arguments.output, progress)
     print_tables(results, Console())
     if arguments.output is not None:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        results.write(arguments.output / "results.json")
-        print(f"Report: {write_report(results, arguments.output)}")
+        print(f"Report: {arguments.output / 'report.html'}")
 
 
-def _data_for_evaluation(data: DataConfig, folder: Path, source: str | None) -> DataConfig:
-    """The run's own validation text, or all of another source, in the tokens of the run's tokenizer."""
-    data = replace(data, tokenizer=str(folder / "tokenizer.json"))
-    return data if source is None else replace(data, data=source, valid_data=source, streaming=False)
+def doctor_command(arguments: DoctorArguments) -> None:
+    """`longreach doctor`."""
+    config = DoctorConfig(
+        model=arguments.model,
+        text=arguments.text,
+        lengths=arguments.valid_lengths,
+        train_length=arguments.train_length,
+        dtype=arguments.dtype,
+        device=arguments.device,
+        trust_remote_code=arguments.trust_remote_code,
+        max_memory=arguments.max_memory,
+    )
+    with TerminalProgress() as progress:
+        checkup = examine(config, progress)
+    print_checkup(checkup, Console())
 
 
 def generate_command(arguments: GenerateArguments) -> None:
@@ -181,6 +263,32 @@ def generate_command(arguments: GenerateArguments) -> None:
     print(decoder.finish())
 
 
+def export_command(arguments: ExportArguments) -> None:
+    """`longreach export`."""
+    run = open_run(arguments.run, "cpu")
+    train_length = run.model.config.train_length
+    path = arguments.results or arguments.run.resolve().parent / "results.json"
+    measured = arguments.results is not None or path.exists()
+    export_mpt(
+        run.model,
+        arguments.output,
+        max_length=16 * train_length if arguments.max_length is None else arguments.max_length,
+        tokenizer=arguments.run,
+        card_table=_card_table(Results.read(path), run.config.method, train_length) if measured else None,
+    )
+    print(f"Model: {arguments.output}")
+
+
+def _card_table(results: Results, method: str, train_length: int) -> str | None:
+    """The perplexities of one model as Markdown; None where there are none."""
+    own = Results(
+        provenance=results.provenance,
+        training=tuple(t for t in results.training if (t.method, t.train_length) == (method, train_length)),
+        records=tuple(r for r in results.records if (r.method, r.train_length) == (method, train_length)),
+    )
+    return to_markdown(main_grid(own, train_length)) if own.records else None
+
+
 def report_command(arguments: ReportArguments) -> None:
     """`longreach report`."""
     results = Results.read(arguments.folder / "results.json")
@@ -191,14 +299,17 @@ VERBS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
     "compare": (CompareArguments, compare_command),
     "train": (TrainArguments, train_command),
     "evaluate": (EvaluateArguments, evaluate_command),
+    "extend": (ExtendArguments, evaluate_command),
+    "doctor": (DoctorArguments, doctor_command),
     "generate": (GenerateArguments, generate_command),
+    "export": (ExportArguments, export_command),
     "report": (ReportArguments, report_command),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run `longreach VERB ...`. Exits with 2 and one line on standard error for what the user can mend."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    words = [_with_full_name(word) for word in (sys.argv[1:] if argv is None else argv)]
     if not words or words[0] in ("-h", "--help"):
         print(_overview())
         sys.exit(0 if words else 2)
@@ -213,13 +324,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     program = f"longreach {verb}"
     torch.set_flush_denormal(True)  # the exponentials of distant keys are denormal, and slow, on the CPU
     kind, command = VERBS[verb]
+    arguments: Any = None
     try:
-        command(_parse(kind, words, program))
+        arguments = _parse(kind, words, program)
+        command(arguments)
     except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
         _fail(program, str(error))
     except KeyboardInterrupt:
-        print(f"{program}: interrupted; run the same command again to go on", file=sys.stderr)
+        lost = isinstance(arguments, EvaluateArguments) and arguments.output is None
+        mend = "give --output to be able to go on" if lost else "run the same command again to go on"
+        print(f"{program}: interrupted; {mend}", file=sys.stderr)
         sys.exit(130)
+
+
+def _with_full_name(word: str) -> str:
+    """An option's word, as in --task or --task=lines, under the name that its field has."""
+    option, equals, value = word.partition("=")
+    return _FULL_NAMES.get(option, option) + equals + value
 
 
 def _overview() -> str:
@@ -261,12 +382,13 @@ def _wide_errors(words: list[str]) -> Iterator[None]:
 
 
 def _starting_values(kind: type[Arguments], words: list[str]) -> Any:
-    """What a verb's options default to: those of its preset or its configuration file, where it has them."""
+    """What a verb's options default to: those of its preset, its configuration file or the model it starts from."""
     if kind not in (CompareArguments, TrainArguments):
         return None
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--preset", default="demo")
     parser.add_argument("--config-file", type=Path)
+    parser.add_argument("--start-from")
     try:
         known, _ = parser.parse_known_args(words)
     except argparse.ArgumentError as error:
@@ -274,8 +396,14 @@ def _starting_values(kind: type[Arguments], words: list[str]) -> Any:
     if known.preset not in PRESETS:
         raise ValueError(f"preset={known.preset!r}: give one of {', '.join(PRESETS)}")
     config_class = CompareConfig if kind is CompareArguments else RunConfig
-    if known.config_file is not None:
-        config: Any = load_config(config_class, known.config_file)
+    if kind is TrainArguments and known.start_from not in (None, "none"):
+        if known.config_file is not None or known.preset != "demo":
+            raise ValueError(
+                f"--from {known.start_from} gives the starting values: leave --preset and --config-file out"
+            )
+        config: Any = starting_config(known.start_from)
+    elif known.config_file is not None:
+        config = load_config(config_class, known.config_file)
     else:
         config = replace(config_class(), **PRESETS[known.preset])
     return kind(output=tyro.MISSING, config=config, preset=known.preset, config_file=known.config_file)  # type: ignore[call-arg]
@@ -342,7 +470,7 @@ def _first_section(box: str) -> str:
             break
         text.append(content)
     # Which section of the configuration a refused value stands in is of no interest on the command line.
-    return re.sub(r"^Error parsing (config[.\w]*: )?", "", " ".join(text))
+    return re.sub(r"^Error parsing ((config|evaluate)[.\w]*: )?", "", " ".join(text))
 
 
 def _fail(program: str, message: str) -> NoReturn:

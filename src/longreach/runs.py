@@ -11,15 +11,22 @@ import numpy as np
 import torch
 
 import longreach
+from longreach.data.mix import MixedBatches
 from longreach.data.prepare import PreparedData
 from longreach.data.tokenizer import Tokenizer, load_tokenizer
 from longreach.data.tokens import Batches
-from longreach.evaluate.sweep import EvaluateConfig, evaluate_length
+from longreach.evaluate.bootstrap import units
+from longreach.evaluate.config import EvaluateConfig
+from longreach.evaluate.scorer import Text
+from longreach.evaluate.subject import Subject
+from longreach.evaluate.words import count_words
+from longreach.extension.pretrained import holds_pretrained
+from longreach.finetune import build_trainee, check_start
 from longreach.models.decoder import Decoder
 from longreach.models.pretrained import load_model
-from longreach.results import Provenance, Record, Skipped, TrainingRecord
-from longreach.train.config import RunConfig, claim_folder, load_config, to_toml_values
-from longreach.train.loop import Step, resolve_device, train
+from longreach.results import Provenance, TrainingRecord
+from longreach.train.config import RunConfig, TrainConfig, claim_folder, load_config, to_toml_values
+from longreach.train.loop import BatchSource, Step, Trainee, resolve_device, train
 
 
 class Progress(Protocol):
@@ -39,14 +46,29 @@ class Run:
     tokenizer: Tokenizer
     device: torch.device
 
+    def subject(self) -> Subject:
+        """The run as evaluation sees a model."""
+        return Subject(
+            name=self.config.method,
+            train_length=self.model.config.train_length,
+            model=self.model,
+            tokenizer=self.tokenizer,
+            vocab_size=self.model.config.vocab_size,
+            device=self.device,
+            max_length=self.model.positions.max_length,
+            attention=self.model.attention_impl,
+        )
+
 
 def train_run(config: RunConfig, folder: Path, prepared: PreparedData, progress: Progress) -> TrainingRecord:
     """Train into a folder, or go on with what is there; the record of a finished run is returned at once.
 
     Raises:
-        ValueError: the folder holds another run, or too few tokens to train on; and as `train`.
+        ValueError: the folder holds another run, too few tokens to train on, or the model to start from does not fit;
+            and as `train`.
     """
-    batches = Batches(prepared.train, config.train.train_length, config.train.batch_size, config.train.seed)
+    batches = _batches(config.train, prepared)
+    check_start(config)
     claim_folder(folder, config)
     if not (folder / "tokenizer.json").exists():
         prepared.tokenizer.save(folder / "tokenizer.json")
@@ -55,7 +77,15 @@ def train_run(config: RunConfig, folder: Path, prepared: PreparedData, progress:
         note = f"{step.tokens / step.seconds:,.0f} tokens/s  loss {step.loss:.3f}"
         progress(f"training {config.method}", step.step, config.train.steps, note)
 
-    return train(config.model_config(prepared.tokenizer.vocab_size), config.train, batches, folder, on_step)
+    def build(device: torch.device) -> Trainee:
+        return build_trainee(config, prepared.tokenizer, device)
+
+    return train(build, config.train, batches, folder, on_step)
+
+
+def _batches(config: TrainConfig, prepared: PreparedData) -> BatchSource:
+    batches = Batches(prepared.train, config.train_length, config.batch_size, config.seed)
+    return MixedBatches(batches, config.mix, prepared.tokenizer, config.seed) if config.mix else batches
 
 
 def open_run(folder: Path, device: str | None = None) -> Run:
@@ -63,8 +93,13 @@ def open_run(folder: Path, device: str | None = None) -> Run:
 
     Raises:
         FileNotFoundError: the folder holds no finished run.
-        ValueError: its files are damaged, or it holds a comparison, whose runs lie in folders below it.
+        ValueError: its files are damaged, or it holds a comparison, whose runs lie in folders below it, or a Hugging
+            Face model.
     """
+    if holds_pretrained(folder):
+        raise ValueError(
+            f"{folder} holds a Hugging Face model: longreach evaluate measures it, longreach.load_pretrained loads it"
+        )
     if (folder / "results.json").exists() and not (folder / "model.safetensors").exists():
         below = sorted(path.parent.name for path in folder.glob("*/model.safetensors"))
         names = ", ".join(below) or "none is finished yet"
@@ -74,53 +109,41 @@ def open_run(folder: Path, device: str | None = None) -> Run:
     return Run(config, load_model(folder, resolved), load_tokenizer(folder / "tokenizer.json"), resolved)
 
 
-def validation_tokens(prepared: PreparedData, config: EvaluateConfig) -> np.ndarray:
+def text_of(prepared: PreparedData, config: EvaluateConfig, longest: int) -> Text:
     """The tokens that are scored, the same for every method and length, with one before them to start from.
 
+    Args:
+        prepared: its validation text is scored.
+        config: how much of it, at least.
+        longest: the longest window in tokens that will be scored.
+
     Raises:
-        ValueError: they are fewer than the longest length.
+        ValueError: it is shorter than that, or empty.
     """
     available = len(prepared.valid) - 1
-    if available < max(config.valid_lengths):
+    if available < max(longest, 1):
         raise ValueError(
-            f"valid_lengths={','.join(map(str, config.valid_lengths))}: the validation text has {available} tokens to "
-            "score; give shorter lengths, more text, or a larger valid_fraction"
+            f"valid_lengths up to {longest}: the validation text has {available} tokens to score; give shorter "
+            "lengths, more text, or a larger valid_fraction"
         )
-    scored = min(available, max((config.valid_tokens, *config.valid_lengths)))
-    tokens: np.ndarray = prepared.valid.read(0, 1 + scored)
-    return tokens
-
-
-def evaluate_run(
-    run: Run, tokens: np.ndarray, valid_length: int, config: EvaluateConfig, progress: Progress
-) -> Record | Skipped:
-    """Score a run's model at one length; skipped, with the reason, where its position method cannot go."""
-    method, model = run.config.method, run.model
-    cell: dict[str, Any] = {
-        "method": method,
-        "train_length": model.config.train_length,
-        "valid_length": valid_length,
-    }
-    longest = model.positions.max_length
-    if longest is not None and valid_length > longest:
-        reason = f"its table holds {longest} positions"
-        return Skipped(**cell, stride=valid_length, protocol="nonoverlapping", reason=reason)
-    stage = f"testing {method} at {valid_length}"
-    return evaluate_length(
-        model,
-        tokens,
-        **cell,
-        num_bytes=run.tokenizer.count_bytes(tokens[1:]),
-        vocab_size=model.config.vocab_size,
-        attention=model.attention_impl(valid_length),
-        device=run.device,
-        tokens_per_batch=config.tokens_per_batch,
-        on_scored=lambda scored: progress(stage, scored, len(tokens) - 1),
+    tokens = prepared.valid.read(0, 1 + min(available, max(config.valid_tokens, longest)))
+    words = None
+    if config.word_level:  # document by document, for decoding drops the eos that keeps their words apart
+        documents = np.split(tokens[1:], np.flatnonzero(tokens[1:] == prepared.tokenizer.eos_id) + 1)
+        words = sum(count_words(prepared.tokenizer.decode(document)) for document in documents)
+    return Text(
+        tokens=tokens,
+        num_bytes=prepared.tokenizer.count_bytes(tokens[1:]),
+        num_words=words,
+        units=units(tokens, prepared.tokenizer.eos_id, max(longest, 1)),
     )
 
 
-def provenance(config: Any, prepared: PreparedData, device: str, seed: int) -> Provenance:
-    """What it takes to get the same results again. config is a configuration dataclass."""
+def provenance(config: Any, device: str, seed: int, tokenizer: Tokenizer, prepared: PreparedData | None) -> Provenance:
+    """What it takes to get the same results again.
+
+    config is a configuration dataclass, prepared the text that is scored, None where none is.
+    """
     return Provenance(
         longreach=longreach.__version__,
         torch=torch.__version__,
@@ -130,10 +153,10 @@ def provenance(config: Any, prepared: PreparedData, device: str, seed: int) -> P
         num_threads=torch.get_num_threads(),
         git_commit=_git_commit(),
         seed=seed,
-        corpus=prepared.corpus_name,
-        corpus_hash=prepared.corpus_hash,
-        tokenizer_hash=prepared.tokenizer.fingerprint,
-        vocab_size=prepared.tokenizer.vocab_size,
+        corpus="none" if prepared is None else prepared.corpus_name,
+        corpus_hash="none" if prepared is None else prepared.corpus_hash,
+        tokenizer_hash=tokenizer.fingerprint,
+        vocab_size=tokenizer.vocab_size,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         config=to_toml_values(config),
     )
