@@ -123,6 +123,21 @@ def test_mistakes_get_one_line_and_leave_nothing(capsys, tmp_path, monkeypatch, 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+@pytest.mark.parametrize("on_terminal", [False, True])
+def test_mistakes_read_the_same_wherever_they_are_printed(capsys, monkeypatch, encoding, on_terminal):
+    screen = io.TextIOWrapper(io.BytesIO(), encoding)
+    monkeypatch.setattr(screen, "isatty", lambda: on_terminal)
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "40")
+    mend = "strides=9 is over every window: give at most the longest of valid_lengths, 8"
+    assert refused(capsys, "evaluate", "nowhere", "--lengths", "8", "--strides", "9") == f"longreach evaluate: {mend}"
+    assert refused(capsys, "evaluate", "nowhere", "--lenths", "8") == (
+        "longreach evaluate: Unrecognized options: --lenths, 8"
+    )
+
+
 def test_long_names_stay_whole_in_errors(capsys, tmp_path):
     name = str(tmp_path / ("long-name-" * 20))
     assert name in refused(capsys, "compare", "--output", "x", "--data", name)

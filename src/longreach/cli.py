@@ -462,13 +462,15 @@ def _readers() -> tyro.constructors.ConstructorRegistry:
 
 
 def _first_section(box: str) -> str:
-    """What a tyro error box says before its first rule, as one line."""
-    text = []
-    for line in box.splitlines()[1:]:
+    """What a tyro error box says before its first rule, as one line; without UTF-8 a rule also parts off the title."""
+    text: list[str] = []
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", box)  # on a terminal every word has a style of its own
+    for line in plain.splitlines()[1:]:
         content = line.strip("│╭╰╮╯ ")
-        if content.startswith("──"):
+        if content.strip("─-"):
+            text.append(content)
+        elif text:
             break
-        text.append(content)
     # Which section of the configuration a refused value stands in is of no interest on the command line.
     return re.sub(r"^Error parsing ((config|evaluate)[.\w]*: )?", "", " ".join(text))
 
