@@ -9,7 +9,7 @@ from longreach.ops.alibi import alibi_distance, alibi_slopes
 from longreach.ops.cpu import cpu_attention
 from longreach.ops.reach import key_block_norms, reach
 from longreach.ops.reference import reference_attention
-from longreach.ops.tiles import plan
+from longreach.ops.tiles import plan, product_cost
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -17,7 +17,7 @@ HALF = (torch.bfloat16, torch.float16)
 @pytest.fixture(params=["bounded", "dense"])
 def bounded(request, monkeypatch):
     """Run with ranges and without them, whatever the cost model thinks of such small inputs."""
-    heads = {"bounded": lambda q, *_: slice(0, q.shape[1]), "dense": lambda *_: slice(0, 0)}
+    heads = {"bounded": lambda q, *_, **__: slice(0, q.shape[1]), "dense": lambda *_, **__: slice(0, 0)}
     monkeypatch.setattr(module, "heads_worth_bounding", heads[request.param])
 
 
@@ -88,10 +88,14 @@ def magnitudes(tensors, options, grads):
 
 
 @pytest.mark.usefixtures("bounded")
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize(
+    ("dtype", "by_kernel"),
+    [(torch.float32, False), *((dtype, by_kernel) for dtype in HALF for by_kernel in (False, True))],
+)
 @pytest.mark.parametrize("name", CASES)
-def test_error_is_within_the_rule(name, dtype):
+def test_error_is_within_the_rule(name, dtype, by_kernel, monkeypatch):
     """Max and mean error against float64 at most 2x (3x for gradients) that of the plain reference in this dtype."""
+    monkeypatch.setattr(module, "MATRIX_UNITS", by_kernel)
     tensors, options = CASES[name].inputs(dtype)
     grads = random_grads(tensors)
     in_double = [x.double() for x in tensors]
@@ -202,7 +206,7 @@ def test_time_is_linear_beyond_the_reach():
         )
         ranges = [x.transpose(0, 1).mul(module.BLOCK_N).tolist() for x in ranges]
         masks = module.Masks.of(length, length, True, None, None, None)
-        tiles = list(module.plan(shape, shape, masks, *ranges))
+        tiles = list(module.plan(shape, shape, masks, *ranges, product_cost))
         assert sum(tile.rows * tile.count * (tile.heads.stop - tile.heads.start) for tile in tiles) == 2 * length
         pairs.append(sum(t.rows * t.width * t.count * (t.heads.stop - t.heads.start) for t in tiles))
     assert pairs[1] < 2.1 * pairs[0]
@@ -260,8 +264,9 @@ def test_work_stays_in_proportion_to_what_reach_keeps(monkeypatch):
         kept = reach(q, k, slopes)
         blocks = int((kept.ends - kept.starts).sum())
         work.append(result.value.args[0] / (blocks * kept.block_m * kept.block_n))
-    assert max(work) <= 1.15
-    assert max(work) <= 1.1 * min(work)
+    # Short inputs get fewer and larger tiles, since their number costs more than the pairs that they hold in vain.
+    assert max(work) <= 1.25
+    assert work[2] <= 1.02 * work[1] <= 1.02 * work[0]
 
 
 def _pairs(tile):

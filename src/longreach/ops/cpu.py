@@ -1,56 +1,47 @@
-"""Fast ALiBi attention on the CPU: PyTorch's own kernels, run on the key ranges that `reach` leaves.
+"""Fast ALiBi attention on the CPU: matrix products over the key ranges that `reach` leaves.
 
-The bias of a tile depends on distances alone, and distances are constant along diagonals. With the query rows of a
-tile in reverse order they are constant along antidiagonals: entry (a, c) of the bias is number a + c of one vector per
-head. So the bias of any tile is a view of that vector, with strides (1, 1): it costs no memory and stays in the first
-level of cache. Query blocks whose ranges are alike become one batch, their keys overlapping windows of k and v.
-
-The forward pass runs each such batch through the flash attention that `scaled_dot_product_attention` uses on the CPU,
-called directly because only that returns the LSE. The backward pass recomputes the weights from the LSE, by that
-kernel's own backward pass or, where the slopes or the LSE take part or it would be slower, by matrix products. Either
-way gradients are added up in one fixed order, so that two runs agree to the last bit.
-
-Heads of half precision that need all keys are computed whole: there the bias may be made from key positions, and then
-the kernel can skip what causality hides.
+Query blocks whose ranges are alike become one batch, their keys overlapping windows of k and v; `tiles` plans that and
+`tile_views` finds the bias of each tile at no cost. Weights are exponentials by base 2 of scores that hold log2 e from
+the start. The backward pass recomputes them from the LSE and adds gradients up in one fixed order, so that two runs
+agree to the last bit. Half types are computed in float32, or by `cpu_kernel` where that is faster.
 """
 
 import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .cpu_kernel import KernelTiles, fits_squares
 from .reach import default_tolerance, key_ranges
+from .tile_views import bias_of, distances, falloff, keys_of, kv_heads_of, lanes_of, rows_of
 from .tiles import (
-    BACKWARD,
+    ALIGNED,
     BLOCK_M,
     BLOCK_N,
-    FORWARD,
-    IN_PARTS,
     Masks,
     Ranges,
     Tile,
     heads_worth_bounding,
+    kernel_cost,
     pieces,
     plan,
+    product_cost,
+    strips,
 )
 
 LOG2_E = math.log2(math.e)
 """To exponentiate by base 2: exp is a hundred times slower where its result underflows."""
 
-BACKWARD_PAIRS = 2**19
-"""Pairs of a query and a key in one step of a backward pass in parts, whose weights are to stay in the cache."""
+LOWEST = -1e30
+"""The peak of a row whose keys are all hidden: any finite number, as -inf - -inf is not one."""
 
-BACKWARD_KEYS = 2**15
-"""Keys, those of overlapping windows counted each, in one step of a backward pass by the fused kernel."""
+MATRIX_UNITS = torch.cpu._is_amx_tile_supported()
+"""Whether the processor multiplies matrices of half types itself."""
 
-SQUARE_KEYS = 2**14
-"""Largest square tile: up to here the half types hold 256 a + b exactly."""
-
-SQUARE_BIAS = 2.0**10
-"""Largest bias in a square tile, where float32 errs by 2^-14, little against half precision."""
+ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+"""Whether oneDNN's products in float32 can be had: on processors that MKL does not favour they are twice as fast."""
 
 
 def cpu_attention(
@@ -105,7 +96,7 @@ def cpu_attention(
         slopes = torch.zeros(q.shape[1], dtype=torch.float32)
     left, right = slopes if isinstance(slopes, tuple) else (slopes, slopes)
     masks = Masks.of(q.shape[2], k.shape[2], causal, window_size, key_padding_mask, cu_seqlens)
-    worth = heads_worth_bounding(q, k, left, right, masks, tolerance, key_norms)
+    worth = heads_worth_bounding(q, k, left, right, masks, tolerance, key_norms, by_kernel=_by_kernel(q))
     low: list[Ranges] = [None] * q.shape[1]
     high = low.copy()
     if worth.stop > worth.start:
@@ -147,33 +138,29 @@ class _TiledAttention(torch.autograd.Function):
         low: list[Ranges],
         high: list[Ranges],
     ) -> tuple[Tensor, Tensor]:
-        dtype = torch.promote_types(q.dtype, torch.float32)
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         if masks.holes is not None:  # so that what lies in padding, NaN maybe, meets weights of 0 as 0
             k, v = (x.masked_fill(masks.holes[:, None, :, None], 0.0) for x in (k, v))
-        out, lse = torch.empty(q.shape, dtype=q.dtype), torch.empty(q.shape[:3], dtype=dtype)
+        out = torch.empty(q.shape, dtype=q.dtype)
+        lse = torch.empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
         if masks.may_hide_all_keys:
             out.zero_()
             lse.fill_(float("-inf"))
-        half = q.dtype.itemsize == 2
-        square = half and k.shape[2] <= SQUARE_KEYS and bool((left * k.shape[2] <= SQUARE_BIAS).all())
-        falloff = None
-        for tile in plan(q.shape, k.shape, masks, low, high, FORWARD[half], square=square):
-            if tile.square:
-                _attend_square(q, k, v, left, scale, tile, out, lse)
-                continue
-            if falloff is None:
-                falloff = _falloff(left, right, masks, dtype)
-            rows, keys, values = _rows(q, tile).flip(-2), _keys(k, q, tile), _keys(v, q, tile)
-            bias = _bias(falloff, tile, masks).expand(*rows.shape[:3], tile.width)
-            tile_out, tile_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                rows, keys, values, 0.0, False, attn_mask=bias, scale=scale
-            )
-            if masks.may_leave_rows_empty:
-                tile_lse = tile_lse.masked_fill((bias == float("-inf")).all(dim=-1), float("-inf"))
-            _rows(out, tile).copy_(tile_out.flip(-2))
-            _rows(lse, tile).copy_(tile_lse.flip(-1))
-        ctx.save_for_backward(q, k, v, left, right, out, lse)
+        if _by_kernel(q):
+            square = fits_squares(left, k.shape[2])
+            kernel = KernelTiles(q, k, v, left, right, out, lse, scale, masks)
+            for tile in plan(q.shape, k.shape, masks, low, high, kernel_cost, square=square):
+                kernel.attend(tile)
+            lse2 = lse * LOG2_E
+        else:
+            lse2 = lse
+            products = _Products(q, k, v, left, right, scale, masks)
+            for tile in plan(q.shape, k.shape, masks, low, high, product_cost):
+                for piece in pieces(tile):
+                    products.attend(piece, out, lse2)
+            lse = lse2 * (1 / LOG2_E)
+        # The backward pass takes the LSE by base 2: converted from what is returned, it would be rounded once more.
+        ctx.save_for_backward(q, k, v, left, right, out, lse2)
         ctx.scale, ctx.masks, ctx.low, ctx.high = scale, masks, low, high
         ctx.set_materialize_grads(False)
         return out, lse
@@ -181,141 +168,144 @@ class _TiledAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, left, right, out, lse = ctx.saved_tensors
-        gradients = _Gradients(q, k, v, left, right, out, lse, grad_out, grad_lse, ctx.scale, ctx.masks)
-        in_parts = grad_lse is not None or ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
-        costs = IN_PARTS if in_parts else BACKWARD[q.dtype.itemsize == 2]
-        for tile in plan(q.shape, k.shape, ctx.masks, ctx.low, ctx.high, costs):
-            if in_parts or not _kernel_is_faster(tile, q.dtype):
-                for piece in pieces(tile, BACKWARD_PAIRS // (tile.rows * tile.width)):
-                    gradients.add_in_parts(piece)
-            else:
-                threads = torch.get_num_threads()
-                for piece in pieces(tile, max(1, BACKWARD_KEYS // (tile.width * threads)) * threads):
-                    gradients.add_by_kernel(piece)
+        q, k, v, left, right, out, lse2 = ctx.saved_tensors
+        products = _Products(q, k, v, left, right, ctx.scale, ctx.masks)
+        gradients = _Gradients(products, out, lse2, grad_out, grad_lse)
+        for tile in plan(q.shape, k.shape, ctx.masks, ctx.low, ctx.high, product_cost):
+            for piece in pieces(tile):
+                gradients.add(piece)
         return *gradients.of_inputs(), None, None, None, None
 
 
-def _attend_square(
-    q: Tensor, k: Tensor, v: Tensor, left: Tensor, scale: float, tile: Tile, out: Tensor, lse: Tensor
-) -> None:
-    """Attend within a square tile of half precision, p being its first position.
-
-    The bias is -m (i - p) + m (j - p). The first term alters the LSE alone. The second becomes products of 8 more
-    entries of q and k: (j - p) is split into 256 a + b and m into three parts, all exact in half precision.
-    """
-    position, dtype = torch.arange(tile.width), q.dtype
-    slope = left.detach().to(torch.float32).expand(lse.shape[:2])[tile.batch, tile.heads, None]  # [B, heads, 1]
-    parts: list[Tensor] = []
-    for _ in range(3):
-        parts.append((slope / scale - sum(parts)).to(dtype).float())
-    of_q = F.pad(torch.cat(parts, dim=-1).repeat_interleave(2, dim=-1), (0, 2)).to(dtype)  # [B, heads, 8]
-    of_k = F.pad(torch.stack([position // 256 * 256, position % 256], dim=-1).repeat(1, 3), (0, 2)).to(dtype)
-    rows, keys, values = _rows(q, tile), _keys(k, q, tile), _keys(v, q, tile)
-    tile_out, tile_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        torch.cat([rows, of_q[:, :, None].expand(*rows.shape[:3], -1)], dim=-1),
-        torch.cat([keys, of_k.expand(*keys.shape[:3], -1)], dim=-1),
-        F.pad(values, (0, 8)),
-        0.0,
-        True,
-        scale=scale,
-    )
-    _rows(out, tile).copy_(tile_out[..., : q.shape[3]])
-    _rows(lse, tile).copy_(tile_lse - slope * position)
+def _by_kernel(q: Tensor) -> bool:
+    return MATRIX_UNITS and q.dtype.itemsize == 2
 
 
-def _kernel_is_faster(tile: Tile, dtype: torch.dtype) -> bool:
-    """Whether the fused backward kernel beats matrix products for a tile; it gives each lane to one thread."""
-    lanes = max(tile.count, tile.heads.stop - tile.heads.start)
-    return lanes >= torch.get_num_threads() and (dtype.itemsize > 2 or tile.rows > BLOCK_M)
+def _product(a: Tensor, b: Tensor, added: Tensor | None = None) -> Tensor:
+    """a b^T + added for each lane, of a (lanes, M, K), b (lanes, N, K) and `added` (lanes, 1, N)."""
+    aligned = a.shape[1] % ALIGNED == 0 and b.shape[1] % ALIGNED == 0
+    if ONEDNN and aligned and len(a) == 1 and a.dtype == torch.float32:
+        vector = None if added is None else added[0, 0]
+        return torch.ops.mkldnn._linear_pointwise(a[0], b[0], vector, "none", [], "")[None]
+    b = b.transpose(1, 2)
+    return torch.bmm(a, b) if added is None else torch.baddbmm(added, a, b)
+
+
+class _Products:
+    """Attention over tiles of one sequence by matrix products, in float32 or, for float64 inputs, in float64."""
+
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, left: Tensor, right: Tensor, scale: float, masks: Masks
+    ) -> None:
+        self.q, self.k, self.v, self.left, self.right = q, k, v, left, right
+        self.scale, self.masks, self.dtype = scale, masks, torch.promote_types(q.dtype, torch.float32)
+        self.falloff = falloff(left, right, masks, self.dtype) * LOG2_E
+
+    def attend(self, tile: Tile, out: Tensor, lse2: Tensor) -> None:
+        """Write the output and, by base 2, the LSE of the queries of a tile, from a strip of its keys at a time."""
+        rows = self.rows(self.q, tile).mul_(self.scale * LOG2_E)
+        sums = [self._attend_strip(rows, strip) for strip in strips(tile)]
+        peak, total, weighted = sums[0] if len(sums) == 1 else _joined(sums)
+        rows_of(lse2, tile).copy_((total.log2() + peak).flip(1)[None, ..., 0])
+        weighted.div_(total.clamp_(min=torch.finfo(self.dtype).tiny))  # a row that sees no key has total 0
+        rows_of(out, tile).copy_(weighted.flip(1)[None])
+
+    def _attend_strip(self, rows: Tensor, strip: Tile) -> tuple[Tensor, Tensor, Tensor]:
+        """Largest score of each row by base 2, and sums of weights and of weighted values relative to its power."""
+        weights = _product(rows, self.keys(self.k, strip)).add_(self.bias(strip))  # [lanes, rows, width]
+        peak = weights.amax(dim=-1, keepdim=True).clamp_(min=LOWEST)
+        weights.sub_(peak).exp2_()
+        weighted = _product(weights, self.keys(self.v, strip).transpose(1, 2))
+        return peak, weights.sum(dim=-1, keepdim=True), weighted
+
+    def rows(self, x: Tensor, tile: Tile) -> Tensor:
+        """The queries of a tile in x (B, H, Tq, n), copied and in reverse: (lanes, rows, n)."""
+        return lanes_of(x, tile, self.dtype)
+
+    def keys(self, x: Tensor, tile: Tile) -> Tensor:
+        """The keys of a tile in x (B, Hkv, Tk, D): (lanes, width, D)."""
+        return keys_of(x, self.q.shape[1], tile)[0].to(self.dtype)
+
+    def bias(self, tile: Tile) -> Tensor:
+        """The bias of a tile by base 2, rows in reverse: (1 or lanes, rows, width)."""
+        return bias_of(self.falloff, tile, self.masks)[0]
+
+
+def _joined(sums: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    """What `_attend_strip` says of several strips, as if they were one."""
+    peaks, totals, weighted = (torch.stack(parts) for parts in zip(*sums, strict=True))
+    peak = peaks.amax(dim=0)
+    share = peaks.sub_(peak).exp2_()
+    return peak, totals.mul_(share).sum(dim=0), weighted.mul_(share).sum(dim=0)
 
 
 class _Gradients:
     """Sums of the gradients of q, k, v and both slopes over tiles."""
 
     def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        left: Tensor,
-        right: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        grad_out: Tensor | None,
-        grad_lse: Tensor | None,
-        scale: float,
-        masks: Masks,
+        self, products: _Products, out: Tensor, lse2: Tensor, grad_out: Tensor | None, grad_lse: Tensor | None
     ) -> None:
-        self.q, self.k, self.v, self.left, self.right, self.out = q, k, v, left, right, out
-        self.dtype, self.scale, self.masks = lse.dtype, scale, masks
-        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        self.grad_out = grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous()
-        self.grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse.masked_fill(lse.isneginf(), 0.0)
-        self.lse = lse.masked_fill(lse.isneginf(), float("inf"))  # rows without keys: exp(-inf) is 0, not NaN
-        self.falloff = _falloff(left, right, masks, lse.dtype)
-        self.of_q = (torch.zeros if masks.may_hide_all_keys else torch.empty)(q.shape, dtype=q.dtype)
-        self.of_k, self.of_v = (torch.zeros(x.shape, dtype=lse.dtype) for x in (k, v))
-        self.of_left, self.of_right = (torch.zeros(q.shape[:2], dtype=lse.dtype) for _ in range(2))
+        self.products, self.out, self.dtype = products, out, lse2.dtype
+        q, k, v = products.q, products.k, products.v
+        self.grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        self.grad_lse = torch.zeros_like(lse2) if grad_lse is None else grad_lse.masked_fill(lse2.isneginf(), 0.0)
+        self.lse2 = lse2.masked_fill(lse2.isneginf(), float("inf"))  # rows without keys: exp(-inf) is 0, not NaN
+        self.of_q = (torch.zeros if products.masks.may_hide_all_keys else torch.empty)(q.shape, dtype=q.dtype)
+        self.of_k, self.of_v = (torch.zeros(x.shape, dtype=self.dtype) for x in (k, v))
+        self.of_left, self.of_right = (torch.zeros(q.shape[:2], dtype=self.dtype) for _ in range(2))
 
     def of_inputs(self) -> tuple[Tensor, ...]:
         """The gradients of q, k, v, left and right in their shapes and dtypes."""
         slopes = [
             (total.sum(dim=0) if slope.dim() == 1 else total).to(slope.dtype)
-            for total, slope in ((self.of_left, self.left), (self.of_right, self.right))
+            for total, slope in ((self.of_left, self.products.left), (self.of_right, self.products.right))
         ]
-        return self.of_q, self.of_k.to(self.k.dtype), self.of_v.to(self.v.dtype), *slopes
+        return self.of_q, self.of_k.to(self.products.k.dtype), self.of_v.to(self.products.v.dtype), *slopes
 
-    def add_by_kernel(self, tile: Tile) -> None:
-        """Add a tile's gradients of q, k and v, by the kernel that belongs to the forward pass."""
-        grad, q, out = (_rows(x, tile).flip(-2) for x in (self.grad_out, self.q, self.out))  # [1, lanes, rows, D]
-        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad,
-            q,
-            _keys(self.k, self.q, tile),
-            _keys(self.v, self.q, tile),
-            out,
-            _rows(self.lse, tile).flip(-1),
-            0.0,
-            False,
-            attn_mask=self._bias(tile),
-            scale=self.scale,
-        )
-        _rows(self.of_q, tile).copy_(grads[0].flip(-2))
-        self._add_to_keys(tile, grads[1][0], grads[2][0])
+    def add(self, tile: Tile) -> None:
+        """Add the gradients of a tile, a strip of its keys at a time.
 
-    def add_in_parts(self, tile: Tile) -> None:
-        """Add a tile's gradients, those of the slopes too, by matrix products in float32 or float64."""
-        rows, grad, out = (self._lanes(x, tile) for x in (self.q, self.grad_out, self.out))  # [lanes, rows, D]
-        lse, grad_lse = (self._lanes(x[..., None], tile) for x in (self.lse, self.grad_lse))  # [lanes, rows, 1]
-        rows *= self.scale
-        keys, values = (_keys(x, self.q, tile)[0].to(self.dtype) for x in (self.k, self.v))  # [lanes, width, D]
-        weights = torch.baddbmm(self._bias(tile)[0], rows, keys.transpose(1, 2))  # [lanes, rows, width]
-        weights.sub_(lse).mul_(LOG2_E).exp2_()
-        offset = grad_lse - (grad * out).sum(dim=-1, keepdim=True)
-        grad_scores = torch.baddbmm(offset, grad, values.transpose(1, 2)).mul_(weights)
-        _rows(self.of_q, tile).copy_((grad_scores @ keys).mul_(self.scale).flip(-2)[None])
-        self._add_to_keys(tile, grad_scores.transpose(1, 2) @ rows, weights.transpose(1, 2) @ grad)
-        if self.left.requires_grad or self.right.requires_grad:
-            # Each row of grad_scores sums to grad_lse, but for rounding in `out`, which distances would magnify.
-            excess = grad_scores.sum(dim=-1, keepdim=True) - grad_lse
-            grad_scores.addcmul_(weights, excess, value=-1)
-            distances = _distances(tile, self.masks, self.dtype)
-            for total, distance in zip((self.of_left, self.of_right), distances, strict=True):
-                by_lane = (grad_scores * distance).sum(dim=(-2, -1))
-                total[tile.batch, tile.heads] -= by_lane.sum() if tile.count > 1 else by_lane
+        Scores are held with keys as rows, so that the gradients of k and v are products of what lies in memory as
+        it is needed.
+        """
+        own = self.products
+        rows, grad, out = (own.rows(x, tile) for x in (own.q, self.grad_out, self.out))  # [lanes, rows, D]
+        lse2, grad_lse = (own.rows(x, tile)[:, None] for x in (self.lse2, self.grad_lse))  # [lanes, 1, rows]
+        offset = grad_lse - (grad * out).sum(dim=-1)[:, None]
+        scaled, scaled2 = rows * own.scale, rows * (own.scale * LOG2_E)
+        of_rows = torch.zeros_like(rows).transpose(1, 2)  # [lanes, D, rows]
+        slopes_learn = own.left.requires_grad or own.right.requires_grad
+        moments = rows.new_zeros(5, *rows.shape[:2])
+        for strip in strips(tile):
+            keys = own.keys(own.k, strip)  # [lanes, width, D]
+            weights = _product(keys, scaled2)  # [lanes, width, rows]
+            weights.add_(own.bias(strip).transpose(-2, -1)).sub_(lse2).exp2_()
+            grad_scores = _product(own.keys(own.v, strip), grad, offset).mul_(weights)
+            of_keys = _product(grad_scores, scaled.transpose(1, 2))
+            self._add_to_keys(strip, of_keys, _product(weights, grad.transpose(1, 2)))
+            of_rows += _product(keys.transpose(1, 2).contiguous(), grad_scores.transpose(1, 2))
+            if slopes_learn:
+                past, future = (x.T for x in distances(strip, own.masks, self.dtype))
+                moments += _moments(weights, grad_scores, past, future)
+        if slopes_learn:
+            self._add_to_slopes(tile, moments, grad_lse[:, 0])
+        rows_of(self.of_q, tile).copy_(of_rows.mul_(own.scale).transpose(1, 2).flip(1)[None])
 
-    def _bias(self, tile: Tile) -> Tensor:
-        return _bias(self.falloff, tile, self.masks).expand(*_rows(self.lse, tile).shape, tile.width)
+    def _add_to_slopes(self, tile: Tile, moments: Tensor, grad_lse: Tensor) -> None:
+        """Add the gradients of the slopes, -sum_ij dS_ij d_ij over past or over future distances d.
 
-    def _lanes(self, x: Tensor, tile: Tile) -> Tensor:
-        """Copy the queries of a tile of one sequence to (lanes, rows, n), rows in reverse."""
-        return _rows(x, tile)[0].to(self.dtype).flip(-2)
+        Each row of dS sums to the gradient of its LSE, but for rounding in `out`, which distances would magnify. So the
+        excess of the sum, times P, is taken from dS.
+        """
+        row_sum, past, future, mean_past, mean_future = moments  # each [lanes, rows]
+        excess = row_sum - grad_lse
+        for total, rows in ((self.of_left, excess * mean_past - past), (self.of_right, excess * mean_future - future)):
+            total[tile.batch, tile.heads] += rows.sum() if tile.count > 1 else rows.sum(dim=-1)
 
     def _add_to_keys(self, tile: Tile, of_k: Tensor, of_v: Tensor) -> None:
         """Add the gradients (lanes, width, D) of a tile's keys and values to the totals."""
         for total, grad in ((self.of_k, of_k), (self.of_v, of_v)):
-            target = total[tile.batch, _kv_heads(total, self.q, tile)][0]  # [kv heads, Tk, D]
+            target = total[tile.batch, kv_heads_of(total, self.out.shape[1], tile)][0]  # [kv heads, Tk, D]
             if tile.count == 1:
                 target = target[:, tile.key : tile.key + tile.width]
                 target += grad.sum(dim=0) if len(target) < len(grad) else grad
@@ -328,63 +318,7 @@ class _Gradients:
                 target[0, first:past].unfold(0, piece.shape[1], tile.rows).transpose(-2, -1).add_(piece)
 
 
-def _all_distances(masks: Masks, dtype: torch.dtype) -> Tensor:
-    """Every distance from a query to a key: Tk - 1, Tk - 2, ..., 1 - Tq."""
-    return masks.key_length - 1 - torch.arange(max(0, masks.key_length + masks.query_length - 1), dtype=dtype)
-
-
-def _falloff(left: Tensor, right: Tensor, masks: Masks, dtype: torch.dtype) -> Tensor:
-    """The bias at each distance of `_all_distances`, -inf where causality or the window hide: (1 or B, H, n)."""
-    distance = _all_distances(masks, dtype)
-    left, right = (m.detach().to(dtype)[..., None] for m in (left, right))
-    bias = -(left * distance.clamp(min=0) + right * (-distance).clamp(min=0))  # [(B,) H, n]
-    if masks.causal:
-        bias.masked_fill_(distance < 0, float("-inf"))
-    if masks.window_size is not None:
-        bias.masked_fill_(distance.abs() >= masks.window_size, float("-inf"))
-    return bias if bias.dim() == 3 else bias[None]
-
-
-def _diagonals(vector: Tensor, tile: Tile, masks: Masks) -> Tensor:
-    """View a vector over `_all_distances` as a tile with its rows in reverse: (..., rows, width)."""
-    last_position = tile.row + tile.rows - 1 + masks.offset
-    start = masks.key_length - 1 - (last_position - tile.key)
-    return vector[..., start : start + tile.rows + tile.width - 1].unfold(-1, tile.width, 1)
-
-
-def _bias(falloff: Tensor, tile: Tile, masks: Masks) -> Tensor:
-    """The bias of a tile, (1 or B, 1 or lanes, rows, width), its rows in reverse; a view unless padding has holes."""
-    by_batch = falloff[tile.batch] if falloff.shape[0] > 1 else falloff
-    bias = _diagonals(by_batch[:, tile.heads], tile, masks)
-    if masks.holes is None:
-        return bias
-    past = tile.key + tile.width + (tile.count - 1) * tile.rows
-    hidden = masks.holes[tile.batch, tile.key : past].unfold(-1, tile.width, tile.rows)  # [B, count, width]
-    return bias.masked_fill(hidden[:, :, None], float("-inf"))
-
-
-def _distances(tile: Tile, masks: Masks, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Distances to past and to future keys in a tile, rows in reverse, 0 for the other kind: 2 x (rows, width)."""
-    tile_distance = _diagonals(_all_distances(masks, dtype), tile, masks)
-    return tile_distance.clamp(min=0), (-tile_distance).clamp(min=0)
-
-
-def _rows(x: Tensor, tile: Tile) -> Tensor:
-    """View the queries of a tile in x (B, H, Tq, ...): (B, lanes, rows, ...), lanes being its windows or its heads."""
-    x = x[tile.batch, tile.heads, tile.row : tile.row + tile.count * tile.rows]
-    return x[:, 0].unflatten(1, (tile.count, tile.rows)) if tile.count > 1 else x
-
-
-def _kv_heads(x: Tensor, q: Tensor, tile: Tile) -> slice:
-    """The heads of k that the query heads of a tile read: as many, or one for all."""
-    group = q.shape[1] // x.shape[1]
-    return slice(tile.heads.start // group, (tile.heads.stop - 1) // group + 1)
-
-
-def _keys(x: Tensor, q: Tensor, tile: Tile) -> Tensor:
-    """View the keys of a tile in x (B, Hkv, Tk, D): (B, lanes, width, D)."""
-    past = tile.key + tile.width + (tile.count - 1) * tile.rows
-    x = x[tile.batch, _kv_heads(x, q, tile), tile.key : past]
-    if tile.count > 1:
-        return x[:, 0].unfold(1, tile.width, tile.rows).transpose(-2, -1)
-    return x.expand(-1, tile.heads.stop - tile.heads.start, -1, -1)
+def _moments(weights: Tensor, grad_scores: Tensor, past: Tensor, future: Tensor) -> Tensor:
+    """Sums over keys, for each query, of dS, dS d and P d, with past and with future distances d: (5, lanes, rows)."""
+    terms = (grad_scores, grad_scores * past, grad_scores * future, weights * past, weights * future)
+    return torch.stack([x.sum(dim=1) for x in terms])

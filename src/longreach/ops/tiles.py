@@ -1,7 +1,8 @@
 """Planning for attention on the CPU: which tiles of queries and keys cover the key ranges that `reach` leaves.
 
-A tile is one call of a kernel. Each head's queries are cut into blocks, as many queries each as make the work cheapest.
-Blocks whose ranges are alike become one batch, their keys overlapping windows of k and v, and so do heads.
+A tile is one call of a kernel, or a few matrix products. Each head's queries are cut into blocks, as many queries each
+as make the work cheapest. Blocks whose ranges are alike become one batch, their keys overlapping windows of k and v,
+and so do heads.
 """
 
 import math
@@ -20,14 +21,29 @@ BLOCK_M = 128
 BLOCK_N = 64
 """Keys per block in the ranges."""
 
-BLOCK_ROWS = (128, 256, 1024)
-"""Queries per tile to choose from. The kernel cuts them into strips of 32, 64 and 256, and wide ones are faster."""
+BLOCK_ROWS = (128, 256, 512, 1024)
+"""Queries per tile to choose from."""
 
 CALL_COST = 2**15
-"""Work, in pairs of a query and a key, that is worth an additional call of the kernel."""
+"""Work, in pairs of a query and a key, that is worth an additional call of a kernel."""
+
+WIDE_PAIRS = 2**16
+"""Pairs from which on a lane of a tile is worth matrix products of its own."""
+
+LANE_COST = 90_000
+"""What a lane's own products and sums cost besides their pairs, in pairs."""
+
+NARROW_COST = 1.9
+"""Cost of a pair where many lanes share a product, relative to a lane's own products."""
+
+STRIP_PAIRS = 2**21
+"""Pairs whose weights are in memory at a time; for fewer, products lose speed."""
+
+ALIGNED = 64
+"""Widths are rounded up to multiples of this, so that few sizes of products occur: each is compiled when first used."""
 
 BOUND_COST = 120
-"""Work of finding a head's ranges, in keys per query; five times as many for half types, whose kernel is faster."""
+"""Work of finding a head's ranges, in keys per query; five times as many beside the faster kernel."""
 
 Ranges = list[list[int]] | None
 """One end of the ranges of a head, for each sequence and each block; None where they were not worth finding."""
@@ -112,7 +128,15 @@ class Masks:
 
 
 def heads_worth_bounding(
-    q: Tensor, k: Tensor, left: Tensor, right: Tensor, masks: Masks, tolerance: float, key_norms: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    left: Tensor,
+    right: Tensor,
+    masks: Masks,
+    tolerance: float,
+    key_norms: Tensor | None,
+    *,
+    by_kernel: bool,
 ) -> slice:
     """The heads, in whole groups, whose reach can be expected to save more work than bounding it costs."""
     query_length, key_length, group = masks.query_length, masks.key_length, q.shape[1] // k.shape[1]
@@ -121,8 +145,7 @@ def heads_worth_bounding(
         dense = min(dense, masks.window_size)
     exponent = -math.log(tolerance) if tolerance else 104.0
     # Every key that is read costs as much as 40 more queries; the bound reads k alone, and that not given its norms.
-    half = 5 if q.dtype.itemsize == 2 else 1
-    cost = half * BOUND_COST * query_length + (20 * key_length if key_norms is None else 0)
+    cost = (5 if by_kernel else 1) * BOUND_COST * query_length + (20 * key_length if key_norms is None else 0)
     worth = []
     if query_length and key_length and q.shape[0]:
         slopes = torch.minimum(left, right).detach().view(-1, q.shape[1]).amin(dim=0).tolist()
@@ -132,28 +155,19 @@ def heads_worth_bounding(
     return slice(min(worth) * group, (max(worth) + 1) * group) if worth else slice(0, 0)
 
 
-@dataclass(frozen=True)
-class Costs:
-    """Time per pair of a query and a key, relative to tiles of 192 to 767 queries; measured."""
-
-    few: float
-    """With fewer queries."""
-    many: float
-    """With more queries."""
-
-    def of(self, rows: int, width: int) -> float:
-        """The time of a tile with so many queries and keys."""
-        return rows * width * (self.few if rows < 192 else self.many if rows >= 768 else 1.0)
+Cost = Callable[[int, int, int], float]
+"""Time, in pairs of a query and a key, of so many lanes of so many rows and so many keys in one tile; measured."""
 
 
-FORWARD = {False: Costs(1.1, 0.92), True: Costs(1.35, 0.9)}
-"""Costs of the forward pass, for float32 and for half types."""
+def kernel_cost(lanes: int, rows: int, width: int) -> float:
+    """The cost with the flash kernel, which cuts queries into strips of 32, 64 and 256: wide ones are faster."""
+    return CALL_COST + lanes * rows * width * (1.35 if rows < 192 else 0.9 if rows >= 768 else 1.0)
 
-BACKWARD = {False: Costs(1.5, 0.8), True: Costs(1.4, 0.7)}
-"""Costs of the fused backward pass, for float32 and for half types."""
 
-IN_PARTS = Costs(1.0, 1.0)
-"""Costs of the backward pass by matrix products."""
+def product_cost(lanes: int, rows: int, width: int) -> float:
+    """The cost with matrix products."""
+    pairs = rows * width
+    return lanes * (pairs + LANE_COST) if pairs >= WIDE_PAIRS else CALL_COST + lanes * pairs * NARROW_COST
 
 
 @dataclass(frozen=True)
@@ -176,7 +190,7 @@ def plan(
     masks: Masks,
     low: list[Ranges],
     high: list[Ranges],
-    costs: Costs = FORWARD[False],
+    cost: Cost,
     *,
     square: bool = False,
 ) -> Iterator[Tile]:
@@ -202,16 +216,16 @@ def plan(
             if square and masks.causal and masks.window_size is None and (rows, masks.holes) == (keys, None):
                 block = _Block(rows[0], rows[1] - rows[0], *keys)
                 whole_heads = [(head, block) for head in range(num_heads) if lowest[head] is None]
-            for some in _cut(whole_heads, lambda some: _heads_cost(some, group)):
+            for some in _cut(whole_heads, lambda some: _heads_cost(some, group, cost)):
                 heads = slice(some[0][0], some[-1][0] + 1)
                 yield Tile(sequences, heads, rows[0], block.rows, 1, keys[0], block.rows, square=True)
             blocks = [
-                _blocks(rows, keys, masks, lowest[head], highest[head], costs)
+                _blocks(rows, keys, masks, lowest[head], highest[head], cost)
                 if not whole_heads or lowest[head] is not None
                 else []
                 for head in range(num_heads)
             ]
-            yield from _tiles(sequences, blocks, group, keys, masks.offset)
+            yield from _tiles(sequences, blocks, group, keys, masks.offset, cost)
 
 
 def _over_sequences(extreme: Callable[..., int], ranges: Ranges, sequences: slice) -> list[int] | None:
@@ -225,7 +239,7 @@ def _blocks(
     masks: Masks,
     starts: list[int] | None,
     ends: list[int] | None,
-    costs: Costs,
+    cost: Cost,
 ) -> list[_Block]:
     """Cut queries [rows) of one head into blocks, as many queries each as make the keys among [keys) cheapest."""
     choices = [
@@ -233,7 +247,13 @@ def _blocks(
         for step in BLOCK_ROWS
     ]
     choices = [[block for block in blocks if block.low < block.high] for blocks in choices]
-    return min(choices, key=lambda blocks: sum(costs.of(block.rows, block.high - block.low) for block in blocks))
+
+    def work(blocks: list[_Block]) -> float:
+        """Without the cost of calls, which blocks may share."""
+        sizes = [(block.rows, block.high - block.low) for block in blocks]
+        return sum(cost(2, *size) - cost(1, *size) for size in sizes)
+
+    return min(choices, key=work)
 
 
 def _block(
@@ -248,14 +268,17 @@ def _block(
     if starts is not None and ends is not None:
         within = slice(row // BLOCK_M, (past_row - 1) // BLOCK_M + 1)
         low, high = max(low, min(starts[within])), min(high, max(ends[within]))
+    low = max(keys[0], min(low, high + (low - high) // ALIGNED * ALIGNED))
     return _Block(row, past_row - row, low, high)
 
 
-def _tiles(batch: slice, blocks: list[list[_Block]], group: int, keys: tuple[int, int], offset: int) -> Iterator[Tile]:
+def _tiles(
+    batch: slice, blocks: list[list[_Block]], group: int, keys: tuple[int, int], offset: int, cost: Cost
+) -> Iterator[Tile]:
     """Batch consecutive blocks of a head whose windows are alike, and heads whose blocks are."""
     alone: dict[tuple[int, int], list[tuple[int, _Block]]] = {}
     for head, head_blocks in enumerate(blocks):
-        for run in _cut(head_blocks, lambda run: _run_cost(run, keys, offset)):
+        for run in _cut(head_blocks, lambda run: _run_cost(run, keys, offset, cost)):
             if len(run) == 1:
                 alone.setdefault((run[0].row, run[0].rows), []).append((head, run[0]))
                 continue
@@ -264,7 +287,7 @@ def _tiles(batch: slice, blocks: list[list[_Block]], group: int, keys: tuple[int
             key = row + offset - before
             yield Tile(batch, slice(head, head + 1), row, run[0].rows, len(run), key, width)
     for (row, rows), members in alone.items():
-        for some in _cut(members, lambda some: _heads_cost(some, group)):
+        for some in _cut(members, lambda some: _heads_cost(some, group, cost)):
             low = min(block.low for _, block in some)
             high = max(block.high for _, block in some)
             yield Tile(batch, slice(some[0][0], some[-1][0] + 1), row, rows, 1, low, high - low)
@@ -290,7 +313,7 @@ def _window(run: list[_Block], offset: int) -> tuple[int, int]:
     return before, before + after
 
 
-def _run_cost(run: list[_Block], keys: tuple[int, int], offset: int) -> float:
+def _run_cost(run: list[_Block], keys: tuple[int, int], offset: int, cost: Cost) -> float:
     """Work of one call for these blocks of one head; infinite where their windows cannot be a batch."""
     rows = run[0].rows
     before, width = _window(run, offset)
@@ -300,22 +323,23 @@ def _run_cost(run: list[_Block], keys: tuple[int, int], offset: int) -> float:
         inside = first + offset - before >= keys[0] and last + offset - before + width <= keys[1]
         if not (regular and inside):
             return math.inf
-    return CALL_COST + len(run) * rows * width
+    return cost(len(run), rows, width)
 
 
-def _heads_cost(members: list[tuple[int, _Block]], group: int) -> float:
+def _heads_cost(members: list[tuple[int, _Block]], group: int, cost: Cost) -> float:
     """Work of one call for one block of queries of these heads; infinite where they are not evenly spaced."""
     (first, block), (last, _) = members[0], members[-1]
     adjacent = last - first == len(members) - 1
     if len(members) > 1 and not (adjacent and (group == 1 or first // group == last // group)):
         return math.inf
     low, high = min(block.low for _, block in members), max(block.high for _, block in members)
-    return CALL_COST + len(members) * block.rows * (high - low)
+    return cost(len(members), block.rows, high - low)
 
 
-def pieces(tile: Tile, lanes: int) -> Iterator[Tile]:
-    """Cut a tile into ones of one sequence and at most so many lanes, but at least one."""
-    lanes = max(lanes, 1)
+def pieces(tile: Tile) -> Iterator[Tile]:
+    """Cut a tile into ones of one sequence with as many lanes as share a product: one lane alone where it is wide."""
+    pairs = tile.rows * tile.width
+    lanes = 1 if pairs >= WIDE_PAIRS else max(1, STRIP_PAIRS // pairs)
     for sequence in range(tile.batch.start, tile.batch.stop):
         one = replace(tile, batch=slice(sequence, sequence + 1))
         if tile.count == 1:
@@ -325,3 +349,13 @@ def pieces(tile: Tile, lanes: int) -> Iterator[Tile]:
             for first in range(0, tile.count, lanes):
                 step = first * tile.rows
                 yield replace(one, row=tile.row + step, key=tile.key + step, count=min(lanes, tile.count - first))
+
+
+def strips(tile: Tile) -> Iterator[Tile]:
+    """Cut a tile of one block of queries into ones with fewer keys; a tile of several windows is narrow already."""
+    if tile.count > 1:
+        yield tile
+        return
+    width = max(1, STRIP_PAIRS // (tile.rows * ALIGNED)) * ALIGNED
+    for first in range(0, tile.width, width):
+        yield replace(tile, key=tile.key + first, width=min(width, tile.width - first))

@@ -1,0 +1,89 @@
+"""Tiles of half precision by PyTorch's flash attention for the CPU.
+
+Where the processor has units for matrices of half types (AMX) this kernel, which `scaled_dot_product_attention` uses
+too, is several times as fast as products in float32; on other processors it is slower. It is called directly because
+only that returns the LSE.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .tile_views import bias_of, falloff, keys_of, rows_of
+from .tiles import Masks, Tile
+
+SQUARE_KEYS = 2**14
+"""Largest square tile: up to here the half types hold 256 a + b exactly."""
+
+SQUARE_BIAS = 2.0**10
+"""Largest bias in a square tile, where float32 errs by 2^-14, little against half precision."""
+
+
+def fits_squares(left: Tensor, key_length: int) -> bool:
+    """Whether heads that need all keys may be computed in square tiles, the bias made from key positions."""
+    return key_length <= SQUARE_KEYS and bool((left * key_length <= SQUARE_BIAS).all())
+
+
+class KernelTiles:
+    """Attention over tiles, each written to `out` (B, H, Tq, D) and `lse` (B, H, Tq)."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        left: Tensor,
+        right: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        scale: float,
+        masks: Masks,
+    ) -> None:
+        self.q, self.k, self.v, self.left, self.out, self.lse = q, k, v, left, out, lse
+        self.scale, self.masks = scale, masks
+        self.falloff = falloff(left, right, masks, lse.dtype)
+
+    def attend(self, tile: Tile) -> None:
+        """Compute a tile, whole heads as squares that the kernel knows to be causal, others with their bias as mask."""
+        if tile.square:
+            self._attend_square(tile)
+            return
+        rows = rows_of(self.q, tile).flip(-2)
+        bias = bias_of(self.falloff, tile, self.masks).expand(*rows.shape[:3], tile.width)
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            rows, *self._keys_and_values(tile), 0.0, False, attn_mask=bias, scale=self.scale
+        )
+        if self.masks.may_leave_rows_empty:
+            lse = lse.masked_fill((bias == float("-inf")).all(dim=-1), float("-inf"))
+        rows_of(self.out, tile).copy_(out.flip(-2))
+        rows_of(self.lse, tile).copy_(lse.flip(-1))
+
+    def _attend_square(self, tile: Tile) -> None:
+        """Attend within a square tile, p being its first position.
+
+        The bias is -m (i - p) + m (j - p). The first term alters the LSE alone. The second becomes products of 8 more
+        entries of q and k: (j - p) is split into 256 a + b and m into three parts, all exact in half precision.
+        """
+        position, dtype = torch.arange(tile.width), self.q.dtype
+        slope = self.left.detach().to(torch.float32).expand(self.lse.shape[:2])[tile.batch, tile.heads, None]
+        parts: list[Tensor] = []  # each [B, heads, 1]
+        for _ in range(3):
+            parts.append((slope / self.scale - sum(parts)).to(dtype).float())
+        of_q = F.pad(torch.cat(parts, dim=-1).repeat_interleave(2, dim=-1), (0, 2)).to(dtype)  # [B, heads, 8]
+        of_k = F.pad(torch.stack([position // 256 * 256, position % 256], dim=-1).repeat(1, 3), (0, 2)).to(dtype)
+        rows = rows_of(self.q, tile)
+        keys, values = self._keys_and_values(tile)
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            torch.cat([rows, of_q[:, :, None].expand(*rows.shape[:3], -1)], dim=-1),
+            torch.cat([keys, of_k.expand(*keys.shape[:3], -1)], dim=-1),
+            F.pad(values, (0, 8)),
+            0.0,
+            True,
+            scale=self.scale,
+        )
+        rows_of(self.out, tile).copy_(out[..., : self.q.shape[3]])
+        rows_of(self.lse, tile).copy_(lse - slope * position)
+
+    def _keys_and_values(self, tile: Tile) -> tuple[Tensor, Tensor]:
+        num_heads = self.q.shape[1]
+        return keys_of(self.k, num_heads, tile), keys_of(self.v, num_heads, tile)
