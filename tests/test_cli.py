@@ -1,5 +1,6 @@
 import io
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -110,6 +111,8 @@ def test_version_is_the_package_s(capsys):
         (["evaluate", "nowhere"], ["nowhere", "no folder here"]),
         (["evaluate", "nowhere", "nowhere"], ["MODELS=nowhere nowhere", "give each model once"]),
         (["evaluate", "nowhere", "--task", "speed"], ["tasks='speed'", "perplexity, positions"]),
+        (["evaluate", "nowhere", "--train-length", "0"], ["longreach evaluate: train_length=0"]),
+        (["doctor", "nowhere", "--lengths", "1"], ["longreach doctor: valid_lengths has 1"]),
         (["evaluate", "nowhere", "--lengths", "0"], ["longreach evaluate: valid_lengths=0"]),
         (["evaluate", "nowhere", "--lengths", "8", "--strides", "9"], ["longreach evaluate: strides=9 is over"]),
         (["generate", "nowhere"], ["nowhere"]),
@@ -295,6 +298,11 @@ def test_the_folder_of_a_comparison_is_no_run(capsys, small, tmp_path, verb):
     assert line.endswith("out holds a comparison: give the folder of one of its runs (alibi, none)")
 
 
+def test_evaluate_refuses_another_training_length_for_a_run(capsys, trained):
+    line = refused(capsys, "evaluate", str(trained), "--train-length", "7")
+    assert line == f"longreach evaluate: train_length=7: {trained} was trained by longreach at 16; leave it out"
+
+
 def test_evaluate_on_other_text(capsys, trained, tmp_path):
     text = "one two three four five six seven. " * 40
     (tmp_path / "other.txt").write_text(text)
@@ -329,6 +337,14 @@ def test_export_writes_a_model_that_transformers_loads_with_its_perplexities(cap
     card = (tmp_path / "mpt" / "README.md").read_text(encoding="utf-8")
     assert f"{record.perplexity:.2f}" in card
     assert "rotary" not in card
+
+
+def test_export_takes_no_perplexities_of_another_run(capsys, small, trained, tmp_path):
+    output = tmp_path / "out"
+    main(["compare", "--output", str(output), *small, "--methods", "alibi", "--valid-lengths", "16"])
+    shutil.copytree(trained, output / "same-method-and-length")
+    main(["export", str(output / "same-method-and-length"), "--output", str(tmp_path / "mpt")])
+    assert "| alibi |" not in (tmp_path / "mpt" / "README.md").read_text(encoding="utf-8")
     capsys.readouterr()
     line = refused(capsys, "export", str(output / "rotary"), "--output", str(tmp_path / "other"))
     assert "rotary" in line

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
@@ -31,12 +31,18 @@ from longreach.results import Results
 from longreach.runs import open_run, train_run
 from longreach.terminal import TerminalProgress
 from longreach.train.config import PRESETS, RunConfig, check_folder, load_config
+from longreach.train.loop import read_training_record
 
 Arguments = TypeVar("Arguments")
+Config = TypeVar("Config", EvaluationConfig, DoctorConfig)
 # Short names of options that are typed often.
 _FULL_NAMES = {"--task": "--tasks", "--lengths": "--valid-lengths", "--from": "--start-from", "--scaling": "--scalings"}
 # Options of nested configurations stand beside the others: --steps, not --config.train.steps.
 _FLAT = tyro.conf.OmitArgPrefixes
+
+
+class _Word(str):
+    """Text that stands as a word of its own, for a shell may expand it: several are parted by spaces, not commas."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,7 @@ class CompareArguments:
     """Train position methods on short sequences, test each far past that length, and report.
 
     With no data given, learns from the source code of Python's own standard library. Run again, it goes on where it
-    stopped and skips what is finished.
+    stopped and skips what is finished. --task and --lengths are short for --tasks and --valid-lengths.
     """
 
     output: Path
@@ -60,7 +66,7 @@ class CompareArguments:
 class TrainArguments:
     """Train one model with one position method, from new weights or from those of another (--from).
 
-    Run again, it goes on from its last checkpoint.
+    Run again, it goes on from its last checkpoint. --from is short for --start-from.
     """
 
     output: Path
@@ -73,37 +79,26 @@ class TrainArguments:
 
 
 @dataclass(frozen=True)
-class EvaluateArguments:
+class EvaluateArguments(EvaluationConfig):
     """Measure models at many lengths: perplexity, use of context, retrieval, summaries; print the tables.
 
-    Run again with the same output, it goes on where it stopped.
+    Run again with the same output, it goes on where it stopped. --task, --lengths and --scaling are short for --tasks,
+    --valid-lengths and --scalings.
     """
 
-    models: tyro.conf.Positional[tuple[Path, ...]]
-    """Folders of trained runs, as `train` writes them and `compare` does for each method, or Hugging Face models: a
-    folder or a name on the hub."""
+    models: tyro.conf.Positional[tuple[_Word, ...]]
     evaluate: Annotated[EvaluateConfig, _FLAT] = EvaluateConfig()
-    data: str | None = None
-    """Text to test on: file, folder, glob or hf:NAME[:CONFIG]; by default the validation text of each run, and for
-    other models the source code of Python's standard library."""
     output: Path | None = None
     """Folder to write results.json, figures and report.html to."""
-    device: str | None = None
-    """Where to run; by default where a run was trained, and cuda for other models where there is one."""
-    train_length: int | None = None
-    """L of Hugging Face models whose configuration does not tell it."""
-    dtype: str = "auto"
-    """Of Hugging Face models: float32, bfloat16, float16, or auto for that of their files."""
-    trust_remote_code: bool = False
-    """Run code that comes with a Hugging Face model."""
-    scalings: tuple[str, ...] = ()
-    """How the slopes of Hugging Face models with ALiBi are scaled past L, one after another: none, linear, ntk or
-    linear-fixed=FACTOR, and +logn after any of them; stock is the model's own code."""
 
 
 @dataclass(frozen=True)
 class ExtendArguments(EvaluateArguments):
-    """Measure pretrained ALiBi models past their training length, with and without interpolated slopes, and report."""
+    """Measure pretrained ALiBi models past their training length, with and without interpolated slopes, and report.
+
+    Run again with the same output, it goes on where it stopped. --task, --lengths and --scaling are short for --tasks,
+    --valid-lengths and --scalings.
+    """
 
     scalings: tuple[str, ...] = ("none", "linear", "ntk")
     """How the slopes are scaled past L, one after another: none, linear, ntk or linear-fixed=FACTOR, and +logn after
@@ -111,28 +106,14 @@ class ExtendArguments(EvaluateArguments):
 
 
 @dataclass(frozen=True)
-class DoctorArguments:
+class DoctorArguments(DoctorConfig):
     """Examine a pretrained ALiBi model: what its stock code does wrong, how far its heads see, which scaling to use.
 
-    With no text given it runs on random tokens, which show mistakes but cannot tell scalings apart.
+    With no text given it runs on random tokens, which show mistakes but cannot tell scalings apart. --lengths is short
+    for --valid-lengths.
     """
 
-    model: tyro.conf.Positional[str]
-    """A Hugging Face model: a folder or a name on the hub."""
-    text: str | None = None
-    """Text to examine it on: file, folder or glob."""
-    valid_lengths: tuple[int, ...] = ()
-    """Lengths in tokens at which the model is wanted; by default its training length and twice that."""
-    train_length: int | None = None
-    """The length that it was trained at, where its configuration does not tell."""
-    dtype: str = "auto"
-    """float32, bfloat16, float16, or auto for that of its files."""
-    device: str = "auto"
-    """Where to run: auto, cpu, cuda or another device of torch."""
-    trust_remote_code: bool = False
-    """Run code that comes with the model."""
-    max_memory: float = 16.0
-    """GiB that the stock code's attention may take; it is not run at lengths where it needs more."""
+    model: tyro.conf.Positional[_Word]
 
 
 @dataclass(frozen=True)
@@ -206,16 +187,7 @@ def train_command(arguments: TrainArguments) -> None:
 
 def evaluate_command(arguments: EvaluateArguments) -> None:
     """`longreach evaluate` and `longreach extend`."""
-    config = EvaluationConfig(
-        models=tuple(map(str, arguments.models)),
-        evaluate=arguments.evaluate,
-        data=arguments.data,
-        device=arguments.device,
-        train_length=arguments.train_length,
-        dtype=arguments.dtype,
-        trust_remote_code=arguments.trust_remote_code,
-        scalings=arguments.scalings,
-    )
+    config = _part(arguments, EvaluationConfig)
     with TerminalProgress() as progress:
         results = evaluate_models(config, arguments.output, progress)
     print_tables(results, Console())
@@ -225,19 +197,14 @@ def evaluate_command(arguments: EvaluateArguments) -> None:
 
 def doctor_command(arguments: DoctorArguments) -> None:
     """`longreach doctor`."""
-    config = DoctorConfig(
-        model=arguments.model,
-        text=arguments.text,
-        lengths=arguments.valid_lengths,
-        train_length=arguments.train_length,
-        dtype=arguments.dtype,
-        device=arguments.device,
-        trust_remote_code=arguments.trust_remote_code,
-        max_memory=arguments.max_memory,
-    )
     with TerminalProgress() as progress:
-        checkup = examine(config, progress)
+        checkup = examine(_part(arguments, DoctorConfig), progress)
     print_checkup(checkup, Console())
+
+
+def _part(arguments: Any, kind: type[Config]) -> Config:
+    """The configuration whose fields are among a verb's arguments."""
+    return kind(**{field.name: getattr(arguments, field.name) for field in fields(kind)})
 
 
 def generate_command(arguments: GenerateArguments) -> None:
@@ -267,16 +234,24 @@ def export_command(arguments: ExportArguments) -> None:
     """`longreach export`."""
     run = open_run(arguments.run, "cpu")
     train_length = run.model.config.train_length
-    path = arguments.results or arguments.run.resolve().parent / "results.json"
-    measured = arguments.results is not None or path.exists()
+    results = _of_comparison(arguments.run) if arguments.results is None else Results.read(arguments.results)
     export_mpt(
         run.model,
         arguments.output,
         max_length=16 * train_length if arguments.max_length is None else arguments.max_length,
         tokenizer=arguments.run,
-        card_table=_card_table(Results.read(path), run.config.method, train_length) if measured else None,
+        card_table=None if results is None else _card_table(results, run.config.method, train_length),
     )
     print(f"Model: {arguments.output}")
+
+
+def _of_comparison(run: Path) -> Results | None:
+    """The results of the comparison that trained a run; None where it was trained alone, whatever lies beside it."""
+    path = run.resolve().parent / "results.json"
+    if not path.exists():
+        return None
+    results = Results.read(path)
+    return results if read_training_record(run / "training.json") in results.training else None
 
 
 def _card_table(results: Results, method: str, train_length: int) -> str | None:
@@ -414,6 +389,7 @@ _KINDS: dict[Any, tuple[str, str]] = {
     float: ("FLOAT", "a number"),
     str: ("TEXT", "text"),
     Path: ("PATH", "a path"),
+    _Word: ("MODEL", "a name"),
 }
 """Type -> how help names it, and how errors do."""
 
@@ -428,8 +404,8 @@ def _readers() -> tyro.constructors.ConstructorRegistry:
         is_list = get_origin(info.type) is tuple and parts[1:] == (Ellipsis,)
         is_optional = get_origin(info.type) in (Union, UnionType) and type(None) in parts
         kind = parts[0] if is_list or is_optional else info.type
-        if kind not in _KINDS or (is_list and kind is Path):
-            return None  # paths come as words of their own, since a shell expands them so
+        if kind not in _KINDS or (is_list and kind is _Word):
+            return None
         metavar, description = _KINDS[kind]
 
         def read_one(word: str) -> Any:
@@ -472,7 +448,7 @@ def _first_section(box: str) -> str:
         elif text:
             break
     # Which section of the configuration a refused value stands in is of no interest on the command line.
-    return re.sub(r"^Error parsing ((config|evaluate)[.\w]*: )?", "", " ".join(text))
+    return re.sub(r"^Error parsing ((\w+Arguments|config|evaluate)[.\w]*: )?", "", " ".join(text))
 
 
 def _fail(program: str, message: str) -> NoReturn:

@@ -45,24 +45,24 @@ class DoctorConfig:
     model: str
     """A folder or a name on the Hugging Face hub."""
     text: str | None = None
-    """Text to examine it on; random tokens when None, which tell nothing of scalings."""
-    lengths: tuple[int, ...] = ()
-    """Lengths in tokens at which it is wanted; its training length and twice that when empty."""
+    """Text to examine it on: file, folder or glob; random tokens when none is given."""
+    valid_lengths: tuple[int, ...] = ()
+    """Lengths in tokens at which it is wanted; its training length and twice that when none are given."""
     train_length: int | None = None
     """L in tokens, where its configuration does not tell it."""
     dtype: str = "auto"
-    """Of its weights, or auto for that of its files."""
+    """float32, bfloat16, float16, or auto for that of its files."""
     device: str = "auto"
-    """Where to run."""
+    """Where to run: auto, cpu, cuda or another device of torch."""
     trust_remote_code: bool = False
-    """Whether to run code that comes with it."""
+    """Run code that comes with it."""
     max_memory: float = 16.0
     """GiB that the scores of its stock code may take; it is not run at lengths that take more."""
 
     def __post_init__(self) -> None:
-        for length in self.lengths:
+        for length in self.valid_lengths:
             if length < 2:
-                raise ValueError(f"lengths has {length}: give lengths of at least 2 tokens")
+                raise ValueError(f"valid_lengths has {length}: give lengths of at least 2 tokens")
         if not self.max_memory > 0:
             raise ValueError(f"max_memory={self.max_memory}: give a positive number of GiB")
 
@@ -114,8 +114,8 @@ def examine(config: DoctorConfig, progress: Progress = lambda stage, done, total
         trust_remote_code=config.trust_remote_code,
     )
     length = subject.train_length
-    config = replace(config, lengths=tuple(sorted(set(config.lengths or (length, 2 * length)))))
-    longest = max(config.lengths)
+    config = replace(config, valid_lengths=tuple(sorted(set(config.valid_lengths or (length, 2 * length)))))
+    longest = max(config.valid_lengths)
     if config.text is None:
         tokens = np.random.default_rng(SEED).integers(0, subject.tokenizer.vocab_size, longest)
     else:
@@ -125,12 +125,12 @@ def examine(config: DoctorConfig, progress: Progress = lambda stage, done, total
     diagnosis = diagnose(
         model,
         torch.from_numpy(tokens[:longest]).to(subject.device),
-        config.lengths,
+        config.valid_lengths,
         max_bytes=int(config.max_memory * 2**30),
         progress=progress,
     )
     checkup = Checkup(config, length, diagnosis)
-    beyond = [wanted for wanted in config.lengths if wanted > length]
+    beyond = [wanted for wanted in config.valid_lengths if wanted > length]
     if config.text is None or not beyond:
         return checkup
     base, trials = try_scalings(subject, tokens, beyond, progress)
@@ -328,7 +328,7 @@ def _scaling_grid(checkup: Checkup) -> Grid:
 
 def _advice(checkup: Checkup) -> str:
     """Which scaling to use, in words, or why nothing can be said."""
-    beyond = [length for length in checkup.config.lengths if length > checkup.train_length]
+    beyond = [length for length in checkup.config.valid_lengths if length > checkup.train_length]
     if not beyond:
         return f"Scaling: none is needed up to the training length of {checkup.train_length:,} tokens."
     if not checkup.trials:

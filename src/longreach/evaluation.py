@@ -39,11 +39,11 @@ class EvaluationConfig:
     device: str | None = None
     """Where to run; by default where a run was trained, and cuda for other models where there is one."""
     train_length: int | None = None
-    """L of Hugging Face models whose configuration does not tell it."""
+    """L in tokens of Hugging Face models, where their configuration does not tell it."""
     dtype: str = "auto"
     """Of Hugging Face models: float32, bfloat16, float16, or auto for that of their files."""
     trust_remote_code: bool = False
-    """Whether to run code that comes with a Hugging Face model."""
+    """Run code that comes with a Hugging Face model."""
     scalings: tuple[str, ...] = ()
     """How the slopes of Hugging Face models with ALiBi are scaled past L, one after another: none, linear, ntk or
     linear-fixed=FACTOR, and +logn after any of them; stock is the model's own code. When none is given, as the
@@ -54,6 +54,8 @@ class EvaluationConfig:
             raise ValueError("MODELS is empty: give the folder of a trained run, or a Hugging Face model")
         if len(set(self.models)) < len(self.models):
             raise ValueError(f"MODELS={' '.join(self.models)}: give each model once")
+        if self.train_length is not None and self.train_length < 1:
+            raise ValueError(f"train_length={self.train_length}: give a positive number of tokens")
         if len(set(self.scalings)) < len(self.scalings):
             raise ValueError(f"scalings={','.join(self.scalings)}: give each once")
         for scaling in self.scalings:
@@ -120,6 +122,11 @@ def open_subject(name: str, config: EvaluationConfig, scaling: str | None) -> tu
                 "alibi:dynamic=true"
             )
         run = open_run(folder, config.device)
+        if config.train_length not in (None, run.model.config.train_length):
+            raise ValueError(
+                f"train_length={config.train_length}: {name} was trained by longreach at "
+                f"{run.model.config.train_length}; leave it out"
+            )
         subject, data, seed = run.subject(), run.config.data, run.config.train.seed
         tokenizer = str(folder / "tokenizer.json")
     if scaling is not None:
