@@ -2,19 +2,10 @@ import math
 from dataclasses import replace
 
 import pytest
+import sample_records
+from sample_records import CONTEXT, DECOMPOSITION, OFFSET, PROVENANCE, RETRIEVAL, SUMMARY, TRAINING
 
-from longreach.results import (
-    ContextRecord,
-    DecompositionRecord,
-    OffsetRecord,
-    Provenance,
-    Record,
-    Results,
-    RetrievalRecord,
-    Skipped,
-    SummaryRecord,
-    TrainingRecord,
-)
+from longreach.results import Results
 
 LENGTHS = (128, 256, 512, 1024, 2048)
 CURVES = {
@@ -27,43 +18,23 @@ CURVES = {
 
 @pytest.fixture
 def provenance():
-    return Provenance(
-        longreach="0.1.0",
-        torch="2.13.0",
-        python="3.12.3",
-        platform="Linux",
-        device="cpu",
-        num_threads=2,
-        git_commit="abc123",
-        seed=7,
-        corpus="stdlib",
-        corpus_hash="c0ffee",
-        tokenizer_hash="70ken",
-        vocab_size=4096,
-        created="2026-02-03T04:05:06+00:00",
-        config={"model": {"d_model": 256}},
-    )
+    return replace(PROVENANCE, git_commit="abc123", seed=7, corpus_hash="c0ffee", config={"model": {"d_model": 256}})
 
 
 @pytest.fixture
 def record():
     def make(method, valid_length, perplexity, train_length=128):
         nats = 800.0 if perplexity == math.inf else math.log(perplexity)
-        return Record.from_sums(
-            method=method,
+        return sample_records.record(
+            method,
+            valid_length,
             train_length=train_length,
-            valid_length=valid_length,
-            stride=valid_length,
-            protocol="nonoverlapping",
             nll=4096 * nats,
             tokens=4096,
             bytes=16000,
-            words=None,
             mean_context=(valid_length - 1) / 2,
             tokens_per_second=41234.0,
-            seconds=0.1,
             peak_memory=3 * 2**28,
-            attention="sdpa",
         )
 
     return make
@@ -72,15 +43,7 @@ def record():
 @pytest.fixture
 def skipped():
     def make(method, valid_length, reason, train_length=128):
-        return Skipped(
-            task="perplexity",
-            method=method,
-            train_length=train_length,
-            valid_length=valid_length,
-            stride=valid_length,
-            protocol="nonoverlapping",
-            reason=reason,
-        )
+        return replace(sample_records.skipped(method, valid_length), train_length=train_length, reason=reason)
 
     return make
 
@@ -88,18 +51,8 @@ def skipped():
 @pytest.fixture
 def training():
     def make(method, train_length=128):
-        return TrainingRecord(
-            method=method,
-            train_length=train_length,
-            steps=200,
-            tokens=409600,
-            parameters=4213760,
-            final_loss=4.31,
-            tokens_per_second=9123.4,
-            seconds=44.9,
-            peak_memory=3 * 2**29,
-            attention="sdpa",
-        )
+        measured = {"tokens": 409600, "tokens_per_second": 9123.4, "peak_memory": 3 * 2**29}
+        return replace(TRAINING, method=method, train_length=train_length, **measured)
 
     return make
 
@@ -140,7 +93,8 @@ def strided(record):
 @pytest.fixture
 def context():
     def make(method, valid_length, first, last, loss, train_length=128, half=0.03, resampled="35 documents"):
-        return ContextRecord(
+        return replace(
+            CONTEXT,
             method=method,
             train_length=train_length,
             valid_length=valid_length,
@@ -162,7 +116,8 @@ def decomposed():
         def interval(value):
             return (None, None) if half is None else (value - half, value + half)
 
-        return DecompositionRecord(
+        return replace(
+            DECOMPOSITION,
             method=method,
             train_length=train_length,
             valid_length=valid_length,
@@ -176,7 +131,6 @@ def decomposed():
             relief_high=interval(relief)[1],
             beyond_low=interval(beyond)[0],
             beyond_high=interval(beyond)[1],
-            resampled="35 documents",
         )
 
     return make
@@ -187,7 +141,7 @@ def offset():
     def make(method, start, perplexity, train_length=128):
         nll = 4096 * (800.0 if perplexity == math.inf else math.log(perplexity))
         lengths = {"train_length": train_length, "valid_length": train_length}
-        return OffsetRecord(method=method, **lengths, offset=start, tokens=4096, nll=nll)
+        return replace(OFFSET, method=method, **lengths, offset=start, tokens=4096, nll=nll)
 
     return make
 
@@ -197,17 +151,8 @@ def found():
     """Answers found at one depth."""
 
     def make(method, valid_length, depth, correct, cases=10, train_length=128, task="lines"):
-        return RetrievalRecord(
-            task=task,
-            method=method,
-            train_length=train_length,
-            valid_length=valid_length,
-            depth=depth,
-            cases=cases,
-            correct=correct,
-            mean_tokens=0.97 * valid_length,
-            seconds=1.5,
-        )
+        lengths = {"train_length": train_length, "valid_length": valid_length, "mean_tokens": 0.97 * valid_length}
+        return replace(RETRIEVAL, task=task, method=method, **lengths, depth=depth, cases=cases, correct=correct)
 
     return make
 
@@ -219,8 +164,7 @@ def summary():
         for name, value in (("rouge1", rouge1), ("rouge2", rouge1 / 4), ("rougeL", rouge1 / 2)):
             low, high = (None, None) if half is None else (value - half, value + half)
             scores |= {name: value, f"{name}_low": low, f"{name}_high": high}
-        lengths = {"train_length": train_length, "valid_length": valid_length}
-        return SummaryRecord(method=method, **lengths, cases=35, truncated=12, **scores, seconds=90.0)
+        return replace(SUMMARY, method=method, train_length=train_length, valid_length=valid_length, **scores)
 
     return make
 
