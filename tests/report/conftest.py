@@ -51,7 +51,7 @@ def skipped():
 @pytest.fixture
 def training():
     def make(method, train_length=128):
-        measured = {"tokens": 409600, "tokens_per_second": 9123.4, "peak_memory": 3 * 2**29}
+        measured = {"tokens": 409600, "parameters": 4213760, "tokens_per_second": 9123.4, "peak_memory": 3 * 2**29}
         return replace(TRAINING, method=method, train_length=train_length, **measured)
 
     return make
