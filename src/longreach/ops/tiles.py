@@ -45,6 +45,9 @@ ALIGNED = 64
 BOUND_COST = 120
 """Work of finding a head's ranges, in keys per query; five times as many beside the faster kernel."""
 
+BOUND_CALL_COST = 2**21
+"""Work of finding any ranges at all, in pairs: some hundred small operations."""
+
 Ranges = list[list[int]] | None
 """One end of the ranges of a head, for each sequence and each block; None where they were not worth finding."""
 
@@ -145,14 +148,18 @@ def heads_worth_bounding(
         dense = min(dense, masks.window_size)
     exponent = -math.log(tolerance) if tolerance else 104.0
     # Every key that is read costs as much as 40 more queries; the bound reads k alone, and that not given its norms.
-    cost = (5 if by_kernel else 1) * BOUND_COST * query_length + (20 * key_length if key_norms is None else 0)
-    worth = []
+    dear = 5 if by_kernel else 1
+    cost = dear * BOUND_COST * query_length + (20 * key_length if key_norms is None else 0)
+    worth, saved = [], 0.0
     if query_length and key_length and q.shape[0]:
         slopes = torch.minimum(left, right).detach().view(-1, q.shape[1]).amin(dim=0).tolist()
         for head, slope in enumerate(slopes):
-            if slope > 0 and (dense - BLOCK_M - 1.7 * exponent / slope) * (query_length + 40) > cost:
+            if slope > 0 and (gain := (dense - BLOCK_M - 1.7 * exponent / slope) * (query_length + 40) - cost) > 0:
                 worth.append(head // group)
-    return slice(min(worth) * group, (max(worth) + 1) * group) if worth else slice(0, 0)
+                saved += q.shape[0] * gain
+    if saved < dear * BOUND_CALL_COST:
+        return slice(0, 0)
+    return slice(min(worth) * group, (max(worth) + 1) * group)
 
 
 Cost = Callable[[int, int, int], float]
