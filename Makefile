@@ -1,8 +1,13 @@
 # make demo: install what is pinned and run the main job. make test: all that CI runs.
+# make test-oldest: the tests that use models of transformers, with the oldest version supported.
 PYTHON ?= python3
 BIN := .venv/bin
+OLDEST := $(CURDIR)/.venv/oldest-transformers
+USING_TRANSFORMERS := tests/extension tests/test_cli.py tests/test_conformance.py tests/test_doctor.py \
+	tests/test_evaluation.py tests/test_finetune.py tests/test_testing.py tests/evaluate/test_generation.py \
+	tests/evaluate/test_harness.py tests/evaluate/test_huggingface.py tests/evaluate/test_sweep.py
 
-.PHONY: demo test format clean
+.PHONY: demo test test-oldest format clean
 
 demo: .venv/run
 	$(BIN)/longreach compare --output runs/demo
@@ -12,6 +17,11 @@ test: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2
+	$(MAKE) test-oldest
+
+test-oldest: .venv/oldest
+	PYTHONPATH="$(OLDEST)" $(BIN)/python -c "import transformers as t; print('transformers', t.__version__)"
+	PYTHONPATH="$(OLDEST)" $(BIN)/pytest -n 2 $(USING_TRANSFORMERS)
 
 format: .venv/dev
 	$(BIN)/ruff check --fix .
@@ -24,6 +34,12 @@ format: .venv/dev
 
 .venv/dev: .venv/run requirements-dev.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt -e '.[hf,eval,dev]'
+	touch $@
+
+.venv/oldest: .venv/dev requirements-oldest.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade --no-deps --target "$(OLDEST)" \
+		-r requirements-oldest.txt
+	PYTHONPATH="$(OLDEST)" $(BIN)/pip check
 	touch $@
 
 clean:

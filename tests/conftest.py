@@ -38,3 +38,24 @@ def corpus(tmp_path_factory):
         ]
         (folder / f"{number:02}.txt").write_text("".join(lines), encoding="utf-8")
     return folder
+
+
+@pytest.fixture
+def scale_bloom_bias(monkeypatch):
+    """A function that has the stock code of BLOOM multiply its bias, of each head by its own where factors are (H,).
+
+    An extended model is not changed. Versions of transformers make the bias differently, and all hand it to attention.
+    """
+    from transformers.models.bloom.modeling_bloom import BloomAttention
+
+    stock = BloomAttention.forward
+
+    def scale(factor):
+        factor = torch.as_tensor(factor).view(-1, 1, 1)
+
+        def forward(self, hidden_states, residual, alibi, **options):
+            return stock(self, hidden_states, residual, alibi=factor * alibi, **options)  # [H, 1, T], for one sequence
+
+        monkeypatch.setattr(BloomAttention, "forward", forward)
+
+    return scale

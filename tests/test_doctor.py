@@ -10,7 +10,6 @@ import torch
 import transformers
 from rich.console import Console
 
-import longreach
 from longreach.cli import main
 from longreach.data.tokenizer import train_tokenizer
 from longreach.doctor import DoctorConfig, Trial, examine, print_checkup, read_tokens
@@ -69,7 +68,7 @@ def page(checkup, width):
 
 
 def test_the_page_answers_all_four_questions(mpt, text):
-    checkup = examine(DoctorConfig(mpt, text=text, lengths=(TRAIN_LENGTH, 96)))
+    checkup = examine(DoctorConfig(mpt, text=text, valid_lengths=(TRAIN_LENGTH, 96)))
     for width in (80, 120):
         shown = page(checkup, width)
         assert max(map(len, shown.splitlines())) <= width
@@ -98,35 +97,33 @@ def test_without_text_there_is_no_recommendation(bloom):
 
 
 def test_up_to_the_training_length_no_scaling_is_needed(bloom, text):
-    checkup = examine(DoctorConfig(bloom, text=text, lengths=(8, TRAIN_LENGTH)))
+    checkup = examine(DoctorConfig(bloom, text=text, valid_lengths=(8, TRAIN_LENGTH)))
     assert checkup.trials == ()
     assert "none is needed up to the training length of 16 tokens" in page(checkup, 80)
 
 
-def test_perplexities_are_those_of_models_with_scaled_slopes(bloom, text, tokenizer):
-    """Slopes are put into the stock code's own hands here, which knows nothing of scalings."""
+def test_perplexities_are_those_of_models_with_scaled_slopes(bloom, text, tokenizer, scale_bloom_bias):
+    """The stock code's own bias is multiplied here, which knows nothing of scalings."""
     length = 64
-    checkup = examine(DoctorConfig(bloom, text=text, lengths=(length,)))
+    checkup = examine(DoctorConfig(bloom, text=text, valid_lengths=(length,)))
     ids = torch.from_numpy(read_tokens(text, tokenizer, 4 * length + 1, 4 * length + 1))
     assert checkup.tokens == 4 * length
     model = transformers.BloomForCausalLM.from_pretrained(bloom).eval()
-    slopes = longreach.alibi_slopes(4)
     stretch = length / TRAIN_LENGTH
     steepest_kept = torch.tensor([stretch ** -(head / 3) for head in range(4)])
 
-    def perplexity(window, scaled):
+    def perplexity(window, factor):
         nll = []
-        module = transformers.models.bloom.modeling_bloom
-        with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-            patch.setattr(module, "_get_alibi_slopes", lambda *args: scaled)
+        scale_bloom_bias(factor)
+        with torch.no_grad():
             for start in range(0, 4 * length, window):
                 piece = ids[start : start + window + 1]
                 nll.append(torch.nn.functional.cross_entropy(model(piece[None, :-1]).logits[0], piece[1:]))
         return math.exp(sum(nll) / len(nll))
 
-    assert checkup.base_perplexity == pytest.approx(perplexity(TRAIN_LENGTH, slopes), rel=1e-4)
+    assert checkup.base_perplexity == pytest.approx(perplexity(TRAIN_LENGTH, 1.0), rel=1e-4)
     (trial,) = checkup.trials
-    expected = [perplexity(length, slopes * factor) for factor in (1.0, 1 / stretch, steepest_kept)]
+    expected = [perplexity(length, factor) for factor in (1.0, 1 / stretch, steepest_kept)]
     assert trial.perplexity == pytest.approx(expected, rel=1e-4)
     assert trial.helps == (min(expected) < checkup.base_perplexity)
 

@@ -140,7 +140,7 @@ class GenerateArguments:
 
 @dataclass(frozen=True)
 class ExportArguments:
-    """Write a trained ALiBi run as a model that stock transformers, vLLM and llama.cpp's converter load."""
+    """Write a trained ALiBi run as an MPT model, which stock transformers loads."""
 
     run: tyro.conf.Positional[Path]
     """Folder of a trained run."""

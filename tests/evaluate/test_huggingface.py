@@ -148,6 +148,15 @@ def test_models_without_keys_have_no_cache():
         HuggingFaceModel(transformers_model("mamba")).new_cache(10)
 
 
+def test_code_that_reads_tuples_has_no_cache():
+    model = HuggingFaceModel(transformers_model("llama"))
+    model.model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: kwargs["past_key_values"][0][0].shape, with_kwargs=True
+    )
+    with pytest.raises(Unsupported, match="LlamaForCausalLM puts nothing into a cache of transformers"):
+        model.new_cache(10)
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # in peft
 def test_a_wrapped_model_is_used_as_a_whole():
     from peft import LoraConfig, get_peft_model

@@ -4,7 +4,6 @@ import pytest
 import torch
 import transformers
 from family_models import FAMILIES, bloom, falcon, mpt, tokens
-from transformers.models.bloom import modeling_bloom
 
 import longreach
 from longreach.extension.diagnosis import diagnose, stock_bytes
@@ -108,15 +107,13 @@ def test_mpt_is_seen_to_ignore_its_alibi_bias_max():
 
 
 @pytest.mark.parametrize(("factor", "mistake"), [(0, "the bias is missing"), (-1, "of a kind that is not known")])
-def test_a_mistake_of_another_version_is_named_where_it_can_be(factor, mistake, monkeypatch):
-    stock = modeling_bloom._get_alibi_slopes
-    monkeypatch.setattr(modeling_bloom, "_get_alibi_slopes", lambda *args: factor * stock(*args))
+def test_a_mistake_of_another_version_is_named_where_it_can_be(factor, mistake, scale_bloom_bias):
+    scale_bloom_bias(factor)
     assert the_run(bloom(), 64).mistake == mistake
 
 
-def test_logits_that_are_not_finite_are_wrong(monkeypatch):
-    stock = modeling_bloom._get_alibi_slopes
-    monkeypatch.setattr(modeling_bloom, "_get_alibi_slopes", lambda *args: float("nan") * stock(*args))
+def test_logits_that_are_not_finite_are_wrong(scale_bloom_bias):
+    scale_bloom_bias(float("nan"))
     run = the_run(bloom(), 16)
     assert (run.outcome, run.mistake, run.kl) == ("wrong", "logits are not finite", float("inf"))
 

@@ -61,6 +61,11 @@ def test_stock_transformers_gives_our_logits_up_to_max_length(tmp_path, tokenize
             assert (stock(tokens).logits - logits).abs().max() < 1e-5 * max(1.0, float(logits.abs().max()))
 
 
+def test_others_may_read_the_weights_if_they_may_read_the_rest(tmp_path):
+    export_mpt(build(), tmp_path / "mpt", max_length=MAX_LENGTH)
+    assert len({path.stat().st_mode for path in (tmp_path / "mpt").iterdir()}) == 1
+
+
 def test_generation_by_stock_transformers_is_ours(tmp_path, tokenizer):
     from longreach.models.generate import generate
 
@@ -98,6 +103,7 @@ def test_config_is_what_other_readers_look_for(tmp_path, tokenizer):
     config = json.loads((tmp_path / "mpt" / "config.json").read_text())
     assert config["architectures"] == ["MPTForCausalLM"]
     assert config["max_seq_len"] == MAX_LENGTH
+    assert config["train_length"] == TRAIN_LENGTH
     assert config["tie_word_embeddings"] is config["no_bias"] is config["use_cache"] is True
     assert config["norm_type"] == "low_precision_layernorm"
     attention = config["attn_config"]

@@ -3,6 +3,7 @@
 import copy
 import math
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import transformers
 from family_models import FAMILIES, HEADS, VOCABULARY, bloom, falcon, mpt, oracle, paper_slopes, tokens
 
 import longreach
-from longreach.extension.extend import extension_of, find_layout
+from longreach.extension.extend import OLDEST_TRANSFORMERS, extension_of, find_layout
 from longreach.extension.interpolation import Scaling
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
@@ -81,8 +82,8 @@ def test_falcon_with_grouped_queries_equals_its_sdpa():
     torch.testing.assert_close(model(ids).logits, stock, **CLOSE)
 
 
-def test_mpt_as_replit_configures_it():
-    """Replit-code is MPT with a softmax_scale, clipped q, k and v, and a bias of its own maximum."""
+def test_mpt_with_all_its_options():
+    """A softmax_scale, clipped q, k and v, and a bias of its own maximum."""
     model = mpt(attn_config={"softmax_scale": 0.25, "clip_qkv": 0.8, "alibi_bias_max": 16})
     longreach.extend(model, scaling="none")
     ids = tokens(1, 50)
@@ -346,6 +347,17 @@ def test_transformers_of_another_time_is_refused(monkeypatch):
     monkeypatch.setattr(sys.modules["transformers"], "__version__", "5.3.9")  # which replaces itself on its import
     with pytest.raises(ValueError, match=r"transformers 5.3.9: .* needs 5.4 or later"):
         longreach.extend(model)
+
+
+def test_the_oldest_transformers_is_stated_and_tested():
+    root = Path(__file__).parents[2]
+    oldest = ".".join(str(part) for part in OLDEST_TRANSFORMERS)
+    places = {
+        "pyproject.toml": f'"transformers>={oldest}"',
+        "requirements-oldest.txt": f"transformers=={oldest}.",
+        "docs/extension.md": f"transformers {oldest} ",
+    }
+    assert [file for file, words in places.items() if words not in (root / file).read_text(encoding="utf-8")] == []
 
 
 def test_remote_code_under_the_name_of_a_family_is_refused():

@@ -1,14 +1,17 @@
 """BTLM, JAIS and Baichuan-13B, whose code is no part of transformers: stand-ins with its attributes and signatures.
 
-The stand-ins compute attention densely, in the absolute or relative form that the family uses.
+The stand-ins compute attention densely, in the absolute or relative form that the family uses, and keep keys and
+values in tuples.
 """
 
 import types
 
 import pytest
 import torch
+import transformers
 from family_models import paper_slopes, tokens
 from torch import nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import longreach
 from longreach.extension.extend import extension_of, fixed_length
@@ -81,8 +84,8 @@ class AlibiPositionEmbeddingLayer(nn.Module):
         self.slopes = nn.Parameter(torch.tensor(paper_slopes(HEADS))[:, None], requires_grad=False)
         self.alibi_scaling = config.alibi_scaling
 
-    def forward(self, seq_length, cached_length):
-        length = seq_length + cached_length
+    def forward(self, seq_length, key_length, cached_length):
+        length = key_length + cached_length
         distance = torch.arange(cached_length, length)[:, None] - torch.arange(length)
         scale = 1.0
         if self.alibi_scaling is not None:
@@ -113,15 +116,16 @@ class JAISModel(nn.Module):
         super().__init__()
         self.config = config
         self.wte = nn.Embedding(50, WIDTH)
-        self.relative_pe = AlibiPositionEmbeddingLayer(config)
+        self.relative_pe = AlibiPositionEmbeddingLayer(config) if config.position_embedding_type == "alibi" else None
         self.h = nn.ModuleList(JAISBlock(config, n) for n in range(2))
 
     def forward(self, input_ids, past_key_values=None, attention_mask=None, position_ids=None, use_cache=False):
-        past = past_key_values or [None] * len(self.h)
+        past = [None] * len(self.h) if past_key_values is None else past_key_values
         x = self.wte(input_ids)
         if attention_mask is not None:
             attention_mask = (1.0 - attention_mask[:, None, None].to(x.dtype)) * torch.finfo(x.dtype).min
-        bias = self.relative_pe(input_ids.shape[1], 0 if past[0] is None else past[0][0].shape[2])
+        length = input_ids.shape[1]
+        bias = self.relative_pe(length, length, 0 if past[0] is None else past[0][0].shape[2])
         presents = []
         for block, layer_past in zip(self.h, past, strict=True):
             x, present = block(x, layer_past, attention_mask, use_cache, bias)
@@ -176,7 +180,7 @@ class BaichuanModel(nn.Module):
         return mask.masked_fill(~torch.ones(n, n, dtype=torch.bool).tril(), float("-inf"))  # [H, T, T]
 
     def forward(self, input_ids, attention_mask=None, past_key_values=None, use_cache=False):
-        past = past_key_values or [None] * len(self.layers)
+        past = [None] * len(self.layers) if past_key_values is None else past_key_values
         x = self.embed_tokens(input_ids)
         length = input_ids.shape[1] + (0 if past[0] is None else past[0][0].shape[2])
         if self.training:
@@ -186,7 +190,9 @@ class BaichuanModel(nn.Module):
         else:
             mask = self.get_alibi_mask(x, length)
         if attention_mask is not None:
-            mask = mask + (1.0 - attention_mask[:, None, None].float()) * torch.finfo(torch.float32).min
+            rows, columns = attention_mask[:, :, None], attention_mask[:, None]
+            seen = (rows * columns > 0) & (rows == columns)  # documents of a row may have numbers of their own
+            mask = mask + (1.0 - seen[:, None].float()) * torch.finfo(torch.float32).min
         presents = []
         for layer, past_key_value in zip(self.layers, past, strict=True):
             x, present = layer(x, mask, past_key_value, use_cache)
@@ -217,6 +223,28 @@ def ready(model):
         if parameter.dim() > 1 and "slopes" not in name:
             nn.init.normal_(parameter, std=0.3, generator=generator)
     return model.eval()
+
+
+class CausalLM(transformers.PreTrainedModel, transformers.GenerationMixin):
+    """What generates with a stand-in."""
+
+    def __init__(self, base):
+        super().__init__(transformers.PretrainedConfig(num_hidden_layers=2, vocab_size=50))
+        self.model = base
+
+    def forward(self, input_ids, past_key_values=None, attention_mask=None, use_cache=None, **options):
+        logits, presents = self.model(
+            input_ids, past_key_values=past_key_values, attention_mask=attention_mask, use_cache=use_cache
+        )
+        return CausalLMOutputWithPast(logits=logits, past_key_values=tuple(presents) if use_cache else None)
+
+    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, attention_mask=None, **options):
+        return {
+            "input_ids": input_ids[:, -1:] if past_key_values else input_ids,
+            "past_key_values": past_key_values,
+            "attention_mask": attention_mask,
+            "use_cache": options.get("use_cache"),
+        }
 
 
 MODELS = {"jais": jais, "btlm": lambda: jais(model_type="btlm", mup_scale_qk_dot_by_d=False), "baichuan": baichuan}
@@ -285,6 +313,22 @@ def test_past_the_limit_decoding_equals_the_full_forward_pass(remote):
         remote(ids[:, :1], past_key_values=cache)
 
 
+def test_generation_begins_with_tuples_where_the_stock_code_is_handed_a_cache(remote):
+    model, ids = CausalLM(remote), tokens(2, 20)
+    mask, seen = torch.ones_like(ids), []
+    mask[0, :5] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    with pytest.raises(TypeError, match="not subscriptable"):
+        model.generate(ids, **options)
+    longreach.extend(model, scaling="linear", train_length=16)
+    remote.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    whole = model.generate(ids, **options, use_cache=False)
+    assert torch.equal(model.generate(ids, **options), whole)
+    assert seen == [*range(20, 26), 20, 1, 1, 1, 1, 1]
+
+
 def test_training_sees_the_padding_of_each_batch():
     """Baichuan keeps its mask from one training step to the next of the same length."""
     model, ids, mask = baichuan(), tokens(1, 20), torch.ones(1, 20, dtype=torch.long)
@@ -307,6 +351,8 @@ def test_what_is_not_known_is_refused():
     del model.h[1].attn.split_size
     with pytest.raises(ValueError, match="JAISAttention has no 'split_size'"):
         longreach.extend(model)
+    with pytest.raises(ValueError, match="sinks=4: jais caches in tuples"):
+        longreach.extend(jais(), sinks=4, window=16)
     model = baichuan()
     model.layers[0].self_attn.rotary_emb = nn.Identity()
     with pytest.raises(ValueError, match="rotary positions"):
@@ -315,6 +361,9 @@ def test_what_is_not_known_is_refused():
     model.layers[1].self_attn = nn.Linear(2, 2)
     with pytest.raises(ValueError, match="Linear has no 'W_pack'"):
         longreach.extend(model)
+    model, numbers = longreach.extend(baichuan()), torch.tensor([[1, 1, 2, 2]])
+    with pytest.raises(ValueError, match=r"attention_mask holds 2: .* packed documents by position_ids"):
+        model(tokens(1, 4), attention_mask=numbers)
     model = longreach.extend(jais())
     with pytest.raises(ValueError, match="position_ids pack documents"):
         model(tokens(1, 4), position_ids=torch.tensor([[0, 1, 0, 1]]))

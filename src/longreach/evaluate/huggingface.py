@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -77,14 +78,7 @@ class HuggingFaceModel:
         positions: Tensor | None = None,
         cache: Any = None,
     ) -> Iterator[Tensor]:
-        """Logits after each of tokens (B, T), as consecutive stretches (B, at most chunk_size, V).
-
-        Args:
-            tokens: (B, T) int64 ids; with a cache, those that follow what it holds.
-            chunk_size: the most positions of a stretch.
-            last: give the logits of that many last tokens alone.
-            positions: (B, T) or (1, T) int64 absolute positions.
-            cache: from `new_cache`, appended to in place.
+        """Logits as `LanguageModel` has them.
 
         Raises:
             Unsupported: positions for a model that has no use for them.
@@ -119,9 +113,25 @@ class HuggingFaceModel:
             raise Unsupported(
                 f"{type(self.model).__name__} takes no past_key_values: it cannot be used with a cache; score windows"
             )
+        if not self._fills_caches:
+            raise Unsupported(f"{type(self.model).__name__} puts nothing into a cache of transformers: score windows")
         cache = DynamicCache(config=self.model.config)
         setattr(cache, CACHE_LENGTH, length)
         return cache
+
+    @cached_property
+    def _fills_caches(self) -> bool:
+        """Whether a token's keys and values come to lie in a cache that is handed in: old remote code reads tuples."""
+        from transformers import DynamicCache
+
+        cache = DynamicCache(config=self.model.config)
+        token = torch.zeros((1, 1), dtype=torch.long, device=next(self.model.parameters()).device)
+        try:
+            with torch.inference_mode():
+                self._body(**_inputs(token, 0, None, cache))
+        except TypeError:  # no Cache has items
+            return False
+        return bool(cache.get_seq_length())
 
     def _during(self, cache: Any) -> AbstractContextManager[None]:
         """In force while a forward pass runs."""

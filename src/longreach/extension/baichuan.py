@@ -41,6 +41,7 @@ def baichuan_layout(base: Any) -> Layout:
         slopes=alibi_slopes(attentions[0].num_heads),
         train_length=getattr(config, "model_max_length", None),
         faithful=None,
+        keeps_tuples=True,
     )
 
 

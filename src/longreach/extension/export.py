@@ -1,4 +1,4 @@
-"""Write a decoder as MPT: what stock transformers, vLLM and llama.cpp's converter load, with the same logits.
+"""Write a decoder as MPT, which stock transformers loads with the same logits; docs/extension.md names other readers.
 
 MPT is the published architecture that holds our plain ALiBi decoder without loss: BLOOM normalizes its embeddings and
 approximates GELU, Falcon rounds slopes to bfloat16.
@@ -31,8 +31,9 @@ def export_mpt(
 ) -> None:
     """Write config.json, model.safetensors, README.md and the tokenizer's files for `MptForCausalLM`.
 
-    The logits are those of `model` up to the order of sums. Its dropout is not written: MPT's has other places, and
-    only training knows of it. `folder` appears whole or not at all, even if the process is killed.
+    The logits are those of `model` up to rounding, which in the stock code grows with length, since it counts its bias
+    from the last key. Dropout is not written: MPT's has other places, and only training knows of it. `folder` appears
+    whole or not at all, even if the process is killed.
 
     Args:
         model: a decoder of method "alibi" in the shape that MPT has.
@@ -68,6 +69,7 @@ def export_mpt(
             raise OSError(
                 f"{folder / 'model.safetensors'} cannot be written ({error}): mend that, run again"
             ) from error
+        shutil.copymode(unfinished / "config.json", unfinished / "model.safetensors")  # which only its owner can read
         for path in unfinished.iterdir():
             _sync(path)
         os.replace(unfinished, folder)
@@ -159,6 +161,7 @@ def _config(model: Decoder, max_length: int, eos_id: int | None) -> dict[str, An
         "initializer_range": 0.02,
         "logit_scale": None,
         "use_cache": True,
+        "train_length": model.config.train_length,  # which max_seq_len does not tell
         "eos_token_id": eos_id,
         "torch_dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
     }
@@ -212,7 +215,8 @@ tags:
 
 A language model with ALiBi (Press, Smith, Lewis, ICLR 2022), trained with longreach on sequences of
 {config.train_length:,} tokens and written as MPT, without loss. It takes up to {max_length:,} tokens; raise
-`max_seq_len` in config.json for more.
+`max_seq_len` in config.json for more. Transformers loads it, and so does vLLM up to 0.28; longreach's docs/extension.md
+says how llama.cpp converts it.
 
 ```python
 from transformers import {imported}

@@ -241,6 +241,8 @@ def _resolved(
         raise ValueError(f'bias="faithful" with {told}, which takes no dense bias: use bias="exact"')
     if (sinks is None) != (window is None):
         raise ValueError(f"sinks={sinks} and window={window}: give both, or neither")
+    if sinks is not None and layout.keeps_tuples:
+        raise ValueError(f"sinks={sinks}: {layout.family} caches in tuples, from which nothing drops: leave sinks out")
     for name, value, least in (("sinks", sinks, 0), ("window", window, 1)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
             raise ValueError(f"{name}={value!r}: give an integer of at least {least}")
@@ -264,10 +266,19 @@ class Generates:
                     raise ValueError("use_cache=False with sinks, which are kept in a cache: extend without sinks")
                 kwargs["past_key_values"] = sink_cache(extension.sinks, extension.window)
                 kwargs["use_cache"] = True  # MPT's configurations say False
-            elif kwargs.get("use_cache", config.use_cache) and not _names_a_cache(config, kwargs):
+            elif (
+                kwargs.get("use_cache", config.use_cache)
+                and not _names_a_cache(config, kwargs)
+                and not extension.layout.keeps_tuples
+            ):
                 kwargs["past_key_values"] = growing_cache()
         with extension.during(extension.stated):
             return super().generate(*args, **kwargs)  # type: ignore[misc]
+
+    def _supports_default_dynamic_cache(self) -> bool:
+        """Whether transformers is to begin with an empty Cache; where not, remote code begins with its own tuples."""
+        extension: Extension = getattr(self, ATTRIBUTE)
+        return not extension.layout.keeps_tuples and super()._supports_default_dynamic_cache()  # type: ignore[misc]
 
     def _prepare_generated_length(self, *args: Any, **kwargs: Any) -> Any:
         """Where transformers has made out how long its output may become."""

@@ -27,8 +27,8 @@ ATTENTION_ATTRIBUTES = (
 
 
 def is_jais_base(module: nn.Module) -> bool:
-    """Whether a module is a BTLMModel or JAISModel, by what it holds."""
-    return "relative_pe" in module._modules and "h" in module._modules
+    """Whether a module is a BTLMModel or JAISModel, by what it holds; relative_pe is None with learned positions."""
+    return hasattr(module, "relative_pe") and "h" in module._modules
 
 
 def jais_layout(base: Any) -> Layout:
@@ -54,6 +54,7 @@ def jais_layout(base: Any) -> Layout:
         slopes=alibi_slopes(attentions[0].num_heads),
         train_length=alibi_scaling.get("train_seq_len", getattr(config, "n_positions", None)),
         faithful=None,
+        keeps_tuples=True,
     )
 
 

@@ -46,7 +46,7 @@ def read_padding(attention_mask: Tensor | None) -> Tensor | None:
     """Padding (B, Tk) bool of the 2-D attention mask of transformers, or None when nothing is padding.
 
     Raises:
-        ValueError: the mask has other axes, or padding between tokens.
+        ValueError: the mask has other axes, values that are neither 0 nor 1, or padding between tokens.
     """
     if attention_mask is None:
         return None
@@ -55,6 +55,12 @@ def read_padding(attention_mask: Tensor | None) -> Tensor | None:
             f"attention_mask of shape {tuple(attention_mask.shape)}: an extended model takes (B, T) with 0 for padding"
         )
     padding = attention_mask == 0
+    others = attention_mask[~padding & (attention_mask != 1)]  # Baichuan's code numbers packed documents like that
+    if others.numel():
+        raise ValueError(
+            f"attention_mask holds {others[0].item()}: an extended model takes 1, and 0 for padding; tell packed "
+            "documents by position_ids"
+        )
     if not padding.any():
         return None
     begins = (~padding[:, 1:] & padding[:, :-1]).sum(dim=1) + ~padding[:, 0]

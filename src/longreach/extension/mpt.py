@@ -1,6 +1,6 @@
 """MPT: ALiBi in float32 after the scale, sized by the configuration, which is what limits its length.
 
-Replit-code and SEA-LION v1 are MPT too, when they are loaded as transformers' own MptForCausalLM.
+Replit-code v1 is MPT too, when it is loaded as transformers' own MptForCausalLM.
 """
 
 from typing import Any

@@ -48,6 +48,8 @@ class Layout:
     """The length trained on, as far as the configuration tells."""
     faithful: FaithfulBias | None
     """The stock code's rounding, or None where it is not known."""
+    keeps_tuples: bool = False
+    """Whether the stock code caches keys and values in tuples, and cannot read a Cache of transformers."""
 
 
 @dataclass

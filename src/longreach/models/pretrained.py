@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import safetensors
@@ -29,6 +30,7 @@ def save_model(model: Decoder, folder: str | os.PathLike[str]) -> None:
         safetensors.torch.save_file(weights, folder / "model.safetensors.new")
     except safetensors.SafetensorError as error:
         raise OSError(f"{folder / 'model.safetensors'} cannot be written ({error}): mend that and run again") from error
+    shutil.copymode(folder / "config.json.new", folder / "model.safetensors.new")  # which only its owner can read
     for name in ("config.json", "model.safetensors"):
         os.replace(folder / f"{name}.new", folder / name)
 
