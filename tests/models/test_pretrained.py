@@ -49,6 +49,11 @@ def test_files(saved):
     assert set(safetensors.torch.load_file(saved / "model.safetensors")) == set(load_model(saved).state_dict())
 
 
+def test_others_may_read_the_weights_if_they_may_read_the_rest(saved):
+    modes = [(saved / name).stat().st_mode for name in ("config.json", "model.safetensors")]
+    assert modes[0] == modes[1]
+
+
 def test_saving_again_replaces(build, saved):
     other = build("rotary", torch.float32, seed=1, num_layers=1)
     save_model(other, saved)
