@@ -15,12 +15,12 @@ IMPLEMENTATIONS = ("reference", "sdpa", "cpu", "triton", "flex")
 """What `impl` may name besides "auto"."""
 
 CPU_CROSSOVER = 256 * 256
-"""Tq Tk from which "cpu" is preferred to "sdpa" with a dense mask on the CPU. `python benchmarks/attention.py --crossover`
-on an AMD EPYC: forward it is 0.7 to 0.8 times as fast at 128 tokens, 0.95 to 1.8 at 256 and 1.2 to 3.3 at 512, with a
+"""Tq Tk from which "cpu" is preferred to "sdpa" with a dense mask on the CPU. By `benchmarks/attention.py --crossover`
+on an AMD EPYC it is 0.7 to 0.8 times as fast forward at 128 tokens, 0.95 to 1.8 at 256 and 1.2 to 3.3 at 512; with a
 backward pass 0.6 to 1.4, 0.8 to 1.0 and 0.9 to 1.4."""
 
 CPU_DECODE_CROSSOVER = 16384
-"""Tk from which that holds for fewer than DECODE_QUERIES queries: 1.0 to 3.9 times as fast there, 0.7 to 2.1 at 8192."""
+"""Tk from which that holds for fewer than DECODE_QUERIES queries: 1 to 3.9 times as fast there, 0.7 to 2.1 at 8192."""
 
 DECODE_QUERIES = 16
 """Queries below which a call counts as decoding."""
