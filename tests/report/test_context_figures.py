@@ -1,10 +1,12 @@
 from itertools import pairwise
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 from matplotlib.text import Text
 
 from longreach.report.context_figures import context_figure, decomposition_figure, decomposition_limits, offset_figure
@@ -43,7 +45,7 @@ def test_loss_is_drawn_at_the_middle_of_its_bin_with_its_band(empty, context):
     assert axes.get_yscale() == "linear"
 
 
-def test_bars_of_one_sign_are_stacked_and_of_two_start_at_zero(empty, decomposed):
+def test_relief_and_beyond_both_start_at_zero_and_do_not_overlap(empty, decomposed):
     results = empty.add(
         decomposed("alibi", 256, 0.04, 0.02),
         decomposed("t5", 256, 0.04, -0.01),
@@ -52,31 +54,58 @@ def test_bars_of_one_sign_are_stacked_and_of_two_start_at_zero(empty, decomposed
     )
     (axes,) = decomposition_figure(results).axes
     assert [tuple(round(x, 9) for x in bar) for bar in bars(axes)] == [
-        *((1, 0.0, 0.04), (1, 0.04, 0.06)),
+        *((1, 0.0, 0.04), (1, 0.0, 0.02)),
         *((2, 0.0, 0.04), (2, 0.0, -0.01)),
-        *((4, 0.0, -0.01), (4, -0.01, -0.03)),
+        *((4, 0.0, -0.01), (4, 0.0, -0.02)),
         *((5, 0.0, -0.01), (5, 0.0, 0.03)),
     ]
+    spans = [(bar.get_y(), bar.get_y() + bar.get_height()) for bar in axes.patches]
+    assert all(upper[1] <= lower[0] + 1e-9 for upper, lower in pairwise(spans))
     labels = [label.get_text() for label in axes.get_yticklabels()]
     assert labels == ["256 tokens (2x)", "alibi", "t5", "512 tokens (4x)", "alibi", "t5"]
     diamonds = [line for line in axes.lines if line.get_marker() == "D"]
     assert [round(line.get_xdata()[0], 9) for line in diamonds] == [0.06, 0.03, -0.03, 0.02]
 
 
-def test_whiskers_are_the_intervals_where_there_are_any(empty, decomposed):
+def test_whiskers_are_the_intervals_where_there_are_any_each_on_its_own_bar(empty, decomposed):
     results = empty.add(decomposed("alibi", 256, 0.04, 0.02, half=0.005), decomposed("t5", 256, 0.04, 0.02, half=None))
     (axes,) = decomposition_figure(results).axes
-    whiskers = [[round(x, 9) for x in line.get_xdata()] for line in axes.lines if line.get_marker() == "|"]
-    assert whiskers == [[0.035, 0.045], [0.055, 0.065]]
+    whiskers = [line for line in axes.lines if line.get_marker() == "|"]
+    assert [[round(x, 9) for x in line.get_xdata()] for line in whiskers] == [[0.035, 0.045], [0.015, 0.025]]
+    for line, bar in zip(whiskers, axes.patches[:2], strict=True):
+        assert list(line.get_ydata()) == pytest.approx([bar.get_y() + bar.get_height() / 2] * 2)
+    assert "95% interval" in [text.get_text() for text in axes.get_legend().get_texts()]
 
 
-def test_a_great_loss_is_cut_and_written(empty, decomposed):
-    results = empty.add(decomposed("alibi", 256, 0.04, 0.02), decomposed("sinusoidal", 256, 0.04, -2.5))
+def test_a_great_loss_is_cut_and_written_with_its_name(empty, decomposed):
+    results = empty.add(decomposed("alibi", 256, 0.04, 0.02), decomposed("sinusoidal", 256, -0.5, -2.5))
     (axes,) = decomposition_figure(results).axes
     low, high = axes.get_xlim()
     assert high > 0.06
     assert low == pytest.approx(-high, rel=1e-9)
-    assert [text.get_text() for text in axes.texts] == ["◂ -2.500"]
+    assert [text.get_text() for text in axes.texts] == ["◂ relief -0.500", "◂ beyond -2.500"]
+    assert len([line for line in axes.lines if line.get_marker() == "D"]) == 1
+
+
+def luminance(colour):
+    """WCAG 2's relative luminance."""
+    shares = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour)]
+    return float(np.dot((0.2126, 0.7152, 0.0722), shares))
+
+
+@pytest.mark.parametrize("theme", [LIGHT, DARK])
+def test_what_is_written_on_bars_reads_on_them(empty, decomposed, theme):
+    results = empty.add(decomposed("alibi", 256, 0.04, 0.02), decomposed("sinusoidal", 256, -0.5, -2.5))
+    figure = decomposition_figure(results, theme)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    (axes,) = figure.axes
+    for text, bar in zip(axes.texts, axes.patches[2:], strict=True):
+        one, other = sorted((luminance(text.get_color()), luminance(bar.get_facecolor())))
+        assert (other + 0.05) / (one + 0.05) >= 4.5  # WCAG 2's least contrast of text
+        within, box = bar.get_window_extent(canvas.renderer), Text.get_window_extent(text, canvas.renderer)
+        assert within.x0 <= box.x0
+        assert box.x1 <= within.x1
 
 
 def test_a_loss_beside_no_gain_is_not_cut(decomposed):

@@ -75,10 +75,23 @@ def test_a_fall_that_sliding_takes_away_is_named(empty, record, strided):
 
 
 def test_strides_without_two_lengths_or_both_ways(empty, record, strided):
-    alone = findings.strides(empty.add(strided("alibi", 256, 9.0, stride=4)), 128)
-    assert alone.sentence.startswith("Windows that slide by 4 were measured at 256 tokens alone")
+    alone = findings.strides(empty.add(strided("alibi", 256, 9.0, stride=4), strided("alibi", 128, 9.0)), 128)
+    assert alone.sentence.startswith("Windows that slide were measured at one length alone")
     one_way = empty.add(strided("alibi", 256, 9.0), strided("alibi", 512, 9.0), record("alibi", 256, 9.0))
     assert "No method was measured both ways" in findings.strides(one_way, 128).sentence
+
+
+def test_the_stride_of_the_probes_does_not_hide_that_of_the_grid(empty, record, strided):
+    entries = [record("alibi", n, 20.0 - n / 256) for n in (128, 256, 512)]
+    entries += [strided("alibi", n, 20.0, stride=64) for n in (128, 256, 512)]
+    probe = strided("alibi", 128, 19.0, stride=16)
+    finding = findings.strides(empty.add(*entries, probe), 128)
+    assert finding.sentence == (
+        "Where windows slide by 64, perplexity from 128 to 512 tokens no longer falls with alibi."
+    )
+    shorter = [record("alibi", 64, 21.0), strided("alibi", 64, 21.0, stride=16)]
+    finding = findings.strides(empty.add(record("alibi", 128, 19.5), probe, *shorter), 128)
+    assert finding.sentence.startswith("Where windows slide by 16, perplexity from 64 to 128 tokens")
 
 
 def test_positions_change_some_and_leave_others(empty, offset):
@@ -94,26 +107,31 @@ def test_positions_change_some_and_leave_others(empty, offset):
     assert "no method was tested at more than one position" in lone.sentence
 
 
-def test_a_cache_is_judged_beside_recomputing_at_the_longest_window(empty, strided):
+def test_a_cache_is_judged_beside_recomputing_at_the_training_length(empty, strided):
+    # Past it sinusoidal is as wrong recomputed as it is cached, which is no merit of caches.
     entries = []
-    for method, cached, shifted in (("alibi", 18.0, 24.0), ("sinusoidal", 90.0, 400.0)):
+    for method, cached, shifted in (("alibi", 18.0, 24.0), ("sinusoidal", 90.0, 400.0), ("t5", 18.35, 17.0)):
         entries += [
-            strided(method, 128, 1.0),
-            strided(method, 128, 9.0, protocol="cached"),
-            strided(method, 256, 18.0, speed=100.0),
-            strided(method, 256, cached, protocol="cached", speed=2000.0),
-            strided(method, 256, shifted, protocol="cached-shifted", speed=1000.0),
+            strided(method, 128, 18.0, speed=100.0),
+            strided(method, 128, cached, protocol="cached", speed=2000.0),
+            strided(method, 128, shifted, protocol="cached-shifted", speed=104.0),
+            strided(method, 256, 600.0),
+            strided(method, 256, 600.0, protocol="cached"),
             strided(method, 4096, 18.0),
             strided(method, 4096, 18.0, protocol="cached-unbounded"),
         ]
     finding = findings.ways(empty.add(*entries), 128)
     assert finding.sentence == (
-        "Trained at 128: beside recomputed windows of 256 tokens, perplexity holds with alibi (cached, 1.000x);"
-        " grows with alibi (shifted, 1.33x), sinusoidal (cached, 5.00x) and sinusoidal (shifted, 22.22x)."
+        "In windows of 128 tokens, the training length, perplexity beside recomputing holds with alibi (cached, 1.000x)"
+        " and t5 (cached, 1.02x); is worse with alibi (shifted, 1.33x), sinusoidal (cached, 5.00x) and sinusoidal"
+        " (shifted, 22.22x); is better with t5 (shifted, 0.94x)."
     )
-    assert "with stride 1: alibi (cached) 20.00x; alibi (shifted) 10.00x" in finding.details
-    alone = findings.ways(empty.add(strided("alibi", 128, 9.0, protocol="cached")), 128)
-    assert "no windows were recomputed" in alone.sentence
+    assert "with stride 1: alibi (cached) 20x; alibi (shifted) as fast" in finding.details
+    assert "Within 2% counts as holding" in finding.certainty
+    assert "within 5% they count as alike" in finding.certainty
+    longer = [strided("alibi", 256, 9.0), strided("alibi", 256, 9.0, protocol="cached")]
+    alone = findings.ways(empty.add(*longer, strided("alibi", 128, 9.0, protocol="cached")), 128)
+    assert alone.sentence == "Windows of 128 tokens were not both recomputed and cached: nothing to compare."
 
 
 def test_many_methods_are_counted(empty, decomposed):

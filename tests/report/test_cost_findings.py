@@ -33,7 +33,7 @@ def test_the_papers_headline(rivals):
     finding = training_advantage(rivals(18.4, 18.67))
     assert finding.sentence == (
         "In perplexity at 256 tokens, alibi trained at 128 is at or below sinusoidal trained at 256 (18.40 and 18.67);"
-        " its training is faster, at 1.84x the tokens per second, and takes 50% less memory."
+        " its training is faster, at 1.8x the tokens per second, and takes 50% less memory."
     )
     assert "Both saw 409,600 training tokens, at 1,840 and 1,000 tokens/s, peak memory 1.00 GiB and 2.00 GiB." in (
         finding.details
@@ -55,6 +55,8 @@ def test_it_says_when_it_is_not_so(rivals):
         ((1000.0, 1000.0), (2**30, 2**30), "its training is as fast, and takes as much memory."),
         ((1000.0, 1000.0), (None, 2**30), "its training is as fast."),
         ((1004.0, 1000.0), (2**30, None), "its training is as fast."),
+        ((1040.0, 1000.0), (100, 96), "its training is as fast, and takes as much memory."),
+        ((960.0, 1000.0), (96, 100), "its training is as fast, and takes as much memory."),
     ],
 )
 def test_what_is_equal_or_unknown(rivals, speeds, memories, end):
@@ -105,9 +107,14 @@ def test_variants_are_named(empty, trained, record):
 def test_cost_beside_sinusoidal_at_the_same_length(empty, trained):
     results = empty.add(trained("sinusoidal", 128, 1000.0), trained("t5", 128, 500.0, 2**31), trained("t5", 256, 1.0))
     assert cost(results).sentence == (
-        "Beside sinusoidal at the same training length: t5 trains at 0.50x the speed with 2.00x the memory."
+        "Beside sinusoidal at the same training length: t5 trains at 0.50x the speed with 2.0x the memory."
     )
     two = results.add(trained("sinusoidal", 256, 2.0, None))
     assert cost(two).sentence.endswith("and t5 at 256 trains at 0.50x the speed.")
+    alike = cost(empty.add(trained("sinusoidal", 128, 1000.0), trained("alibi", 128, 1006.0, 2**30 + 2**25)))
+    assert alike.sentence == (
+        "Beside sinusoidal at the same training length: alibi trains as fast with as much memory."
+    )
+    assert "within 5% they count as alike" in alike.certainty
     assert cost(empty.add(trained("alibi", 128, 1.0))) is None
     assert cost(empty.add(trained("sinusoidal", 128, 1.0))) is None

@@ -8,8 +8,11 @@ from longreach.report.grid import (
     format_perplexity,
     format_range,
     format_ratio,
+    format_rough,
     format_signed,
+    is_alike,
     to_markdown,
+    without_empty_columns,
 )
 
 
@@ -19,6 +22,22 @@ def test_markdown_escapes_what_would_end_a_cell_or_be_obeyed():
     assert to_markdown(grid) == (
         "| method | 128<br>1x |\n| --- | ---: |\n| a\\|b\\*\\<i\\> | 70.00 |\n| alibi | **60.00** |\n"
     )
+
+
+def test_columns_without_a_value_go_from_the_first_named_on():
+    rows = (("a", "-", "-", "1"), ("b", "-", "-", "-"))
+    grid = Grid("title", "note", (("m",), ("x",), ("y",), ("z",)), rows, best=frozenset({(0, 1)}))
+    kept = without_empty_columns(grid, first=2)
+    assert kept.columns == (("m",), ("x",), ("z",))
+    assert kept.rows == (("a", "-", "1"), ("b", "-", "-"))
+    assert kept.best == grid.best
+
+
+def test_ratios_of_speed_have_two_digits():
+    values = (0.0104, 0.334, 0.996, 1.006, 1.86, 9.96, 20.4, 128.0, 2512.0, None)
+    texts = ["0.010x", "0.33x", "1.0x", "1.0x", "1.9x", "10x", "20x", "130x", "2,500x", "-"]
+    assert [format_rough(value) for value in values] == texts
+    assert [is_alike(value) for value in (0.94, 0.951, 1.0, 1.049, 1.06)] == [False, True, True, True, False]
 
 
 def test_numbers_as_text():

@@ -33,6 +33,7 @@ def test_every_kind_has_its_section_in_order(everything):
         ("strided", ("alibi", 256, 9.0), ["Sliding windows"]),
         ("offset", ("alibi", 0, 9.0), ["The same tokens at other positions"]),
         ("found", ("alibi", 256, 0.5, 3), ["Retrieval: lines"]),
+        ("found", ("alibi", 256, 0.5, 3, 10, 128, "retrieval"), ["Retrieval: a word told once"]),
         ("summary", ("alibi", 256, 0.2), ["Summaries of meetings"]),
         ("training", ("alibi",), ["Perplexity at each length", "Beside the paper's own curves", "Speed and memory"]),
     ],

@@ -10,10 +10,12 @@ from longreach.report.context_tables import decomposition_grid
 from longreach.report.tables import (
     bits_per_byte_grid,
     cost_grid,
+    evaluation_memory_grid,
     main_grid,
     paper_grid,
     print_tables,
     skipped_grid,
+    training_grid,
     word_grid,
 )
 
@@ -44,7 +46,7 @@ def test_contexts_that_differ_are_given_as_a_range(empty, record):
 def test_other_protocols_and_training_lengths_stay_out(empty, record):
     sliding = replace(record("alibi", 256, 60.0), stride=1, protocol="sliding-window")
     results = empty.add(record("alibi", 128, 70.0), sliding, record("alibi", 64, 80.0, train_length=64))
-    assert main_grid(results, 128).rows == (("alibi", "70.00", "-", "-", "-"),)
+    assert main_grid(results, 128).rows == (("alibi", "70.00"),)
 
 
 def test_methods_of_other_tasks_have_no_row(empty, record, found):
@@ -59,7 +61,37 @@ def test_bits_per_byte(empty, record):
 
 def test_skipped_cells_of_one_reason_stand_together(demo):
     (row,) = skipped_grid(demo).rows
-    assert row == ("learned", "its table holds 128 positions", "nonoverlapping", "128", "256, 512, 1,024, 2,048")
+    assert row == ("its table holds 128 positions", "learned", "128", "nonoverlapping at 256, 512, 1,024, 2,048")
+
+
+def test_what_was_skipped_for_one_reason_is_one_row_as_long_as_it_is_the_same(empty, skipped):
+    def offsets(method, train_length=128):
+        entry = skipped(method, 64, "too short", train_length)
+        return replace(entry, task="offsets", stride=None, protocol=None)
+
+    entries = []
+    for method, train_length in (("a", 128), ("b", 128), ("a", 256), ("b", 256), ("c", 128)):
+        entries += [skipped(method, n, "too short", train_length) for n in (512, 64)]
+        entries.append(replace(entries[-1], stride=1, protocol="cached"))
+    entries += [offsets("a"), offsets("b"), offsets("a", 256), offsets("b", 256), skipped("c", 128, "out of memory")]
+    assert skipped_grid(empty.add(*entries)).rows == (
+        ("too short", "a, b", "128, 256", "nonoverlapping at 64, 512; cached, offsets at 64"),
+        ("too short", "c", "128", "nonoverlapping at 64, 512; cached at 64"),
+        ("out of memory", "c", "128", "nonoverlapping at 128"),
+    )
+
+
+def test_columns_of_what_nobody_measured_are_left_out(empty, record, training):
+    results = empty.add(record("alibi", 128, 70.0), record("alibi", 256, 77.0))
+    assert main_grid(results, 128).rows == (("alibi", "70.00", "77.00", "1.10x"),)
+    some = results.add(replace(training("t5"), peak_memory=None))
+    assert main_grid(some, 128).columns[-1] == ("training", "tokens/s")
+    assert cost_grid(some).columns[-1] == ("training", "tokens/s")
+    assert training_grid(some).columns[-1] == ("seconds",)
+    assert main_grid(some.add(training("rotary")), 128).columns[-1] == ("training", "memory")
+    unknown = [replace(entry, peak_memory=None) for entry in results.records]
+    assert evaluation_memory_grid(empty.add(*unknown), 128) is None
+    assert evaluation_memory_grid(empty.add(record("t5", 128, 70.0), *unknown[1:]), 128).rows[1][1:] == ("-", "-")
 
 
 @pytest.mark.parametrize("width", [20, 60, 80, 200])
@@ -108,14 +140,19 @@ def test_cost_is_as_in_the_papers_table_and_relative_to_sinusoidal_at_the_same_l
     slow = replace(training("t5"), tokens_per_second=3041.13, peak_memory=None)
     results = empty.add(training("sinusoidal"), slow, training("alibi", 64), record("t5", 128, 70.0))
     grid = cost_grid(results)
-    assert [column[0] for column in grid.columns].count("/ sinusoidal's") == 3
+    assert [column[0] for column in grid.columns].count("/ sinusoidal's") == 2
     assert grid.rows == (
-        ("alibi", "64", "9,123", "-", "-", "-", "1.50 GiB", "-"),
-        ("sinusoidal", "128", "9,123", "1.000x", "-", "-", "1.50 GiB", "1.000x"),
-        ("t5", "128", "3,041", "0.33x", "41,234", "-", "-", "-"),
+        ("alibi", "64", "9,123", "-", "-", "1.50 GiB", "-"),
+        ("sinusoidal", "128", "9,123", "1.0x", "-", "1.50 GiB", "1.0x"),
+        ("t5", "128", "3,041", "0.33x", "41,234", "-", "-"),
     )
+    assert "on the CPU all that the process held" in grid.note
+    assert "within 5% they count as alike" in grid.note
+    both = cost_grid(results.add(record("sinusoidal", 128, 70.0)))
+    assert both.columns[5] == ("/ sinusoidal's", "at that length")
+    assert [row[5] for row in both.rows] == ["-", "1.0x", "1.0x"]
     alone = cost_grid(empty.add(training("alibi")))
-    assert alone.rows == (("alibi", "128", "9,123", "-", "1.50 GiB"),)
+    assert alone.rows == (("alibi", "128", "9,123", "1.50 GiB"),)
 
 
 def test_the_terminal_shows_each_kind_that_was_measured(everything, empty, found):

@@ -1,5 +1,7 @@
 """Time and peak memory of a piece of work."""
 
+import ctypes
+import gc
 import time
 from pathlib import Path
 from types import TracebackType
@@ -12,9 +14,10 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 class Cost:
     """Measures the work inside a `with` block: `seconds`, and `peak_memory` in bytes.
 
-    On CUDA the peak is what PyTorch's allocator held. On the CPU it is the process's resident memory, the
-    interpreter and PyTorch included; Linux can reset that mark, elsewhere it is None, for the mark of earlier work
-    would be reported.
+    On CUDA the peak is what PyTorch's allocator held. On the CPU it is the process's resident memory, the interpreter
+    and PyTorch included, after what earlier work had freed was given back. The increase over what was resident before
+    would charge the first work of a process for the code and buffers that it loads for all. Where the system cannot
+    reset its mark of the peak, as outside Linux, it is None, for the mark of earlier work would be reported.
     """
 
     def __init__(self, device: torch.device):
@@ -23,10 +26,12 @@ class Cost:
         self.peak_memory: int | None = None
 
     def __enter__(self) -> "Cost":
+        gc.collect()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        elif _CLEAR.exists():
-            _CLEAR.write_text("5")  # resets VmHWM, see proc(5)
+        else:
+            _give_back_freed_memory()
+            self._has_mark = _reset_mark()
         self._start = time.perf_counter()
         return self
 
@@ -36,7 +41,23 @@ class Cost:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             self.peak_memory = torch.cuda.max_memory_allocated(self.device)
-        elif _CLEAR.exists():
+        elif self._has_mark:
             mark = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
             self.peak_memory = int(mark.split()[1]) * 1024
         self.seconds = time.perf_counter() - self._start
+
+
+def _give_back_freed_memory() -> None:
+    """Hand what malloc keeps for later back to the system: it would count as resident in whatever is measured next."""
+    trim = getattr(ctypes.pythonapi, "malloc_trim", None)  # glibc's; other C libraries have none
+    if trim is not None:
+        trim(0)
+
+
+def _reset_mark() -> bool:
+    """Start the system's mark of the highest resident memory anew; False where that cannot be done."""
+    try:
+        _CLEAR.write_text("5")  # resets VmHWM, see proc(5)
+    except OSError:
+        return False
+    return True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from longreach.report.drawing import FONT_SIZE, LIGHT, Margins, Theme, axes_grid, set_title, settings, short, text_width
 from longreach.report.grid import format_multiple, format_signed
@@ -16,10 +16,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_RELIEF = ("#c77f0a", "#e0a63c")
+_RELIEF = ("#a86400", "#e0a63c")
 _BEYOND = ("#0068a8", "#58b0ea")
-"""(shade on white, shade on black), told apart in the common forms of colour blindness."""
-_ROW = 0.235  # inches from bar to bar
+"""(shade on white, shade on black), told apart in the common forms of colour blindness; text in the colour of the paper
+reads on them."""
+_ROW = 0.34  # inches from method to method
+_THICKNESS = 0.38  # of a bar, in rows: two make a method's
 _BARS_WIDTH = 3.6
 
 
@@ -66,7 +68,7 @@ def offset_figure(results: Results, theme: Theme = LIGHT) -> Figure:
 
 
 def decomposition_figure(results: Results, theme: Theme = LIGHT) -> Figure:
-    """Relief and beyond as bars around zero, one for each method at each length past the training length."""
+    """Relief over beyond, two bars that start at zero, for each method at each length past the training length."""
     from matplotlib.ticker import MaxNLocator
 
     panels = {length: decompositions_of(results, length) for length in results.train_lengths()}
@@ -103,16 +105,10 @@ def decomposition_limits(entries: list[DecompositionRecord]) -> tuple[float, flo
 
 
 def _ends(entry: DecompositionRecord) -> list[float]:
-    """Where the bars and the intervals of an entry end."""
-    start = _start_of_beyond(entry)
-    ends = [0.0, entry.relief, start + entry.beyond, entry.relief_low, entry.relief_high]
-    ends += [None if end is None else start + end for end in (entry.beyond_low, entry.beyond_high)]
-    return [end for end in ends if end is not None]
-
-
-def _start_of_beyond(entry: DecompositionRecord) -> float:
-    """Parts of one sign are stacked; those of opposite signs both start at zero."""
-    return entry.relief if entry.relief * entry.beyond > 0 else 0.0
+    """Where the bars and the intervals of an entry end, and where its gain stands."""
+    ends = [entry.relief, entry.beyond, entry.gain]
+    intervals = [entry.relief_low, entry.relief_high, entry.beyond_low, entry.beyond_high]
+    return [0.0, *ends, *(end for end in intervals if end is not None)]
 
 
 def _draw_bars(axes: Axes, train_length: int, entries: list[DecompositionRecord], theme: Theme) -> None:
@@ -121,7 +117,7 @@ def _draw_bars(axes: Axes, train_length: int, entries: list[DecompositionRecord]
     for valid_length, group in groupby(entries, key=lambda entry: entry.valid_length):
         labels.append((_heading(valid_length, train_length), theme.muted))
         for entry in group:
-            _draw_bar(axes, len(labels), entry, theme)
+            _draw_method(axes, len(labels), entry, theme)
             labels.append((short(entry.method), theme.ink))
     axes.set_yticks(range(len(labels)), [text for text, _ in labels])
     for label, (_, colour) in zip(axes.get_yticklabels(), labels, strict=True):
@@ -133,32 +129,39 @@ def _heading(valid_length: int, train_length: int) -> str:
     return f"{valid_length:,} tokens ({format_multiple(valid_length, train_length)})"
 
 
-def _draw_bar(axes: Axes, y: int, entry: DecompositionRecord, theme: Theme) -> None:
-    start = _start_of_beyond(entry)
-    whisker: dict[str, Any] = {"color": theme.ink, "linewidth": 0.9, "zorder": 3}
-    parts = (
-        (-0.14, 0.0, entry.relief, entry.relief_low, entry.relief_high, _RELIEF),
-        (0.14, start, entry.beyond, entry.beyond_low, entry.beyond_high, _BEYOND),
-    )
-    for shift, begin, size, low, high, colours in parts:
-        axes.barh(y, size, left=begin, height=0.66, color=colours[theme.shade], linewidth=0, zorder=2)
-        if low is not None and high is not None:
-            ends = [begin + low, begin + high]
-            axes.plot(ends, [y + shift] * 2, marker="|", markersize=3, **whisker)
-    furthest = min(entry.relief, start + entry.beyond)
-    if furthest >= axes.get_xlim()[0]:
+def _draw_method(axes: Axes, y: float, entry: DecompositionRecord, theme: Theme) -> None:
+    """Relief above, beyond below, and between them the gain, which the table alone has where one is off the scale."""
+    relief, beyond = (entry.relief_low, entry.relief_high), (entry.beyond_low, entry.beyond_high)
+    _draw_bar(axes, y - _THICKNESS / 2, "relief", entry.relief, relief, _RELIEF[theme.shade], theme)
+    _draw_bar(axes, y + _THICKNESS / 2, "beyond", entry.beyond, beyond, _BEYOND[theme.shade], theme)
+    if min(entry.relief, entry.beyond, entry.gain) >= axes.get_xlim()[0]:
         axes.plot([entry.gain], [y], marker="D", markersize=3.6, color=theme.ink, markeredgecolor=theme.paper, zorder=4)
-    else:
+
+
+def _draw_bar(
+    axes: Axes, y: float, name: str, size: float, interval: tuple[float | None, float | None], colour: str, theme: Theme
+) -> None:
+    """One bar with its whisker, or, where it goes on past the scale, with its name and value."""
+    from matplotlib.patheffects import withStroke
+
+    low, high = interval
+    axes.barh(y, size, height=_THICKNESS, color=colour, linewidth=0, zorder=2)
+    if size < axes.get_xlim()[0]:
         axes.annotate(
-            f"◂ {format_signed(furthest)}",
+            f"◂ {name} {format_signed(size)}",
             (0, y),
             xytext=(3, 0),
             xycoords=("axes fraction", "data"),
             textcoords="offset points",
             color=theme.paper,
             fontsize=FONT_SIZE - 1.5,
-            va="center",
+            va="center_baseline",
             zorder=5,
+        )
+    elif low is not None and high is not None:
+        edge = [withStroke(linewidth=2.4, foreground=theme.paper)]  # sets it off from its bar
+        axes.plot(
+            [low, high], [y] * 2, marker="|", markersize=5, color=theme.ink, linewidth=0.9, zorder=3, path_effects=edge
         )
 
 
@@ -169,17 +172,19 @@ def _explain_bars(axes: Axes, theme: Theme) -> None:
     handles = [
         Patch(color=_RELIEF[theme.shade], label="relief"),
         Patch(color=_BEYOND[theme.shade], label="beyond"),
+        Line2D([], [], linewidth=0.9, marker="|", markersize=5, color=theme.ink, label="95% interval"),
         Line2D([], [], linestyle="", marker="D", markersize=3.6, color=theme.ink, label="gain: the sum"),
     ]
     axes.legend(
         handles=handles,
         loc="lower left",
         bbox_to_anchor=(0, 1),
-        ncols=3,
+        ncols=4,
         frameon=False,
         labelcolor=theme.ink,
         borderpad=0,
         handlelength=1,
-        columnspacing=1.2,
+        handletextpad=0.5,
+        columnspacing=1,
         borderaxespad=0.3,
     )

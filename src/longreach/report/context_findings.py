@@ -6,7 +6,16 @@ Each function gives None where nothing of its kind was measured at the training 
 from __future__ import annotations
 
 from longreach.report.findings import NAMED, ONE_SEED, Finding, listed
-from longreach.report.grid import format_multiple, format_perplexity, format_range, format_ratio, format_signed
+from longreach.report.grid import (
+    ALIKE,
+    format_multiple,
+    format_perplexity,
+    format_range,
+    format_ratio,
+    format_rough,
+    format_signed,
+    is_alike,
+)
 from longreach.report.selection import (
     WAYS,
     contexts_of,
@@ -22,6 +31,9 @@ from longreach.results import ContextRecord, DecompositionRecord, Results
 
 LEVEL = 1.01
 """Perplexities nearer to each other than this are called unchanged."""
+_HOLDS = 0.02
+"""A cache whose perplexity is within this share of recomputing's holds it: windows differ in what they let a token see.
+"""
 _CACHES = {"cached", "cached-shifted"}  # the ways that have a window, as recomputing has
 
 
@@ -116,19 +128,20 @@ def _exactness(entries: list[DecompositionRecord]) -> str:
 
 
 def strides(results: Results, train_length: int) -> Finding | None:
-    """Whether what perplexity gains with longer windows is still there when windows slide."""
-    if not sliding_strides(results, train_length):
+    """Whether what perplexity gains with longer windows is still there when windows slide.
+
+    They slide by the smallest stride that was measured at more than one length: probes add one at the training length.
+    """
+    measured = {stride: _slid_by(results, train_length, stride) for stride in sliding_strides(results, train_length)}
+    if not measured:
         return None
-    stride = sliding_strides(results, train_length)[0]
-    methods = results.methods(train_length)
-    lengths = sorted(
-        length
-        for length in {n for method in methods for n in stride_lengths(results, method, train_length)}
-        if any(find_strided(results, method, train_length, length, stride) for method in methods)
-    )
-    first, last = (train_length if train_length in lengths else lengths[0]), lengths[-1]
-    if first == last:
-        return Finding(f"Windows that slide by {stride:,} were measured at {last:,} tokens alone: no gain to compare.")
+    comparable = [stride for stride, lengths in measured.items() if len(lengths) > 1]
+    if not comparable:
+        return Finding("Windows that slide were measured at one length alone for each stride: no gain to compare.")
+    stride = min(comparable)
+    methods, lengths = results.methods(train_length), measured[stride]
+    last = max(lengths)
+    first = train_length if train_length in lengths and train_length < last else min(lengths)
     verdicts: dict[str, list[str]] = {
         "still falls with": [],
         "no longer falls with": [],
@@ -153,6 +166,13 @@ def strides(results: Results, train_length: int) -> Finding | None:
         f"Perplexity at {last:,} over that at {first:,}: {'; '.join(_first(details))}.",
         f"A fall that goes away was relief from the early token curse. One below 1% counts as none. {ONE_SEED}",
     )
+
+
+def _slid_by(results: Results, train_length: int, stride: int) -> set[int]:
+    """The validation lengths at which windows slid by this stride."""
+    methods = results.methods(train_length)
+    lengths = {length for method in methods for length in stride_lengths(results, method, train_length)}
+    return {n for n in lengths if any(find_strided(results, method, train_length, n, stride) for method in methods)}
 
 
 def offsets(results: Results, train_length: int) -> Finding | None:
@@ -187,36 +207,46 @@ def offsets(results: Results, train_length: int) -> Finding | None:
 
 
 def ways(results: Results, train_length: int) -> Finding | None:
-    """What a KV cache costs in perplexity and brings in speed, beside recomputing every window."""
+    """What a KV cache costs in perplexity and brings in speed, beside recomputing every window.
+
+    It is judged in windows of the training length, where recomputing is right for every method: past it a method that
+    does not extrapolate is wrong both ways, and which way is more so says nothing about caches.
+    """
     found = ways_of(results, train_length)
     if not found:
         return None
-    comparable = {key: by for key, by in found.items() if "sliding-window" in by and _CACHES & set(by)}
+    comparable = {
+        method: by
+        for (method, length), by in found.items()
+        if length == train_length and "sliding-window" in by and _CACHES & set(by)
+    }
     if not comparable:
-        return Finding(f"Trained at {train_length:,}: no windows were recomputed, so caches have nothing beside them.")
-    window = max(length for _, length in comparable)
-    verdicts: dict[str, list[str]] = {"holds with": [], "grows with": []}
+        return Finding(f"Windows of {train_length:,} tokens were not both recomputed and cached: nothing to compare.")
+    verdicts: dict[str, list[str]] = {"holds with": [], "is worse with": [], "is better with": []}
     speeds = []
-    for (method, length), by_protocol in comparable.items():
-        if length != window:
-            continue
+    for method, by_protocol in comparable.items():
         recomputed = by_protocol["sliding-window"]
         for protocol in sorted(_CACHES & set(by_protocol)):
             ratio = loss_ratio(by_protocol[protocol], recomputed)
             speed = by_protocol[protocol].tokens_per_second / recomputed.tokens_per_second
             named = f"{method} ({WAYS[protocol]}, {format_ratio(ratio)})"
-            verdicts["holds with" if ratio < LEVEL else "grows with"].append(named)
-            speeds.append(f"{method} ({WAYS[protocol]}) {format_ratio(speed)}")
-    recomputed_by = format_range(
-        (by["sliding-window"].stride for (_, length), by in comparable.items() if length == window), "{:,}".format
-    )
+            verdicts[_verdict_on_cache(ratio)].append(named)
+            speeds.append(f"{method} ({WAYS[protocol]}) {'as fast' if is_alike(speed) else format_rough(speed)}")
+    recomputed_by = format_range((by["sliding-window"].stride for by in comparable.values()), "{:,}".format)
     return Finding(
-        f"Trained at {train_length:,}: beside recomputed windows of {window:,} tokens, perplexity "
+        f"In windows of {train_length:,} tokens, the training length, perplexity beside recomputing "
         f"{_clauses(verdicts)}.",
         f"Speed over that of recomputing with stride {recomputed_by}: {'; '.join(_first(speeds))}.",
         "A recomputed window sees its own tokens alone; in a cache, deeper layers also keep something of what came "
-        f"before it. Below 1% counts as no growth. Speeds are of one run on this machine. {ONE_SEED}",
+        f"before it. With a stride above 1 a recomputed token sees less than its whole window. Within {_HOLDS:.0%} "
+        f"counts as holding. Speeds are of one run on this machine. {ALIKE} {ONE_SEED}",
     )
+
+
+def _verdict_on_cache(ratio: float) -> str:
+    if abs(ratio - 1) <= _HOLDS:
+        return "holds with"
+    return "is worse with" if ratio > 1 else "is better with"
 
 
 def _intervals(name: str, resampled: set[str], are_there: bool) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from longreach.report.findings import Finding, listed
-from longreach.report.grid import MISSING, format_memory, format_perplexity, format_ratio
+from longreach.report.grid import ALIKE, MISSING, format_memory, format_perplexity, format_rough, is_alike
 from longreach.report.selection import BASELINE, ratio
 from longreach.results import Record, Results, TrainingRecord
 
 OURS = "alibi"
 """The method that the paper sets against the baseline."""
-_MACHINE = "Speed and memory are of one run on this machine."
+_MACHINE = f"Speed and memory are of one run on this machine. {ALIKE}"
 
 
 def cost(results: Results) -> Finding | None:
@@ -19,14 +19,20 @@ def cost(results: Results) -> Finding | None:
     for entry in results.training:
         baseline = baselines.get(entry.train_length)
         if baseline is not None and entry is not baseline:
-            speed = format_ratio(entry.tokens_per_second / baseline.tokens_per_second)
-            memory = ratio(entry.peak_memory, baseline.peak_memory)
-            used = "" if memory is None else f" with {format_ratio(memory)} the memory"
+            relative = entry.tokens_per_second / baseline.tokens_per_second
+            speed = "as fast" if is_alike(relative) else f"at {format_rough(relative)} the speed"
             at = f" at {entry.train_length:,}" if len(baselines) > 1 else ""
-            compared.append(f"{entry.method}{at} trains at {speed} the speed{used}")
+            compared.append(f"{entry.method}{at} trains {speed}{_used(entry, baseline)}")
     if not compared:
         return None
     return Finding(f"Beside {BASELINE} at the same training length: {listed(compared)}.", "", _MACHINE)
+
+
+def _used(entry: TrainingRecord, baseline: TrainingRecord) -> str:
+    relative = ratio(entry.peak_memory, baseline.peak_memory)
+    if relative is None:
+        return ""
+    return f" with {'as much' if is_alike(relative) else f'{format_rough(relative)} the'} memory"
 
 
 def training_advantage(results: Results) -> Finding | None:
@@ -80,9 +86,9 @@ def _comparison(ours: TrainingRecord, theirs: TrainingRecord, own: Record, other
 
 
 def _speed(relative: float) -> str:
-    if 0.995 <= relative <= 1.005:
+    if is_alike(relative):
         return "as fast"
-    return f"{'faster' if relative > 1 else 'slower'}, at {format_ratio(relative)} the tokens per second"
+    return f"{'faster' if relative > 1 else 'slower'}, at {format_rough(relative)} the tokens per second"
 
 
 def _memory(ours: TrainingRecord, theirs: TrainingRecord) -> str:
@@ -90,7 +96,7 @@ def _memory(ours: TrainingRecord, theirs: TrainingRecord) -> str:
     if relative is None:
         return ""
     change = relative - 1
-    if abs(change) < 0.005:
+    if is_alike(relative):
         return ", and takes as much memory"
     return f", and takes {abs(change):.0%} {'less' if change < 0 else 'more'} memory"
 

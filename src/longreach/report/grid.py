@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 MISSING = "-"
+ALIKE = "Short works vary by some percent from run to run: within 5% they count as alike."
+"""Why ratios of speed and memory have two digits."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,13 @@ class Grid:
     """(row, column) of the cells to stress."""
     text_columns: int = 1
     """How many of the first columns hold text (left-aligned); the others hold numbers."""
+
+
+def without_empty_columns(grid: Grid, first: int) -> Grid:
+    """The grid without the columns from number `first` on in which no row has anything; `best` is of those before."""
+    kept = [i for i in range(len(grid.columns)) if i < first or any(row[i] != MISSING for row in grid.rows)]
+    columns = tuple(grid.columns[i] for i in kept)
+    return replace(grid, columns=columns, rows=tuple(tuple(row[i] for i in kept) for row in grid.rows))
 
 
 def to_rich(grid: Grid) -> Table:
@@ -87,6 +96,19 @@ def format_ratio(value: float | None) -> str:
     if value is None:
         return MISSING
     return f"{value:.3f}x" if 0.99 < value < 1.01 else f"{format_perplexity(value)}x"
+
+
+def format_rough(value: float | None) -> str:
+    """`1.8x`, `0.33x`, `25x`: the two digits that ratios of speeds and memories are good for; a dash without one."""
+    if value is None:
+        return MISSING
+    digits = 1 - int(f"{value:.1e}".partition("e")[2])
+    return f"{round(value, digits):,.{max(0, digits)}f}x"
+
+
+def is_alike(relative: float) -> bool:
+    """Whether a ratio of speeds or memories is too near to 1 to tell anything: `ALIKE` says why."""
+    return abs(relative - 1) <= 0.05
 
 
 def format_memory(value: float | None) -> str:

@@ -169,7 +169,7 @@ def decompositions(results: Results) -> Section | None:
         reading=(
             "Relief is the part of the gain that remains when no token may see more than the training length; beyond "
             "is what the context past it adds, or takes where the bar is on the left. Bars with an arrow go on past "
-            "the scale."
+            "the scale, to the value written on them."
         ),
         tables=_grids(decomposition_grid, results),
     )
@@ -230,7 +230,7 @@ def costs(results: Results) -> Section | None:
     """Speed and memory."""
     finding = cost(results)
     makers = (tables.evaluation_speed_grid, tables.evaluation_memory_grid)
-    details = tuple(make(results, n) for n in perplexity_lengths(results) for make in makers)
+    details = tuple(g for n in perplexity_lengths(results) for make in makers if (g := make(results, n)) is not None)
     trained = (tables.cost_grid(results), tables.training_grid(results)) if results.training else ()
     if not details and not trained:
         return None
@@ -240,7 +240,7 @@ def costs(results: Results) -> Section | None:
 def retrievals(results: Results, task: str) -> Section:
     """Answers found in long prompts."""
     return Section(
-        title=f"Retrieval: {task}",
+        title="Retrieval: a word told once" if task == "retrieval" else f"Retrieval: {task}",
         findings=_findings(lambda results, length: retrieval(results, task, length), results),
         picture=Picture(
             f"retrieval-{quote(task, safe='', errors='surrogatepass')}",

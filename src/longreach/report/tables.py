@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Hashable, Iterable
+from typing import TYPE_CHECKING, TypeVar
 
 from longreach.report.context_tables import decomposition_grid, stride_grid, ways_grid
 from longreach.report.grid import (
+    ALIKE,
     MISSING,
     Grid,
     format_memory,
@@ -15,7 +16,9 @@ from longreach.report.grid import (
     format_perplexity,
     format_range,
     format_ratio,
+    format_rough,
     to_rich,
+    without_empty_columns,
 )
 from longreach.report.grid import to_markdown as to_markdown
 from longreach.report.paper_tables import METHODS, paper_cells
@@ -35,6 +38,13 @@ from longreach.results import Record, Results, TrainingRecord
 if TYPE_CHECKING:
     from rich.console import Console
 
+Key = TypeVar("Key", bound=Hashable)
+Value = TypeVar("Value")
+_MEMORY = (
+    "Peak memory: on CUDA what PyTorch's allocator held, on the CPU all that the process held, the interpreter and "
+    "PyTorch included."
+)
+
 
 def main_grid(results: Results, train_length: int) -> Grid:
     """Perplexity by method and validation length, the ratio of the longest to 1x, training speed and memory."""
@@ -46,13 +56,14 @@ def main_grid(results: Results, train_length: int) -> Grid:
     for method in perplexity_methods(results, train_length):
         ratio = None if longest is None else growth(results, method, train_length, longest)
         ends.append((format_ratio(ratio), *_training_cost(trained.get(method))))
-    return Grid(
+    grid = Grid(
         title=f"Perplexity per token, trained at {train_length:,} tokens",
         note="Columns: validation length, its multiple of the training length, mean context of a scored token.",
         columns=(*columns, (past, "/ 1x"), ("training", "tokens/s"), ("training", "memory")),
         rows=tuple(row + end for row, end in zip(rows, ends, strict=True)),
         best=_lowest(results, train_length),
     )
+    return without_empty_columns(grid, first=len(columns))
 
 
 def bits_per_byte_grid(results: Results, train_length: int) -> Grid:
@@ -81,10 +92,12 @@ def evaluation_speed_grid(results: Results, train_length: int) -> Grid:
     return Grid(f"Evaluation speed in tokens per second, trained at {train_length:,} tokens", "", columns, rows)
 
 
-def evaluation_memory_grid(results: Results, train_length: int) -> Grid:
-    """Peak memory of evaluation by method and validation length."""
+def evaluation_memory_grid(results: Results, train_length: int) -> Grid | None:
+    """Peak memory of evaluation by method and validation length; None where it could not be measured."""
     columns, rows = _by_length(results, train_length, lambda record: format_memory(record.peak_memory))
-    return Grid(f"Peak memory of evaluation, trained at {train_length:,} tokens", "", columns, rows)
+    if all(cell == MISSING for row in rows for cell in row[1:]):
+        return None
+    return Grid(f"Peak memory of evaluation, trained at {train_length:,} tokens", _MEMORY, columns, rows)
 
 
 def cost_grid(results: Results) -> Grid:
@@ -98,13 +111,15 @@ def cost_grid(results: Results) -> Grid:
         for text, own, other in zip((_speed, _speed, format_memory), costs(results, entry), others, strict=True):
             row.append(text(own))
             if baselines:
-                row.append(format_ratio(ratio(own, other)))
+                row.append(format_rough(ratio(own, other)))
         rows.append(tuple(row))
     columns: list[tuple[str, ...]] = [("method",), ("train", "length")]
     for name in (("training", "tokens/s"), ("evaluation", "tokens/s"), ("training", "peak memory")):
         columns += [name, (f"/ {BASELINE}'s", "at that length")] if baselines else [name]
-    note = "Evaluation: nonoverlapping windows of the training length, in the batches that it ran with."
-    return Grid("Cost, as in the paper's Table 1", note, tuple(columns), tuple(rows))
+    note = f"Evaluation: nonoverlapping windows of the training length, in the batches that it ran with. {_MEMORY}"
+    if baselines:
+        note = f"{note} {ALIKE}"
+    return without_empty_columns(Grid("Cost, as in the paper's Table 1", note, tuple(columns), tuple(rows)), first=2)
 
 
 def training_grid(results: Results) -> Grid:
@@ -137,21 +152,42 @@ def training_grid(results: Results) -> Grid:
         ("peak", "memory"),
     )
     note = "Final loss: mean over the last logged steps, in nats per token."
-    return Grid("Training", note, columns, rows, text_columns=2)
+    return without_empty_columns(Grid("Training", note, columns, rows, text_columns=2), first=2)
 
 
 def skipped_grid(results: Results) -> Grid:
-    """What could not be evaluated, entries of one reason together."""
-    lengths: dict[tuple[str, str, str, int], list[int]] = {}
+    """What could not be evaluated: a row for all models that lack the same measurements for the same reason."""
+    skipped: dict[tuple[str, str, int], dict[str, set[int]]] = {}
     for entry in results.skipped:
-        same = (entry.method, entry.reason, entry.protocol or entry.task, entry.train_length)
-        lengths.setdefault(same, []).append(entry.valid_length)
-    rows = tuple(
-        (method, reason, measured, f"{train_length:,}", ", ".join(f"{length:,}" for length in sorted(set(skipped))))
-        for (method, reason, measured, train_length), skipped in lengths.items()
+        lengths = skipped.setdefault((entry.reason, entry.method, entry.train_length), {})
+        lengths.setdefault(entry.protocol or entry.task, set()).add(entry.valid_length)
+    models = _together(((reason, _missed(by), n), method) for (reason, method, n), by in skipped.items())
+    rows = _together(((reason, missed, tuple(methods)), n) for (reason, missed, n), methods in models.items())
+    return Grid(
+        title="Skipped",
+        note="",
+        columns=(("reason",), ("methods",), ("trained at",), ("measurements, and their validation lengths",)),
+        rows=tuple(
+            (reason, ", ".join(methods), ", ".join(f"{n:,}" for n in lengths), missed)
+            for (reason, missed, methods), lengths in rows.items()
+        ),
+        text_columns=4,
     )
-    columns = (("method",), ("reason",), ("measurement",), ("trained at",), ("validation length",))
-    return Grid("Skipped", "", columns, rows, text_columns=3)
+
+
+def _missed(by_measurement: dict[str, set[int]]) -> str:
+    """`cached, positions at 128, 256; offsets at 64`."""
+    alike = _together((tuple(sorted(lengths)), measurement) for measurement, lengths in by_measurement.items())
+    clauses = ((", ".join(names), ", ".join(f"{n:,}" for n in lengths)) for lengths, names in alike.items())
+    return "; ".join(f"{names} at {lengths}" for names, lengths in clauses)
+
+
+def _together(pairs: Iterable[tuple[Key, Value]]) -> dict[Key, list[Value]]:
+    """The values of each key, both in order of appearance."""
+    found: dict[Key, list[Value]] = {}
+    for key, value in pairs:
+        found.setdefault(key, []).append(value)
+    return found
 
 
 def paper_grid() -> Grid:

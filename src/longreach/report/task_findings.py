@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from longreach.report.findings import NAMED, Finding, listed
-from longreach.report.grid import format_interval, format_multiple, format_percent
-from longreach.report.selection import scores
+from longreach.report.grid import format_interval, format_multiple, format_percent, format_range
+from longreach.report.selection import Score, scores
 from longreach.report.task_tables import points
 from longreach.results import Results, SummaryRecord
+
+_CHANCE = {"retrieval": 1 / 108}
+"""Task -> how often a guess is right: 108 words are told. The answers of the other tasks cannot be guessed."""
 
 
 def retrieval(results: Results, task: str, train_length: int) -> Finding | None:
@@ -34,11 +37,38 @@ def retrieval(results: Results, task: str, train_length: int) -> Finding | None:
         details.append(f"{method} {format_percent(at_longest[method].accuracy)} at {longest:,}{begins}")
     cases = [score.cases for by_length in found.values() for score in by_length.values()]
     return Finding(
-        sentence,
+        sentence + _reservation(found, order, task, train_length, longest),
         f"Accuracy: {'; '.join(details)}.",
         f"{min(cases)} cases or more at each length: the table has 95% intervals (Wilson); a single cell of the map "
         "has fewer. Methods whose intervals overlap are not told apart.",
     )
+
+
+def _reservation(
+    found: dict[str, dict[int, Score]], order: list[str], task: str, train_length: int, longest: int
+) -> str:
+    """What keeps failures at the longest prompts from being failures to extrapolate; may be empty."""
+    failing = [method for method in order if _is_chance(found[method][longest], task)]
+    if longest <= train_length or not failing:
+        return ""
+    if not any(train_length in found[method] for method in failing):
+        do = "it does" if len(failing) == 1 else "they do"
+        return (
+            f" {listed(failing)} had no prompts of {train_length:,} tokens: whether {do} the task there is not known."
+        )
+    unable = [m for m in failing if train_length in found[m] and _is_chance(found[m][train_length], task)]
+    if not unable:
+        return ""
+    do = "does" if len(unable) == 1 else "do"
+    return (
+        f" At {train_length:,} tokens {listed(unable)} {do} not do the task either: failing in longer prompts says "
+        "nothing about extrapolation."
+    )
+
+
+def _is_chance(score: Score, task: str) -> bool:
+    """Whether guessing may have found as much, by the interval."""
+    return score.correct == 0 or score.interval[0] <= _CHANCE.get(task, 0.0)
 
 
 def summaries(results: Results) -> Finding | None:
@@ -53,12 +83,21 @@ def summaries(results: Results) -> Finding | None:
     ]
     interval = "" if best.rouge1_low is None else f" {format_interval(best.rouge1_low, best.rouge1_high, points)}"
     sentence = f"{_reader(best)} has {'the highest ' if others else ''}ROUGE-1 {points(best.rouge1)}{interval}"
-    cut, cases = (sum(getattr(entry, name) for entry in results.summaries) for name in ("truncated", "cases"))
+    cuts = [_cut(results, length) for length in sorted({entry.valid_length for entry in results.summaries})]
     return Finding(
         f"{sentence}; it cannot be told apart from {listed(alike)}." if alike else f"{sentence}.",
-        f"{cut:,} of {cases:,} transcripts did not fit and were cut.",
+        f"Transcripts that did not fit and were cut: {listed(cuts)}.",
         "Intervals: 95% bootstrap over the cases. ROUGE counts shared words, not whether a summary is true.",
     )
+
+
+def _cut(results: Results, length: int) -> str:
+    """How many transcripts were cut at a length: a range where tokenizers differ in how much they fit into it."""
+    entries = [entry for entry in results.summaries if entry.valid_length == length]
+    cut, cases = (
+        format_range((getattr(entry, name) for entry in entries), "{:,}".format) for name in ("truncated", "cases")
+    )
+    return f"{cut} of {cases} at {length:,} tokens"
 
 
 def _reader(entry: SummaryRecord) -> str:
