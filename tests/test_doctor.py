@@ -152,6 +152,39 @@ def test_advice_names_the_simplest_and_says_when_nothing_helps(bloom):
     )
 
 
+def test_a_training_length_that_the_configuration_does_not_tell_is_part_of_the_advice(bloom):
+    checkup = replace(examine(DoctorConfig(bloom, train_length=24)), base_perplexity=9.0, tokens=100)
+    for advised, told in (("none", "train_length=24"), ("ntk", 'scaling="ntk", train_length=24')):
+        shown = page(replace(checkup, trials=(Trial(32, (12.0, 11.0, 8.0), (advised,), helps=True),)), 120)
+        assert shown.splitlines()[-1] == f"At 32: longreach.extend(model, {told})."
+
+
+def test_a_model_is_tried_as_its_configuration_says(bloom, text, tokenizer, tmp_path, scale_bloom_bias):
+    model = transformers.BloomForCausalLM.from_pretrained(bloom)
+    model.config.alibi_scaling = {"type": "linear", "factor": 4.0}
+    folder = save(model, tmp_path / "scaled", tokenizer)
+    checkup = examine(DoctorConfig(folder, text=text, valid_lengths=(64,)))
+    assert checkup.diagnosis.runs[0].mistake == "alibi_scaling is ignored"
+    assert "64 wrong: alibi_scaling is ignored" in " ".join(page(checkup, 120).split())
+    unscaled = examine(DoctorConfig(bloom, text=text, valid_lengths=(64,)))
+    # 64 tokens are 4 times the training length: "linear" divides the slopes by 4 as well.
+    assert checkup.trials[0].perplexity[0] == pytest.approx(unscaled.trials[0].perplexity[1], rel=1e-6)
+    assert checkup.trials[0].perplexity[1:] == pytest.approx(unscaled.trials[0].perplexity[1:], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [({"logit_scale": 0.5}, "logit_scale=0.5"), ({"attn_config": {"qk_ln": True}}, "attn_config.qk_ln=True")],
+)
+def test_what_transformers_leaves_out_of_an_mpt_is_named(options, told, tokenizer, tmp_path, capsys):
+    config = transformers.MptConfig(vocab_size=tokenizer.vocab_size, d_model=16, n_layers=1, n_heads=2, **options)
+    folder = save(transformers.MptForCausalLM(config), tmp_path / "mpt", tokenizer)
+    with pytest.raises(SystemExit, match="2"):
+        main(["doctor", folder])
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"longreach doctor: {told}: transformers' own code does not compute it")
+
+
 def test_documents_of_a_text_are_parted_by_eos(tmp_path, tokenizer):
     lines = [json.dumps({"text": text}) for text in ("document 1 line 2", "sum of 1")]
     (tmp_path / "two.jsonl").write_text("\n".join(lines))

@@ -329,10 +329,44 @@ def test_a_shape_for_a_pretrained_model_is_refused(pretrained):
 
 
 def test_models_without_a_way_to_alibi_are_refused(pretrained):
-    with pytest.raises(ValueError, match=r"^start_from=.*opt' is a opt: longreach can train one of bloom, mpt"):
+    told = "bloom, mpt, falcon, gpt2, llama, mistral, qwen2"  # none whose code comes with its files
+    with pytest.raises(ValueError, match=rf"^start_from=.*opt' is a opt: longreach can train one of {told}$"):
         starting_config(pretrained("opt"))
     with pytest.raises(ValueError, match=r"^model 'nowhere/at-all' is no folder here"):
         starting_config("nowhere/at-all")
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        (transformers.MptConfig(attn_config={"alibi": False}), r"attn_config\.alibi=False"),
+        (transformers.MptConfig(attn_config={"qk_ln": True}), r"attn_config\.qk_ln=True"),
+        (transformers.FalconConfig(alibi=False), r"alibi=False"),
+        (transformers.GPT2Config(add_cross_attention=True), r"add_cross_attention=True"),
+        (transformers.MistralConfig(sliding_window=64), r"sliding_window=64"),
+    ],
+)
+def test_models_without_a_way_to_alibi_are_refused_by_their_configuration(config, told, pretrained, data, tmp_path):
+    config.save_pretrained(tmp_path / "model")  # there are no weights, and no tokenizer
+    start = RunConfig(start_from=str(tmp_path / "model"), data=data)
+    with pytest.raises(ValueError, match=rf"^start_from=.* cannot be trained with ALiBi: {told}"):
+        check_start(start)
+    with pytest.raises(ValueError, match="cannot be trained with ALiBi"):
+        run(start, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("family", ["bloom", "mpt"])
+def test_the_length_of_fine_tuning_is_that_of_the_model_from_then_on(pretrained, data, family, tmp_path):
+    config = fine_tuning(pretrained(family), data)
+    longer = dataclasses.replace(config.train, train_length=2 * LENGTH, batch_size=2)
+    run(dataclasses.replace(config, train=longer), tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["train_length"] == 2 * LENGTH
+    model = load_pretrained(tmp_path / "run")
+    assert extension_of(extend(model, scaling="linear")).scaling == Scaling("linear", train_length=2 * LENGTH)
+    assert load_subject(str(tmp_path / "run"), device=CPU).train_length == 2 * LENGTH
+    (tmp_path / "run" / "config.toml").unlink()
+    assert starting_config(str(tmp_path / "run")).train.train_length == 2 * LENGTH
 
 
 def test_the_loss_and_its_gradient_are_those_of_transformers(pretrained):

@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "models": {"positions", "ops"},
     "data": set(),
     "results": set(),
-    "evaluate": {"data", "results"},
+    "evaluate": {"data", "results", "extension"},
     "train": {"models", "data", "evaluate", "results"},
     "extension": {"ops", "models", "positions"},
     "testing": {"ops"},

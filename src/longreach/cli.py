@@ -101,8 +101,8 @@ class ExtendArguments(EvaluateArguments):
     """
 
     scalings: tuple[str, ...] = ("none", "linear", "ntk")
-    """How the slopes are scaled past L, one after another: none, linear, ntk or linear-fixed=FACTOR, and +logn after
-    any of them; stock is the model's own code."""
+    """How the slopes are scaled past L, one after another: none (as the model's configuration says), linear, ntk or
+    linear-fixed=FACTOR, and +logn after any of them; stock is the model's own code."""
 
 
 @dataclass(frozen=True)
@@ -188,9 +188,13 @@ def train_command(arguments: TrainArguments) -> None:
 def evaluate_command(arguments: EvaluateArguments) -> None:
     """`longreach evaluate` and `longreach extend`."""
     config = _part(arguments, EvaluationConfig)
-    with TerminalProgress() as progress:
-        results = evaluate_models(config, arguments.output, progress)
-    print_tables(results, Console())
+    so_far: list[Results] = []
+    try:
+        with TerminalProgress() as progress:
+            evaluate_models(config, arguments.output, progress, so_far.append)
+    finally:  # an error at a later model leaves what was measured before it
+        if so_far:
+            print_tables(so_far[-1], Console())
     if arguments.output is not None:
         print(f"Report: {arguments.output / 'report.html'}")
 

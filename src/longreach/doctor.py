@@ -22,8 +22,9 @@ from longreach.extension.extend import extend, restore
 from longreach.report.grid import MISSING, Grid, format_multiple, format_percent, format_perplexity, to_rich
 from longreach.train.loop import resolve_device
 
-SCALINGS = ("none", "linear", "ntk")
-"""What is tried at each length, simplest first: of two that the text cannot tell apart, the first is named first."""
+TRIED = ("none", "linear", "ntk")
+"""The scalings that are tried at each length, simplest first: of two that the text cannot tell apart, the first is
+named first. "none" leaves the model as its configuration says."""
 
 WINDOWS = 4
 """How many windows of the longest length are scored, where the text has as much."""
@@ -74,7 +75,7 @@ class Trial:
     length: int
     """L' in tokens."""
     perplexity: tuple[float, ...]
-    """Of each of SCALINGS, per token, in nonoverlapping windows of L'."""
+    """Of each of TRIED, per token, in nonoverlapping windows of L'."""
     advised: tuple[str, ...]
     """The scaling of the lowest perplexity, and those that the text cannot tell from it, simplest first."""
     helps: bool
@@ -166,13 +167,13 @@ def read_tokens(text: str, tokenizer: Tokenizer, least: int, most: int) -> np.nd
 def try_scalings(
     subject: Subject, tokens: np.ndarray, lengths: Sequence[int], progress: Progress
 ) -> tuple[float, tuple[Trial, ...]]:
-    """Perplexity at L as trained, and with each of SCALINGS at lengths beyond it, on the same tokens (N + 1,)."""
+    """Perplexity at L as trained, and with each of TRIED at lengths beyond it, on the same tokens (N + 1,)."""
     drawn = units(tokens, subject.tokenizer.eos_id, max(lengths))
     base = _nll(subject, tokens, subject.train_length, "none").mean()
     trials = []
     for done, length in enumerate(lengths):
         progress("trying scalings", done, len(lengths))
-        nll = np.stack([_nll(subject, tokens, length, scaling) for scaling in SCALINGS], axis=1)  # [N, scalings]
+        nll = np.stack([_nll(subject, tokens, length, scaling) for scaling in TRIED], axis=1)  # [N, scalings]
         means = nll.mean(axis=0)
         perplexity = tuple(np.exp(means).tolist())
         trials.append(Trial(length, perplexity, _indistinguishable(nll, drawn), helps=bool(means.min() < base)))
@@ -184,7 +185,8 @@ def _nll(subject: Subject, tokens: np.ndarray, length: int, scaling: str) -> np.
     """The nll of every token but the first, (N,), in nonoverlapping windows of a length, the model extended."""
     assert isinstance(subject.model, HuggingFaceModel)
     model = subject.model.model
-    extend(model, scaling=scaling, train_length=subject.train_length, length=length)
+    named = None if scaling == "none" else scaling
+    extend(model, scaling=named, train_length=subject.train_length, length=length)
     try:
         return score(
             HuggingFaceModel(model),
@@ -206,7 +208,7 @@ def _indistinguishable(nll: np.ndarray, drawn: Units) -> tuple[str, ...]:
     counts = np.repeat(np.bincount(drawn.ids)[:, None].astype(np.float64), nll.shape[1], axis=1)
     lows = [low for low, _ in intervals(sums, counts, SEED)]
     return tuple(
-        name for i, (name, low) in enumerate(zip(SCALINGS, lows, strict=True)) if i == best or low is None or low <= 0
+        name for i, (name, low) in enumerate(zip(TRIED, lows, strict=True)) if i == best or low is None or low <= 0
     )
 
 
@@ -322,7 +324,7 @@ def _scaling_grid(checkup: Checkup) -> Grid:
         f"Per token, over the same {checkup.tokens:,} tokens in nonoverlapping windows; in windows of the training "
         f"length {length:,} it is {format_perplexity(checkup.base_perplexity)}."
     )
-    columns = (("length",), ("",), *((name,) for name in SCALINGS))
+    columns = (("length",), ("",), *((name,) for name in TRIED))
     return Grid("Perplexity past the training length, by scaling", note, columns, rows, best)
 
 
@@ -333,15 +335,21 @@ def _advice(checkup: Checkup) -> str:
         return f"Scaling: none is needed up to the training length of {checkup.train_length:,} tokens."
     if not checkup.trials:
         return "Scaling: no recommendation, for random tokens cannot tell: give --text."
-    return "\n".join(_sentence(trial, checkup.train_length) for trial in checkup.trials)
+    return "\n".join(_sentence(trial, checkup) for trial in checkup.trials)
 
 
-def _sentence(trial: Trial, train_length: int) -> str:
+def _sentence(trial: Trial, checkup: Checkup) -> str:
     first, *others = trial.advised
-    best = SCALINGS[int(np.argmin(trial.perplexity))]
-    line = f'At {trial.length:,}: longreach.extend(model, scaling="{first}")'
+    best = TRIED[int(np.argmin(trial.perplexity))]
+    arguments = ["model"]
+    if first != "none":  # which is what the configuration says
+        arguments.append(f'scaling="{first}"')
+    if checkup.diagnosis.train_length != checkup.train_length:
+        arguments.append(f"train_length={checkup.train_length}")
+    line = f"At {trial.length:,}: longreach.extend({', '.join(arguments)})"
     if others:
         line += f"; this text cannot tell it from {' and '.join(others)} (lowest: {best})"
     if not trial.helps:
-        line += f". None predicts better than windows of {train_length:,} do: expect no gain from the longer context"
+        told = f"windows of {checkup.train_length:,} do"
+        line += f". None predicts better than {told}: expect no gain from the longer context"
     return line + "."

@@ -12,11 +12,12 @@ from torch.utils.checkpoint import checkpoint
 
 from longreach.data.prepare import DataConfig
 from longreach.data.tokenizer import Tokenizer, load_tokenizer
-from longreach.evaluate.huggingface import declared_length, load_causal_model, load_configuration
-from longreach.extension.convert import CONVERTIBLE, convert
-from longreach.extension.extend import FAMILIES, extend
+from longreach.evaluate.huggingface import load_causal_model, load_configuration
+from longreach.extension.convert import convert
+from longreach.extension.extend import CONVERTIBLE, FAMILIES, extend
 from longreach.extension.interpolation import Scaling, read_alibi_scaling
-from longreach.extension.pretrained import SCALING, holds_pretrained, save_pretrained
+from longreach.extension.lengths import SCALING, TRAIN_LENGTH, declared_length
+from longreach.extension.pretrained import holds_pretrained, save_pretrained
 from longreach.models.config import Architecture
 from longreach.models.decoder import Decoder
 from longreach.models.pretrained import load_model
@@ -36,7 +37,7 @@ def starting_config(source: str) -> RunConfig:
         source: the folder of a finished run, or a Hugging Face model as a folder or a name on the hub.
 
     Raises:
-        ValueError: there is no such model, or the folder holds no finished run.
+        ValueError: there is no such model, it cannot have ALiBi, or the folder holds no finished run.
     """
     folder = Path(source)
     if (folder / "config.toml").exists() and (folder / "training.json").exists():
@@ -54,11 +55,16 @@ def starting_config(source: str) -> RunConfig:
             "does for each method, or a Hugging Face model"
         )
     pretrained = load_configuration(source)
-    if pretrained.model_type not in FAMILIES:
+    trainable = {name: family for name, family in FAMILIES.items() if family.kind != "remote"}
+    if pretrained.model_type not in trainable:
         raise ValueError(
-            f"start_from={source!r} is a {pretrained.model_type}: longreach can train one of {', '.join(FAMILIES)}"
+            f"start_from={source!r} is a {pretrained.model_type}: longreach can train one of {', '.join(trainable)}"
         )
-    length = declared_length(pretrained) or TrainConfig().train_length
+    try:
+        trainable[pretrained.model_type].check(pretrained)
+    except ValueError as error:
+        raise ValueError(f"start_from={source!r} cannot be trained with ALiBi: {error}") from error
+    length = declared_length(pretrained.get_text_config()) or TrainConfig().train_length
     return RunConfig(
         start_from=source,
         method=_method_of(pretrained),
@@ -125,6 +131,7 @@ def _pretrained_trainee(config: RunConfig, tokenizer: Tokenizer, device: torch.d
     (convert if model.config.model_type in CONVERTIBLE else extend)(model, scaling=scaling)
     model.to(device).train()
     length = config.train.train_length
+    setattr(model.config, TRAIN_LENGTH, length)  # saved with it, for the longest input may be another
     return Trainee(
         method=config.method,
         model=model,

@@ -1,14 +1,15 @@
 """Decoding with a cache equals the full forward pass under one L', and says so where it cannot."""
 
 import copy
+import threading
 
 import pytest
 import torch
-from family_models import HEADS, bloom, mpt, oracle, paper_slopes, tokens
-from transformers import DynamicCache, StaticCache
+from family_models import HEADS, VOCABULARY, bloom, mpt, oracle, paper_slopes, tokens
+from transformers import DynamicCache, GenerationConfig, StaticCache, StoppingCriteria
 
 import longreach
-from longreach.extension.extend import fixed_length
+from longreach.extension.extend import extension_of, fixed_length
 from longreach.extension.interpolation import linear
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
@@ -77,6 +78,82 @@ def test_generation_from_input_embeddings_has_the_same_length():
             output_logits=True,
         )
         torch.testing.assert_close(torch.stack(out.logits, dim=1), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("stated", [False, True])
+def test_a_padded_row_decodes_as_it_does_alone(model, stated):
+    """By itself a row's L' is its own 25 tokens and the new ones; a stated one is that of every row."""
+    longreach.extend(model, scaling="linear", train_length=16, length=80 if stated else None)
+    ids, mask = tokens(2, 40), torch.ones(2, 40, dtype=torch.long)
+    mask[0, :15] = 0
+    sequences, logits = generated(model, ids, 12, attention_mask=mask)
+    for row, padding, length in ((0, 15, 80 if stated else 37), (1, 0, 80 if stated else 52)):
+        alone, expected = generated(model, ids[row : row + 1, padding:], 12)
+        assert torch.equal(sequences[row, padding:], alone[0])
+        torch.testing.assert_close(logits[row], expected[0], **CLOSE)
+        slopes = linear(torch.tensor(paper_slopes(HEADS)), 16, length)
+        expected = oracle(model, alone[0], slopes)[39 - padding : -1]
+        torch.testing.assert_close(logits[row].double(), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("stated", [False, True])
+@pytest.mark.parametrize("name", SCALINGS)
+def test_prompt_lookup_decodes_what_greedy_decoding_does(model, name, stated):
+    """Its candidates go past the end, up to which L' counts."""
+    train_length = None if name == "linear-fixed" else 16
+    longreach.extend(model, **SCALINGS[name], train_length=train_length, length=57 if stated else None)
+    ids = tokens(1, 10, seed=3).repeat(1, 4)  # so that there is much to look up
+    # Old versions of transformers look for an end in what was looked up: for one that never comes. They also return
+    # what goes past the length that was asked for.
+    options = {"max_new_tokens": 17, "do_sample": False, "use_cache": True, "eos_token_id": VOCABULARY}
+    expected = model.generate(ids, **options)
+    assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=5, **options)[:, :57], expected)
+
+
+def test_a_configuration_by_its_place_and_by_its_name_are_one(model):
+    longreach.extend(model, scaling="linear", train_length=16)
+    ids = tokens(1, 20)
+    lengths = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    for cached in (False, True):
+        config = GenerationConfig(max_new_tokens=4, use_cache=cached, do_sample=False, pad_token_id=0)
+        expected = model.generate(ids, generation_config=config)
+        by_name = lengths.copy()
+        lengths.clear()
+        assert torch.equal(model.generate(ids, config), expected)
+        assert lengths == by_name == ([20, 1, 1, 1] if cached else [20, 21, 22, 23])
+        lengths.clear()
+    static = GenerationConfig(max_new_tokens=4, cache_implementation="static", use_cache=True, do_sample=False)
+    cache = model.generate(ids, static, return_dict_in_generate=True, pad_token_id=0).past_key_values
+    assert isinstance(cache, StaticCache)
+
+
+def test_calls_in_two_threads_have_each_its_own_length(model):
+    """The second call begins and ends while the first is under way."""
+    longreach.extend(model, scaling="linear", train_length=16)
+    ids = tokens(1, 20)
+    expected = {count: generated(model, ids, count) for count in (30, 10)}
+    found = {}
+
+    class Meanwhile(StoppingCriteria):
+        def __call__(self, input_ids, scores, **options):
+            if input_ids.shape[1] == 25:
+                thread = threading.Thread(target=decode, args=(10,))
+                thread.start()
+                thread.join(60)
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    def decode(count, **options):
+        with torch.no_grad():
+            found[count] = generated(model, ids, count, **options)
+
+    decode(30, stopping_criteria=[Meanwhile()])
+    for count in (30, 10):
+        assert torch.equal(found[count][0], expected[count][0])
+        assert torch.equal(found[count][1], expected[count][1])
+    assert extension_of(model).calls == {}
 
 
 @pytest.mark.parametrize("static", [False, True])

@@ -6,7 +6,7 @@ import transformers
 from family_models import FAMILIES, bloom, falcon, mpt, tokens
 
 import longreach
-from longreach.extension.diagnosis import diagnose, stock_bytes
+from longreach.extension.diagnosis import _kl, diagnose, stock_bytes
 
 
 def state_of(model):
@@ -118,13 +118,42 @@ def test_logits_that_are_not_finite_are_wrong(scale_bloom_bias):
     assert (run.outcome, run.mistake, run.kl) == ("wrong", "logits are not finite", float("inf"))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stock_code_is_seen_to_ignore_an_alibi_scaling(family):
+    model = FAMILIES[family](alibi_scaling={"type": "linear", "factor": 2.5})
+    found = diagnose(model, tokens(1, 32)[0], [32])
+    assert [(run.outcome, run.mistake) for run in found.runs] == [("wrong", "alibi_scaling is ignored")]
+    assert found.dialect.deviation > 0.01
+    assert found.dialect.rule.endswith("to be scaled as alibi_scaling says: {'type': 'linear', 'factor': 2.5}")
+
+
+def test_an_alibi_scaling_that_changes_little_is_seen_to_be_ignored():
+    model = bloom(alibi_scaling={"type": "linear", "factor": 1.0001})
+    run = the_run(model, 32)
+    assert run.kl < 1e-6
+    assert (run.outcome, run.mistake) == ("wrong", "alibi_scaling is ignored")
+
+
+def test_an_alibi_scaling_by_length_is_ignored_past_its_length_alone():
+    model = bloom(alibi_scaling={"type": "linear", "train_seq_len": 16})
+    runs = diagnose(model, tokens(1, 48)[0], [16, 48]).runs
+    assert [(run.outcome, run.mistake) for run in runs] == [("right", ""), ("wrong", "alibi_scaling is ignored")]
+    model = falcon(implementation="eager", alibi_scaling={"type": "linear", "factor": 2.5})
+    assert the_run(model, 32).mistake == "alibi_scaling is ignored, and the bias is added twice"
+
+
+def test_equal_logits_have_no_divergence_below_zero():
+    logits = torch.randn(300, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert all(_kl(row[None], (row + 1.0)[None]) >= 0.0 for row in logits)
+
+
 def test_what_would_take_too_much_memory_is_not_run():
     assert stock_bytes(32, 8192) == 24 * 2**30
     needed = stock_bytes(6, 64)
     assert the_run(bloom(), 64, max_bytes=needed).outcome == "right"
     run = the_run(bloom(), 64, max_bytes=needed - 1)
     assert run.outcome == "not run"
-    assert "GiB" in run.mistake
+    assert run.mistake == "would take about 288.0 KiB for scores, more than the 288.0 KiB allowed"  # 3 * 4 * 6 * 64^2
     assert run.kl is None
 
 

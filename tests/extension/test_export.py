@@ -191,7 +191,7 @@ def test_what_says_the_default_outright_is_held(tmp_path):
 
 @pytest.mark.parametrize("max_length", [TRAIN_LENGTH - 1, 0, -5, True, 64.0, None])
 def test_max_length_that_does_not_do(tmp_path, max_length):
-    with pytest.raises(ValueError, match=r"max_length=.*: give an integer of at least train_length=24"):
+    with pytest.raises(ValueError, match=r"max_length=.*: give an integer of at least 24, in tokens"):
         export_mpt(build(), tmp_path / "mpt", max_length=max_length)
 
 

@@ -11,8 +11,9 @@ import transformers
 from family_models import FAMILIES, HEADS, VOCABULARY, bloom, falcon, mpt, oracle, paper_slopes, tokens
 
 import longreach
-from longreach.extension.extend import OLDEST_TRANSFORMERS, extension_of, find_layout
+from longreach.extension.extend import OLDEST_TRANSFORMERS, extension_of, find_layout, fixed_length
 from longreach.extension.interpolation import Scaling
+from longreach.extension.lengths import declared_length
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
 
@@ -105,6 +106,26 @@ def test_a_padded_row_fares_as_it_does_alone(model, scaling):
     torch.testing.assert_close(logits[0, :35], model(ids[:1, :35]).logits[0], **CLOSE)
 
 
+def test_a_stated_length_is_that_of_a_padded_row_too(model):
+    ids, mask = tokens(2, 40), torch.ones(2, 40, dtype=torch.long)
+    mask[0, :15] = 0
+    expected = [
+        oracle(model, row, interpolated("linear", 24, 96), logit_factor=math.log(96) / math.log(24))
+        for row in (ids[0, 15:], ids[1])
+    ]
+
+    def check():
+        logits = model(ids, attention_mask=mask).logits.double()
+        torch.testing.assert_close(logits[0, 15:], expected[0], **CLOSE)
+        torch.testing.assert_close(logits[1], expected[1], **CLOSE)
+
+    longreach.extend(model, scaling="linear", train_length=24, logn=True, length=96)
+    check()
+    longreach.extend(model, scaling="linear", train_length=24, logn=True)
+    with fixed_length(model, 96):
+        check()
+
+
 @pytest.mark.parametrize("by", ["position_ids", "cu_seq_lens_q"])
 @pytest.mark.parametrize("scaling", ["none", "linear"])
 def test_packed_documents_fare_as_they_do_alone(model, scaling, by):
@@ -143,6 +164,14 @@ def test_faithful_bias_is_rounded_as_stock_rounds_it(family):
     ours = layout.faithful(layout.slopes, torch.arange(600)[None], torch.bfloat16)
     assert torch.equal(ours, stock)
     assert ours[0, 0, 0, 256:].unique().numel() < 344
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_faithful_bias_gives_the_very_outputs_of_falcon(dtype):
+    model, ids = falcon().to(dtype), tokens(2, 300)
+    stock = model(ids).logits
+    longreach.extend(model, bias="faithful", impl="sdpa")
+    assert torch.equal(model(ids).logits, stock)
 
 
 def test_faithful_bias_is_nearer_to_stock_in_bfloat16():
@@ -316,13 +345,52 @@ def test_a_refusal_leaves_an_earlier_extension_in_place():
 
 
 def test_train_length_comes_from_the_configuration_or_must_be_given():
-    assert extension_of(longreach.extend(mpt(max_seq_len=77))).scaling == Scaling("linear", 77)
-    assert extension_of(longreach.extend(falcon())).scaling == Scaling("linear", 32)
-    assert extension_of(longreach.extend(bloom(seq_length=99))).scaling == Scaling("linear", 99)
+    for model, length in (
+        (mpt(max_seq_len=77), 77),
+        (falcon(), 32),
+        (bloom(seq_length=99), 99),
+        (mpt(max_seq_len=77, train_length=16), 16),
+        (bloom(seq_length=99, alibi_scaling={"type": "linear", "train_seq_len": 24}), 24),
+    ):
+        assert extension_of(longreach.extend(model, scaling="linear")).scaling == Scaling("linear", length)
+        assert declared_length(model.config) == length  # which evaluate and doctor take
     with pytest.raises(ValueError, match="train_length=None"):
-        longreach.extend(bloom())
+        longreach.extend(bloom(), scaling="linear")
     with pytest.raises(ValueError, match="train_length=None with logn=True"):
         longreach.extend(bloom(), scaling="none", logn=True)
+
+
+def test_without_a_scaling_it_is_the_configuration_s():
+    ids = tokens(1, 60)
+    assert extension_of(longreach.extend(bloom())).scaling == Scaling("none")
+    for told, divisor in (({"type": "linear", "factor": 2.5}, 2.5), ({"type": "linear", "train_seq_len": 24}, 2.5)):
+        model = bloom(alibi_scaling=told)
+        longreach.extend(model)
+        expected = oracle(model, ids[0], [slope / divisor for slope in paper_slopes(HEADS)])
+        torch.testing.assert_close(model(ids).logits[0].double(), expected, **CLOSE)
+        longreach.extend(model, scaling="none")
+        torch.testing.assert_close(model(ids).logits[0].double(), oracle(model, ids[0], paper_slopes(HEADS)), **CLOSE)
+    assert extension_of(longreach.extend(model, train_length=30)).scaling == Scaling("linear", 30)
+    model.config.train_length = 16  # of a fine-tuning, while its slopes fall from 24 on
+    assert extension_of(longreach.extend(model)).scaling == Scaling("linear", 24)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"attn_config": {"qk_ln": True}}, r"attn_config\.qk_ln=True"),
+        ({"attn_config": {"prefix_lm": True}}, r"attn_config\.prefix_lm=True"),
+        ({"logit_scale": 0.5}, r"logit_scale=0\.5"),
+        ({"logit_scale": "inv_sqrt_d_model"}, r"logit_scale='inv_sqrt_d_model'"),
+    ],
+)
+def test_an_mpt_that_transformers_does_not_compute_is_refused(options, told):
+    model, ids = mpt(**options), tokens(1, 20)
+    before = model(ids).logits
+    with pytest.raises(ValueError, match=f"^{told}: transformers' own code does not compute it"):
+        longreach.extend(model, scaling="none")
+    assert type(model) is transformers.MptForCausalLM
+    assert torch.equal(model(ids).logits, before)
 
 
 def test_models_without_alibi_or_of_unknown_family():
@@ -332,7 +400,8 @@ def test_models_without_alibi_or_of_unknown_family():
         longreach.extend(mpt(attn_config={"alibi": False}))
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     bert = transformers.BertModel(transformers.BertConfig(vocab_size=VOCABULARY, **sizes))
-    with pytest.raises(ValueError, match="model_type bert: longreach can extend one of bloom, mpt"):
+    told = "baichuan; and after longreach.convert and fine-tuning one of gpt2, llama, mistral, qwen2$"
+    with pytest.raises(ValueError, match=f"model_type bert: longreach can extend one of bloom, mpt, .*{told}"):
         longreach.extend(bert)
     with pytest.raises(ValueError, match="model_type none"):
         longreach.extend(torch.nn.Linear(2, 2))

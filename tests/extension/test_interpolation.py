@@ -13,7 +13,6 @@ from longreach.extension.interpolation import (
     logn_factor,
     ntk,
     read_alibi_scaling,
-    unscaled,
     write_alibi_scaling,
 )
 
@@ -23,7 +22,8 @@ HEAD_COUNTS = st.integers(1, 128)
 @given(HEAD_COUNTS, st.integers(2, 4096))
 def test_up_to_the_training_length_no_scaling_changes_a_slope(heads, train_length):
     slopes = alibi_slopes(heads)
-    for function in (unscaled, linear, ntk):
+    assert torch.equal(Scaling("none")(slopes, 10**6), slopes)
+    for function in (linear, ntk):
         assert torch.equal(function(slopes, train_length, train_length), slopes)
         assert torch.equal(function(slopes, train_length, max(1, train_length // 2)), slopes)
 

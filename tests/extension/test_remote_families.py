@@ -294,10 +294,10 @@ def test_scaling_equals_the_alibi_scaling_of_its_own_configuration(alibi_scaling
 
 
 def test_training_length_of_the_configuration():
-    assert extension_of(longreach.extend(jais())).scaling == Scaling("linear", LIMIT)
+    assert extension_of(longreach.extend(jais(), scaling="linear")).scaling == Scaling("linear", LIMIT)
     dynamic = jais(alibi_scaling={"type": "linear", "train_seq_len": 16})
     assert extension_of(longreach.extend(dynamic)).scaling == Scaling("linear", 16)
-    assert extension_of(longreach.extend(baichuan())).scaling == Scaling("linear", LIMIT)
+    assert extension_of(longreach.extend(baichuan(), scaling="linear")).scaling == Scaling("linear", LIMIT)
 
 
 def test_past_the_limit_decoding_equals_the_full_forward_pass(remote):

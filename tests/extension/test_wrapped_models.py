@@ -1,11 +1,15 @@
 """Extended models under training, PEFT, accelerate, torch.compile and low precision."""
 
+import copy
+import threading
+
 import pytest
 import torch
 from family_models import FAMILIES, HEADS, bloom, oracle, paper_slopes, tokens
 from transformers import DynamicCache
 
 import longreach
+from longreach.extension.extend import extension_of, fixed_length
 
 CLOSE = {"rtol": 0, "atol": 2e-5}
 
@@ -57,6 +61,37 @@ def test_gradient_checkpointing_sees_the_padding_and_the_documents_again(model, 
     loss.backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*will be removed in v6:FutureWarning")
+def test_checkpointed_layers_are_computed_anew_under_the_stated_length_in_any_thread(model):
+    """On a GPU the backward pass runs in a thread of autograd's own."""
+    longreach.extend(model, scaling="linear", train_length=16)
+    ids = tokens(1, 40)
+    with fixed_length(model, 80):
+        expected = gradients(model, ids)
+    model.train()
+    model.gradient_checkpointing_enable()
+    model.zero_grad()
+    with fixed_length(model, 80):
+        loss = model(ids, labels=ids, use_cache=False).loss
+        thread = threading.Thread(target=loss.backward)
+        thread.start()
+        thread.join()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_copy_is_extended_by_itself(model):
+    longreach.extend(model, scaling="linear", train_length=16)
+    ids = tokens(1, 40)
+    expected = model(ids).logits
+    copied = copy.deepcopy(model)
+    assert torch.equal(copied(ids).logits, expected)
+    longreach.extend(copied, scaling="none")
+    assert extension_of(copied) is not extension_of(model)
+    assert torch.equal(model(ids).logits, expected)
+    assert not torch.allclose(copied(ids).logits, expected, atol=1e-3)
 
 
 def test_attention_dropout_is_on_in_training_alone():
@@ -163,4 +198,19 @@ def test_cached_decoding_of_a_compiled_model():
     compiled = torch.compile(model, backend="eager")
     pieces = [compiled(piece, past_key_values=cache, use_cache=True).logits for piece in ids.split([21, 1], 1)]
     torch.testing.assert_close(torch.cat(pieces, dim=1), model(ids).logits, **CLOSE)
+    torch.compiler.reset()
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning")
+def test_a_compiled_model_follows_the_stated_length():
+    model, ids = bloom(), tokens(1, 30)
+    longreach.extend(model, scaling="linear", train_length=16)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="eager")
+    for length in (None, 60, 90, 60, None):
+        with fixed_length(model, length or 30):
+            torch.testing.assert_close(compiled(ids, use_cache=False).logits, model(ids).logits, **CLOSE)
+        expected = oracle(model, ids[0], [slope * 16 / 30 for slope in paper_slopes(HEADS)])
+        torch.testing.assert_close(compiled(ids, use_cache=False).logits[0].double(), expected, **CLOSE)
     torch.compiler.reset()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from longreach.ops.alibi import alibi_slopes
 
+from .lengths import declared_length
 from .mask import is_carrier, named_arguments, pack, read_documents, read_padding, refuse_attentions
 from .state import ATTRIBUTE, Layout, attend, require_layout
 
@@ -35,11 +36,10 @@ def baichuan_layout(base: Any) -> Layout:
     return Layout(
         family="baichuan",
         base=base,
-        attentions=attentions,
         swaps=((base, BaichuanBase), *((module, BaichuanAttention) for module in attentions)),
         prepare=keep_mask,
         slopes=alibi_slopes(attentions[0].num_heads),
-        train_length=getattr(config, "model_max_length", None),
+        train_length=declared_length(config),
         faithful=None,
         keeps_tuples=True,
     )

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from longreach.ops.alibi import alibi_slopes
 
+from .lengths import declared_length
 from .mask import hand_mask
 from .state import Layout, attend
 
@@ -26,11 +27,10 @@ def bloom_layout(base: Any) -> Layout:
     return Layout(
         family="bloom",
         base=base,
-        attentions=attentions,
         swaps=((base, BloomBase), *((module, BloomAttention) for module in attentions)),
         prepare=hand_mask,
         slopes=alibi_slopes(config.num_attention_heads),
-        train_length=getattr(config, "seq_length", None),  # in the configurations of the hub
+        train_length=declared_length(config),
         faithful=bloom_bias,
     )
 

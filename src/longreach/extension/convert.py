@@ -4,12 +4,9 @@ from typing import Any
 
 from torch import nn
 
-from .extend import extend, restore
+from .extend import CONVERTIBLE, extend, restore
 from .mark import MARK
 from .state import ATTRIBUTE
-
-CONVERTIBLE = ("gpt2", "llama", "mistral", "qwen2")
-"""The model_type of what can be converted; `extend` knows them once they are."""
 
 
 def convert(model: nn.Module, method: str = "alibi", **options: Any) -> nn.Module:
@@ -30,8 +27,8 @@ def convert(model: nn.Module, method: str = "alibi", **options: Any) -> nn.Modul
     Args:
         model: GPT-2, Llama, Mistral or Qwen2 as loaded by transformers, with any head, and also wrapped by PEFT.
         method: "alibi", the one there is.
-        options: those of `longreach.extend`, which a converted model may also be given to later. The scaling is "none"
-            by default; give train_length, the length fine-tuned at, with one that needs it.
+        options: those of `longreach.extend`, which a converted model may also be given to later. Give train_length, the
+            length fine-tuned at, with a scaling that needs it.
 
     Returns:
         The model itself.
@@ -49,7 +46,7 @@ def convert(model: nn.Module, method: str = "alibi", **options: Any) -> nn.Modul
     for config in unmarked:
         setattr(config, MARK, method)
     try:
-        return extend(model, **{"scaling": "none", **options})
+        return extend(model, **options)
     except BaseException:
         _unmark(unmarked)
         raise

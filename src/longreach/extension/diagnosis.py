@@ -14,6 +14,7 @@ from longreach.ops.alibi import alibi_slopes
 from longreach.ops.reach import default_tolerance, reach
 
 from .extend import extend, extension_of, find_layout, restore
+from .lengths import SCALING
 from .state import ATTRIBUTE, Layout
 
 COMPARED = 256
@@ -40,6 +41,11 @@ BLOCK = 32
 
 STOCK_BYTES = 16 * 2**30
 """Most memory that the stock code's scores may take unless the caller says otherwise."""
+
+_UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
+
+IGNORED = f"{SCALING} is ignored"
+"""The mistake of stock code whose configuration says how slopes are scaled, and which does not look."""
 
 CRASHES = (RuntimeError, ValueError, IndexError, TypeError, AttributeError, NotImplementedError)
 """What stock code is known to raise."""
@@ -71,7 +77,8 @@ class StockRun:
     length: int
     """In tokens."""
     outcome: Literal["right", "wrong", "crashes", "not run"]
-    """Right: its KL is at most RIGHT, or ROUNDING times what rounding costs the exact form."""
+    """Right: its KL is at most RIGHT, or ROUNDING times what rounding costs the exact form, and it ignores nothing that
+    the configuration says of the slopes."""
     mistake: str = ""
     """What is wrong with it, in words."""
     difference: float | None = None
@@ -128,14 +135,15 @@ class _Form:
     score: str
     bias: str
     rounds_slopes: bool = False
+    heeds_scaling: bool = False
 
 
 FORMS = {
     "bloom": _Form("q.k / sqrt(D) + bias", "slope * position of the key, in the dtype of the model"),
     "mpt": _Form("q.k / sqrt(D) + bias", "slope * (position of the key - the last one), in float32"),
     "falcon": _Form("(q.k + bias) / sqrt(D)", "slope * position of the key, in bfloat16 whatever the dtype", True),
-    "btlm": _Form("q.k / sqrt(D) + bias, or q.k / D + bias under muP", "-slope * distance"),
-    "jais": _Form("q.k / sqrt(D) + bias, or q.k / D + bias under muP", "-slope * distance"),
+    "btlm": _Form("q.k / sqrt(D) + bias, or q.k / D + bias under muP", "-slope * distance", heeds_scaling=True),
+    "jais": _Form("q.k / sqrt(D) + bias, or q.k / D + bias under muP", "-slope * distance", heeds_scaling=True),
     "baichuan": _Form("q.k / sqrt(D) + bias", "slope * position of the key"),
 }
 """model_type -> its form."""
@@ -154,8 +162,9 @@ def diagnose(
 ) -> Diagnosis:
     """Run a stock model against its exact form at each length, name what is wrong, and measure how far its heads see.
 
-    The exact form is the model extended without scaling, computed in float32 where the weights are in a half type:
-    they are widened in place for a while, which takes three times their memory. Afterwards the model is what it was.
+    The exact form is the model extended as its configuration says, computed in float32 where the weights are in a half
+    type: they are widened in place for a while, which takes three times their memory. Afterwards the model is what it
+    was.
 
     Args:
         model: a causal language model as `extend` takes it, not extended. It is put into evaluation mode.
@@ -208,20 +217,27 @@ def stock_bytes(num_heads: int, length: int) -> int:
     return 3 * 4 * num_heads * length**2
 
 
+def _size(count: int) -> str:
+    """Bytes in words, in the largest unit of which there is one at least."""
+    unit, name = next((each for each in _UNITS if count >= each[0]), (1, "bytes"))
+    return f"{count / unit:,.1f} {name}"
+
+
 def _dialect(layout: Layout, deviation: float | None) -> Dialect:
     form = FORMS[layout.family]
     return Dialect(
         family=layout.family,
         slopes=tuple(layout.slopes.tolist()),
-        rule=_slope_rule(layout.slopes, form.rounds_slopes),
+        rule=_slope_rule(layout, form.rounds_slopes),
         score=form.score,
         bias=form.bias,
         deviation=deviation,
     )
 
 
-def _slope_rule(slopes: Tensor, rounds: bool) -> str:
-    """Which rule gives these slopes, in words."""
+def _slope_rule(layout: Layout, rounds: bool) -> str:
+    """Which rule gives a model's slopes, in words."""
+    slopes = layout.slopes
     paper = alibi_slopes(len(slopes))
     rule = "the paper's rule"
     if not torch.equal(slopes, paper):
@@ -229,6 +245,8 @@ def _slope_rule(slopes: Tensor, rounds: bool) -> str:
     error = float(((slopes.bfloat16().float() - slopes) / slopes).abs().max())
     if rounds and error:
         rule += f", rounded to bfloat16: off by up to {error:.2%}"
+    if layout.scaling.name != "none":
+        rule += f", to be scaled as {SCALING} says: {getattr(layout.base.config, SCALING)}"
     return rule
 
 
@@ -237,7 +255,7 @@ def _run_stock(model: nn.Module, layout: Layout, tokens: Tensor, causal: bool, m
     length = len(tokens)
     needed = stock_bytes(len(layout.slopes), length)
     if needed > max_bytes:
-        told = f"would take about {needed / 2**30:,.1f} GiB for scores, more than the {max_bytes / 2**30:,.3g} allowed"
+        told = f"would take about {_size(needed)} for scores, more than the {_size(max_bytes)} allowed"
         return StockRun(length, "not run", told)
     try:
         stock = _logits(model, tokens)
@@ -251,10 +269,19 @@ def _run_stock(model: nn.Module, layout: Layout, tokens: Tensor, causal: bool, m
             golden = _logits(model, tokens)
         exact_kl = _kl(golden, exact)
     kl = _kl(golden, stock)
-    right = kl <= max(RIGHT, ROUNDING * (exact_kl or 0.0))
-    mistake = "" if right else _name_mistake(model, layout, tokens, golden, stock, causal)
+    mistake = ""
+    if kl > max(RIGHT, ROUNDING * (exact_kl or 0.0)):
+        mistake = _name_mistake(model, layout, tokens, golden, stock, causal)
+    elif _ignores_scaling(layout, length):
+        mistake = IGNORED  # however little that changes at this length
     difference = (golden - stock).abs().max().item()
-    return StockRun(length, "right" if right else "wrong", mistake, difference, kl, exact_kl)
+    return StockRun(length, "wrong" if mistake else "right", mistake, difference, kl, exact_kl)
+
+
+def _ignores_scaling(layout: Layout, length: int) -> bool:
+    """Whether the configuration says how slopes are scaled at a length, to stock code that does not look."""
+    scaled = layout.scaling(layout.slopes, length)
+    return not FORMS[layout.family].heeds_scaling and not torch.equal(scaled, layout.slopes)
 
 
 def _name_mistake(model: nn.Module, layout: Layout, tokens: Tensor, golden: Tensor, stock: Tensor, causal: bool) -> str:
@@ -271,8 +298,8 @@ def _name_mistake(model: nn.Module, layout: Layout, tokens: Tensor, golden: Tens
             return _rounding(layout, len(tokens), next(model.parameters()).dtype)
     error = _kl(golden, wide)
     left: dict[str, float] = {}
-    for words, slopes, bias in _mistakes(layout, len(tokens)):
-        with _widened(model), _extended(model, slopes, bias):
+    for words, slopes, options in _mistakes(layout, len(tokens)):
+        with _widened(model), _extended(model, slopes, **options):
             left[words] = _kl(_logits(model, tokens), wide)
         if left[words] <= min(RIGHT, UNEXPLAINED * error):
             return words
@@ -280,17 +307,26 @@ def _name_mistake(model: nn.Module, layout: Layout, tokens: Tensor, golden: Tens
     return best if left[best] <= UNEXPLAINED * error else "of a kind that is not known"
 
 
-def _mistakes(layout: Layout, length: int) -> Iterator[tuple[str, Tensor, str]]:
-    """Mistakes that the exact form can be made to make, simplest first: in words, slopes, `bias` of `extend`."""
+def _mistakes(layout: Layout, length: int) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
+    """Mistakes that the exact form can be made to make, simplest first: in words, slopes, options of `extend`."""
+    yield from _bias_mistakes(layout, length)
+    if layout.scaling.name != "none":
+        unscaled = {"scaling": "none"}
+        yield IGNORED, layout.slopes, unscaled
+        for words, slopes, options in _bias_mistakes(layout, length):
+            yield f"{IGNORED}, and {words}", slopes, {**unscaled, **options}
+
+
+def _bias_mistakes(layout: Layout, length: int) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
     paper = alibi_slopes(len(layout.slopes))
-    yield "the bias is added twice", 2 * layout.slopes, "exact"
-    yield "the bias is missing", 0 * layout.slopes, "exact"
+    yield "the bias is added twice", 2 * layout.slopes, {}
+    yield "the bias is missing", 0 * layout.slopes, {}
     if not torch.equal(paper, layout.slopes):
-        yield "alibi_bias_max is ignored", paper, "exact"
+        yield "alibi_bias_max is ignored", paper, {}
     if layout.faithful is not None:
         rounding = _rounding(layout, length, torch.float32)
-        yield rounding, layout.slopes, "faithful"
-        yield f"the bias is added twice, and {rounding}", 2 * layout.slopes, "faithful"
+        yield rounding, layout.slopes, {"bias": "faithful"}
+        yield f"the bias is added twice, and {rounding}", 2 * layout.slopes, {"bias": "faithful"}
 
 
 def _rounding(layout: Layout, length: int, dtype: torch.dtype) -> str:
@@ -371,13 +407,13 @@ def _kl(right: Tensor, other: Tensor) -> float:
     for p, q in zip(right.split(16), other.split(16), strict=True):  # doubles of a few tokens at a time
         p, q = (x.double().log_softmax(dim=-1) for x in (p, q))
         total += (p.exp() * (p - q)).sum().item()
-    return total / len(right) if math.isfinite(total) else math.inf
+    return max(0.0, total / len(right)) if math.isfinite(total) else math.inf  # equal ones are below 0 by rounding
 
 
 @contextmanager
-def _extended(model: nn.Module, slopes: Tensor | None = None, bias: str = "exact") -> Iterator[None]:
-    """The model in the exact form for a while, or with other slopes (H,), or the bias of its stock code."""
-    extension = extension_of(extend(model, scaling="none", bias=bias))
+def _extended(model: nn.Module, slopes: Tensor | None = None, **options: Any) -> Iterator[None]:
+    """The model as its configuration says in the exact form for a while, or with other slopes (H,) or options."""
+    extension = extension_of(extend(model, **options))
     if slopes is not None:
         extension.layout = replace(extension.layout, slopes=slopes)
     try:

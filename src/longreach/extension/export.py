@@ -18,6 +18,8 @@ from longreach.models.config import ModelConfig
 from longreach.models.decoder import Decoder
 from longreach.positions import parse_method
 
+from .lengths import TRAIN_LENGTH, require_tokens
+
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
@@ -96,10 +98,7 @@ def _check(config: ModelConfig, max_length: int) -> None:
         obstacles.append(f"its d_ff is {config.d_ff}, MPT's is 4 d_model = {4 * config.d_model}")
     if obstacles:
         raise ValueError(f"MPT cannot hold this model without loss: {'; '.join(obstacles)}. Use it with longreach")
-    if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < config.train_length:
-        raise ValueError(
-            f"max_length={max_length!r}: give an integer of at least train_length={config.train_length}, in tokens"
-        )
+    require_tokens("max_length", max_length, config.train_length)
 
 
 def _scaled(options: Any) -> bool:
@@ -161,7 +160,7 @@ def _config(model: Decoder, max_length: int, eos_id: int | None) -> dict[str, An
         "initializer_range": 0.02,
         "logit_scale": None,
         "use_cache": True,
-        "train_length": model.config.train_length,  # which max_seq_len does not tell
+        TRAIN_LENGTH: model.config.train_length,  # which max_seq_len does not tell
         "eos_token_id": eos_id,
         "torch_dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
     }

@@ -4,7 +4,7 @@ import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
@@ -13,29 +13,46 @@ from longreach.ops.attention import IMPLEMENTATIONS
 from .baichuan import baichuan_layout, is_baichuan_base
 from .bloom import bloom_layout, is_bloom_base
 from .cache import growing_cache, sink_cache
-from .falcon import falcon_layout, is_falcon_base
-from .gpt2 import gpt2_layout, is_gpt2_base
+from .falcon import check_falcon, falcon_layout, is_falcon_base
+from .gpt2 import check_gpt2, gpt2_layout, is_gpt2_base
 from .interpolation import Scaling
-from .jais import is_jais_base, jais_layout
-from .llama import is_llama_base, llama_layout
+from .jais import check_jais, is_jais_base, jais_layout
+from .lengths import require_tokens
+from .llama import check_llama, is_llama_base, llama_layout
 from .mask import hand_documents
-from .mpt import is_mpt_base, mpt_layout
+from .mpt import check_mpt, is_mpt_base, mpt_layout
 from .state import ATTRIBUTE, Extension, Layout
 
-FAMILIES: dict[str, tuple[Callable[[nn.Module], bool], Callable[[nn.Module], Layout]]] = {
-    "bloom": (is_bloom_base, bloom_layout),
-    "mpt": (is_mpt_base, mpt_layout),
-    "falcon": (is_falcon_base, falcon_layout),
-    "btlm": (is_jais_base, jais_layout),
-    "jais": (is_jais_base, jais_layout),
-    "baichuan": (is_baichuan_base, baichuan_layout),
-    # Once they are converted:
-    "gpt2": (is_gpt2_base, gpt2_layout),
-    "llama": (is_llama_base, llama_layout),
-    "mistral": (is_llama_base, llama_layout),
-    "qwen2": (is_llama_base, llama_layout),
+
+class Family(NamedTuple):
+    """What is known of the models of one model_type."""
+
+    kind: Literal["own", "remote", "convertible"]
+    """Whether transformers has their code, or it comes with their files, or they have ALiBi only once converted."""
+    is_base: Callable[[nn.Module], bool]
+    """Tells the base model."""
+    layout: Callable[[nn.Module], Layout]
+    """Finds its parts."""
+    check: Callable[[Any], None] = lambda config: None
+    """Raises ValueError where the configuration is of a model that cannot have ALiBi."""
+
+
+FAMILIES = {
+    "bloom": Family("own", is_bloom_base, bloom_layout),
+    "mpt": Family("own", is_mpt_base, mpt_layout, check_mpt),
+    "falcon": Family("own", is_falcon_base, falcon_layout, check_falcon),
+    "btlm": Family("remote", is_jais_base, jais_layout, check_jais),
+    "jais": Family("remote", is_jais_base, jais_layout, check_jais),
+    "baichuan": Family("remote", is_baichuan_base, baichuan_layout),
+    "gpt2": Family("convertible", is_gpt2_base, gpt2_layout, check_gpt2),
+    "llama": Family("convertible", is_llama_base, llama_layout, check_llama),
+    "mistral": Family("convertible", is_llama_base, llama_layout, check_llama),
+    "qwen2": Family("convertible", is_llama_base, llama_layout, check_llama),
 }
-"""The model_type of a configuration -> what tells the base model, and what finds its parts."""
+"""By the model_type of a configuration."""
+
+CONVERTIBLE = tuple(name for name, family in FAMILIES.items() if family.kind == "convertible")
+"""What `longreach.convert` takes; `extend` knows them once they are converted."""
 
 OLDEST_TRANSFORMERS = (5, 4)
 """The first version of transformers that extended models are tested with."""
@@ -47,7 +64,7 @@ STOCK_CLASS = "_longreach_stock_class"
 def extend(
     model: nn.Module,
     *,
-    scaling: str | Scaling = "linear",
+    scaling: str | Scaling | None = None,
     train_length: int | None = None,
     length: int | None = None,
     factor: float | None = None,
@@ -66,17 +83,19 @@ def extend(
     already is extended anew. Any error leaves the model untouched.
 
     L' is the length that a scaling, and logn, compare with train_length. A forward pass without a cache has its own
-    number of tokens, less a row's padding. `generate` has one constant L', prompt and max_new_tokens together, for
-    which cached decoding equals the full forward pass. Any other forward pass that continues a cache needs a stated
-    L', by length or `fixed_length`, and raises without one.
+    number of tokens, less a row's padding. `generate` has one constant L', prompt and max_new_tokens together, likewise
+    less a row's padding, for which cached decoding equals the full forward pass. Any other forward pass that continues
+    a cache needs a stated L', by length or `fixed_length`, and raises without one. What is stated is the L' of every
+    row, however much of it is padding.
 
     Args:
         model: BLOOM, MPT, Falcon with alibi, BTLM, JAIS or Baichuan-13B, as loaded by transformers; with any head,
             and also wrapped by PEFT or dispatched by accelerate.
         scaling: "none", "linear" (arXiv 2310.13017), "linear-fixed", "ntk", or a `Scaling`, which has its own
-            train_length and factor; see `longreach.extension.interpolation`.
+            train_length and factor; see `longreach.extension.interpolation`. When None, the `alibi_scaling` of the
+            model's configuration, which any other takes the place of, and "none" where there is none.
         train_length: L, in tokens; what the model's configuration says when None.
-        length: L' of every forward pass, in tokens, of which none may be longer.
+        length: L' of every forward pass, in tokens, of which none may be longer where the scaling or logn heed L'.
         factor: L'/L of "linear-fixed", above 1.
         bias: "exact", or "faithful" to the stock code's rounding of the bias (BLOOM, MPT, Falcon), which makes a
             dense bias. Falcon's is that of attn_implementation="sdpa": its eager code adds the bias twice.
@@ -97,9 +116,19 @@ def extend(
             or contradicts another.
     """
     layout = find_layout(model)
-    extension = _resolved(
-        layout, scaling, train_length, length, factor, bias, per_step, logn, sinks, window, tolerance, impl
+    extension = Extension(
+        layout=layout,
+        scaling=_chosen_scaling(layout, scaling, train_length, factor),
+        logn=logn,
+        bias=bias,
+        per_step=per_step,
+        length=length,
+        sinks=sinks,
+        window=window,
+        tolerance=tolerance,
+        impl=impl,
     )
+    _check(extension)
     if ATTRIBUTE in vars(layout.base):
         restore(layout.base)
     swaps = list(layout.swaps)
@@ -141,19 +170,19 @@ def restore(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def fixed_length(model: nn.Module, length: int) -> Iterator[None]:
-    """State the one L' of all forward passes within, for a decoding loop of one's own.
+    """State the one L' of all forward passes of this thread within, for a decoding loop of one's own.
 
     A cache must be filled and used under one L'; `generate` takes this L' too, in place of its own.
 
     Args:
         model: an extended model.
-        length: L' in tokens, padding included; no input, its cache counted, may be longer.
+        length: L' in tokens, of every row, however much of it is padding; no input, its cache and padding counted, may
+            be longer.
 
     Raises:
         ValueError: the model is not extended, or length is not a positive integer.
     """
-    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
-        raise ValueError(f"length={length!r}: give a positive integer, in tokens")
+    require_tokens("length", length, 1)
     with extension_of(model).during(length):
         yield
 
@@ -186,15 +215,20 @@ def find_layout(model: nn.Module) -> Layout:
     known = sorted(kind for kind in kinds if kind in FAMILIES)
     if len(known) != 1:
         told = ", ".join(sorted(str(kind) for kind in kinds - {None})) or "none"
-        raise ValueError(f"model_type {told}: longreach can extend one of {', '.join(FAMILIES)}")
-    is_base, layout = FAMILIES[known[0]]
-    bases = [module for module in model.modules() if is_base(module)]
+        with_alibi = ", ".join(name for name in FAMILIES if name not in CONVERTIBLE)
+        raise ValueError(
+            f"model_type {told}: longreach can extend one of {with_alibi}; and after longreach.convert and fine-tuning "
+            f"one of {', '.join(CONVERTIBLE)}"
+        )
+    family = FAMILIES[known[0]]
+    bases: list[Any] = [module for module in model.modules() if family.is_base(module)]
     if len(bases) != 1:
         raise ValueError(
             f"{type(model).__name__} holds {len(bases)} base models of family {known[0]} as longreach knows it: "
             "give one, loaded with transformers' own code where there is any"
         )
-    return layout(bases[0])
+    family.check(bases[0].config)
+    return family.layout(bases[0])
 
 
 def _require_transformers() -> None:
@@ -205,62 +239,58 @@ def _require_transformers() -> None:
         raise ValueError(f"transformers {transformers.__version__}: its masks differ, extend needs {oldest} or later")
 
 
-def _resolved(
-    layout: Layout,
-    scaling: str | Scaling,
-    train_length: int | None,
-    length: int | None,
-    factor: float | None,
-    bias: str,
-    per_step: bool,
-    logn: bool,
-    sinks: int | None,
-    window: int | None,
-    tolerance: float | None,
-    impl: str,
-) -> Extension:
-    """The arguments of `extend`, checked against each other and the model."""
+def _chosen_scaling(
+    layout: Layout, scaling: str | Scaling | None, train_length: int | None, factor: float | None
+) -> Scaling:
+    """The scaling that arguments of `extend` name; what they leave out is as the configuration says."""
     if isinstance(scaling, Scaling):
         if train_length is not None or factor is not None:
             raise ValueError(f"train_length or factor beside {scaling}: it has its own, give only one of them")
-    else:
-        scaling = Scaling(scaling, train_length if train_length is not None else layout.train_length, factor)
-    if logn and scaling.train_length is None:
+        return scaling
+    if scaling is None:
+        told = layout.scaling
+        scaling, factor = told.name, told.factor if factor is None else factor
+        train_length = told.train_length if train_length is None else train_length
+    return Scaling(scaling, layout.train_length if train_length is None else train_length, factor)
+
+
+def _check(extension: Extension) -> None:
+    """Check the arguments of `extend` against each other and the model."""
+    layout, scaling, impl = extension.layout, extension.scaling, extension.impl
+    length, sinks, window, tolerance = extension.length, extension.sinks, extension.window, extension.tolerance
+    if extension.logn and scaling.train_length is None:
         raise ValueError("train_length=None with logn=True: give the length trained on, in tokens")
-    if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 1):
-        raise ValueError(f"length={length!r}: give a positive integer, in tokens, or None")
-    if per_step and (length is not None or not (scaling.depends_on_length or logn)):
+    for name, value, least in (("length", length, 1), ("sinks", sinks, 0), ("window", window, 1)):
+        if value is not None:
+            require_tokens(name, value, least)
+    if extension.per_step and (length is not None or not extension.depends_on_length):
         told = f"length={length}" if length is not None else f'scaling="{scaling.name}", which has no L\''
         raise ValueError(f"per_step=True with {told}: per_step takes L' from each step, give one of the two")
-    if bias not in ("exact", "faithful"):
-        raise ValueError(f'bias={bias!r}: give "exact" or "faithful"')
-    if bias == "faithful" and layout.faithful is None:
+    if extension.bias not in ("exact", "faithful"):
+        raise ValueError(f'bias={extension.bias!r}: give "exact" or "faithful"')
+    if extension.bias == "faithful" and layout.faithful is None:
         raise ValueError(f'bias="faithful": how {layout.family} rounds is not known, use bias="exact"')
-    if bias == "faithful" and (impl not in ("auto", "sdpa", "reference") or sinks is not None):
+    if extension.bias == "faithful" and (impl not in ("auto", "sdpa", "reference") or sinks is not None):
         told = "sinks" if sinks is not None else f'impl="{impl}"'
         raise ValueError(f'bias="faithful" with {told}, which takes no dense bias: use bias="exact"')
     if (sinks is None) != (window is None):
         raise ValueError(f"sinks={sinks} and window={window}: give both, or neither")
     if sinks is not None and layout.keeps_tuples:
         raise ValueError(f"sinks={sinks}: {layout.family} caches in tuples, from which nothing drops: leave sinks out")
-    for name, value, least in (("sinks", sinks, 0), ("window", window, 1)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-            raise ValueError(f"{name}={value!r}: give an integer of at least {least}")
     if tolerance is not None and not 0.0 <= tolerance < 1.0:
         raise ValueError(f"tolerance={tolerance!r}: give at least 0 and below 1, or None for the default of the dtype")
     if impl not in ("auto", *IMPLEMENTATIONS):
         raise ValueError(f"impl={impl!r}: give one of {', '.join(('auto', *IMPLEMENTATIONS))}")
-    return Extension(layout, scaling, logn, bias, per_step, length, sinks, window, tolerance, impl)
 
 
 class Generates:
     """Methods of what an extended model generates with."""
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
+    def generate(self, inputs: Any = None, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As transformers' own, with one constant L' for the whole call, and the cache of sinks where wanted."""
         extension: Extension = getattr(self, ATTRIBUTE)
         if kwargs.get("past_key_values") is None:
-            config: Any = kwargs.get("generation_config") or self.generation_config  # type: ignore[attr-defined]
+            config: Any = generation_config or self.generation_config  # type: ignore[attr-defined]
             if extension.sinks is not None and extension.window is not None:
                 if kwargs.get("use_cache") is False:
                     raise ValueError("use_cache=False with sinks, which are kept in a cache: extend without sinks")
@@ -272,8 +302,8 @@ class Generates:
                 and not extension.layout.keeps_tuples
             ):
                 kwargs["past_key_values"] = growing_cache()
-        with extension.during(extension.stated):
-            return super().generate(*args, **kwargs)  # type: ignore[misc]
+        with extension.during():
+            return super().generate(inputs, generation_config, *args, **kwargs)  # type: ignore[misc]
 
     def _supports_default_dynamic_cache(self) -> bool:
         """Whether transformers is to begin with an empty Cache; where not, remote code begins with its own tuples."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from longreach.ops.alibi import alibi_slopes
 
+from .lengths import declared_length
 from .mask import hand_mask
 from .state import Layout, attend
 
@@ -20,24 +21,27 @@ def is_falcon_base(module: nn.Module) -> bool:
     return isinstance(module, FalconModel)
 
 
-def falcon_layout(base: Any) -> Layout:
-    """Find what is to be swapped in a FalconModel.
+def check_falcon(config: Any) -> None:
+    """Check that a Falcon has ALiBi, by its configuration.
 
     Raises:
         ValueError: it has rotary positions.
     """
-    config = base.config
     if not config.alibi:
         raise ValueError("alibi=False: this Falcon has rotary positions and no ALiBi, there is nothing to extend")
+
+
+def falcon_layout(base: Any) -> Layout:
+    """Find what is to be swapped in a FalconModel."""
+    config = base.config
     attentions = tuple(block.self_attention for block in base.h)
     return Layout(
         family="falcon",
         base=base,
-        attentions=attentions,
         swaps=((base, FalconBase), *((module, FalconAttention) for module in attentions)),
         prepare=hand_mask,
         slopes=alibi_slopes(config.num_attention_heads),
-        train_length=config.max_position_embeddings,
+        train_length=declared_length(config),
         faithful=partial(falcon_bias, math.sqrt(attentions[0].head_dim)),
     )
 

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from longreach.ops.alibi import alibi_slopes
 
+from .lengths import declared_length
 from .mark import require_mark
 from .mask import hand_mask
 from .state import Layout, attend
@@ -18,25 +19,32 @@ def is_gpt2_base(module: nn.Module) -> bool:
     return isinstance(module, GPT2Model)
 
 
+def check_gpt2(config: Any) -> None:
+    """Check that a GPT-2 can have ALiBi, by its configuration.
+
+    Raises:
+        ValueError: it has cross-attention.
+    """
+    if config.add_cross_attention:
+        raise ValueError("add_cross_attention=True: only a GPT-2 that is a plain decoder can have ALiBi")
+
+
 def gpt2_layout(base: Any) -> Layout:
     """Find what is to be swapped in a GPT2Model.
 
     Raises:
-        ValueError: it is not converted, or has cross-attention.
+        ValueError: it is not converted.
     """
     config = base.config
     require_mark(config, "learned positions")
-    if config.add_cross_attention:
-        raise ValueError("add_cross_attention=True: only a GPT-2 that is a plain decoder can have ALiBi")
     attentions = tuple(block.attn for block in base.h)
     return Layout(
         family="gpt2",
         base=base,
-        attentions=attentions,
         swaps=((base.wpe, NoPositions), *((module, GPT2Attention) for module in attentions)),
         prepare=hand_mask,
         slopes=alibi_slopes(config.num_attention_heads),
-        train_length=config.n_positions,
+        train_length=declared_length(config),
         faithful=None,
     )
 

@@ -1,7 +1,8 @@
 """Slopes for inputs longer than those trained on: position interpolation of ALiBi and its alternatives.
 
 A scaling is a pure function (slopes, L, L') -> slopes, L the length trained on and L' the length wanted. The slopes
-change only when L' > L, and then they fall: a smaller slope makes far keys look nearer.
+change only when L' > L, and then they fall: a smaller slope makes far keys look nearer. The one exception is
+"linear-fixed", which divides them by a factor at any length.
 """
 
 import math
@@ -12,10 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
-def unscaled(slopes: Tensor, train_length: float, length: float | Tensor) -> Tensor:
-    """Slopes as they are, at any length: (H,), whatever the length."""
-    return slopes
+from .lengths import require_tokens
 
 
 def linear(slopes: Tensor, train_length: float, length: float | Tensor) -> Tensor:
@@ -75,13 +73,11 @@ def _stretch(slopes: Tensor, train_length: float, length: float | Tensor) -> Ten
     return (length.to(slopes.dtype) / train_length).clamp(min=1.0)[..., None]
 
 
-SCALINGS: dict[str, Callable[[Tensor, float, float | Tensor], Tensor]] = {
-    "none": unscaled,
-    "linear": linear,
-    "linear-fixed": linear,
-    "ntk": ntk,
-}
-"""Name of a scaling -> its function. "linear-fixed" is `linear` at one ratio L'/L, its factor, whatever the length."""
+_BY_LENGTH: dict[str, Callable[[Tensor, float, float | Tensor], Tensor]] = {"linear": linear, "ntk": ntk}
+"""Name of a scaling that depends on L' -> its function."""
+
+SCALINGS = ("none", "linear", "linear-fixed", "ntk")
+"""The names of all scalings."""
 
 
 @dataclass(frozen=True)
@@ -98,10 +94,9 @@ class Scaling:
     def __post_init__(self) -> None:
         if self.name not in SCALINGS:
             raise ValueError(f"scaling={self.name!r}: give one of {', '.join(SCALINGS)}")
-        length = self.train_length
-        if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 2):
-            raise ValueError(f"train_length={length!r}: give an integer of at least 2, in tokens")
-        if self.depends_on_length and length is None:
+        if self.train_length is not None:
+            require_tokens("train_length", self.train_length, 2)
+        if self.depends_on_length and self.train_length is None:
             raise ValueError(f'train_length=None with scaling="{self.name}": give the length trained on, in tokens')
         if self.name == "linear-fixed":
             if isinstance(self.factor, bool) or not isinstance(self.factor, (int, float)):
@@ -114,13 +109,13 @@ class Scaling:
     @property
     def depends_on_length(self) -> bool:
         """Whether the slopes change with the length of the input."""
-        return self.name in ("linear", "ntk")
+        return self.name in _BY_LENGTH
 
     def __call__(self, slopes: Tensor, length: float | Tensor) -> Tensor:
         """Scale slopes (H,) for a length L' in tokens, or one per sequence, (B,): (H,) or (B, H)."""
-        if self.factor is not None:
-            return linear(slopes, 1.0, self.factor)
-        return SCALINGS[self.name](slopes, self.train_length or 1, length)
+        if self.train_length is not None and self.depends_on_length:
+            return _BY_LENGTH[self.name](slopes, self.train_length, length)
+        return slopes if self.factor is None else slopes / self.factor
 
 
 def read_alibi_scaling(alibi_scaling: Mapping[str, Any] | None) -> Scaling:
@@ -153,10 +148,8 @@ def read_alibi_scaling(alibi_scaling: Mapping[str, Any] | None) -> Scaling:
         if not isinstance(factor, float) or not 1.0 < factor < float("inf"):
             raise ValueError(f"alibi_scaling has factor={factor!r}: give a finite float above 1.0")
         return Scaling("linear-fixed", factor=factor)
-    train_length = fields["train_seq_len"]
-    if isinstance(train_length, bool) or not isinstance(train_length, int) or train_length <= 1:
-        raise ValueError(f"alibi_scaling has train_seq_len={train_length!r}: give an integer above 1")
-    return Scaling("linear", train_length=train_length)
+    require_tokens("alibi_scaling has train_seq_len", fields["train_seq_len"], 2)
+    return Scaling("linear", train_length=fields["train_seq_len"])
 
 
 def write_alibi_scaling(scaling: Scaling) -> dict[str, Any] | None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from longreach.ops.alibi import alibi_slopes
 
+from .lengths import declared_length
 from .mask import is_carrier, named_arguments, pack, read_documents, read_padding, refuse_attentions
 from .state import Layout, attend, require_layout
 
@@ -31,28 +32,34 @@ def is_jais_base(module: nn.Module) -> bool:
     return hasattr(module, "relative_pe") and "h" in module._modules
 
 
+def check_jais(config: Any) -> None:
+    """Check that a BTLM or JAIS has ALiBi, by its configuration.
+
+    Raises:
+        ValueError: it has learned positions.
+    """
+    kind = getattr(config, "position_embedding_type", None)
+    if kind != "alibi":
+        raise ValueError(f"position_embedding_type={kind!r}: this model has no ALiBi, there is nothing to extend")
+
+
 def jais_layout(base: Any) -> Layout:
     """Find what is to be swapped in a BTLMModel or JAISModel.
 
     Raises:
-        ValueError: it has learned positions, or its modules are not laid out as known.
+        ValueError: its modules are not laid out as known.
     """
     config = base.config
-    kind = getattr(config, "position_embedding_type", None)
-    if kind != "alibi":
-        raise ValueError(f"position_embedding_type={kind!r}: this model has no ALiBi, there is nothing to extend")
     attentions = tuple(block.attn for block in base.h)
     for module in attentions:
         require_layout(module, ATTENTION_ATTRIBUTES, "position_bias")
-    alibi_scaling = getattr(config, "alibi_scaling", None) or {}
     return Layout(
         family=config.model_type,
         base=base,
-        attentions=attentions,
         swaps=((base.relative_pe, NoBias), *((module, JaisAttention) for module in attentions)),
         prepare=hand_key_mask,
         slopes=alibi_slopes(attentions[0].num_heads),
-        train_length=alibi_scaling.get("train_seq_len", getattr(config, "n_positions", None)),
+        train_length=declared_length(config),
         faithful=None,
         keeps_tuples=True,
     )

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from longreach.ops.alibi import alibi_slopes
 
+from .lengths import declared_length
 from .mark import require_mark
 from .mask import hand_mask
 from .state import Layout, attend
@@ -18,29 +19,36 @@ def is_llama_base(module: nn.Module) -> bool:
     return isinstance(module, LlamaModel | MistralModel | Qwen2Model)
 
 
-def llama_layout(base: Any) -> Layout:
-    """Find what is to be swapped in a LlamaModel, or one with the same attention.
+def check_llama(config: Any) -> None:
+    """Check that a Llama, Mistral or Qwen2 can have ALiBi, by its configuration.
 
     Raises:
-        ValueError: it is not converted, or some of its layers see a sliding window only.
+        ValueError: some of its layers see a sliding window only.
     """
-    config = base.config
-    require_mark(config, "rotary positions")
     windowed = "sliding_attention" in (getattr(config, "layer_types", None) or ())
     if windowed or (config.model_type == "mistral" and config.sliding_window is not None):
         raise ValueError(
             f"sliding_window={config.sliding_window}: ALiBi is made for layers that see everything; "
             "load the model with sliding_window=None"
         )
+
+
+def llama_layout(base: Any) -> Layout:
+    """Find what is to be swapped in a LlamaModel, or one with the same attention.
+
+    Raises:
+        ValueError: it is not converted.
+    """
+    config = base.config
+    require_mark(config, "rotary positions")
     attentions = tuple(layer.self_attn for layer in base.layers)
     return Layout(
         family=config.model_type,
         base=base,
-        attentions=attentions,
         swaps=tuple((module, LlamaAttention) for module in attentions),
         prepare=hand_mask,
         slopes=alibi_slopes(config.num_attention_heads),
-        train_length=config.max_position_embeddings,
+        train_length=declared_length(config),
         faithful=None,
     )
 

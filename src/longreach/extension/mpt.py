@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from longreach.ops.alibi import alibi_slopes
 
+from .lengths import declared_length
 from .mask import hand_mask
 from .state import Layout, attend
 
@@ -21,27 +22,42 @@ def is_mpt_base(module: nn.Module) -> bool:
     return isinstance(module, MptModel)
 
 
+def check_mpt(config: Any) -> None:
+    """Check that an MPT has ALiBi, by its configuration.
+
+    Raises:
+        ValueError: it has none, or was trained with what transformers' own code leaves out.
+    """
+    attention = config.attn_config
+    if not attention.alibi:
+        raise ValueError("attn_config.alibi=False: this MPT was trained without ALiBi, there is nothing to extend")
+    for name, value, unused in (
+        ("attn_config.qk_ln", attention.qk_ln, False),
+        ("attn_config.prefix_lm", attention.prefix_lm, False),
+        ("logit_scale", config.logit_scale, None),
+    ):
+        if value != unused:
+            raise ValueError(
+                f"{name}={value!r}: transformers' own code does not compute it, and gives other outputs than this MPT "
+                f"was trained for; only a model with {name}={unused} can be extended"
+            )
+
+
 def mpt_layout(base: Any) -> Layout:
     """Find what is to be swapped in an MptModel.
 
     Slopes are those of the configuration's alibi_bias_max, which transformers ignores. Its bias is float32, so that
     bias="faithful" and bias="exact" are one.
-
-    Raises:
-        ValueError: the configuration says that there is no ALiBi.
     """
     config = base.config
-    if not config.attn_config.alibi:
-        raise ValueError("attn_config.alibi=False: this MPT was trained without ALiBi, there is nothing to extend")
     attentions = tuple(block.attn for block in base.blocks)
     return Layout(
         family="mpt",
         base=base,
-        attentions=attentions,
         swaps=((base, MptBase), *((module, MptAttention) for module in attentions)),
         prepare=hand_mask,
         slopes=alibi_slopes(config.n_heads) ** (config.attn_config.alibi_bias_max / 8),
-        train_length=config.max_seq_len,
+        train_length=declared_length(config),
         faithful=mpt_bias,
     )
 

@@ -16,11 +16,9 @@ from longreach.models.pretrained import MODEL_TYPE
 from .convert import convert
 from .extend import FAMILIES, extend, extension_of, fixed_length
 from .interpolation import read_alibi_scaling, write_alibi_scaling
+from .lengths import SCALING
 from .mark import MARK
 from .state import Extension
-
-SCALING = "alibi_scaling"
-"""Name of the field of a configuration that says how slopes are scaled, None for not at all, in BTLM's schema."""
 
 
 def save_pretrained(model: nn.Module, folder: str | os.PathLike[str], **options: Any) -> None:

@@ -1,9 +1,10 @@
 """What `extend` attaches to a model, and the attention that the swapped modules of every family run."""
 
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -14,7 +15,8 @@ from torch.utils.hooks import RemovableHandle
 from longreach.ops.attention import attention
 
 from .cache import sink_window, streaming_attention
-from .interpolation import Scaling, logn_factor
+from .interpolation import Scaling, logn_factor, read_alibi_scaling
+from .lengths import SCALING
 from .mask import unpack
 
 ATTRIBUTE = "_longreach"
@@ -36,8 +38,6 @@ class Layout:
     """Name of the family."""
     base: nn.Module
     """The module that is handed the mask and calls the blocks."""
-    attentions: tuple[nn.Module, ...]
-    """Its attention modules."""
     swaps: tuple[tuple[nn.Module, type], ...]
     """Module -> class whose methods take the place of its own."""
     prepare: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
@@ -51,23 +51,50 @@ class Layout:
     keeps_tuples: bool = False
     """Whether the stock code caches keys and values in tuples, and cannot read a Cache of transformers."""
 
+    @property
+    def scaling(self) -> Scaling:
+        """How the configuration says that slopes are scaled."""
+        return read_alibi_scaling(getattr(self.base.config, SCALING, None))
 
-@dataclass
+
+@dataclass(frozen=True)
+class Stated:
+    """One L' that is in force for several forward passes."""
+
+    length: int
+    """In tokens."""
+    from_input: bool = False
+    """Whether it follows from an input, padding included, and was not stated by the user."""
+    generating: bool = False
+    """Whether it is that of a call to `generate`, which was found to end by it."""
+
+
+@dataclass(kw_only=True)
 class Extension:
     """How one model is extended. Every swapped module refers to it."""
 
     layout: Layout
+    """The model's parts."""
     scaling: Scaling
+    """How slopes depend on L'."""
     logn: bool
+    """Whether q . k grows with log L' too."""
     bias: str
+    """"exact", or "faithful" to the stock code's rounding."""
     per_step: bool
+    """Whether each step of cached decoding has an L' of its own."""
     length: int | None
+    """L' of every forward pass, where the user stated one."""
     sinks: int | None
+    """How many first tokens `generate` keeps in its cache; None for a cache that keeps all."""
     window: int | None
+    """How many last tokens each token sees beside them."""
     tolerance: float | None
+    """As in `longreach.attention`."""
     impl: str
-    stated: int | None = None
-    """The constant L' of the present call: of `generate`, or of `fixed_length`."""
+    """Likewise."""
+    calls: dict[int, Stated] = field(default_factory=dict)
+    """Thread -> the constant L' of its present call: of `generate`, or of `fixed_length`."""
     modules: list[nn.Module] = field(default_factory=list)
     """The modules that refer to it."""
     handles: list[RemovableHandle] = field(default_factory=list)
@@ -84,22 +111,41 @@ class Extension:
         """Whether attention changes with L'."""
         return self.scaling.depends_on_length or self.logn
 
+    @property
+    def stated(self) -> Stated | None:
+        """The L' that is in force in this thread; None where each forward pass has its own."""
+        own = None if self.length is None else Stated(self.length)
+        if not torch.compiler.is_compiling():
+            thread = threading.get_ident()
+            if thread in self.calls or torch._C._current_graph_task_id() == -1:
+                return self.calls.get(thread, own)
+        # Autograd's own threads compute checkpointed layers anew, and what is compiled cannot ask for its thread: both
+        # serve the one call that there is.
+        for stated in self.calls.values():
+            return stated
+        return own
+
     @contextmanager
-    def during(self, length: int | None) -> Iterator[None]:
-        """State the L' of all forward passes within; None leaves it to be stated."""
-        before, self.stated = self.stated, length
+    def during(self, length: int | None = None) -> Iterator[None]:
+        """State the L' of this thread's forward passes within; None leaves it as it is, until `state` is called."""
+        thread = threading.get_ident()
+        before = self.calls.get(thread)
+        if length is not None:
+            self.calls[thread] = Stated(length)
         try:
             yield
         finally:
-            self.stated = before
+            if before is None:
+                self.calls.pop(thread, None)
+            else:
+                self.calls[thread] = before
 
     def state(self, length: int) -> None:
         """State the L' of the present call to `generate`, unless a longer one was stated around it."""
-        around = self.stated if self.stated is not None else self.length
-        if around is None:
-            self.stated = length
-        elif length > around:
-            raise ValueError(f"length={around} is below the {length} tokens that generate may reach: state more")
+        stated = self.stated or Stated(length, from_input=True)
+        if length > stated.length and self.depends_on_length:
+            raise ValueError(f"length={stated.length} is below the {length} tokens that generate may reach: state more")
+        self.calls[threading.get_ident()] = replace(stated, generating=True)
 
     def slopes(self, length: float | Tensor, device: torch.device) -> Tensor:
         """Slopes for L', (H,), or (B, H) for an L' per sequence, on a device."""
@@ -119,11 +165,14 @@ class Extension:
             ValueError: L' is below key_length, or not stated although a cache holds keys, or not the one for which
                 those keys were computed.
         """
-        stated = self.stated if self.stated is not None else self.length
-        if stated is not None and stated < key_length:
-            raise ValueError(f"length={stated} is below the {key_length} tokens of this input: state at least those")
-        total = key_length if stated is None else stated
-        if self.per_step or cache is None or not self.depends_on_length:
+        stated = self.stated
+        total = key_length if stated is None else stated.length
+        if not self.depends_on_length:
+            return total
+        # Candidates of assisted decoding may go past the end of what was asked for, with no say in what comes before.
+        if stated is not None and total < key_length and not stated.generating:
+            raise ValueError(f"length={total} is below the {key_length} tokens of this input: state at least those")
+        if self.per_step or cache is None:
             return total
         # Keys of deeper layers were computed under the slopes of their time: one L' must hold for a cache's whole life.
         effective = max(total, self.scaling.train_length or 0)
@@ -198,6 +247,8 @@ def attend(
     if padding is not None:
         padding = _fitted(padding, k)
     window = sink_window(cache)
+    if window is not None and extension.bias == "faithful":
+        raise ValueError('bias="faithful" with sinks, which takes no dense bias: use bias="exact"')
     in_view = k.shape[2] if window is None else min(k.shape[2], sum(window))
     total = extension.total_length(in_view, cache, continues=k.shape[2] > q.shape[2])
     arguments: dict[str, Any] = {"bias_scale": bias_scale, "scale": scale, "dropout_p": dropout_p}
@@ -206,9 +257,11 @@ def attend(
     if padding is not None:
         if window is not None:
             raise ValueError("attention_mask has padding, which would become sinks: give prompts of one length")
-        # A row counts without its padding, so that it fares the same alone and in a batch.
-        lengths = (total - padding.sum(dim=1)).clamp(min=1)  # [B]
-        return _attend(extension, q, k, v, padding, lengths, **arguments)
+        # Where L' follows from the input, a row counts without its padding, and fares the same alone and in a batch.
+        stated = extension.stated
+        from_input = stated is None or stated.from_input
+        length = (total - padding.sum(dim=1)).clamp(min=1) if from_input else total  # [B], or one number
+        return _attend(extension, q, k, v, padding, length, **arguments)
     return _attend(extension, q, k, v, None, total, **arguments, window=window)
 
 
@@ -258,7 +311,7 @@ def _attend_documents(
     arguments: dict[str, Any],
 ) -> Tensor:
     """Attention within each packed document by itself, whose own length is its L' unless one is stated."""
-    stated = extension.stated is not None or extension.length is not None
+    stated = extension.stated is not None
     ends = borders.tolist()
     if ends[-1] != k.shape[2] or q.shape[2] != k.shape[2]:
         raise ValueError(f"packed documents end at {ends[-1]}, the input has {k.shape[2]} tokens: pack without a cache")

@@ -3,9 +3,10 @@
     from longreach.testing import check_alibi
     check_alibi(my_attention, slopes=my_slopes).raise_if_failed()
 
-The golden values rest on nothing that is tested with them: slopes come from decimal arithmetic, biases from exact
-distances, attention from the dense definition, all in float64. A case that fails is compared with what known mistakes
-would have given, and the mistake that explains the numbers is named.
+Golden slopes come from decimal arithmetic, golden biases from exact distances, both apart from longreach's own. Golden
+attention is the dense definition `longreach.ops.reference`, in float64 and given such a bias: longreach's other
+implementations are tested on that function too, and a check of the function itself says nothing. A case that fails is
+compared with what known mistakes would have given, and the mistake that explains the numbers is named.
 """
 
 from .checks import (
