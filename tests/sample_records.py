@@ -27,6 +27,7 @@ PROVENANCE = Provenance(
     tokenizer_hash="70",
     vocab_size=4096,
     created="2026-02-03T04:05:06+00:00",
+    sources={"runs/alibi": "ab12"},
     config={"valid_lengths": (128, 256), "data": None, "lr": 1e-3},
 )
 

@@ -303,6 +303,19 @@ def test_evaluate_refuses_another_training_length_for_a_run(capsys, trained):
     assert line == f"longreach evaluate: train_length=7: {trained} was trained by longreach at 16; leave it out"
 
 
+def test_evaluate_prints_what_was_measured_before_a_model_failed(capsys, trained, tmp_path):
+    broken = shutil.copytree(trained, tmp_path / "broken")
+    config = (broken / "config.toml").read_text()
+    (broken / "config.toml").write_text(config.replace('method = "alibi"', 'method = "none"'))
+    (broken / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(SystemExit) as end:
+        main(["evaluate", str(trained), str(broken), "--lengths", "16"])
+    captured = capsys.readouterr()
+    assert end.value.code == 2
+    assert "alibi" in captured.out
+    assert captured.err.splitlines()[-1].startswith(f"longreach evaluate: {broken}: damaged or not a longreach model")
+
+
 def test_evaluate_on_other_text(capsys, trained, tmp_path):
     text = "one two three four five six seven. " * 40
     (tmp_path / "other.txt").write_text(text)

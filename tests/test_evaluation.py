@@ -1,3 +1,6 @@
+import hashlib
+import re
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -6,12 +9,12 @@ import transformers
 
 from longreach.compare import CompareConfig, compare
 from longreach.data.prepare import DataConfig
-from longreach.data.tokenizer import load_tokenizer
+from longreach.data.tokenizer import load_tokenizer, train_tokenizer
 from longreach.evaluate.config import EvaluateConfig
 from longreach.evaluation import EvaluationConfig, evaluate_models
 from longreach.models.config import Architecture
 from longreach.results import Results
-from longreach.train.config import TrainConfig
+from longreach.train.config import TrainConfig, load_config
 
 EVALUATE = EvaluateConfig(valid_lengths=(16, 32), valid_tokens=256)
 
@@ -140,6 +143,110 @@ def test_retrieval_needs_no_text(comparison, monkeypatch):
     assert results.provenance.corpus == "none"
 
 
+@pytest.fixture(scope="module")
+def longer(comparison, tmp_path_factory):
+    """A folder with a run of one method at twice the training length, on the same text."""
+    folder = tmp_path_factory.mktemp("longer") / "out"
+    config = load_config(CompareConfig, comparison / "config.toml")
+    config = replace(config, methods=("alibi",), train=replace(config.train, train_length=32, batch_size=2))
+    compare(config, folder, silent)
+    return folder / "alibi"
+
+
+def test_models_of_several_training_lengths_are_scored_on_one_text(comparison, longer):
+    # The longest windows, of 16 and of 32 times L, are longer than valid_tokens.
+    asked = EvaluateConfig(tasks=("perplexity",), valid_tokens=64)
+    models = (str(comparison / "alibi"), str(longer))
+    results = evaluate_models(EvaluationConfig(models=models, evaluate=asked), None, silent)
+    assert {record.train_length for record in results.records} == {16, 32}
+    assert {(record.tokens, record.bytes) for record in results.records} == {
+        (16 * 32, results.records[0].bytes),
+    }
+
+
+def test_a_text_too_short_for_a_later_model_is_refused_before_the_first_is_loaded(
+    comparison, longer, corpus, tmp_path, monkeypatch
+):
+    tokenizer = load_tokenizer(longer / "tokenizer.json")
+    text = next(file for file in corpus.iterdir()).read_text()
+    (tmp_path / "short.txt").write_text(tokenizer.decode(tokenizer.encode(text)[:400]))
+    config = EvaluationConfig(models=(str(comparison / "alibi"), str(longer)), data=str(tmp_path / "short.txt"))
+    evaluate_models(replace(config, models=config.models[:1]), None, silent)
+    monkeypatch.setattr("longreach.evaluation.open_run", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(ValueError, match=r"^valid_lengths up to 512: the validation text has \d+ tokens"):
+        evaluate_models(config, tmp_path / "out", silent)
+    assert not (tmp_path / "out").exists()
+
+
+def copy_of(run, folder):
+    shutil.copytree(run, folder)
+    return folder
+
+
+def test_runs_bring_the_cost_of_their_training(comparison):
+    models = (str(comparison / "alibi"), str(comparison / "none"))
+    results = evaluate_models(EvaluationConfig(models=models, evaluate=EVALUATE), None, silent)
+    assert results.training == Results.read(comparison / "results.json").training
+
+
+def test_what_was_measured_before_a_model_failed_is_told_and_reported(comparison, tmp_path):
+    broken = copy_of(comparison / "none", tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"damaged")
+    config = EvaluationConfig(models=(str(comparison / "alibi"), str(broken)), evaluate=EVALUATE)
+    told = []
+    with pytest.raises(ValueError, match=r"broken: damaged or not a longreach model"):
+        evaluate_models(config, tmp_path / "out", silent, told.append)
+    assert told[-1] == Results.read(tmp_path / "out" / "results.json")
+    assert {entry.method for entry in told[-1].entries()} == {"alibi"}
+    assert (tmp_path / "out" / "report.html").exists()
+
+
+def test_a_tokenizer_of_another_run_is_refused(comparison, tmp_path):
+    run = copy_of(comparison / "alibi", tmp_path / "run")
+    train_tokenizer(["one two"], 280).save(run / "tokenizer.json")
+    size = load_tokenizer(run / "tokenizer.json").vocab_size
+    config = EvaluationConfig(models=(str(run),), evaluate=EVALUATE)
+    with pytest.raises(ValueError, match=rf"run has a model of 300 tokens and a tokenizer\.json of {size}: put the"):
+        evaluate_models(config, None, silent)
+
+
+def test_models_that_changed_since_are_not_taken_for_those_that_were_measured(comparison, elsewhere, corpus, tmp_path):
+    run, model = copy_of(comparison / "alibi", tmp_path / "run"), copy_of(elsewhere, tmp_path / "model")
+    config = EvaluationConfig(models=(str(run), str(model)), evaluate=EVALUATE, data=str(corpus))
+    results = evaluate_models(config, tmp_path / "out", silent)
+    assert set(results.provenance.sources) == {str(run), str(model)}
+    assert numbers(evaluate_models(config, tmp_path / "out", silent)) == numbers(results)
+    for folder, other in ((model, "config.json"), (run, "model.safetensors")):
+        before = (folder / other).read_bytes()
+        (folder / other).write_bytes(before + b" ")
+        with pytest.raises(
+            ValueError, match=rf"^{re.escape(str(folder))} has changed since .*: give a new output folder"
+        ):
+            evaluate_models(config, tmp_path / "out", silent)
+        (folder / other).write_bytes(before)
+
+
+def test_cases_that_changed_since_are_refused(comparison, tmp_path):
+    cases = tmp_path / "cases.jsonl"
+    cases.write_text('{"prompt": "a 1 b", "answer": "1"}\n')
+    asked = EvaluateConfig(tasks=("passkey",), cases=str(cases), valid_lengths=(64,))
+    config = EvaluationConfig(models=(str(comparison / "alibi"),), evaluate=asked)
+    results = evaluate_models(config, tmp_path / "out", silent)
+    assert results.provenance.sources[str(cases)] == hashlib.sha256(cases.read_bytes()).hexdigest()
+    cases.write_text('{"prompt": "a 2 b", "answer": "2"}\n')
+    with pytest.raises(
+        ValueError, match=r"cases\.jsonl has changed since .*results\.json was begun: give a new output"
+    ):
+        evaluate_models(config, tmp_path / "out", silent)
+
+
+@pytest.mark.parametrize(("argument", "task"), [("cases", "passkey"), ("meetings", "qmsum")])
+def test_a_missing_file_of_cases_is_named_with_its_argument(comparison, tmp_path, argument, task):
+    asked = EvaluateConfig(tasks=(task,), valid_lengths=(64,), **{argument: str(tmp_path / "none.jsonl")})
+    with pytest.raises(FileNotFoundError, match=rf"^{argument}=.*none\.jsonl: no such file; give a \.jsonl file"):
+        evaluate_models(EvaluationConfig(models=(str(comparison / "alibi"),), evaluate=asked), None, silent)
+
+
 def test_a_bad_file_of_cases_is_named_with_its_line(comparison, tmp_path):
     (tmp_path / "cases.jsonl").write_text('{"prompt": "a 1 b", "answer": "1"}\n{"prompt": "a"}\n')
     asked = EvaluateConfig(tasks=("passkey",), cases=str(tmp_path / "cases.jsonl"), valid_lengths=(64,))
@@ -190,6 +297,23 @@ def test_scalings_stand_side_by_side(bloom, corpus, tmp_path):
         assert abs(nll[scaling, 64] / nll["none", 64] - 1) > 1e-5
     assert abs(nll["linear-fixed=2", 16] / nll["none", 16] - 1) > 1e-5
     assert {record.method for record in results.retrieval} == set(results.methods())
+
+
+def test_without_a_scaling_of_its_own_it_is_the_configuration_s(bloom, corpus, tmp_path):
+    model = transformers.BloomForCausalLM.from_pretrained(bloom)
+    model.config.alibi_scaling = {"type": "linear", "factor": 2.0}
+    model.save_pretrained(tmp_path)
+    load_tokenizer(bloom).save(tmp_path / "tokenizer.json")
+
+    def nll(folder, *scalings):
+        config = EvaluationConfig(
+            models=(str(folder),), evaluate=EVALUATE, data=str(corpus), train_length=16, scalings=scalings
+        )
+        return [record.nll for record in evaluate_models(config, None, silent).records]
+
+    assert nll(tmp_path, "none", "linear") == nll(bloom, "linear-fixed=2", "linear")
+    assert nll(tmp_path) == nll(bloom, "linear-fixed=2")
+    assert nll(tmp_path, "none+logn") == nll(bloom, "linear-fixed=2+logn")
 
 
 @pytest.mark.parametrize("scaling", ["cubic", "linear=2", "linear-fixed", "linear-fixed=two", "ntk+log", "stock+logn"])

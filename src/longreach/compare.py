@@ -6,7 +6,7 @@ from pathlib import Path
 
 from longreach.data.prepare import DataConfig, prepare
 from longreach.evaluate.config import EvaluateConfig
-from longreach.evaluation import begin, measure, read_material
+from longreach.evaluation import begin, case_sources, measure, read_material
 from longreach.models.config import ARCHITECTURES, Architecture
 from longreach.report.page import write_report
 from longreach.results import Results
@@ -95,14 +95,17 @@ def compare(config: CompareConfig, output: Path, progress: Progress) -> Results:
     material = read_material(config.evaluate, text_of(prepared, config.evaluate, longest_window))
     claim_folder(output, config)
     path = output / "results.json"
-    results = begin(path, provenance(config, config.train.device, config.train.seed, prepared.tokenizer, prepared))
+    sources = case_sources(config.evaluate)  # what the models are made of is all in the configuration
+    now = provenance(config, config.train.device, config.train.seed, prepared.tokenizer, prepared, sources)
+    results = begin(path, now)
     for train_length, method in itertools.product(config.lengths, config.methods):
         folder = output / config.folder(method, train_length)
         training = train_run(config.run(method, train_length), folder, prepared, progress)
         if training not in results.training:
             results = results.add(training)
         subject = open_run(folder).subject()
-        results = measure(subject, material, config.evaluate, results, path, progress)
+        for grown in measure(subject, material, config.evaluate, results, path, progress):
+            results = grown
     write_report(results, output)
     return results
 

@@ -93,8 +93,25 @@ def open_run(folder: Path, device: str | None = None) -> Run:
 
     Raises:
         FileNotFoundError: the folder holds no finished run.
-        ValueError: its files are damaged, or it holds a comparison, whose runs lie in folders below it, or a Hugging
-            Face model.
+        ValueError: its files are damaged, its tokenizer is another model's, or it holds a comparison, whose runs lie in
+            folders below it, or a Hugging Face model.
+    """
+    config = read_run(folder)
+    resolved = resolve_device(device or config.train.device)
+    model, tokenizer = load_model(folder, resolved), load_tokenizer(folder / "tokenizer.json")
+    if tokenizer.vocab_size != model.config.vocab_size:
+        raise ValueError(
+            f"{folder} has a model of {model.config.vocab_size} tokens and a tokenizer.json of {tokenizer.vocab_size}: "
+            "put the tokenizer.json there that the model was trained with"
+        )
+    return Run(config, model, tokenizer, resolved)
+
+
+def read_run(folder: Path) -> RunConfig:
+    """The configuration of a trained run.
+
+    Raises:
+        FileNotFoundError, ValueError: as `open_run`, without a look at the weights.
     """
     if holds_pretrained(folder):
         raise ValueError(
@@ -105,8 +122,9 @@ def open_run(folder: Path, device: str | None = None) -> Run:
         names = ", ".join(below) or "none is finished yet"
         raise ValueError(f"{folder} holds a comparison: give the folder of one of its runs ({names})")
     config = load_config(RunConfig, folder / "config.toml")
-    resolved = resolve_device(device or config.train.device)
-    return Run(config, load_model(folder, resolved), load_tokenizer(folder / "tokenizer.json"), resolved)
+    if not (folder / "model.safetensors").is_file():
+        raise FileNotFoundError(f"{folder / 'model.safetensors'}: no such file; give the folder of a trained run")
+    return config
 
 
 def text_of(prepared: PreparedData, config: EvaluateConfig, longest: int) -> Text:
@@ -139,10 +157,18 @@ def text_of(prepared: PreparedData, config: EvaluateConfig, longest: int) -> Tex
     )
 
 
-def provenance(config: Any, device: str, seed: int, tokenizer: Tokenizer, prepared: PreparedData | None) -> Provenance:
+def provenance(
+    config: Any,
+    device: str,
+    seed: int,
+    tokenizer: Tokenizer,
+    prepared: PreparedData | None,
+    sources: dict[str, str],
+) -> Provenance:
     """What it takes to get the same results again.
 
-    config is a configuration dataclass, prepared the text that is scored, None where none is.
+    config is a configuration dataclass, prepared the text that is scored, None where none is, sources all else that is
+    read.
     """
     return Provenance(
         longreach=longreach.__version__,
@@ -158,6 +184,7 @@ def provenance(config: Any, device: str, seed: int, tokenizer: Tokenizer, prepar
         tokenizer_hash=tokenizer.fingerprint,
         vocab_size=tokenizer.vocab_size,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
+        sources=sources,
         config=to_toml_values(config),
     )
 

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 
 import huggingface_hub.constants
 import numpy as np
@@ -11,6 +12,7 @@ from tiny_subjects import CPU, LENGTH, tokenizer, transformers_model
 
 from longreach.evaluate.huggingface import HuggingFaceModel, load_subject
 from longreach.evaluate.scoring import Unsupported, score, score_stream
+from longreach.extension.extend import extend, fixed_length
 
 TOKENS = torch.tensor([[7, 3, 250, 9, 9, 30, 41, 2, 77, 5], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]])
 
@@ -136,8 +138,55 @@ def test_positions_are_refused_by_models_that_do_not_look_at_them(family):
         joined(model, TOKENS, 100, positions=torch.arange(10)[None])
 
 
-def test_a_cache_cannot_forget():
-    model = HuggingFaceModel(transformers_model("gpt2"))
+def banded_logits(model, max_context):
+    """One forward pass in which each of TOKENS sees its last max_context tokens, by a mask that the model is given."""
+    index = torch.arange(TOKENS.shape[1])
+    hidden = (index[:, None] < index) | (index[:, None] - index >= max_context)
+    if model.config.model_type == "mpt":
+        mask = hidden[None, None]  # fills them itself
+    else:
+        mask = torch.zeros(hidden.shape).masked_fill(hidden, torch.finfo(torch.float32).min)[None, None]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules[type(model).__module__], "create_causal_mask", lambda *_, **__: mask)
+        return whole_logits(model, TOKENS)
+
+
+WITH_ALIBI = ["bloom", "falcon", "mpt"]
+
+
+@pytest.mark.parametrize("max_context", [1, 4, 9])
+@pytest.mark.parametrize(
+    ("family", "extended"),
+    [(family, False) for family in ("gpt2", "llama", "opt", "gptj", "granite", *WITH_ALIBI)]
+    + [(family, True) for family in WITH_ALIBI],
+)
+def test_a_bounded_cache_shows_each_token_its_last_ones(family, max_context, extended):
+    model = transformers_model(family)
+    expected = banded_logits(model, max_context)
+    state_length = None
+    if extended:
+        extend(model, train_length=LENGTH)
+        state_length = partial(fixed_length, model)
+    subject = HuggingFaceModel(model, state_length=state_length)
+    cache = subject.new_cache(TOKENS.shape[1], max_context)
+    parts = [joined(subject, part, 3, cache=cache) for part in TOKENS.split([4, 1, 5], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), expected, rtol=1e-4, atol=1e-4)
+    again = subject.new_cache(TOKENS.shape[1], max_context)
+    torch.testing.assert_close(joined(subject, TOKENS, 3, last=2, cache=again), expected[:, -2:], rtol=1e-4, atol=1e-4)
+
+
+def test_a_bounded_cache_takes_shifted_positions():
+    model = transformers_model("gpt2")
+    subject = HuggingFaceModel(model)
+    stream = TOKENS[0].numpy()
+    options = {"max_context": 4, "vocab_size": tokenizer().vocab_size, "device": CPU}
+    right, shifted = (score_stream(subject, stream, **options, shifted=shifted) for shifted in (False, True))
+    assert shifted.nll[:4].tolist() == right.nll[:4].tolist()  # until the window is full
+    assert not np.isclose(shifted.nll[4:], right.nll[4:]).any()
+
+
+def test_a_cache_that_slides_by_itself_cannot_be_bounded():
+    model = HuggingFaceModel(transformers_model("gemma2"))
     with pytest.raises(Unsupported, match=r"max_context=4 with 10 tokens: .* score a sliding window instead"):
         model.new_cache(10, max_context=4)
     assert model.new_cache(10, max_context=10).get_seq_length() == 0
@@ -235,6 +284,15 @@ def test_the_training_length_can_stand_under_another_name_or_be_given(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"seq_length": 48}))
     assert load_subject(name, device=CPU).train_length == 48
+    (tmp_path / "config.json").write_text(json.dumps(config | {"seq_length": 48, "train_length": 24}))
+    assert load_subject(name, device=CPU).train_length == 24
+
+
+def test_a_training_length_below_the_longest_input_is_no_limit(tmp_path):
+    model = transformers_model("mpt")
+    model.config.train_length = LENGTH // 2
+    subject = load_subject(saved(model, tmp_path), device=CPU)
+    assert (subject.train_length, subject.max_length) == (LENGTH // 2, LENGTH)
 
 
 def one_line_error(name, **options):

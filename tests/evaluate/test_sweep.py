@@ -181,10 +181,11 @@ def test_what_a_model_of_transformers_cannot_do_is_skipped():
     assert {e.protocol for e in entries if e.task == "perplexity" and not isinstance(e, Skipped)} == {
         "nonoverlapping",
         "sliding-window",
+        "cached",
     }
-    reasons = [e.reason for e in entries if isinstance(e, Skipped)]
-    assert any("max_context=32" in reason for reason in reasons)
-    assert any("takes no positions" in reason for reason in reasons)
+    skipped = [e for e in entries if isinstance(e, Skipped)]
+    assert {(e.task, e.protocol) for e in skipped} == {("offsets", None), ("perplexity", "cached-shifted")}
+    assert all("takes no positions" in e.reason for e in skipped)
 
 
 def test_out_of_memory_ends_a_cell_and_not_the_grid():
@@ -197,6 +198,69 @@ def test_out_of_memory_ends_a_cell_and_not_the_grid():
     first, second = measured(subject_of(Large(1)), EvaluateConfig(tasks=PERPLEXITY, valid_lengths=(16, 8)))
     assert (first.cell[3], first.reason) == (16, "out of memory")
     assert second.tokens == NUM_TARGETS
+
+
+def test_the_cpu_s_allocator_runs_out_of_memory_in_words_of_its_own():
+    class Large(Uniform):
+        def logits(self, tokens, chunk_size, **options):
+            if tokens.shape[1] > 8:
+                torch.empty(2**60)
+            return super().logits(tokens, chunk_size, **options)
+
+    first, second = measured(subject_of(Large(1)), EvaluateConfig(tasks=PERPLEXITY, valid_lengths=(16, 8)))
+    assert (first.cell[3], first.reason) == (16, "out of memory")
+    assert second.tokens == NUM_TARGETS
+
+
+def test_any_other_runtime_error_is_not_swallowed():
+    class Broken(Uniform):
+        def logits(self, tokens, chunk_size, **options):
+            raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        measured(subject_of(Broken(1)), EvaluateConfig(tasks=PERPLEXITY, valid_lengths=(16,)))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_logits_that_overflow_end_a_cell_and_not_the_grid(value):
+    class Overflowing(Uniform):
+        def logits(self, tokens, chunk_size, **options):
+            for part in super().logits(tokens, chunk_size, **options):
+                if tokens.shape[1] > 8:
+                    part[..., -1] = value
+                yield part
+
+    config = EvaluateConfig(
+        tasks=("perplexity", "positions"), valid_lengths=(16, 8), protocols=("nonoverlapping", "cached")
+    )
+    entries = measured(subject_of(Overflowing(1)), config)
+    skipped = [entry for entry in entries if isinstance(entry, Skipped)]
+    assert [entry.cell[0] for entry in skipped] == ["perplexity"] * 3 + ["positions", "decomposition"]
+    assert {entry.reason for entry in skipped} == {
+        f"the nll of {NUM_TARGETS} of {NUM_TARGETS} tokens is nan or infinite, as where logits overflow in float16"
+    }
+    assert {(entry.task, entry.valid_length) for entry in entries if not isinstance(entry, Skipped)} == {
+        ("perplexity", 8),
+        ("positions", 8),
+    }
+
+
+def test_a_capped_stride_over_the_training_length_ends_a_cell_and_not_the_grid():
+    config = EvaluateConfig(tasks=("positions", "probes"), valid_lengths=(16,), capped_stride=9)
+    entries = measured(subject_of(Uniform(1)), config)
+    reasons = {entry.cell[0]: entry.reason for entry in entries if isinstance(entry, Skipped)}
+    assert reasons["decomposition"] == "capped_stride=9 leaves gaps between windows of L=8"
+    assert reasons["perplexity"] == "a stride of 9 leaves gaps between windows of 8"
+    assert {entry.task for entry in entries if not isinstance(entry, Skipped)} >= {"positions", "offsets"}
+
+
+def test_a_length_that_there_are_too_few_names_for_is_skipped(monkeypatch):
+    monkeypatch.setattr("longreach.evaluate.prompts.ADJECTIVES", ("small", "large"))
+    monkeypatch.setattr("longreach.evaluate.prompts.NOUNS", ("cat", "dog", "hat", "map", "sea"))
+    config = EvaluateConfig(tasks=("lines",), valid_lengths=(2000, 600), num_depths=1, cases_per_depth=1)
+    long, short = measured(decoder_subject("alibi"), config)
+    assert long.reason.endswith("records are needed and there are 10 names: give a shorter length")
+    assert short.cases == 1
 
 
 def test_retrieval_is_measured_at_lengths_and_depths():
@@ -221,6 +285,19 @@ def test_cases_of_a_file_go_to_the_length_that_holds_them():
         (sizes[1], "RetrievalRecord"),
     ]
     assert entries[1].reason == "no case of the file is of this length"
+
+
+def test_cases_that_are_too_long_for_every_length_are_told_of():
+    cases = [Case("passkey", "one two 4 three", "4", 0.5)] * 3 + [Case("passkey", "one " * 60 + "7", "7", 0.99)] * 7
+    size = len(tokenizer().encode(cases[0].prompt))
+    config = EvaluateConfig(tasks=("passkey",), cases="cases.jsonl", num_depths=1)
+    told = "7 of 10 cases of the file are too long for every length"
+    first, second = measured(decoder_subject("alibi"), replace(config, valid_lengths=(size,)), Material(TEXT, cases))
+    assert (first.cases, second.cell, second.reason) == (3, first.cell, told)
+    first, second = measured(
+        decoder_subject("alibi"), replace(config, valid_lengths=(size, size + 1)), Material(TEXT, cases)
+    )
+    assert (first.cases, second.reason) == (3, f"no case of the file is of this length; {told}")
 
 
 def test_summaries_at_each_length_that_has_room():

@@ -175,11 +175,11 @@ def test_decoding_in_chunks_equals_one_forward(with_norms):
 
 def test_decoding_reads_only_what_is_within_reach():
     """Values beyond the reach may be anything at all, were they in the cache or not."""
-    (q, k, v), _ = Case(queries=1, keys=20_000, heads=1, kv_heads=1).inputs(torch.float32)
+    (q, k, v), _ = Case(queries=1, keys=20_000, heads=4, kv_heads=4).inputs(torch.float32)
     norms = key_block_norms(k, module.BLOCK_N)
-    expected, _ = cpu_attention(q, k, v, slopes=torch.tensor([0.5]))
+    expected, _ = cpu_attention(q, k, v, slopes=torch.full((4,), 0.5))
     k[:, :, :19_000], v[:, :, :19_000] = float("nan"), float("nan")
-    actual, _ = cpu_attention(q, k, v, slopes=torch.tensor([0.5]), key_norms=norms)
+    actual, _ = cpu_attention(q, k, v, slopes=torch.full((4,), 0.5), key_norms=norms)
     torch.testing.assert_close(actual, expected)
 
 
@@ -211,6 +211,24 @@ def test_time_is_linear_beyond_the_reach():
         pairs.append(sum(t.rows * t.width * t.count * (t.heads.stop - t.heads.start) for t in tiles))
     assert pairs[1] < 2.1 * pairs[0]
     assert pairs[0] < 0.15 * 8192**2  # of 2 * 8192^2 / 2 for dense causal attention
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_factors_are_dense_however_the_inputs_lie(monkeypatch, kv_heads):
+    """As a model's projection gives them: heads beside each other in one row."""
+    product, factors = module._product, []
+
+    def watched(a, b, added=None):
+        factors.append(b[0])
+        return product(a, b, added)
+
+    monkeypatch.setattr(module, "_product", watched)
+    packed = torch.randn(1, 1024, 2 + 2 * kv_heads, 16, requires_grad=True)
+    q, k, v = packed.transpose(1, 2).split([2, kv_heads, kv_heads], dim=1)
+    out, _ = cpu_attention(q, k, v, slopes=torch.tensor([0.5, 0.01]))
+    out.transpose(1, 2).square().sum().backward()
+    assert len(factors) >= 7
+    assert all(b.is_contiguous() or b.T.is_contiguous() for b in factors)
 
 
 def test_backward_is_deterministic_and_repeats():

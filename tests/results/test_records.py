@@ -167,3 +167,11 @@ def test_configuration_that_json_cannot_hold(bad):
 def test_time_that_is_not_utc(created):
     with pytest.raises(ValueError, match="created must be a UTC time"):
         dataclasses.replace(PROVENANCE, created=created)
+
+
+def test_sources_are_names_with_hashes():
+    assert replace(PROVENANCE, sources={"a/run": "ab12"}).sources == {"a/run": "ab12"}
+    with pytest.raises(ValueError, match=r"^sources.a/run must be a string, got 3"):
+        replace(PROVENANCE, sources={"a/run": 3})
+    with pytest.raises(ValueError, match=r"^sources has the key 3, which is not a string"):
+        replace(PROVENANCE, sources={3: "ab12"})

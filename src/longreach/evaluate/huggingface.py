@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,20 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from longreach.data.tokenizer import load_tokenizer
+from longreach.extension.lengths import declared_length, longest_input
 
 from .scoring import Unsupported
 from .subject import Subject
-
-LENGTH_NAMES = (
-    "max_position_embeddings",
-    "n_positions",
-    "max_seq_len",
-    "seq_length",
-    "n_ctx",
-    "max_sequence_length",
-    "model_max_length",
-)
-"""Names under which configurations give the training length, tried in this order."""
 
 PRECOMPUTED = frozenset({"mpt", "gptj", "codegen", "ctrl"})
 """Types of models whose biases or rotations are computed once, up to the training length, and end there. MPT's need
@@ -37,6 +28,27 @@ StateLength = Callable[[int], AbstractContextManager[None]]
 
 CACHE_LENGTH = "longreach_length"
 """Name under which a cache holds the length of its stream."""
+
+RELATIVE = frozenset({"bloom", "falcon", "mpt"})
+"""Types of models that take no positions because they have ALiBi, for which the order of the keys is enough."""
+
+
+@dataclass
+class BoundedCache:
+    """A cache of transformers in which each token sees at most max_context tokens, itself included."""
+
+    cache: Any
+    """Holds the keys that the next token sees, each with the position that it came with."""
+    max_context: int
+    seen: int = 0
+    """How many tokens were put in."""
+
+    def forget(self) -> None:
+        """Drop what the next token does not see."""
+        for layer in self.cache.layers:
+            if layer.is_initialized:
+                start = max(0, layer.keys.shape[-2] - (self.max_context - 1))
+                layer.keys, layer.values = layer.keys[..., start:, :], layer.values[..., start:, :]
 
 
 class HuggingFaceModel:
@@ -84,6 +96,9 @@ class HuggingFaceModel:
             Unsupported: positions for a model that has no use for them.
             ValueError: more positions than it holds.
         """
+        if isinstance(cache, BoundedCache):
+            yield from self._bounded_logits(tokens, chunk_size, last or tokens.shape[1], positions, cache)
+            return
         held = 0 if cache is None else cache.get_seq_length()
         self._check(held + tokens.shape[1], positions)
         inputs = _inputs(tokens, held, positions, cache)
@@ -96,19 +111,15 @@ class HuggingFaceModel:
             yield stretch if self._head is None else self._head(stretch)
 
     def new_cache(self, length: int, max_context: int | None = None) -> Any:
-        """An empty DynamicCache, which grows with what is put into it.
+        """An empty DynamicCache, which grows with what is put into it; a BoundedCache if max_context is below length.
 
         Raises:
-            Unsupported: a max_context that would have to drop keys, which caches of transformers do not; a model that
-                has no keys and values to cache.
+            Unsupported: a model that has no keys and values to cache, or, with a max_context, one whose cache cannot
+                drop any or that cannot be told where in the stream a token stands.
         """
         from transformers import DynamicCache
+        from transformers.cache_utils import DynamicLayer
 
-        if max_context is not None and max_context < length:
-            raise Unsupported(
-                f"max_context={max_context} with {length} tokens: a cache of transformers keeps every key; score a "
-                "sliding window instead, or with a cache that is unbounded"
-            )
         if "past_key_values" not in _parameters(self.model):
             raise Unsupported(
                 f"{type(self.model).__name__} takes no past_key_values: it cannot be used with a cache; score windows"
@@ -116,8 +127,38 @@ class HuggingFaceModel:
         if not self._fills_caches:
             raise Unsupported(f"{type(self.model).__name__} puts nothing into a cache of transformers: score windows")
         cache = DynamicCache(config=self.model.config)
-        setattr(cache, CACHE_LENGTH, length)
-        return cache
+        if max_context is None or max_context >= length:
+            setattr(cache, CACHE_LENGTH, length)
+            return cache
+        plain = all(type(layer) is DynamicLayer for layer in cache.layers)
+        placed = self._takes_positions or self._state_length is not None or self.model.config.model_type in RELATIVE
+        if not (plain and placed):
+            raise Unsupported(
+                f"max_context={max_context} with {length} tokens: the cache of {type(self.model).__name__} cannot drop "
+                "keys; score a sliding window instead, or with a cache that is unbounded"
+            )
+        setattr(cache, CACHE_LENGTH, max_context)
+        return BoundedCache(cache, max_context)
+
+    def _bounded_logits(
+        self, tokens: Tensor, chunk_size: int, last: int, positions: Tensor | None, cache: BoundedCache
+    ) -> Iterator[Tensor]:
+        """Logits as `logits` has them: all at once while nothing has to be dropped, then a token at a time."""
+        length = tokens.shape[1]
+        if positions is None and self._takes_positions:
+            positions = torch.arange(cache.seen, cache.seen + length, device=tokens.device)[None]
+        unwanted = length - last
+        start = 0
+        while start < length:
+            stop = min(length, start + max(1, cache.max_context - cache.seen))
+            cache.forget()
+            here = None if positions is None else positions[:, start:stop]
+            for stretch in self.logits(tokens[:, start:stop], chunk_size, positions=here, cache=cache.cache):
+                if unwanted < stretch.shape[1]:
+                    yield stretch[:, unwanted:]
+                unwanted = max(0, unwanted - stretch.shape[1])
+            cache.seen += stop - start
+            start = stop
 
     @cached_property
     def _fills_caches(self) -> bool:
@@ -189,11 +230,7 @@ def load_subject(
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"dtype={dtype!r}: give auto, float32, bfloat16 or another dtype of torch")
     config = load_configuration(name, trust_remote_code=trust_remote_code)
-    length = declared_length(config) if train_length is None else train_length
-    if length is None:
-        raise ValueError(f"model {name!r} does not say what length it was trained at: give it by --train-length")
-    if length < 1:
-        raise ValueError(f"train_length={length}: give a positive integer")
+    length = training_length(name, config, train_length)
     tokenizer = load_tokenizer(name)
     vocab_size = config.get_text_config().vocab_size
     if tokenizer.vocab_size > vocab_size:
@@ -221,6 +258,20 @@ def load_subject(
     )
 
 
+def training_length(name: str, config: Any, given: int | None) -> int:
+    """L as it is given, else as a model's configuration tells it.
+
+    Raises:
+        ValueError: it does not, or what is given is no length.
+    """
+    length = declared_length(config.get_text_config()) if given is None else given
+    if length is None:
+        raise ValueError(f"model {name!r} does not say what length it was trained at: give it by --train-length")
+    if length < 1:
+        raise ValueError(f"train_length={length}: give a positive integer")
+    return length
+
+
 def load_configuration(name: str, *, trust_remote_code: bool = False) -> Any:
     """The configuration of a model, by `AutoConfig`. Arguments and errors as in `load_subject`."""
     return _from_pretrained("AutoConfig", name, trust_remote_code=trust_remote_code)
@@ -241,12 +292,6 @@ def load_causal_model(name: str, *, dtype: str, trust_remote_code: bool = False)
             "give a causal language model whose files are whole"
         )
     return model
-
-
-def declared_length(config: Any) -> int | None:
-    """The training length that a configuration gives, under whatever name; None where it gives none."""
-    text_config = config.get_text_config()
-    return next((length for name in LENGTH_NAMES if (length := getattr(text_config, name, None))), None)
 
 
 def _inputs(tokens: Tensor, held: int, positions: Tensor | None, cache: Any) -> dict[str, Any]:
@@ -280,7 +325,7 @@ def _parameters(module: Any) -> frozenset[str]:
 
 def _max_length(model: Any) -> int | None:
     """The most tokens that a model can take: what its table of positions holds, None where it has no such table."""
-    declared = declared_length(model.config)
+    declared = longest_input(model.config.get_text_config())
     if declared is None or model.config.model_type in PRECOMPUTED:
         return declared
     vocabulary = (model.get_input_embeddings(), model.get_output_embeddings())

@@ -17,6 +17,8 @@ from uuid import UUID
 from longreach.data.synthetic import FILLER as RETRIEVAL_FILLER
 from longreach.data.synthetic import QUESTION, WORDS, telling
 
+from .scoring import Unsupported
+
 
 @dataclass(frozen=True)
 class Case:
@@ -123,7 +125,7 @@ def _place(depth: float, num_records: int) -> int:
 def _shuffled(random: Random, pool: list[str], count: int) -> list[str]:
     """The first `count` in an order that does not depend on how many are asked for."""
     if count > len(pool):
-        raise ValueError(f"about {count} records are needed and there are {len(pool)} names: give a shorter length")
+        raise Unsupported(f"about {count} records are needed and there are {len(pool)} names: give a shorter length")
     random.shuffle(pool)
     return pool[:count]
 

@@ -62,9 +62,8 @@ def generate_cases(
         seed: of all that is drawn.
 
     Raises:
-        ValueError: a value out of range, a depth that the task does not have, or a length too long for the words that
-            keep records apart.
-        Unsupported: a length too short for one record.
+        ValueError: a value out of range, or a depth that the task does not have.
+        Unsupported: a length too short for one record, or too long for the words that keep records apart.
     """
     draw = _known(task).draw
     for depth in depths:

@@ -11,7 +11,7 @@ from longreach.results import ContextRecord, DecompositionRecord, OffsetRecord, 
 from .bootstrap import Units
 from .context import decompose, loss_by_context
 from .cost import Cost
-from .scoring import CACHED_CHUNK, Scores, score, score_stream
+from .scoring import CACHED_CHUNK, Scores, Unsupported, score, score_stream
 from .subject import Subject
 
 SEED = 0
@@ -43,7 +43,8 @@ class Text:
 class Scorer:
     """Measures one subject on one text; each method gives the entries of one cell.
 
-    Scores of windows are kept, for perplexity, loss by context and decomposition are made of the same.
+    Scores of windows are kept, for perplexity, loss by context and decomposition are made of the same. Scores that are
+    no numbers are `Unsupported`: a model that overflows at one length may be sound at another.
     """
 
     def __init__(self, subject: Subject, text: Text, tokens_per_batch: int, progress: Progress):
@@ -52,6 +53,11 @@ class Scorer:
         self._tokens_per_batch = tokens_per_batch
         self._progress = progress
         self._kept: dict[tuple[int, int], tuple[Scores, Cost]] = {}
+
+    @property
+    def num_targets(self) -> int:
+        """How many tokens are scored."""
+        return self._text.num_targets
 
     def perplexity(self, valid_length: int, stride: int, protocol: str) -> list[Record]:
         """Perplexity under a protocol."""
@@ -120,7 +126,7 @@ class Scorer:
 
     def _score(self, valid_length: int, stride: int, offset: int | None, stage: str) -> Scores:
         subject, text = self._subject, self._text
-        return score(
+        scores = score(
             subject.model,
             text.tokens,
             valid_length=valid_length,
@@ -131,6 +137,7 @@ class Scorer:
             offset=offset,
             on_scored=lambda scored: self._progress(stage, scored, text.num_targets),
         )
+        return _finite(scores)
 
     def _stream(self, max_context: int | None, protocol: str) -> tuple[Scores, Cost]:
         subject, text = self._subject, self._text
@@ -146,4 +153,14 @@ class Scorer:
                 shifted=protocol == "cached-shifted",
                 on_scored=lambda scored: self._progress(stage, scored, text.num_targets),
             )
-        return scores, cost
+        return _finite(scores), cost
+
+
+def _finite(scores: Scores) -> Scores:
+    """The scores, if they are numbers."""
+    failed = int(np.count_nonzero(~np.isfinite(scores.nll)))
+    if failed:
+        raise Unsupported(
+            f"the nll of {failed} of {len(scores.nll)} tokens is nan or infinite, as where logits overflow in float16"
+        )
+    return scores

@@ -88,7 +88,7 @@ def prompt_tokens(tokenizer: Tokenizer, case: MeetingCase, max_tokens: int) -> t
     if fitting < 2:
         raise Unsupported(
             f"{case.name}: its query and the first word of its transcript take more than the {max_tokens} tokens that "
-            "there are for a prompt; give a longer length or a smaller max_new_tokens"
+            "there are for a prompt; give a longer length or a smaller summary_tokens"
         )
     return encoded(case.transcript[: ends[fitting - 1]]), True
 

@@ -49,8 +49,8 @@ def evaluate(
 ) -> Iterator[Sequence[Entry]]:
     """Measure what a configuration asks of a subject, but for the cells that are done; yields as each is finished.
 
-    What a model cannot do (positions past its table, a stride over the window, more memory than there is) becomes a
-    `Skipped` with the reason, and the rest goes on.
+    What a model cannot do (positions past its table, a stride over the window, more memory than there is, an nll that
+    is no number) becomes a `Skipped` with the reason, and the rest goes on.
 
     Args:
         subject: the model.
@@ -74,7 +74,9 @@ def evaluate(
             yield work.measure()
         except Unsupported as error:
             yield [_skipped(work.cell, str(error))]
-        except torch.OutOfMemoryError:
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
             yield [_skipped(work.cell, "out of memory")]
 
 
@@ -89,7 +91,7 @@ def _plan(subject: Subject, material: Material, config: EvaluateConfig, progress
         scorer = Scorer(subject, text, config.tokens_per_batch, progress)
         for task in config.tasks:
             if task in _TEXT_WORK:
-                yield from _TEXT_WORK[task](subject, scorer, text.num_targets, config)
+                yield from _TEXT_WORK[task](subject, scorer, config)
     for task in config.tasks:
         if task in RETRIEVAL_TASKS:
             yield from _retrieval_work(task, subject, material.cases, config, progress)
@@ -97,23 +99,21 @@ def _plan(subject: Subject, material: Material, config: EvaluateConfig, progress
             yield from _summary_work(subject, material.meetings, config, progress)
 
 
-def _perplexity_work(subject: Subject, scorer: Scorer, num_targets: int, config: EvaluateConfig) -> Iterator[_Work]:
+def _perplexity_work(subject: Subject, scorer: Scorer, config: EvaluateConfig) -> Iterator[_Work]:
     for length in config.valid_lengths:
         for protocol in config.protocols:
             if protocol != "cached-unbounded":
                 stride = length if protocol == "nonoverlapping" else 1
-                yield _perplexity_cell(subject, scorer, length, stride, protocol, num_targets)
+                yield _perplexity_cell(subject, scorer, length, stride, protocol)
         for stride in config.strides:
             if stride != length:  # which is nonoverlapping
-                yield _perplexity_cell(subject, scorer, length, stride, "sliding-window", num_targets)
+                yield _perplexity_cell(subject, scorer, length, stride, "sliding-window")
     if "cached-unbounded" in config.protocols:
-        yield _perplexity_cell(subject, scorer, num_targets, 1, "cached-unbounded", num_targets)
+        yield _perplexity_cell(subject, scorer, scorer.num_targets, 1, "cached-unbounded")
 
 
-def _perplexity_cell(
-    subject: Subject, scorer: Scorer, length: int, stride: int, protocol: str, num_targets: int
-) -> _Work:
-    reached = num_targets if protocol in ("cached", "cached-unbounded") else length
+def _perplexity_cell(subject: Subject, scorer: Scorer, length: int, stride: int, protocol: str) -> _Work:
+    reached = scorer.num_targets if protocol in ("cached", "cached-unbounded") else length
     hindrance = _past_table(subject, reached)
     if stride > length:
         hindrance = f"a stride of {stride} leaves gaps between windows of {length}"
@@ -121,22 +121,26 @@ def _perplexity_cell(
     return _Work(cell, partial(scorer.perplexity, length, stride, protocol), hindrance)
 
 
-def _positions_work(subject: Subject, scorer: Scorer, num_targets: int, config: EvaluateConfig) -> Iterator[_Work]:
-    capped_stride = config.capped_stride or 1
+def _positions_work(subject: Subject, scorer: Scorer, config: EvaluateConfig) -> Iterator[_Work]:
+    assert config.capped_stride is not None  # it is resolved
+    gaps = None
+    if config.capped_stride > subject.train_length:
+        gaps = f"capped_stride={config.capped_stride} leaves gaps between windows of L={subject.train_length}"
     for length in config.valid_lengths:
         hindrance = _past_table(subject, length)
         yield _Work(_cell("positions", subject, length), partial(scorer.by_context, length), hindrance)
         if length > subject.train_length:
-            split = partial(scorer.decomposition, length, capped_stride)
-            yield _Work(_cell("decomposition", subject, length), split, hindrance)
+            split = partial(scorer.decomposition, length, config.capped_stride)
+            yield _Work(_cell("decomposition", subject, length), split, hindrance or gaps)
 
 
-def _probes_work(subject: Subject, scorer: Scorer, num_targets: int, config: EvaluateConfig) -> Iterator[_Work]:
+def _probes_work(subject: Subject, scorer: Scorer, config: EvaluateConfig) -> Iterator[_Work]:
+    assert config.capped_stride is not None  # it is resolved
     length = subject.train_length
     yield _Work(_cell("offsets", subject, length), partial(_at_offsets, subject, scorer, config))
-    yield _perplexity_cell(subject, scorer, length, config.capped_stride or 1, "sliding-window", num_targets)
+    yield _perplexity_cell(subject, scorer, length, config.capped_stride, "sliding-window")
     for protocol in ("cached", "cached-shifted"):
-        yield _perplexity_cell(subject, scorer, length, 1, protocol, num_targets)
+        yield _perplexity_cell(subject, scorer, length, 1, protocol)
 
 
 def _at_offsets(subject: Subject, scorer: Scorer, config: EvaluateConfig) -> Sequence[Entry]:
@@ -155,14 +159,26 @@ def _retrieval_work(
     task: str, subject: Subject, cases: Sequence[Case] | None, config: EvaluateConfig, progress: Progress
 ) -> Iterator[_Work]:
     by_length: dict[int, list[Case]] = {}
+    too_long = None
     if cases is not None:
-        by_length, _ = bucket(cases, subject.tokenizer, config.valid_lengths, config.num_depths)
+        by_length, left_out = bucket(cases, subject.tokenizer, config.valid_lengths, config.num_depths)
+        if left_out:
+            too_long = f"{left_out} of {len(cases)} cases of the file are too long for every length"
     for length in config.valid_lengths:
         hindrance = _past_table(subject, length)
         if cases is not None and length not in by_length:
             hindrance = "no case of the file is of this length"
         measure = partial(_retrieve, task, subject, length, by_length.get(length), config, progress)
+        if too_long is not None and length == max(config.valid_lengths):
+            note = _skipped(_cell(task, subject, length), too_long)
+            measure = partial(_with_note, measure, note)
+            hindrance = f"{hindrance}; {too_long}" if hindrance else None
         yield _Work(_cell(task, subject, length), measure, hindrance)
+
+
+def _with_note(measure: Callable[[], Sequence[Entry]], note: Skipped) -> Sequence[Entry]:
+    """What was measured, and what was left out of it."""
+    return [*measure(), note]
 
 
 def _retrieve(
@@ -224,6 +240,11 @@ def _past_table(subject: Subject, length: int) -> str | None:
     if subject.max_length is None or length <= subject.max_length:
         return None
     return f"its table holds {subject.max_length} positions"
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # PyTorch's CPU allocator raises a bare RuntimeError, and its name is what stays the same between systems.
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _cell(task: str, subject: Subject, length: int) -> Cell:

@@ -182,7 +182,10 @@ def _by_kernel(q: Tensor) -> bool:
 
 
 def _product(a: Tensor, b: Tensor, added: Tensor | None = None) -> Tensor:
-    """a b^T + added for each lane, of a (lanes, M, K), b (lanes, N, K) and `added` (lanes, 1, N)."""
+    """a b^T + added for each lane, of a (lanes, M, K), b (lanes, N, K) and `added` (lanes, 1, N).
+
+    b, or its transpose, is dense in memory: others oneDNN multiplies by its reference code, a hundred times slower.
+    """
     aligned = a.shape[1] % ALIGNED == 0 and b.shape[1] % ALIGNED == 0
     if ONEDNN and aligned and len(a) == 1 and a.dtype == torch.float32:
         vector = None if added is None else added[0, 0]
@@ -223,8 +226,8 @@ class _Products:
         return lanes_of(x, tile, self.dtype)
 
     def keys(self, x: Tensor, tile: Tile) -> Tensor:
-        """The keys of a tile in x (B, Hkv, Tk, D): (lanes, width, D)."""
-        return keys_of(x, self.q.shape[1], tile)[0].to(self.dtype)
+        """The keys of a tile in x (B, Hkv, Tk, D), dense in memory: (lanes, width, D)."""
+        return keys_of(x, self.q.shape[1], tile)[0].to(self.dtype).contiguous()
 
     def bias(self, tile: Tile) -> Tensor:
         """The bias of a tile by base 2, rows in reverse: (1 or lanes, rows, width)."""

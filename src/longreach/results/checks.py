@@ -13,6 +13,7 @@ _KINDS: dict[Any, tuple[str, tuple[type[Any], ...]]] = {
     str | None: ("a string or null", (str, type(None))),
     float | None: ("a number or null", (int, float, type(None))),
     dict[str, Any]: ("an object", (dict,)),
+    dict[str, str]: ("an object of strings", (dict,)),
 }
 
 

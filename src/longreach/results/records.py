@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
 from .checks import check_fields, checked, plain, require_not_negative, require_positive
 
 PROTOCOLS = ("nonoverlapping", "sliding-window", "cached", "cached-unbounded", "cached-shifted")
-"""How a corpus is cut for perplexity; see `longreach.evaluate.sweep.EvaluateConfig.protocols`."""
+"""How a corpus is cut for perplexity; see `longreach.evaluate.config.EvaluateConfig.protocols`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +88,9 @@ class Record(Entry):
     seconds: float
     """Wall-clock time of this cell's evaluation."""
     peak_memory: int | None
-    """Peak memory of the evaluation in bytes; None where it could not be measured."""
+    """Peak memory of the evaluation in bytes: on CUDA what PyTorch's allocator held, on the CPU all that the process
+    held, the interpreter, PyTorch and the data included, but nothing that earlier work had freed. None where it could
+    not be measured."""
     attention: str
     """The attention implementation that ran."""
 
@@ -375,7 +377,9 @@ class TrainingRecord:
     seconds: float
     """Wall-clock time of the training steps."""
     peak_memory: int | None
-    """Peak memory of training in bytes; None where it could not be measured."""
+    """Peak memory of training in bytes: on CUDA what PyTorch's allocator held, on the CPU all that the process
+    held, the interpreter, PyTorch and the data included, but nothing that earlier work had freed. None where it could
+    not be measured."""
     attention: str
     """The attention implementation that ran."""
 
@@ -415,6 +419,9 @@ class Provenance:
     """Size of the tokenizer's vocabulary."""
     created: str
     """When the run began: ISO 8601, UTC."""
+    sources: dict[str, str] = field(default_factory=dict)
+    """What was measured and what it was asked, as the user named it: the weights of models, the files of cases and of
+    meetings. Each with the sha256 of what was read, of a model on the Hugging Face hub with its commit."""
     config: dict[str, Any]
     """The resolved configuration, in values that JSON knows; tuples become lists."""
 
@@ -422,6 +429,8 @@ class Provenance:
         check_fields(self)
         require_positive(self, "num_threads", "vocab_size")
         object.__setattr__(self, "config", plain(self.config, "config"))
+        for name, value in plain(self.sources, "sources").items():
+            checked(value, str, f"sources.{name}")
         try:
             offset = datetime.fromisoformat(self.created).utcoffset()
         except ValueError:
