@@ -298,6 +298,14 @@ def test_the_folder_of_a_comparison_is_no_run(capsys, small, tmp_path, verb):
     assert line.endswith("out holds a comparison: give the folder of one of its runs (alibi, none)")
 
 
+@pytest.mark.parametrize("verb", ["evaluate", "generate"])
+def test_a_folder_without_a_model_is_no_run(capsys, tmp_path, verb):
+    assert refused(capsys, verb, str(tmp_path)).endswith(
+        f"{tmp_path} holds no model: give the folder of a trained run, with its config.toml, or of a Hugging Face "
+        "model, with its config.json"
+    )
+
+
 def test_evaluate_refuses_another_training_length_for_a_run(capsys, trained):
     line = refused(capsys, "evaluate", str(trained), "--train-length", "7")
     assert line == f"longreach evaluate: train_length=7: {trained} was trained by longreach at 16; leave it out"

@@ -121,6 +121,11 @@ def read_run(folder: Path) -> RunConfig:
         below = sorted(path.parent.name for path in folder.glob("*/model.safetensors"))
         names = ", ".join(below) or "none is finished yet"
         raise ValueError(f"{folder} holds a comparison: give the folder of one of its runs ({names})")
+    if folder.is_dir() and not (folder / "config.toml").exists():
+        raise FileNotFoundError(
+            f"{folder} holds no model: give the folder of a trained run, with its config.toml, or of a Hugging Face "
+            "model, with its config.json"
+        )
     config = load_config(RunConfig, folder / "config.toml")
     if not (folder / "model.safetensors").is_file():
         raise FileNotFoundError(f"{folder / 'model.safetensors'}: no such file; give the folder of a trained run")

@@ -1,4 +1,5 @@
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -245,6 +246,19 @@ def test_logits_that_overflow_end_a_cell_and_not_the_grid(value):
     }
 
 
+def test_answers_out_of_logits_that_are_no_numbers_are_no_answers():
+    class Overflowing(Uniform):
+        def logits(self, tokens, chunk_size, **options):
+            for part in super().logits(tokens, chunk_size, **options):
+                part[..., 3] = math.nan
+                yield part
+
+    subject = replace(decoder_subject("alibi"), model=Overflowing(1))
+    config = EvaluateConfig(tasks=("passkey",), valid_lengths=(600,), num_depths=1, cases_per_depth=1)
+    (entry,) = measured(subject, config)
+    assert re.fullmatch(r"logits after \d+ tokens of prompt are no numbers: load it in float32", entry.reason)
+
+
 def test_a_capped_stride_over_the_training_length_ends_a_cell_and_not_the_grid():
     config = EvaluateConfig(tasks=("positions", "probes"), valid_lengths=(16,), capped_stride=9)
     entries = measured(subject_of(Uniform(1)), config)
@@ -259,7 +273,7 @@ def test_a_length_that_there_are_too_few_names_for_is_skipped(monkeypatch):
     monkeypatch.setattr("longreach.evaluate.prompts.NOUNS", ("cat", "dog", "hat", "map", "sea"))
     config = EvaluateConfig(tasks=("lines",), valid_lengths=(2000, 600), num_depths=1, cases_per_depth=1)
     long, short = measured(decoder_subject("alibi"), config)
-    assert long.reason.endswith("records are needed and there are 10 names: give a shorter length")
+    assert long.reason == "more than 10 records are needed and there are 10 names: give a shorter length"
     assert short.cases == 1
 
 

@@ -75,6 +75,8 @@ def test_whiskers_are_the_intervals_where_there_are_any_each_on_its_own_bar(empt
     for line, bar in zip(whiskers, axes.patches[:2], strict=True):
         assert list(line.get_ydata()) == pytest.approx([bar.get_y() + bar.get_height() / 2] * 2)
     assert "95% interval" in [text.get_text() for text in axes.get_legend().get_texts()]
+    (axes,) = decomposition_figure(empty.add(decomposed("t5", 256, 0.04, 0.02, half=None))).axes
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["relief", "beyond", "gain: the sum"]
 
 
 def test_a_great_loss_is_cut_and_written_with_its_name(empty, decomposed):

@@ -51,6 +51,7 @@ def test_scores_sum_over_depths_of_one_task_and_training_length(empty, found):
 
 def test_perplexity_is_of_those_trained_or_asked(empty, record, training, skipped, found, strided):
     entries = [record("a", 128, 9.0), training("a", 64), skipped("a", 64, "why", 32), found("a", 8, 0.0, 1, 10, 16)]
+    entries += [training("a", 256), found("a", 256, 0.0, 1, train_length=256)]  # asked for something else
     assert perplexity_lengths(empty.add(*entries, strided("a", 4, 9.0, 4))) == (32, 64, 128)
 
 

@@ -1,9 +1,11 @@
 """Text from any model that evaluation knows, the likeliest token at a time."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from .scoring import Unsupported
 from .subject import Subject
 
 
@@ -41,6 +43,7 @@ def stream_greedily(subject: Subject, prompt: Sequence[int], max_new_tokens: int
     Raises:
         ValueError: an empty prompt, a token outside the vocabulary, a value out of range, or a prompt that leaves no
             room for max_new_tokens in what the model can take; at the call, before the first token.
+        Unsupported: logits that are no numbers, among which none is likeliest.
     """
     _check(subject, prompt, max_new_tokens)
     return _steps(subject, prompt, max_new_tokens)
@@ -53,7 +56,10 @@ def _steps(subject: Subject, prompt: Sequence[int], max_new_tokens: int) -> Iter
     for _ in range(max_new_tokens):
         inputs = torch.tensor([tokens], device=subject.device)
         (logits,) = subject.model.logits(inputs, 1, last=1, cache=cache)  # [1, 1, V]
-        token = int(logits[0, 0].argmax())
+        highest, likeliest = logits[0, 0].max(dim=-1)
+        if math.isnan(highest):
+            raise Unsupported(f"logits after {len(prompt)} tokens of prompt are no numbers: load it in float32")
+        token = int(likeliest)
         if token == subject.tokenizer.eos_id:
             return
         yield token

@@ -20,6 +20,15 @@ from longreach.data.synthetic import QUESTION, WORDS, telling
 from .scoring import Unsupported
 
 
+class TooFewNames(Unsupported):
+    """More records were asked for than there are names to tell them apart."""
+
+    def __init__(self, names: int):
+        super().__init__(f"more than {names} records are needed and there are {names} names: give a shorter length")
+        self.names = names
+        """How many there are."""
+
+
 @dataclass(frozen=True)
 class Case:
     """One prompt with the answer that it asks for."""
@@ -125,7 +134,7 @@ def _place(depth: float, num_records: int) -> int:
 def _shuffled(random: Random, pool: list[str], count: int) -> list[str]:
     """The first `count` in an order that does not depend on how many are asked for."""
     if count > len(pool):
-        raise Unsupported(f"about {count} records are needed and there are {len(pool)} names: give a shorter length")
+        raise TooFewNames(len(pool))
     random.shuffle(pool)
     return pool[:count]
 

@@ -13,7 +13,16 @@ from longreach.data.corpora import checked_text, read_json_lines
 from longreach.data.tokenizer import Tokenizer
 from longreach.results import RetrievalRecord
 
-from .prompts import Case, kv_prompt, random_kv, random_lines, random_passkey, random_retrieval, random_topics
+from .prompts import (
+    Case,
+    TooFewNames,
+    kv_prompt,
+    random_kv,
+    random_lines,
+    random_passkey,
+    random_retrieval,
+    random_topics,
+)
 from .scoring import Unsupported
 
 PROMPTS_PER_BATCH = 16
@@ -200,7 +209,13 @@ def _longest(draw: Callable[[int], Case], tokenizer: Tokenizer, length: int) -> 
     fits, too_many = 1, None  # numbers of records
     guess = 2
     while too_many is None or too_many - fits > 1:
-        longer = draw(guess)
+        try:
+            longer = draw(guess)
+        except TooFewNames as error:
+            if error.names == fits:
+                raise
+            guess = error.names  # the guess may be too high while as many as there are suffice
+            continue
         size = len(tokenizer.encode(longer.prompt))
         if size <= length:
             case, fits = longer, guess

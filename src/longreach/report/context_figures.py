@@ -90,7 +90,7 @@ def decomposition_figure(results: Results, theme: Theme = LIGHT) -> Figure:
             axes.xaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))
             set_title(axes, f"Trained at {train_length:,} tokens", theme, pad=26)
             _draw_bars(axes, train_length, entries, theme)
-            _explain_bars(axes, theme)
+            _explain_bars(axes, theme, any(entry.relief_low is not None for entry in entries))
     return figure
 
 
@@ -165,16 +165,18 @@ def _draw_bar(
         )
 
 
-def _explain_bars(axes: Axes, theme: Theme) -> None:
+def _explain_bars(axes: Axes, theme: Theme, have_intervals: bool) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     handles = [
         Patch(color=_RELIEF[theme.shade], label="relief"),
         Patch(color=_BEYOND[theme.shade], label="beyond"),
-        Line2D([], [], linewidth=0.9, marker="|", markersize=5, color=theme.ink, label="95% interval"),
         Line2D([], [], linestyle="", marker="D", markersize=3.6, color=theme.ink, label="gain: the sum"),
     ]
+    if have_intervals:
+        interval = Line2D([], [], linewidth=0.9, marker="|", markersize=5, color=theme.ink, label="95% interval")
+        handles.insert(2, interval)
     axes.legend(
         handles=handles,
         loc="lower left",

@@ -21,9 +21,12 @@ Z = 1.959963984540054
 
 
 def perplexity_lengths(results: Results) -> tuple[int, ...]:
-    """The training lengths of which there is a main table to show: models trained, or asked for perplexity."""
+    """The training lengths of which there is a main table to show: asked for perplexity, or trained and so far not
+    asked for anything.
+    """
     trained = {entry.train_length for entry in results.training}
-    return tuple(n for n in results.train_lengths() if n in trained or results.valid_lengths(n))
+    asked = {entry.train_length for entry in results.entries()}
+    return tuple(n for n in results.train_lengths() if n in trained - asked or results.valid_lengths(n))
 
 
 def perplexity_methods(results: Results, train_length: int) -> tuple[str, ...]:
