@@ -4,11 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from longreach.ops.alibi import alibi_slopes
-
-from .lengths import declared_length
-from .mark import require_mark
-from .mask import hand_mask
+from .mark import converted_layout
 from .state import Layout, attend
 
 
@@ -35,18 +31,8 @@ def gpt2_layout(base: Any) -> Layout:
     Raises:
         ValueError: it is not converted.
     """
-    config = base.config
-    require_mark(config, "learned positions")
-    attentions = tuple(block.attn for block in base.h)
-    return Layout(
-        family="gpt2",
-        base=base,
-        swaps=((base.wpe, NoPositions), *((module, GPT2Attention) for module in attentions)),
-        prepare=hand_mask,
-        slopes=alibi_slopes(config.num_attention_heads),
-        train_length=declared_length(config),
-        faithful=None,
-    )
+    swaps = ((base.wpe, NoPositions), *((block.attn, GPT2Attention) for block in base.h))
+    return converted_layout("gpt2", base, positions="learned positions", swaps=swaps)
 
 
 class NoPositions:

@@ -4,11 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from longreach.ops.alibi import alibi_slopes
-
-from .lengths import declared_length
-from .mark import require_mark
-from .mask import hand_mask
+from .mark import converted_layout
 from .state import Layout, attend
 
 
@@ -39,18 +35,8 @@ def llama_layout(base: Any) -> Layout:
     Raises:
         ValueError: it is not converted.
     """
-    config = base.config
-    require_mark(config, "rotary positions")
-    attentions = tuple(layer.self_attn for layer in base.layers)
-    return Layout(
-        family=config.model_type,
-        base=base,
-        swaps=tuple((module, LlamaAttention) for module in attentions),
-        prepare=hand_mask,
-        slopes=alibi_slopes(config.num_attention_heads),
-        train_length=declared_length(config),
-        faithful=None,
-    )
+    swaps = tuple((layer.self_attn, LlamaAttention) for layer in base.layers)
+    return converted_layout(base.config.model_type, base, positions="rotary positions", swaps=swaps)
 
 
 class LlamaAttention:

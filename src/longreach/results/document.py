@@ -16,7 +16,7 @@ import os
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from .checks import require_distinct
 from .records import (
@@ -158,15 +158,9 @@ class Results:
 
 
 _LISTS: dict[str, type[Any]] = {
-    "training": TrainingRecord,
-    "records": Record,
-    "contexts": ContextRecord,
-    "decompositions": DecompositionRecord,
-    "offsets": OffsetRecord,
-    "retrieval": RetrievalRecord,
-    "summaries": SummaryRecord,
-    "skipped": Skipped,
+    name: get_args(hint)[0] for name, hint in get_type_hints(Results).items() if get_origin(hint) is tuple
 }
+"""Name of each list of `Results` -> kind of its entries."""
 
 
 def write_atomically(path: Path, data: bytes) -> None:

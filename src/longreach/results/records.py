@@ -377,11 +377,9 @@ class TrainingRecord:
     seconds: float
     """Wall-clock time of the training steps."""
     peak_memory: int | None
-    """Peak memory of training in bytes: on CUDA what PyTorch's allocator held, on the CPU all that the process
-    held, the interpreter, PyTorch and the data included, but nothing that earlier work had freed. None where it could
-    not be measured."""
+    """Of training, in bytes, as in `Record`."""
     attention: str
-    """The attention implementation that ran."""
+    """As in `Record`."""
 
     def __post_init__(self) -> None:
         check_fields(self)
