@@ -2,14 +2,22 @@
 
     python benchmarks/attention.py --machine cpu-2core
     python benchmarks/attention.py --machine h200 --device cuda
+    python benchmarks/attention.py --machine cpu-2core --crossover
 
 All contenders of a workload run interleaved in one process, several rounds, and their medians are compared.
-Denormals are flushed for all. Before anything is timed, its result is compared with float64; a speed is refused when
-longreach breaks its error rule. Peers are given what their users could prepare once: masks are made and kernels
-compiled beforehand. `causal SDPA` has no bias at all: it is the ceiling for dense attention, not a peer.
+Denormals are flushed for all. Before anything is timed, its result is compared with float64, as are the gradients of
+longreach where blocks are skipped; the run ends when longreach breaks its error rule. A peer that raises, or is far
+off, is recorded as failed with its reason. Peers are given what their users could prepare once (benchmarks/peers.py).
+`causal SDPA` has no bias at all: it is the ceiling for dense attention, not a peer. The file is written anew after each
+workload, so that what was measured outlasts a run that is stopped.
+
+On a GPU two peers come from packages of their own, and are recorded as failed without them: FlexAttention's FLASH
+backend from `pip install flash-attn-4==4.0.0b14`, and the pruned kernel of the Forgetting Transformer from `pip install
+einops git+https://github.com/zhixuan-lin/forgetting-transformer`, or with the folder src of a copy on PYTHONPATH.
 """
 
 import argparse
+import contextlib
 import ctypes
 import functools
 import gc
@@ -17,54 +25,45 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from peers import (
+    CEILING,
+    FLEX,
+    FLEX_FLASH,
+    OURS,
+    Attend,
+    Maker,
+    Workload,
+    alternatives,
+    contenders,
+    is_dense_peer,
+)
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from longreach.ops.alibi import alibi_bias, alibi_distance, alibi_slopes
+from longreach.ops.alibi import alibi_slopes
 from longreach.ops.attention import attention
-from longreach.ops.reach import KEY_BLOCK, key_block_norms
+from longreach.ops.reach import reach
 from longreach.ops.reference import reference_attention
+from longreach.results import write_atomically
 
-MASK_BYTES = 3 * 2**30
-"""Largest dense mask that is tried."""
+RESULTS = Path(__file__).parent / "results"
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+LENGTHS = {"cpu": [1024, 2048, 8192, 32768, 65536], "cuda": [2048, 8192, 32768]}
+"""What is measured unless asked otherwise; on a GPU, all of it within ten minutes, compiling included."""
 
+STD_LENGTH = 8192
+"""The length at which larger scores, which reach farther, are measured too."""
 
-@dataclass(frozen=True)
-class Workload:
-    """What is computed."""
+NOTHING_SKIPPED = 256.0
+"""Standard deviation of scores at which the bound can skip nothing: the worst case."""
 
-    mode: str
-    """forward, training (forward and backward) or decode (one query against a cache)."""
-    dtype: str
-    """Name of a torch dtype."""
-    length: int
-    """Keys; and queries, unless decoding."""
-    std: float = 1.0
-    """Standard deviation of the scaled scores q . k."""
-    batch: int = 1
-    """Sequences."""
-    heads: int = 8
-    """Query heads and key heads."""
-    head_dim: int = 64
-    """D."""
-
-    def tensors(self, device: str) -> list[Tensor]:
-        """q, k and v, Gaussian."""
-        generator = torch.Generator().manual_seed(0)
-        queries = 1 if self.mode == "decode" else self.length
-        shapes = [(self.batch, self.heads, n, self.head_dim) for n in (queries, self.length, self.length)]
-        q, k, v = (torch.randn(shape, generator=generator) for shape in shapes)
-        dtype = getattr(torch, self.dtype)
-        return [x.to(device, dtype).requires_grad_(self.mode == "training") for x in (q * self.std, k, v)]
+GRADIENT_LENGTH = 4096
+"""Where gradients are checked: dense attention in float64 is affordable, and impl="cpu" skips blocks."""
 
 
 @dataclass(frozen=True)
@@ -83,130 +82,49 @@ class Figure:
     """Largest error of the output against float64, in sampled rows."""
 
 
-def implementation(workload: Workload, tensors: list[Tensor], impl: str) -> Attend:
-    """An implementation of `longreach.attention` by name."""
-    slopes = alibi_slopes(workload.heads, device=tensors[0].device)
-    decodes_by_reach = workload.mode == "decode" and impl in ("cpu", "triton")
-    norms = key_block_norms(tensors[1], KEY_BLOCK) if decodes_by_reach else None  # as KVCache keeps them
-    return lambda q, k, v: attention(q, k, v, slopes=slopes, key_norms=norms, impl=impl)  # type: ignore[return-value]
-
-
-def ours(workload: Workload, tensors: list[Tensor]) -> Attend:
-    return implementation(workload, tensors, "triton" if tensors[0].is_cuda else "cpu")
-
-
-def sdpa_with_mask(workload: Workload, tensors: list[Tensor]) -> Attend | None:
-    query_length, length = tensors[0].shape[2], tensors[1].shape[2]
-    if 4 * workload.heads * query_length * length > MASK_BYTES:
-        return None
-    slopes = alibi_slopes(workload.heads, device=tensors[0].device)
-    mask = alibi_bias(slopes, query_length, length)
-    mask = mask.masked_fill_(alibi_distance(query_length, length, device=mask.device) < 0, float("-inf"))[None]
-    if tensors[0].is_cuda:
-        mask = mask.to(tensors[0].dtype)  # the fused kernels there take no other
-    return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-
-
-def extra_dims(workload: Workload, tensors: list[Tensor]) -> Attend:
-    """The bias m j as products of extra entries of q and k; causal SDPA, whose rows ignore the missing - m i.
-
-    In half types positions are 256 hi + lo and slopes a sum of three parts, so that every product is exact.
-    """
-    q, k, _ = tensors
-    scaled = alibi_slopes(workload.heads, device=q.device) * workload.head_dim**0.5  # SDPA scales it back
-    position = torch.arange(workload.length, device=q.device)
-    if q.dtype == torch.float32:
-        of_q, of_k = [scaled], [position.float()]
-    else:
-        parts = []
-        for _ in range(3):
-            parts.append((scaled - sum(parts)).to(q.dtype).float())
-        parts = [part for part in parts if part.any()]
-        of_q = [part * step for part in parts for step in (256, 1)]
-        of_k = [piece for _ in parts for piece in (position // 256, position % 256)]
-    missing = -len(of_q) % 8
-    extra_q = F.pad(torch.stack(of_q, dim=-1), (0, missing)).to(q.dtype)[None, :, None]  # [1, H, 1, E]
-    extra_k = F.pad(torch.stack(of_k, dim=-1), (0, missing)).to(q.dtype)[None, None]  # [1, 1, T, E]
-    extra_q = extra_q.expand(*q.shape[:3], -1)
-    extra_k = extra_k.expand(*k.shape[:3], -1)
-    is_causal, width, scale = q.shape[2] > 1, extra_q.shape[-1], workload.head_dim**-0.5
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = torch.cat([q, extra_q], -1), torch.cat([k, extra_k], -1), F.pad(v, (0, width))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale)
-        return out[..., :-width]
-
-    return attend
-
-
-def flex(workload: Workload, tensors: list[Tensor], backend: str | None = None) -> Attend | None:
-    query_length, length = tensors[0].shape[2], tensors[1].shape[2]
-    device = tensors[0].device
-    if device.type == "cpu" and workload.mode == "training":
-        return None  # FlexAttention has no backward pass there
-    slopes, offset = alibi_slopes(workload.heads, device=device), length - query_length
-    mask = create_block_mask(lambda b, h, i, j: i + offset >= j, None, None, query_length, length, device=device.type)
-    options = {"BACKEND": backend} if backend else None
-
-    def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return score - slopes[h] * (i + offset - j)
-
-    compiled = torch.compile(flex_attention, dynamic=False)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return compiled(q, k, v, score_mod=score_mod, block_mask=mask, kernel_options=options)
-
-    return attend
-
-
-def causal_sdpa(workload: Workload, tensors: list[Tensor]) -> Attend:
-    is_causal = tensors[0].shape[2] > 1
-    return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
-
-
-CEILING = "causal SDPA, no bias"
-PEERS = ("SDPA, dense mask", "SDPA, extra head dims", "FlexAttention")
-
-
-def contenders(workload: Workload, tensors: list[Tensor], skip: set[str]) -> dict[str, Attend]:
-    """Everything that can run this workload; ours comes first."""
-    makers: dict[str, Callable[[Workload, list[Tensor]], Attend | None]] = {
-        "longreach": ours,
-        **dict(zip(PEERS, (sdpa_with_mask, extra_dims, flex), strict=True)),
-        CEILING: causal_sdpa,
-    }
-    if tensors[0].is_cuda and _importable("flash_attn.cute"):
-        makers["FlexAttention, FLASH"] = functools.partial(flex, backend="FLASH")
-    made = {name: maker(workload, tensors) for name, maker in makers.items() if name not in skip}
-    return {name: attend for name, attend in made.items() if attend is not None}
-
-
-def alternatives(workload: Workload, tensors: list[Tensor], skip: set[str]) -> dict[str, Attend]:
-    """The two between which `choose_impl` decides, the dense mask made anew at each call as it is there."""
-    return {"longreach": ours(workload, tensors), "impl=sdpa": implementation(workload, tensors, "sdpa")}
-
-
 def measure(
-    workload: Workload,
-    device: str,
-    rounds: int,
-    skip: set[str],
-    choose: Callable[[Workload, list[Tensor], set[str]], dict[str, Attend]] = contenders,
-) -> list[Figure]:
-    """Check and time every contender on one workload."""
+    workload: Workload, device: str, rounds: int, makers: dict[str, Maker]
+) -> tuple[list[Figure], dict[str, str]]:
+    """Check and time every contender on one workload: their figures, and why those failed that did."""
     tensors = workload.tensors(device)
-    attends = choose(workload, tensors, skip)
     gradient = torch.randn_like(tensors[0]) if workload.mode == "training" else None
-    errors = {name: check(name, attend, workload, tensors) for name, attend in attends.items()}
-    if gradient is not None:
-        check_gradients(attends["longreach"], workload, device)
-    calls = {name: functools.partial(_call, attend, tensors, gradient) for name, attend in attends.items()}
-    extra = {name: peak_memory(call, device) for name, call in calls.items()}  # a warm-up at the same time
-    times: dict[str, list[float]] = {name: [] for name in calls}
+    if workload.mode != "decode":
+        check_gradients(workload.dtype, workload.std, workload.head_dim, device)
+    failed: dict[str, str] = {}
+    calls: dict[str, Callable[[], None]] = {}
+    errors, extra = {}, {}
+    times: dict[str, list[float]] = {name: [] for name in makers}
+    for name, maker in makers.items():
+        with peer_may_fail(name, failed):
+            attend = maker(workload, tensors)
+            if attend is not None:
+                errors[name] = check(name, attend, workload, tensors)
+                call: Callable[[], None] = functools.partial(_call, attend, tensors, gradient)
+                extra[name] = peak_memory(call, device)  # a warm-up at the same time
+                calls[name] = call
     for _ in range(rounds):
         for name, call in calls.items():
-            times[name].append(timed(call, device))
-    return [Figure(name, statistics.median(times[name]), times[name], extra[name], errors[name]) for name in calls]
+            if name not in failed:
+                with peer_may_fail(name, failed):
+                    times[name].append(timed(call, device))
+    return [
+        Figure(name, statistics.median(times[name]), times[name], extra[name], errors[name])
+        for name in calls
+        if name not in failed
+    ], failed
+
+
+@contextlib.contextmanager
+def peer_may_fail(name: str, failed: dict[str, str]) -> Iterator[None]:
+    """Note the reason in one line and go on, unless it is longreach that fails."""
+    try:
+        yield
+    except Exception as error:
+        if name.startswith(OURS):
+            raise
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # raises if the device is lost, to longreach as well
+        failed[name] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def _call(attend: Attend, tensors: list[Tensor], gradient: Tensor | None) -> None:
@@ -255,8 +173,8 @@ def check(name: str, attend: Attend, workload: Workload, tensors: list[Tensor]) 
     """Largest error against float64 in three groups of 32 rows; for longreach, refused beyond the error rule."""
     q, k, v = (x.detach() for x in tensors)
     slopes = alibi_slopes(workload.heads, device=q.device)
-    with torch.no_grad():
-        out = attend(q, k, v)
+    with torch.set_grad_enabled(workload.mode == "training"):  # compiled as it will be timed, and only so
+        out = attend(*tensors).detach()
     worst, length = 0.0, workload.length
     for past in {min(32, length), length // 2, length} if q.shape[2] > 1 else {length}:
         rows = slice(max(0, past - 32), past) if q.shape[2] > 1 else slice(0, 1)
@@ -266,51 +184,71 @@ def check(name: str, attend: Attend, workload: Workload, tensors: list[Tensor]) 
         error = (out[:1, :, rows].double() - golden).abs().max().item()
         rounding = torch.finfo(q.dtype).eps * golden.abs().max().item()
         allowed = 2 * (plain.double() - golden).abs().max().item() + rounding
-        if name == "longreach" and not error <= allowed:
-            raise SystemExit(f"{workload}: longreach is off by {error:.2e}, the rule allows {allowed:.2e}")
-        if name not in ("longreach", CEILING) and not error <= 0.1:
-            raise SystemExit(f"{workload}: {name} is off by {error:.2e}: it computes something else")
+        if name.startswith(OURS) and not error <= allowed:
+            raise SystemExit(f"{workload}: {name} is off by {error:.2e}, the rule allows {allowed:.2e}")
+        if name != CEILING and not error <= 0.1:
+            raise ValueError(f"off by {error:.2e}: it computes something else")
         worst = max(worst, error)
     return worst if name != CEILING else float("nan")
 
 
-def check_gradients(attend: Attend, workload: Workload, device: str) -> None:
-    """Hold the gradients of longreach, at a length that the reference can still do, to the error rule."""
-    short = Workload("training", workload.dtype, min(workload.length, 1024), workload.std, 1, 4, workload.head_dim)
-    tensors = short.tensors(device)
-    gradient = torch.randn_like(tensors[0])
-    slopes = alibi_slopes(short.heads, device=device)
+@functools.cache
+def check_gradients(dtype: str, std: float, head_dim: int, device: str) -> None:
+    """Hold the gradients of longreach to the error rule, where blocks are skipped and where they are not.
+
+    Three heads are so steep, for scores of this size, that most of their blocks lie beyond reach; one sees far.
+    """
+    workload = Workload("training", dtype, GRADIENT_LENGTH, std, heads=4, head_dim=head_dim)
+    tensors = workload.tensors(device)
+    gradient = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(1)).to(tensors[0])
+    steep = max(1.0, std)
+    slopes = torch.tensor([steep / 2, steep / 4, steep / 8, 1 / 256], device=device)
+    kept = reach(tensors[0].detach(), tensors[1].detach(), slopes).kept[0]
+    if not kept[:3].max() < 0.5:
+        raise SystemExit(f"{workload}: blocks kept {kept.tolist()}, too many to check the gradients of skipping")
     golden_inputs = [x.detach().double().requires_grad_() for x in tensors]
     golden = torch.autograd.grad(
         reference_attention(*golden_inputs, slopes=slopes)[0], golden_inputs, gradient.double()
     )
     plain = torch.autograd.grad(reference_attention(*tensors, slopes=slopes)[0], tensors, gradient)
-    actual = torch.autograd.grad(ours(short, tensors)(*tensors), tensors, gradient)
+    out = attention(*tensors, slopes=slopes, impl="triton" if device == "cuda" else "cpu")
+    actual = torch.autograd.grad(out, tensors, gradient)
     for name, right, near, mine in zip("qkv", golden, plain, actual, strict=True):
         error, other = ((x.double() - right).abs().max().item() for x in (mine, near))
         allowed = 3 * other + torch.finfo(mine.dtype).eps * right.abs().max().item()
         if not error <= allowed:
-            raise SystemExit(f"{short}: gradient of {name} is off by {error:.2e}, the rule allows {allowed:.2e}")
+            raise SystemExit(f"{workload}: gradient of {name} is off by {error:.2e}, the rule allows {allowed:.2e}")
 
 
 def workloads(device: str, lengths: list[int]) -> list[Workload]:
-    """Every workload of the tables, shortest first."""
-    if device == "cuda":
-        shapes = [(16, 64), (32, 128)]
-        return [
-            Workload(mode, "bfloat16", length, 1.0, max(1, 32768 // length), heads, head_dim)
-            for length in lengths
-            for heads, head_dim in shapes
-            for mode in ("forward", "training")
-        ] + [Workload("decode", "bfloat16", 65536, heads=heads, head_dim=head_dim) for heads, head_dim in shapes]
+    """Every workload of the tables, shortest first, those of one shape together."""
+    return cuda_workloads(lengths) if device == "cuda" else cpu_workloads(lengths)
+
+
+def cpu_workloads(lengths: list[int]) -> list[Workload]:
     everything = []
     for length in lengths:
         everything += [Workload("forward", dtype, length) for dtype in ("float32", "bfloat16")]
         everything.append(Workload("training", "float32", length))
         everything.append(Workload("decode", "float32", length))
-    # Larger scores reach farther; at std 256 the bound can skip nothing.
-    everything += [Workload("forward", "float32", 8192, std) for std in (2.0, 4.0, 256.0) if 8192 in lengths]
+        if length == STD_LENGTH:
+            everything += [Workload("forward", "float32", length, std) for std in (2.0, 4.0, NOTHING_SKIPPED)]
+            everything.append(Workload("forward", "bfloat16", length, NOTHING_SKIPPED))
+            everything.append(Workload("training", "float32", length, NOTHING_SKIPPED))
     return everything
+
+
+def cuda_workloads(lengths: list[int]) -> list[Workload]:
+    """32k tokens in all, and one query against 64k keys."""
+    shapes = ({"heads": 16, "head_dim": 64}, {"heads": 32, "head_dim": 128})
+    everything = []
+    for length in lengths:
+        for number, shape in enumerate(shapes):
+            forward = Workload("forward", "bfloat16", length, batch=max(1, 32768 // length), **shape)
+            everything += [forward, replace(forward, mode="training")]
+            if length == STD_LENGTH and number == 0:
+                everything += [replace(forward, std=std) for std in (2.0, 4.0, NOTHING_SKIPPED)]
+    return everything + [Workload("decode", "bfloat16", 65536, **shape) for shape in shapes]
 
 
 def crossover_workloads() -> list[Workload]:
@@ -321,7 +259,7 @@ def crossover_workloads() -> list[Workload]:
         for mode, lengths in (
             ("forward", (64, 128, 256, 512, 1024)),
             ("training", (64, 128, 256, 512, 1024)),
-            ("decode", (1024, 4096, 8192, 16384)),
+            ("decode", (1024, 2048, 4096, 8192, 16384, 32768)),
         )
         for dtype in ("float32", "bfloat16")
         for batch, heads, head_dim in shapes
@@ -329,20 +267,51 @@ def crossover_workloads() -> list[Workload]:
     ]
 
 
-def _importable(name: str) -> bool:
-    try:
-        __import__(name)
-    except ImportError:
-        return False
-    return True
+def chosen(workload: Workload, device: str, skip: set[str], crossover: bool) -> dict[str, Maker]:
+    """Who runs a workload."""
+    makers = alternatives(workload.mode) if crossover else contenders(device)
+    # Dense attention takes minutes a call at 64k on a CPU. What counts there is how our own time grows from 32k.
+    alone = device == "cpu" and workload.length > 32768
+    return {name: maker for name, maker in makers.items() if name == OURS or not (alone or name in skip)}
 
 
-def _report(workload: Workload, figures: list[Figure]) -> None:
+def run(
+    document: dict[str, Any],
+    path: Path,
+    work: list[Workload],
+    device: str,
+    rounds: int,
+    choose: Callable[[Workload], dict[str, Maker]],
+) -> None:
+    """Measure one workload after the other; what is known by then is written after each."""
+    start, last = time.perf_counter(), None
+    for workload in work:
+        shape = replace(workload, mode="", dtype="", std=1.0)
+        if shape != last:
+            torch.compiler.reset()  # torch keeps eight graphs of a function and compiles no more, so those of one shape
+        last = shape
+        slow = device == "cpu" and workload.mode != "decode" and workload.length > 8192
+        figures, failed = measure(workload, device, min(rounds, 3) if slow else rounds, choose(workload))
+        report(workload, figures, failed, time.perf_counter() - start)
+        record = {"workload": asdict(workload), "figures": [asdict(figure) for figure in figures], "failed": failed}
+        document["records"].append(record)
+        write_atomically(path, (json.dumps(document, indent=1) + "\n").encode())
+    print(f"wrote {path} after {time.perf_counter() - start:.0f} s")
+
+
+def report(workload: Workload, figures: list[Figure], failed: dict[str, str], elapsed: float) -> None:
+    """Print a workload: our time, and how many times as long the others took."""
     mine = figures[0].seconds
-    print(f"{workload.mode} {workload.dtype} T={workload.length} H={workload.heads} D={workload.head_dim} ", end="")
-    print(f"std={workload.std:g}: {mine * 1e3:.1f} ms, {figures[0].extra_bytes / 2**20:.0f} MiB more")
+    dense = [figure for figure in figures if is_dense_peer(figure.contender)]
+    fastest = min(dense, key=lambda figure: figure.seconds, default=None)
+    what = f"{workload.mode} {workload.dtype} B={workload.batch} T={workload.length} H={workload.heads}"
+    ours = f"{mine * 1e3:.1f} ms, {figures[0].extra_bytes / 2**20:.0f} MiB more"
+    lines = [f"[{elapsed:4.0f} s] {what} D={workload.head_dim} std={workload.std:g}: {ours}"]
     for figure in figures[1:]:
-        print(f"    {figure.seconds / mine:6.2f}x  {figure.contender}, off by {figure.max_error:.0e}")
+        remark = ", the fastest dense peer" if figure is fastest else ""
+        lines.append(f"    {figure.seconds / mine:6.2f}x  {figure.contender}, off by {figure.max_error:.0e}{remark}")
+    lines += [f"    failed   {name}: {reason}" for name, reason in failed.items()]
+    print("\n".join(lines), flush=True)
 
 
 def main() -> None:
@@ -351,41 +320,37 @@ def main() -> None:
         "--machine", default="cpu-2core", help="name of the file under benchmarks/results, e.g. cpu-2core"
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 8192, 32768, 65536])
+    parser.add_argument("--lengths", type=int, nargs="+", help="all that the tables show, unless given")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--skip", nargs="*", default=[], help="contenders to leave out, by name")
     parser.add_argument("--quick", action="store_true", help="short lengths, 3 rounds, without compiled peers")
-    parser.add_argument("--crossover", action="store_true", help="time what choose_impl decides between; no file")
+    parser.add_argument(
+        "--crossover", action="store_true", help="time what choose_impl decides between; writes NAME-crossover.json"
+    )
     arguments = parser.parse_args()
     torch.set_flush_denormal(True)
-    lengths, rounds, skip = arguments.lengths, arguments.rounds, set(arguments.skip)
-    if arguments.crossover:
-        for workload in crossover_workloads():
-            _report(workload, measure(workload, arguments.device, rounds, skip, alternatives))
-        return
+    device, rounds, skip = arguments.device, arguments.rounds, set(arguments.skip)
+    lengths = arguments.lengths or LENGTHS[device]
     if arguments.quick:
-        lengths, rounds, skip = [1024, 4096], 3, skip | {"FlexAttention"}
-    records: list[dict[str, Any]] = []
-    for workload in workloads(arguments.device, lengths):
-        # Dense attention takes minutes a call at 64k on a CPU. What counts there is how our own time grows from 32k.
-        alone = workload.length > 32768 and arguments.device == "cpu"
-        left_out = skip | ({*PEERS, CEILING} if alone else set())
-        figures = measure(workload, arguments.device, rounds if workload.length <= 8192 else min(rounds, 3), left_out)
-        _report(workload, figures)
-        records.append({"workload": asdict(workload), "figures": [asdict(figure) for figure in figures]})
-        torch.compiler.reset()
-    machine = {
-        "name": arguments.machine,
-        "processor": torch.cuda.get_device_name() if arguments.device == "cuda" else _processor(),
+        lengths, rounds, skip = [1024, 4096], 3, skip | {FLEX, FLEX_FLASH}
+    path = RESULTS / f"{arguments.machine}{'-crossover' if arguments.crossover else ''}.json"
+    path.parent.mkdir(exist_ok=True)
+    document: dict[str, Any] = {"benchmark": "attention", "machine": machine(arguments.machine, device), "records": []}
+    work = crossover_workloads() if arguments.crossover else workloads(device, lengths)
+    choose = functools.partial(chosen, device=device, skip=skip, crossover=arguments.crossover)
+    run(document, path, work, device, rounds, choose)
+
+
+def machine(name: str, device: str) -> dict[str, Any]:
+    """Where and with what the figures came about."""
+    return {
+        "name": name,
+        "processor": torch.cuda.get_device_name() if device == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "date": time.strftime("%Y-%m-%d"),
     }
-    path = Path(__file__).parent / "results" / f"{arguments.machine}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"benchmark": "attention", "machine": machine, "records": records}, indent=1) + "\n")
-    print(f"wrote {path}")
 
 
 def _processor() -> str:

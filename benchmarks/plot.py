@@ -1,91 +1,165 @@
-"""Draw docs/attention.svg and print the tables of docs/attention.md from a file that benchmarks/attention.py wrote.
+"""Draw a figure and print the tables of docs/attention.md from a file that benchmarks/attention.py wrote.
 
-python benchmarks/plot.py cpu-2core
+    python benchmarks/plot.py cpu-2core
+    python benchmarks/plot.py h200 --output h200.svg
+
+Decoding is in the table alone: it is measured at few lengths.
 """
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from peers import CEILING, DENSE, FLEX, FLEX_FLASH, OURS, PRUNED, is_dense_peer
 
 from longreach.report.figures import to_svg
 
 HERE = Path(__file__).parent
-CEILING = "causal SDPA, no bias"
+DOCUMENTED = "cpu-2core"
+"""The machine that docs/attention.md shows, as docs/attention.svg."""
+
 COLOURS = {
-    "longreach": "#0072b2",
+    OURS: "#0072b2",
     "SDPA, extra head dims": "#d55e00",
     "SDPA, dense mask": "#cc79a7",
-    "FlexAttention": "#009e73",
+    FLEX: "#009e73",
+    FLEX_FLASH: "#e69f00",
+    PRUNED: "#56b4e9",
+    DENSE: "#d55e00",
     CEILING: "#888888",
 }
-PANELS = (("forward", "float32"), ("forward", "bfloat16"), ("training", "float32"))
+MODES = {"forward": "forward", "training": "forward + backward", "decode": "decode"}
+
+Record = dict[str, Any]
+Panel = tuple[str, str, int, int]
+"""Mode, dtype, heads and head_dim."""
 
 
-def curves(records: list[dict[str, Any]], mode: str, dtype: str) -> dict[str, dict[int, float]]:
-    """Median seconds by contender and length, at scores of standard deviation 1."""
-    found: dict[str, dict[int, float]] = {}
+def panel(record: Record) -> Panel:
+    workload = record["workload"]
+    return workload["mode"], workload["dtype"], workload["heads"], workload["head_dim"]
+
+
+def drawn(records: list[Record]) -> dict[Panel, list[Record]]:
+    """What each panel shows: full sequences, at scores of standard deviation 1."""
+    found: dict[Panel, list[Record]] = {}
     for record in records:
-        workload = record["workload"]
-        if (workload["mode"], workload["dtype"], workload["std"]) == (mode, dtype, 1.0):
-            for figure in record["figures"]:
-                found.setdefault(figure["contender"], {})[workload["length"]] = figure["seconds"]
+        if record["workload"]["mode"] != "decode" and record["workload"]["std"] == 1.0:
+            found.setdefault(panel(record), []).append(record)
     return found
 
 
-def draw(records: list[dict[str, Any]]) -> Figure:
-    """Time against length, one panel for each mode and dtype."""
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    panels = figure.subplots(1, len(PANELS), sharey=True)
-    for axes, (mode, dtype) in zip(panels, PANELS, strict=True):
-        found = curves(records, mode, dtype)
+def curves(records: list[Record]) -> dict[str, dict[int, float]]:
+    """Median seconds by contender and length."""
+    found: dict[str, dict[int, float]] = {}
+    for record in records:
+        for figure in record["figures"]:
+            found.setdefault(figure["contender"], {})[record["workload"]["length"]] = figure["seconds"]
+    return found
+
+
+def shapes_differ(records: list[Record]) -> bool:
+    return len({panel(record)[2:] for record in records}) > 1
+
+
+def draw(records: list[Record]) -> Figure:
+    """Time against length, one panel for each mode, dtype, number of heads and head_dim."""
+    groups = drawn(records)
+    if not groups:
+        raise SystemExit("records hold no full sequences with std=1: give the file of a run with such workloads")
+    figure = Figure(figsize=(11 * len(groups) / 3, 4.2), layout="constrained")
+    panels = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
+    legend: dict[str, Any] = {}
+    for axes, ((mode, dtype, heads, head_dim), group) in zip(panels, groups.items(), strict=True):
+        found = curves(group)
         for name, points in found.items():
             style = "--" if name == CEILING else "-"
             axes.plot(list(points), list(points.values()), style, marker="o", ms=4, color=COLOURS[name], label=name)
         axes.set(xscale="log", yscale="log", xlabel="length (tokens)")
-        axes.set_title(f"{'forward + backward' if mode == 'training' else mode}, {dtype}", fontsize=10)
+        shape = f", H {heads} D {head_dim}" if shapes_differ(records) else ""
+        axes.set_title(f"{MODES[mode]}, {dtype}{shape}", fontsize=10)
         lengths = sorted({length for points in found.values() for length in points})
-        axes.set_xticks(lengths, [f"{length // 1024}k" for length in lengths])
-        axes.set_yticks([0.01, 0.1, 1, 10], ["10 ms", "100 ms", "1 s", "10 s"])
+        axes.set_xticks(lengths, [f"{length // 1024}k" if length >= 1024 else str(length) for length in lengths])
+        axes.set_yticks(*time_ticks(groups))
         axes.minorticks_off()
         axes.grid(alpha=0.25)
+        handles, labels = axes.get_legend_handles_labels()
+        legend |= {label: handle for label, handle in zip(labels, handles, strict=True) if label not in legend}
     panels[0].set_ylabel("time (median)")
-    figure.legend(
-        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=9, frameon=False
-    )
+    figure.legend(list(legend.values()), list(legend), loc="outside lower center", ncols=5, fontsize=9, frameon=False)
     return figure
 
 
-def tables(records: list[dict[str, Any]]) -> str:
-    """How many times faster than the fastest peer, and than dense attention without any bias, as Markdown."""
-    lines = ["| | length | std | longreach | fastest peer | times faster | times faster than no bias | extra memory |"]
-    lines.append("|---|---|---|---|---|---|---|---|")
+def time_ticks(groups: dict[Panel, list[Record]]) -> tuple[list[float], list[str]]:
+    """Powers of ten within what is drawn, or around it where there is none; and their names."""
+    seconds = [time for group in groups.values() for points in curves(group).values() for time in points.values()]
+    low, high = math.log10(min(seconds)), math.log10(max(seconds))
+    powers = range(math.ceil(low), math.floor(high) + 1) or range(math.floor(low), math.ceil(high) + 1)
+    units = ((1, "s"), (1e-3, "ms"), (1e-6, "µs"))
+    names = []
+    for power in powers:
+        size, unit = next((unit for unit in units if 10.0**power >= 0.999 * unit[0]), units[-1])
+        names.append(f"{10.0**power / size:.3g} {unit}")
+    return [10.0**power for power in powers], names
+
+
+def tables(records: list[Record]) -> str:
+    """How many times faster than the fastest dense peer, and than dense attention without any bias, as Markdown.
+
+    Heads and head_dim are named where they differ. Where the Forgetting Transformer's kernel, which skips keys too, was
+    measured, it has a column of its own. Who failed is told below.
+    """
+    named = shapes_differ(records)
+    contenders = {figure["contender"] for record in records for figure in record["figures"]}
+    pruned = PRUNED in contenders
+    head = ["", *(["H", "D"] if named else []), "length", "std", "longreach"]
+    head += ["fastest dense peer" if pruned else "fastest peer", "times faster", "times faster than no bias"]
+    head += [f"times faster than {PRUNED}"] if pruned else []
+    head.append("extra memory")
+    slowest = max(figure["seconds"] for record in records for figure in record["figures"])
+    places = 1 if slowest >= 1 else 3  # on a GPU all take milliseconds
+    lines = [f"| {' | '.join(head)} |".replace("|  |", "| |"), "|---" * len(head) + "|"]
     for record in records:
         workload, figures = record["workload"], {figure["contender"]: figure for figure in record["figures"]}
-        ours = figures.pop("longreach")
-        ceiling = figures.pop(CEILING, None)
-        peer = min(figures.values(), key=lambda figure: figure["seconds"], default=None)
-        row = [
-            f"{'forward + backward' if workload['mode'] == 'training' else workload['mode']}, {workload['dtype']}",
-            f"{workload['length']:,}",
-            f"{workload['std']:g}",
-            f"{ours['seconds'] * 1e3:,.1f} ms",
-            "-" if peer is None else f"{peer['contender']}, {peer['seconds'] * 1e3:,.1f} ms",
-            "-" if peer is None else f"{peer['seconds'] / ours['seconds']:.2f}",
-            "-" if ceiling is None else f"{ceiling['seconds'] / ours['seconds']:.2f}",
-            f"{ours['extra_bytes'] / 2**20:.0f} MiB",
-        ]
+        ours = figures[OURS]["seconds"]
+        peers = [figure for name, figure in figures.items() if is_dense_peer(name)]
+        peer = min(peers, key=lambda figure: figure["seconds"], default=None)
+        row = [f"{MODES[workload['mode']]}, {workload['dtype']}"]
+        row += [str(workload["heads"]), str(workload["head_dim"])] if named else []
+        row += [f"{workload['length']:,}", f"{workload['std']:g}", f"{ours * 1e3:,.{places}f} ms"]
+        row.append("-" if peer is None else f"{peer['contender']}, {peer['seconds'] * 1e3:,.{places}f} ms")
+        for figure in (peer, figures.get(CEILING), *([figures.get(PRUNED)] if pruned else [])):
+            row.append("-" if figure is None else f"{figure['seconds'] / ours:.2f}")
+        row.append(f"{figures[OURS]['extra_bytes'] / 2**20:.0f} MiB")
         lines.append("| " + " | ".join(row) + " |")
-    return "\n".join(lines)
+    return "\n".join(lines + failures(records))
+
+
+def failures(records: list[Record]) -> list[str]:
+    """Who failed, at what, and why: a line for each contender and reason."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for record in records:
+        workload = record["workload"]
+        shape = f" H {workload['heads']} D {workload['head_dim']}" if shapes_differ(records) else ""
+        what = f"{MODES[workload['mode']]}, {workload['dtype']}{shape} at {workload['length']:,}"
+        for name, reason in record.get("failed", {}).items():
+            found.setdefault((name, reason), []).append(f"{what}, std {workload['std']:g}")
+    return [f"\n{name} failed ({reason}): {'; '.join(whats)}." for (name, reason), whats in found.items()]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("machine", help="name of a file under benchmarks/results")
-    records = json.loads((HERE / "results" / f"{parser.parse_args().machine}.json").read_text())["records"]
-    (HERE.parent / "docs" / "attention.svg").write_bytes(to_svg(draw(records)))
+    parser.add_argument(
+        "--output", type=Path, help="the drawing; docs/attention-NAME.svg, or docs/attention.svg for cpu-2core"
+    )
+    arguments = parser.parse_args()
+    records = json.loads((HERE / "results" / f"{arguments.machine}.json").read_text())["records"]
+    name = "attention.svg" if arguments.machine == DOCUMENTED else f"attention-{arguments.machine}.svg"
+    (arguments.output or HERE.parent / "docs" / name).write_bytes(to_svg(draw(records)))
     print(tables(records))
 
 

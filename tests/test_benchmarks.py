@@ -1,0 +1,198 @@
+"""benchmarks/attention.py when a peer fails, and benchmarks/plot.py on the records of a GPU."""
+
+import functools
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def scripts():
+    """peers, attention and plot as modules, their folder no longer on the path: it has names of installed packages."""
+    names = ("peers", "attention", "plot")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCHMARKS)
+        modules = [importlib.import_module(name) for name in names]
+    yield modules
+    for name in names:
+        del sys.modules[name]
+
+
+@pytest.fixture
+def run(scripts, monkeypatch, tmp_path):
+    """Runs makers on one or more workloads, and reads what was written."""
+    peers, attention, _ = scripts
+    monkeypatch.setattr(attention, "check_gradients", lambda *arguments: None)  # has a test of its own
+    path = tmp_path / "machine.json"
+
+    def run(makers, *work):
+        work = list(work) or [peers.Workload("forward", "float32", 48, heads=2, head_dim=16)]
+        try:
+            attention.run({"records": []}, path, work, "cpu", 2, lambda workload: makers)
+        finally:
+            written = json.loads(path.read_text())["records"] if path.exists() else []
+        return written
+
+    run.path = path
+    return run
+
+
+def wrong(workload, tensors):
+    return lambda q, k, v: v + 1
+
+
+def raising(workload, tensors):
+    raise torch.OutOfMemoryError("no room\n  for masks")
+
+
+def test_a_peer_that_fails_is_recorded_and_the_others_are_timed(scripts, run, capsys):
+    peers = scripts[0]
+    calls = []
+
+    def fails_later(workload, tensors):
+        def attend(q, k, v):
+            calls.append(None)
+            if len(calls) > 2:  # after its check and the measuring of its memory
+                raise RuntimeError("launch failed")
+            return peers.causal_sdpa(workload, tensors)(q, k, v)
+
+        return attend
+
+    makers = peers.contenders("cuda")
+    del makers[peers.FLEX]  # compiles for seconds
+    makers |= {"wrong": wrong, "raising": raising, peers.CEILING: fails_later, "unfit": lambda *arguments: None}
+    (record,) = run(makers)
+    timed = [figure["contender"] for figure in record["figures"]]
+    assert timed == [peers.OURS, "SDPA, dense mask", "SDPA, extra head dims"]
+    assert all(len(figure["rounds"]) == 2 for figure in record["figures"])
+    failed = record["failed"]
+    assert failed.pop("wrong").endswith("it computes something else")
+    assert failed.pop("raising") == "OutOfMemoryError: no room for masks"
+    assert failed.pop(peers.CEILING) == "RuntimeError: launch failed"
+    assert set(failed) <= {peers.FLEX_FLASH, peers.PRUNED}  # where they are not installed
+    printed = capsys.readouterr().out
+    assert "failed   raising: OutOfMemoryError: no room for masks\n" in printed
+    assert printed.count("the fastest dense peer") == 1
+
+
+def test_longreach_that_fails_ends_the_run_and_keeps_what_was_measured(scripts, run):
+    peers = scripts[0]
+    short, long = (peers.Workload("forward", "float32", length, heads=2, head_dim=16) for length in (32, 48))
+
+    def fails_at(failure, workload, tensors):
+        return failure(workload, tensors) if workload == long else peers.ours(workload, tensors)
+
+    for failure, error in ((wrong, SystemExit), (raising, torch.OutOfMemoryError)):
+        with pytest.raises(error):
+            run({peers.OURS: functools.partial(fails_at, failure)}, short, long)
+        assert [record["workload"]["length"] for record in json.loads(run.path.read_text())["records"]] == [32]
+
+
+def test_gradients_are_checked_where_blocks_are_skipped(scripts, monkeypatch):
+    attention = scripts[1]
+    monkeypatch.setattr(attention, "GRADIENT_LENGTH", 2048)
+    attention.check_gradients.cache_clear()
+    attention.check_gradients("float32", attention.NOTHING_SKIPPED, 16, "cpu")
+    exact = attention.attention
+    monkeypatch.setattr(attention, "attention", lambda *args, **options: 1.001 * exact(*args, **options))
+    with pytest.raises(SystemExit, match="gradient of q is off"):
+        attention.check_gradients("float32", 1.0, 16, "cpu")
+    monkeypatch.setattr(attention, "GRADIENT_LENGTH", 64)
+    with pytest.raises(SystemExit, match="too many to check the gradients of skipping"):
+        attention.check_gradients("float32", 4.0, 16, "cpu")
+    attention.check_gradients.cache_clear()
+
+
+def test_what_runs_on_a_gpu_and_where_impl_changes_over(scripts):
+    peers, attention, _ = scripts
+    work = attention.workloads("cuda", attention.LENGTHS["cuda"])
+    assert len(work) == len(set(work))
+    assert {w.length for w in work if w.mode != "decode"} == {2048, 8192, 32768}
+    assert {w.length for w in work if w.mode == "decode"} == {65536}
+    assert {w.std for w in work if (w.mode, w.length, w.heads) == ("forward", 8192, 16)} == {1.0, 2.0, 4.0, 256.0}
+    assert peers.PRUNED in peers.contenders("cuda")
+    assert not peers.is_dense_peer(peers.PRUNED)
+    cpu = attention.workloads("cpu", attention.LENGTHS["cpu"])
+    worst = {(w.mode, w.dtype) for w in cpu if w.std == attention.NOTHING_SKIPPED}
+    assert worst == {("forward", "float32"), ("forward", "bfloat16"), ("training", "float32")}
+    assert peers.NO_NORMS in attention.chosen(peers.Workload("decode", "float32", 64), "cpu", set(), True)
+    assert peers.NO_NORMS not in attention.chosen(peers.Workload("forward", "float32", 64), "cpu", set(), True)
+
+
+def gpu_records(scripts):
+    """Every workload of a GPU, the contenders' times told apart by shape, and one failure."""
+    peers, attention, _ = scripts
+    records = []
+    for workload in attention.workloads("cuda", attention.LENGTHS["cuda"]):
+        scale = 1e-9 * workload.length * workload.heads * (2 if workload.mode == "training" else 1)
+        factors = {peers.OURS: 1, "SDPA, extra head dims": 8, peers.FLEX: 4, peers.CEILING: 3, peers.PRUNED: 2}
+        figures = [
+            {"contender": name, "seconds": factor * scale, "extra_bytes": 2**20} for name, factor in factors.items()
+        ]
+        failed = {} if workload.mode == "forward" else {peers.FLEX_FLASH: "NotImplementedError: backward"}
+        records.append({"workload": vars(workload), "figures": figures, "failed": failed})
+    return records
+
+
+def test_the_figure_of_a_gpu_has_a_panel_for_each_shape(scripts):
+    plot = scripts[2]
+    figure = plot.draw(gpu_records(scripts))
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles == [
+        "forward, bfloat16, H 16 D 64",
+        "forward + backward, bfloat16, H 16 D 64",
+        "forward, bfloat16, H 32 D 128",
+        "forward + backward, bfloat16, H 32 D 128",
+    ]
+    for axes, scale in zip(figure.axes, (16, 32, 32, 64), strict=True):
+        ours = next(line for line in axes.lines if line.get_label() == "longreach")
+        assert list(ours.get_xdata()) == [2048, 8192, 32768]
+        assert list(ours.get_ydata()) == pytest.approx([1e-9 * length * scale for length in (2048, 8192, 32768)])
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["100 µs", "1 ms", "10 ms"]
+    assert set(plot.COLOURS) >= set(scripts[0].contenders("cuda"))
+
+
+def test_the_table_of_a_gpu_names_shapes_and_keeps_pruned_and_dense_apart(scripts):
+    table, *failures = scripts[2].tables(gpu_records(scripts)).split("\n\n")
+    head, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    row = dict(zip(head, rows[0], strict=True))
+    assert (row["H"], row["D"], row["length"], row["longreach"]) == ("16", "64", "2,048", "0.033 ms")
+    assert (row["fastest dense peer"], row["times faster"]) == ("FlexAttention, 0.131 ms", "4.00")
+    assert row["times faster than no bias"] == "3.00"
+    assert row["times faster than Forgetting Transformer, pruned"] == "2.00"
+    (failure,) = failures
+    assert failure.startswith("FlexAttention, FLASH failed (NotImplementedError: backward): ")
+    assert failure.count("forward + backward") == 6
+    assert failure.count("decode") == 2
+
+
+def test_the_page_shows_the_committed_figures_in_the_same_form(scripts):
+    records = json.loads((BENCHMARKS / "results" / "cpu-2core.json").read_text())["records"]
+    head = "| | length | std | longreach | fastest peer | times faster | times faster than no bias | extra memory |"
+    assert scripts[2].tables(records).splitlines()[0] == head
+    assert scripts[2].tables(records) in (BENCHMARKS.parent / "docs" / "attention.md").read_text(encoding="utf-8")
+
+
+def test_the_drawing_is_named_after_the_machine(scripts, monkeypatch, tmp_path, capsys):
+    plot = scripts[2]
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    monkeypatch.setattr(plot, "HERE", tmp_path / "benchmarks")
+    written = json.dumps({"records": gpu_records(scripts)})
+    for machine, options, drawing in (
+        ("h200", [], "docs/attention-h200.svg"),
+        ("cpu-2core", [], "docs/attention.svg"),
+        ("h200", ["--output", str(tmp_path / "other.svg")], "other.svg"),
+    ):
+        (tmp_path / "benchmarks" / "results" / f"{machine}.json").write_text(written)
+        monkeypatch.setattr(sys, "argv", ["plot.py", machine, *options])
+        plot.main()
+        assert (tmp_path / drawing).read_bytes().startswith(b"<?xml")
+    assert "| H | D |" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "docs").iterdir()} == {"attention-h200.svg", "attention.svg"}
