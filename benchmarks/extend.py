@@ -246,9 +246,9 @@ def main() -> None:
         models = contenders(family, shape, max(lengths), arguments.device)
         for length in lengths:
             for mode in ("prefill", "decode"):
-                # Stock prefill takes minutes at 8k on a CPU.
-                few = min(rounds, 2) if mode == "prefill" and length > 2048 else rounds
-                records.append(measure(models, Case(family, mode, length), shape, arguments.device, few))
+                # Stock prefill takes minutes at 8k on a CPU; a decoding step takes milliseconds, and varies.
+                times = 10 * rounds if mode == "decode" else min(rounds, 2) if length > 2048 else rounds
+                records.append(measure(models, Case(family, mode, length), shape, arguments.device, times))
                 report(records[-1], () if arguments.quick else AIMS)
     if arguments.quick:
         return

@@ -1,10 +1,12 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from family_models import FAMILIES, tokens
 from transformers import DynamicCache
 
 import longreach
 from longreach.extension.cache import LEAST_ROOM, growing_cache
+from longreach.ops.reach import KEY_BLOCK
 
 
 @pytest.fixture(params=FAMILIES)
@@ -49,6 +51,47 @@ def test_cropped_reordered_and_repeated_it_goes_on_rightly(model):
         model(ids[:, 24:].repeat(2, 1), past_key_values=cache, use_cache=True).logits for cache in (stock, growing)
     )
     assert torch.equal(got, expected)
+
+
+@torch.no_grad()
+def test_it_knows_the_norms_of_the_keys_that_it_holds(model):
+    ids = tokens(2, 150)
+    growing = growing_cache()
+
+    def check():
+        for layer in growing.layers:
+            norms = F.pad(layer.keys.norm(dim=-1), (0, -layer.keys.shape[2] % KEY_BLOCK))
+            expected = norms.unflatten(-1, (-1, KEY_BLOCK)).amax(dim=-1)
+            torch.testing.assert_close(layer.key_norms(), expected)
+
+    for piece in ids[:, :132].split([65, 1, 66], dim=1):
+        model(piece, past_key_values=growing, use_cache=True)
+        check()
+    growing.crop(-10)
+    check()
+    for change in (lambda: growing.crop(-60), lambda: growing.reorder_cache(torch.tensor([1, 0]))):
+        change()
+        model(ids[:, 132:140], past_key_values=growing, use_cache=True)
+        check()
+
+
+@torch.no_grad()
+def test_decoding_through_its_norms_gives_the_same(model, monkeypatch):
+    ids = tokens(2, 140)
+    expected = model(ids).logits[:, 100:]
+    asked = []
+
+    def uses_key_norms(*arguments):
+        asked.append(arguments)
+        return True
+
+    monkeypatch.setattr("longreach.extension.state.uses_key_norms", uses_key_norms)
+    monkeypatch.setattr("longreach.ops.attention.CPU_DECODE_CROSSOVER", 1)
+    growing = growing_cache()
+    model(ids[:, :100], past_key_values=growing, use_cache=True)
+    steps = [model(token, past_key_values=growing, use_cache=True).logits for token in ids[:, 100:].split(1, dim=1)]
+    torch.testing.assert_close(torch.cat(steps, dim=1), expected, rtol=1e-4, atol=1e-5)
+    assert ("auto", "cpu", 1, 140) in asked
 
 
 def test_gradients_flow_through_it(model):

@@ -92,6 +92,27 @@ CASES = {
     "chunk of queries": Case(queries=77, keys=500),
     "single query": Case(queries=1, keys=700),
     "single token": Case(queries=1, keys=1),
+    "few queries": Case(kv_heads=2, queries=9, keys=700),
+    "few queries, one huge early key": Case(queries=3, keys=900, change=_one_huge_early_key),
+    "few queries both ways, slopes by sequence": Case(
+        batch=2,
+        heads=2,
+        kv_heads=1,
+        queries=6,
+        keys=600,
+        slopes=torch.tensor([[0.7, 0.02], [0.1, 0.0]]),
+        options={"causal": False},
+    ),
+    "few queries, padding, window, both ways": Case(
+        batch=3,
+        queries=7,
+        keys=200,
+        options={"key_padding_mask": _ENDS, "window_size": 50, "causal": False},
+        change=_poison(_ENDS),
+    ),
+    "few queries, padding with holes": Case(
+        batch=2, queries=5, keys=200, options={"key_padding_mask": _HOLES}, change=_poison(_HOLES)
+    ),
     "more queries than keys": Case(queries=170, keys=130),
     "more queries than keys, both ways": Case(queries=170, keys=130, options={"causal": False}),
     "bidirectional": Case(options={"causal": False}),

@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -218,6 +219,54 @@ def test_one_graph_serves_all_lengths():
     assert frames == frames[:1] * 3  # nothing is compiled again
 
 
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("with_slopes", [True, False])
+@pytest.mark.parametrize("decoding", [False, True])
+def test_one_graph_serves_all_lengths_of_sdpa(decoding, with_slopes, kv_heads):
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(attention, fullgraph=True, dynamic=True, backend=counter)
+    options = {"impl": "sdpa", "slopes": alibi_slopes(4) if with_slopes else None}
+    frames = []
+    for length in (15, 16, 40):
+        q = torch.randn(1, 4, 1 if decoding else length, 8)
+        k, v = torch.randn(2, 1, kv_heads, length, 8)
+        expected = attention(q, k, v, **options)
+        torch.testing.assert_close(compiled(q, k, v, **options), expected, rtol=1e-5, atol=1e-6)
+        frames.append(counter.frame_count)
+    assert frames == frames[:1] * 3  # nothing is compiled again
+
+
+@pytest.mark.parametrize(
+    ("impl", "options"),
+    [
+        ("auto", {}),
+        ("auto", {"return_lse": True}),
+        ("sdpa", {"window_size": 3, "key_padding_mask": torch.zeros(2, 5, dtype=torch.bool)}),
+        ("sdpa", {"cu_seqlens": torch.tensor([0, 2, 5])}),
+        ("reference", {"bias": torch.zeros(5)}),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_meta_tensors_have_the_shapes_of_results(qkv, dtype, impl, options):
+    options = {**options, "slopes": alibi_slopes(4)}
+    real = attention(*(x.to(dtype) for x in qkv), **options, impl=impl)
+    moved = {name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+    meta = attention(*(x.to(dtype).to("meta") for x in qkv), **moved, impl=impl)
+    pairs = zip(meta, real, strict=True) if isinstance(real, tuple) else [(meta, real)]
+    for ours, theirs in pairs:
+        assert ours.is_meta
+        assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+
+
+@pytest.mark.parametrize("number", [np.int64(2), np.uint8(2), torch.tensor(2)], ids=lambda x: type(x).__name__)
+def test_window_of_any_integer_type(qkv, number):
+    expected = attention(*qkv, slopes=torch.ones(4), window_size=2)
+    for impl in ON_CPU:
+        out = attention(*qkv, slopes=torch.ones(4), window_size=number, impl=impl)
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("arguments", "options", "chosen"),
     [
@@ -228,8 +277,10 @@ def test_one_graph_serves_all_lengths():
         (("cpu", 64, 64), {"reaching": True, "return_lse": True}, "cpu"),
         (("cpu", 1024, 1024), {"reaching": True, "dense": True}, "sdpa"),
         (("cpu", 1024, 1024), {"reaching": True, "dense": True, "return_lse": True}, "reference"),
-        (("cpu", 1, 16383), {"reaching": True}, "sdpa"),
-        (("cpu", 1, 16384), {"reaching": True}, "cpu"),
+        (("cpu", 1, 8191), {"reaching": True, "has_key_norms": True}, "sdpa"),
+        (("cpu", 1, 8192), {"reaching": True, "has_key_norms": True}, "cpu"),
+        (("cpu", 15, 8192), {"reaching": True, "has_key_norms": True}, "cpu"),
+        (("cpu", 1, 65536), {"reaching": True}, "sdpa"),
         (("cuda", 8192, 8192), {"reaching": True}, "sdpa"),
         (("cuda", 8192, 8192), {"reaching": True, "return_lse": True}, "reference"),
     ],
@@ -290,7 +341,7 @@ def test_key_norms_change_nothing_but_what_is_read(monkeypatch):
     slopes = torch.tensor([0.5, 0.4, 0.3, 0.2])
     norms = key_block_norms(k, KEY_BLOCK)
     expected = attention(q, k, v, slopes=slopes, impl="reference")
-    assert choose_impl("cpu", 1, 17000, reaching=True) == "cpu"
+    assert choose_impl("cpu", 1, 17000, reaching=True, has_key_norms=True) == "cpu"
     far = torch.arange(17000) < 16000  # beyond reach: not even read
     k, v = (x.masked_fill(far[:, None], math.nan) for x in (k, v))
     torch.testing.assert_close(attention(q, k, v, slopes=slopes, key_norms=norms), expected, rtol=1e-5, atol=1e-6)
@@ -344,6 +395,7 @@ WRONG = {
     "scale infinite": ({"scale": math.inf}, "scale=inf"),
     "window_size zero": ({"window_size": 0}, "window_size=0"),
     "window_size fraction": ({"window_size": 2.5}, r"window_size=2\.5"),
+    "window_size of bool": ({"window_size": True}, "window_size=True"),
     "key_padding_mask of bytes": ({"key_padding_mask": torch.ones(2, 5, dtype=torch.uint8)}, "key_padding_mask of"),
     "key_padding_mask too short": ({"key_padding_mask": torch.ones(2, 4, dtype=torch.bool)}, "key_padding_mask of"),
     "key_padding_mask of another device": (
@@ -357,6 +409,11 @@ WRONG = {
         {"q": torch.ones(2, 4, 1, 8), "cu_seqlens": torch.tensor([0, 5])},
         "cu_seqlens with Tq=1 and Tk=5",
     ),
+    "cu_seqlens begins late": ({"cu_seqlens": torch.tensor([2, 5])}, "cu_seqlens begins with 2"),
+    "cu_seqlens ends early": ({"cu_seqlens": torch.tensor([0, 4])}, "cu_seqlens ends with 4"),
+    "cu_seqlens ends late": ({"cu_seqlens": torch.tensor([0, 2, 6])}, "cu_seqlens ends with 6"),
+    "cu_seqlens falls": ({"cu_seqlens": torch.tensor([0, 3, 2, 5])}, "cu_seqlens falls from 3 to 2"),
+    "cu_seqlens falls below zero": ({"cu_seqlens": torch.tensor([0, -1, 5])}, "cu_seqlens falls from 0 to -1"),
     "cu_seqlens of another device": ({"cu_seqlens": torch.tensor([0, 5], device="meta")}, "cu_seqlens is on meta"),
     "dropout_p of one": ({"dropout_p": 1.0}, r"dropout_p=1\.0"),
     "dropout_p negative": ({"dropout_p": -0.1}, r"dropout_p=-0\.1"),

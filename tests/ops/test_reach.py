@@ -128,9 +128,28 @@ def test_empty(queries, keys):
         ({"block_m": 0}, "block_m=0"),
         ({"block_n": -1}, "block_n=-1"),
         ({"slopes": torch.ones(3)}, r"slopes of shape \(3,\)"),
+        ({"slopes": torch.ones(2, dtype=torch.int64)}, "slopes of torch.int64"),
+        ({"q": torch.ones(2, 5, 8)}, "q of shape"),
+        ({"k": torch.ones(1, 3, 5, 8)}, "k has 3 heads"),
+        ({"k": torch.ones(1, 2, 5, 9)}, "k of shape"),
+        ({"k": torch.ones(1, 2, 5, 8).double()}, "k is torch.float64"),
+        ({"scale": -1.0}, r"scale=-1\.0"),
+        ({"window_size": 0}, "window_size=0"),
+        ({"key_padding_mask": torch.ones(1, 4, dtype=torch.bool)}, "key_padding_mask of shape"),
+        ({"cu_seqlens": torch.tensor([0, 4])}, "cu_seqlens ends with 4"),
     ],
 )
 def test_refuses(change, message):
     q, k = torch.randn(2, 1, 2, 5, 8)
-    with pytest.raises(ValueError, match=message):
-        reach(q, k, **({"slopes": torch.ones(2)} | change))
+    with pytest.raises(ValueError, match=f"^{message}"):
+        reach(**({"q": q, "k": k, "slopes": torch.ones(2)} | change))
+
+
+@pytest.mark.parametrize("borders", [[5, 300], [100, 50, 300], [0, 100], [0, 400], [0, 200, 100, 300]], ids=str)
+def test_wrong_borders_read_nothing_out_of_range(borders):
+    """Where nobody checks them, as on a GPU, ranges of blocks come out wrong, but are ranges of blocks."""
+    q, k = torch.randn(2, 1, 2, 300, 8)
+    starts, ends = key_ranges(
+        q, k, torch.ones(2), scale=0.3, tolerance=1e-6, block_m=32, block_n=16, cu_seqlens=torch.tensor(borders)
+    )
+    assert bool((starts >= 0).all() and (starts <= ends).all() and (ends <= 19).all())

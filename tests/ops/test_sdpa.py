@@ -2,6 +2,7 @@ import pytest
 import torch
 from slow_attention import CASES, TOLERANCE, Case, slow_attention, with_gradients
 
+import longreach.ops.sdpa as module
 from longreach.ops.alibi import alibi_slopes
 from longreach.ops.reference import reference_attention
 from longreach.ops.sdpa import sdpa_attention
@@ -69,6 +70,10 @@ def test_error_against_the_plain_reference_in_the_same_dtype(name, dtype):
     exact = _output_and_gradients(reference_attention, tensors, options, torch.float64)
     plain = _output_and_gradients(reference_attention, tensors, options, dtype)
     ours = _output_and_gradients(sdpa_attention, tensors, options, dtype)
+    _assert_within_the_rule(exact, plain, ours, dtype)
+
+
+def _assert_within_the_rule(exact, plain, ours, dtype):
     for number, (golden, reference, mine) in enumerate(zip(exact, plain, ours, strict=True)):
         factor = 2 if number == 0 else 3
         # Storing the exact result in dtype already costs half a unit in the last place of its largest value.
@@ -95,7 +100,7 @@ def test_plain_attention_takes_no_mask(monkeypatch):
     original = torch.nn.functional.scaled_dot_product_attention
 
     def recording(*args, **kwargs):
-        calls.append((kwargs.get("attn_mask"), kwargs["is_causal"]))
+        calls.append((kwargs.get("attn_mask"), kwargs.get("is_causal", False)))
         return original(*args, **kwargs)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", recording)
@@ -103,3 +108,43 @@ def test_plain_attention_takes_no_mask(monkeypatch):
         tensors, options = CASES[name].inputs()
         sdpa_attention(*tensors, **options)
     assert calls == [(None, True), (None, False), (None, False), (None, True)]
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Arguments of all calls of PyTorch's function: the dtypes of q, k, v, and that of the mask."""
+    recorded = []
+    original = torch.nn.functional.scaled_dot_product_attention
+
+    def recording(*args, **kwargs):
+        mask = kwargs.get("attn_mask")
+        recorded.append(({x.dtype for x in args}, None if mask is None else mask.dtype))
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", recording)
+    return recorded
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_kernels_of_devices_meet_no_mask_of_another_dtype(calls, device):
+    """What GPUs do with a float32 mask beside half types is not to be trusted; "meta" stands for them."""
+    q = torch.ones(1, 2, 5, 8, dtype=torch.float16, device=device)
+    slopes = torch.ones(2, device=device)
+    for options in ({"slopes": slopes}, {"slopes": slopes, "causal": False}, {"window_size": 2}, {}):
+        assert sdpa_attention(q, q, q, **options).dtype == torch.float16
+    double = q.double()
+    assert sdpa_attention(double, double, double, slopes=slopes).dtype == torch.float64
+    half, wide = {torch.float16}, {torch.float32}
+    with_slopes = (half if device == "cpu" else wide, torch.float32)
+    assert calls == [with_slopes, with_slopes, (half, torch.bool), (half, None), ({torch.float64}, torch.float64)]
+
+
+@pytest.mark.parametrize("name", LONGER)
+def test_error_where_masks_are_met_in_float32(monkeypatch, name):
+    """The way of other devices than the CPU, on the CPU: nothing but the result is rounded to the half type."""
+    monkeypatch.setattr(module, "TAKES_WIDE_MASKS", ())
+    tensors, options = LONGER[name].inputs(torch.bfloat16)
+    exact = _output_and_gradients(reference_attention, tensors, options, torch.float64)
+    plain = _output_and_gradients(reference_attention, tensors, options, torch.bfloat16)
+    ours = _output_and_gradients(sdpa_attention, tensors, options, torch.bfloat16)
+    _assert_within_the_rule(exact, plain, ours, torch.bfloat16)

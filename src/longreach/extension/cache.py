@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from longreach.ops.attention import attention
+from longreach.ops.key_norms import KeyNorms
 
 LEAST_ROOM = 256
 """Tokens for which a growing buffer has room at least, beyond those that it is made for."""
@@ -102,10 +103,16 @@ def _growing_layer_class() -> type:
         """`keys` and `values` are views of the filled part of two buffers, until something puts other tensors there."""
 
         buffers: tuple[Tensor, ...] = ()
+        norms: KeyNorms
+
+        def key_norms(self) -> Tensor:
+            """As `longreach.attention` takes them."""
+            assert self.keys is not None, "it was initialized"
+            return self.norms.of(self.keys)
 
         def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
             if torch.is_grad_enabled() and key_states.requires_grad:  # autograd needs every version of the keys
-                self.buffers = ()
+                self.buffers, self.norms = (), KeyNorms()
                 return super().update(key_states, value_states)
             if not self.is_initialized:
                 self.lazy_initialization(key_states, value_states)
@@ -115,13 +122,14 @@ def _growing_layer_class() -> type:
             filled = self.keys.shape[2] if self.keys.numel() else 0
             total = filled + key_states.shape[2]
             if not self.buffers or not _starts(self.buffers[0], self.keys, total):
-                self.buffers = tuple(_with_room(x, total) for x in new)
+                self.buffers, self.norms = tuple(_with_room(x, total) for x in new), KeyNorms()
                 if filled:
                     for buffer, old in zip(self.buffers, (self.keys, self.values), strict=True):
                         buffer[:, :, :filled] = old
             for buffer, x in zip(self.buffers, new, strict=True):
-                buffer[:, :, filled:total] = x
-            self.keys, self.values = (buffer[:, :, :total] for buffer in self.buffers)
+                buffer.narrow(2, filled, x.shape[2]).copy_(x)
+            self.norms.keep(filled)  # after a crop, other keys stand where there were some
+            self.keys, self.values = (buffer.narrow(2, 0, total) for buffer in self.buffers)
             return self.keys, self.values
 
     return GrowingLayer

@@ -8,7 +8,8 @@ that a user could give is uint8, and being an argument it survives gradient chec
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -129,8 +130,13 @@ def named_arguments(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     """All arguments of a forward pass by name."""
     if not args:
         return dict(kwargs)
-    names = list(inspect.signature(type(module).forward).parameters)[1:]  # without self
-    return {**dict(zip(names, args, strict=False)), **kwargs}
+    return {**dict(zip(_parameters(type(module).forward), args, strict=False)), **kwargs}
+
+
+@lru_cache
+def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """Names of a method's arguments, without self; finding them takes as long as a layer's attention."""
+    return tuple(inspect.signature(forward).parameters)[1:]
 
 
 def refuse_attentions(module: Any, kwargs: Mapping[str, Any]) -> None:

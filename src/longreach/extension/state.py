@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from longreach.ops.attention import attention
+from longreach.ops.attention import attention, uses_key_norms
 
 from .cache import sink_window, streaming_attention
 from .interpolation import Scaling, logn_factor, read_alibi_scaling
@@ -261,8 +261,9 @@ def attend(
         stated = extension.stated
         from_input = stated is None or stated.from_input
         length = (total - padding.sum(dim=1)).clamp(min=1) if from_input else total  # [B], or one number
-        return _attend(extension, q, k, v, padding, length, **arguments)
-    return _attend(extension, q, k, v, None, total, **arguments, window=window)
+        return _attend(extension, q, k, v, padding, length, **arguments, key_norms=_key_norms(module, cache, q, k))
+    norms = _key_norms(module, cache, q, k) if window is None else None
+    return _attend(extension, q, k, v, None, total, **arguments, window=window, key_norms=norms)
 
 
 def _attend(
@@ -277,6 +278,7 @@ def _attend(
     bias_scale: float,
     dropout_p: float,
     window: tuple[int, int] | None = None,
+    key_norms: Tensor | None = None,
 ) -> Tensor:
     if window is not None and isinstance(length, int):  # no key is seen from further away than the cache is large
         length = min(length, sum(window))
@@ -297,8 +299,18 @@ def _attend(
         slopes = slopes * bias_scale if bias_scale != 1.0 else slopes
         if extension.observer is not None:
             extension.observer(q, k, slopes, options["scale"])
-        out = attention(q, k, v, slopes=slopes, key_padding_mask=padding, dropout_p=dropout_p, **options)
+        options |= {"slopes": slopes, "key_norms": key_norms}
+        out = attention(q, k, v, key_padding_mask=padding, dropout_p=dropout_p, **options)
     return out
+
+
+def _key_norms(module: nn.Module, cache: Any, q: Tensor, k: Tensor) -> Tensor | None:
+    """What a growing cache knows of the norms of keys k; None for other caches, and where it would not be used."""
+    impl = getattr(module, ATTRIBUTE).impl
+    if not hasattr(cache, "layers") or not uses_key_norms(impl, q.device.type, q.shape[2], k.shape[2]):
+        return None
+    layer = cache.layers[module.layer_idx]
+    return layer.key_norms() if hasattr(layer, "key_norms") else None
 
 
 def _attend_documents(

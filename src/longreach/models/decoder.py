@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longreach.ops.attention import attention, choose_impl
+from longreach.ops.attention import attention, choose_impl, uses_key_norms
 from longreach.positions import AttentionPositions, build_method, rotate
 
 from .config import ModelConfig
@@ -121,8 +121,14 @@ class Decoder(nn.Module):
         device = next(self.parameters()).device
         attend = self.positions.attend(torch.zeros(1, 1, dtype=torch.int64, device=device), 1, query_length)
         dense = attend.bias is not None or (self.training and self.config.attention_dropout > 0)
-        reaching = windowed or attend.slopes is not None
-        return choose_impl(device.type, query_length, key_length or query_length, reaching=reaching, dense=dense)
+        return choose_impl(
+            device.type,
+            query_length,
+            key_length or query_length,
+            reaching=windowed or attend.slopes is not None,
+            dense=dense,
+            has_key_norms=attend.slopes is not None and not windowed,
+        )
 
     def _check_length(self, total: int, positions: Tensor | None, cache: KVCache | None, length: int | None) -> None:
         longest = self.positions.max_length
@@ -187,7 +193,8 @@ class SelfAttention(nn.Module):
         key_norms = None
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-            key_norms = cache.key_norms(self.layer) if positions.slopes is not None else None
+            if positions.slopes is not None and uses_key_norms("auto", q.device.type, q.shape[2], k.shape[2]):
+                key_norms = cache.key_norms(self.layer)
         mixed: Tensor = attention(  # type: ignore[assignment]  # a tensor, since no LSE is asked for
             q,
             k,

@@ -1,11 +1,11 @@
 """Keys and values of the tokens seen so far, for decoding."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from longreach.ops.reach import KEY_BLOCK, key_block_norms
+from longreach.ops.key_norms import KeyNorms
 
 
 class KVCache:
@@ -66,11 +66,7 @@ class KVCache:
         if self.max_context is not None:
             return None
         this = self._layers[layer]
-        whole = this.normed // KEY_BLOCK  # blocks that no later key has joined
-        fresh = key_block_norms(this.keys[:, :, whole * KEY_BLOCK : this.stop], KEY_BLOCK)
-        this.norms = fresh if this.norms is None else torch.cat((this.norms[..., :whole], fresh), dim=-1)
-        this.normed = this.stop
-        return this.norms
+        return this.norms.of(this.keys[:, :, : this.stop])
 
 
 @dataclass
@@ -82,8 +78,7 @@ class _Layer:
     first: int = 0
     stop: int = 0
     seen: int = 0
-    norms: Tensor | None = None
-    normed: int = 0
+    norms: KeyNorms = field(default_factory=KeyNorms)
 
     def move(self, capacity: int) -> None:
         """Put what is in use at the start of new buffers; what earlier views show stays as it was."""

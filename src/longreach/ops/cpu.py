@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .cpu_kernel import KernelTiles, fits_squares
+from .cpu_kernel import FewQueries, HalfTypes, fits_squares
+from .lse_bound import FEW_QUERIES
 from .reach import default_tolerance, key_ranges
 from .tile_views import bias_of, distances, falloff, keys_of, kv_heads_of, lanes_of, rows_of
 from .tiles import (
@@ -28,14 +29,12 @@ from .tiles import (
     pieces,
     plan,
     product_cost,
+    reading_cost,
     strips,
 )
 
 LOG2_E = math.log2(math.e)
 """To exponentiate by base 2: exp is a hundred times slower where its result underflows."""
-
-LOWEST = -1e30
-"""The peak of a row whose keys are all hidden: any finite number, as -inf - -inf is not one."""
 
 MATRIX_UNITS = torch.cpu._is_amx_tile_supported()
 """Whether the processor multiplies matrices of half types itself."""
@@ -146,11 +145,15 @@ class _TiledAttention(torch.autograd.Function):
         if masks.may_hide_all_keys:
             out.zero_()
             lse.fill_(float("-inf"))
-        if _by_kernel(q):
-            square = fits_squares(left, k.shape[2])
-            kernel = KernelTiles(q, k, v, left, right, out, lse, scale, masks)
-            for tile in plan(q.shape, k.shape, masks, low, high, kernel_cost, square=square):
-                kernel.attend(tile)
+        if masks.query_length < FEW_QUERIES:
+            few = FewQueries(q, k, v, left, right, out, lse, scale, masks)
+            for tile in plan(q.shape, k.shape, masks, low, high, reading_cost):
+                few.attend(tile)
+            lse2 = lse * LOG2_E
+        elif _by_kernel(q):
+            half = HalfTypes(q, k, v, left, right, out, lse, scale, masks)
+            for tile in plan(q.shape, k.shape, masks, low, high, kernel_cost, square=fits_squares(left, k.shape[2])):
+                half.attend(tile)
             lse2 = lse * LOG2_E
         else:
             lse2 = lse
@@ -216,7 +219,8 @@ class _Products:
     def _attend_strip(self, rows: Tensor, strip: Tile) -> tuple[Tensor, Tensor, Tensor]:
         """Largest score of each row by base 2, and sums of weights and of weighted values relative to its power."""
         weights = _product(rows, self.keys(self.k, strip)).add_(self.bias(strip))  # [lanes, rows, width]
-        peak = weights.amax(dim=-1, keepdim=True).clamp_(min=LOWEST)
+        peak = weights.amax(dim=-1, keepdim=True)
+        peak.clamp_(min=torch.finfo(self.dtype).min)  # where all keys are hidden: -inf - -inf is no number
         weights.sub_(peak).exp2_()
         weighted = _product(weights, self.keys(self.v, strip).transpose(1, 2))
         return peak, weights.sum(dim=-1, keepdim=True), weighted
@@ -303,13 +307,13 @@ class _Gradients:
         row_sum, past, future, mean_past, mean_future = moments  # each [lanes, rows]
         excess = row_sum - grad_lse
         for total, rows in ((self.of_left, excess * mean_past - past), (self.of_right, excess * mean_future - future)):
-            total[tile.batch, tile.heads] += rows.sum() if tile.count > 1 else rows.sum(dim=-1)
+            total[tile.batch, tile.heads] += rows.sum() if tile.windows > 1 else rows.sum(dim=-1)
 
     def _add_to_keys(self, tile: Tile, of_k: Tensor, of_v: Tensor) -> None:
         """Add the gradients (lanes, width, D) of a tile's keys and values to the totals."""
         for total, grad in ((self.of_k, of_k), (self.of_v, of_v)):
             target = total[tile.batch, kv_heads_of(total, self.out.shape[1], tile)][0]  # [kv heads, Tk, D]
-            if tile.count == 1:
+            if tile.windows == 1:
                 target = target[:, tile.key : tile.key + tile.width]
                 target += grad.sum(dim=0) if len(target) < len(grad) else grad
                 continue
@@ -317,7 +321,7 @@ class _Gradients:
             for start in range(0, tile.width, tile.rows):
                 piece = grad[:, start : start + tile.rows]
                 first = tile.key + start
-                past = first + (tile.count - 1) * tile.rows + piece.shape[1]
+                past = first + (tile.windows - 1) * tile.rows + piece.shape[1]
                 target[0, first:past].unfold(0, piece.shape[1], tile.rows).transpose(-2, -1).add_(piece)
 
 

@@ -1,15 +1,18 @@
-"""Tiles of half precision by PyTorch's flash attention for the CPU.
+"""Tiles by PyTorch's flash attention for the CPU: of half types, and of few queries.
 
 Where the processor has units for matrices of half types (AMX) this kernel, which `scaled_dot_product_attention` uses
-too, is several times as fast as products in float32; on other processors it is slower. It is called directly because
-only that returns the LSE.
+too, is several times as fast as products in float32; on other processors it is slower. With few queries it reads each
+key and each value once, and copies none. It is called directly because only that returns the LSE.
 """
+
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .tile_views import bias_of, falloff, keys_of, rows_of
+from .tile_views import bias_at, bias_of, falloff, keys_of, rows_of
 from .tiles import Masks, Tile
 
 SQUARE_KEYS = 2**14
@@ -24,37 +27,81 @@ def fits_squares(left: Tensor, key_length: int) -> bool:
     return key_length <= SQUARE_KEYS and bool((left * key_length <= SQUARE_BIAS).all())
 
 
-class KernelTiles:
-    """Attention over tiles, each written to `out` (B, H, Tq, D) and `lse` (B, H, Tq)."""
+@dataclass
+class _Tiles:
+    """Attention over tiles, each written to `out` and `lse`."""
 
-    def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        left: Tensor,
-        right: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        scale: float,
-        masks: Masks,
-    ) -> None:
-        self.q, self.k, self.v, self.left, self.out, self.lse = q, k, v, left, out, lse
-        self.scale, self.masks = scale, masks
-        self.falloff = falloff(left, right, masks, lse.dtype)
+    q: Tensor
+    """(B, H, Tq, D)."""
+    k: Tensor
+    """(B, Hkv, Tk, D)."""
+    v: Tensor
+    """(B, Hkv, Tk, D)."""
+    left: Tensor
+    """(H,) or (B, H) slopes of past keys."""
+    right: Tensor
+    """(H,) or (B, H) slopes of future keys."""
+    out: Tensor
+    """(B, H, Tq, D)."""
+    lse: Tensor
+    """(B, H, Tq) float32, or float64 where q is."""
+    scale: float
+    """Factor of q . k."""
+    masks: Masks
+    """What hides keys."""
+
+    def _with_bias(self, rows: Tensor, bias: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
+        """Output and LSE of queries (B, lanes, rows, D) of a tile, given its bias (1 or B, 1 or lanes, rows, width)."""
+        bias = bias.expand(*rows.shape[:3], tile.width)
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            rows, *self._keys_and_values(tile), 0.0, False, attn_mask=bias, scale=self.scale
+        )
+        if self.masks.may_leave_rows_empty:
+            lse = lse.masked_fill((bias == float("-inf")).all(dim=-1), float("-inf"))
+        return out, lse
+
+    def _keys_and_values(self, tile: Tile) -> tuple[Tensor, Tensor]:
+        num_heads = self.q.shape[1]
+        return keys_of(self.k, num_heads, tile), keys_of(self.v, num_heads, tile)
+
+
+class FewQueries(_Tiles):
+    """Tiles of a decoding step: the bias is made for each alone, as a vector over all keys would take its time."""
+
+    def attend(self, tile: Tile) -> None:
+        """Compute a tile of one window."""
+        rows = rows_of(self.q, tile)
+        position = torch.arange(tile.row, tile.row + tile.rows, dtype=self.lse.dtype)[:, None] + self.masks.offset
+        distance = position - torch.arange(tile.key, tile.key + tile.width, dtype=self.lse.dtype)
+        bias = bias_at(distance, self._slope(self.left, tile), self._slope(self.right, tile), self.masks)
+        if self.masks.holes is not None:
+            hidden = self.masks.holes[tile.batch, tile.key : tile.key + tile.width]
+            bias = bias.masked_fill(hidden[:, None, None], float("-inf"))
+        out, lse = self._with_bias(rows, bias, tile)
+        rows_of(self.out, tile).copy_(out)
+        rows_of(self.lse, tile).copy_(lse)
+
+    def _slope(self, side: Tensor, tile: Tile) -> Tensor:
+        """The slopes of a tile: (1 or B, heads, 1, 1)."""
+        side = side.detach().to(self.lse.dtype).view(-1, self.q.shape[1])
+        return (side[tile.batch] if len(side) > 1 else side)[:, tile.heads, None, None]
+
+
+class HalfTypes(_Tiles):
+    """Tiles of half types."""
+
+    @cached_property
+    def falloff(self) -> Tensor:
+        """The bias at each distance."""
+        return falloff(self.left, self.right, self.masks, self.lse.dtype)
 
     def attend(self, tile: Tile) -> None:
         """Compute a tile, whole heads as squares that the kernel knows to be causal, others with their bias as mask."""
         if tile.square:
             self._attend_square(tile)
             return
-        rows = rows_of(self.q, tile).flip(-2)
-        bias = bias_of(self.falloff, tile, self.masks).expand(*rows.shape[:3], tile.width)
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            rows, *self._keys_and_values(tile), 0.0, False, attn_mask=bias, scale=self.scale
-        )
-        if self.masks.may_leave_rows_empty:
-            lse = lse.masked_fill((bias == float("-inf")).all(dim=-1), float("-inf"))
+        bias = bias_of(self.falloff, tile, self.masks)
+        out, lse = self._with_bias(rows_of(self.q, tile).flip(-2), bias, tile)
         rows_of(self.out, tile).copy_(out.flip(-2))
         rows_of(self.lse, tile).copy_(lse.flip(-1))
 
@@ -83,7 +130,3 @@ class KernelTiles:
         )
         rows_of(self.out, tile).copy_(out[..., : self.q.shape[3]])
         rows_of(self.lse, tile).copy_(lse - slope * position)
-
-    def _keys_and_values(self, tile: Tile) -> tuple[Tensor, Tensor]:
-        num_heads = self.q.shape[1]
-        return keys_of(self.k, num_heads, tile), keys_of(self.v, num_heads, tile)

@@ -11,7 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
+from .masks import without_padding
 from .reach import Reach, reach
+
+WHOLE_ROWS: Any = {"PARTITION_SIZE": 1}
+"""Keeps FlexAttention on the CPU from splitting the keys of a single query, which it does by whole blocks or not: that
+code does not compile unless there are blocks that no mask touches, and takes a part without keys for a score of 0."""
 
 
 def reach_block_mask(
@@ -61,16 +66,25 @@ def flex_alibi_attention(
     key_padding_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     tolerance: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Output (B, H, Tq, D) and LSE (B, H, Tq) of `longreach.attention`, by compiled FlexAttention.
+    return_lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Output (B, H, Tq, D) of `longreach.attention`, and LSE (B, H, Tq) if it is wanted, by compiled FlexAttention.
 
     Arguments as in `longreach.attention`. The first call with new options compiles, which takes seconds.
 
     Raises:
-        ValueError: a gradient is wanted on the CPU, where FlexAttention has no backward pass; or an empty tensor.
+        ValueError: on the CPU, where FlexAttention has neither, a gradient or the LSE is wanted; or an empty tensor.
     """
-    if q.device.type == "cpu" and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-        raise ValueError('q, k or v needs a gradient with impl="flex" on the CPU: use impl="cpu", or torch.no_grad()')
+    if q.device.type == "cpu":
+        sides = () if slopes is None else slopes if isinstance(slopes, tuple) else (slopes,)
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *sides)):
+            raise ValueError(
+                'q, k, v or slopes needs a gradient with impl="flex" on the CPU: use impl="cpu", or torch.no_grad()'
+            )
+        if return_lse:
+            raise ValueError('return_lse=True with impl="flex" on the CPU, which has no LSE there: use impl="cpu"')
+    if q.dtype == torch.float64:
+        raise ValueError('q of float64 with impl="flex": give float32, bfloat16 or float16, or another impl')
     if not (q.numel() and k.numel()):
         raise ValueError(f'q {tuple(q.shape)} or k {tuple(k.shape)} is empty with impl="flex": use impl="auto"')
     masks: dict[str, Any] = {
@@ -79,6 +93,7 @@ def flex_alibi_attention(
         "key_padding_mask": key_padding_mask,
         "cu_seqlens": cu_seqlens,
     }
+    k, v = without_padding(k, v, key_padding_mask)
     found = reach(q, k, slopes, scale=scale, tolerance=tolerance, **masks)
     out, aux = _compiled_flex_attention()(
         q,
@@ -88,7 +103,8 @@ def flex_alibi_attention(
         block_mask=reach_block_mask(found, q.shape[2], k.shape[2], **masks),
         scale=scale,
         enable_gqa=q.shape[1] != k.shape[1],
-        return_aux=AuxRequest(lse=True),
+        return_aux=AuxRequest(lse=return_lse),
+        kernel_options=WHOLE_ROWS if q.device.type == "cpu" else None,
     )
     return out, aux.lse
 

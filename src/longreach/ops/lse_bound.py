@@ -1,7 +1,8 @@
 """A lower bound of each row's LSE, cheap to compute: what `reach` holds the far keys' upper bounds against.
 
 The LSE over some of a row's visible keys is at most the LSE over all. Here they are the nearest visible key and, by a
-weighted mean of them, the keys of earlier links (docs/reach.md, "Where the two bounds come from").
+weighted mean of them, the keys of earlier links (docs/reach.md, "Where the two bounds come from"). For few queries,
+whose time is that of many small operations, they are the last keys outright.
 """
 
 from collections.abc import Iterator
@@ -16,6 +17,9 @@ LINK = 16
 
 CHAIN = 32
 """Links that such a mean looks back on, a power of 2."""
+
+FEW_QUERIES = 16
+"""Fewer queries than this count as decoding: it is the reading of keys that takes time, not products with them."""
 
 ROUNDING = 2.0**-20
 """Relative slack of every other term of the bound: at least 8 roundings of float32."""
@@ -57,7 +61,8 @@ def lse_lower_bound(
 ) -> tuple[Tensor, Tensor]:
     """Lower bound of each row's LSE over centred keys (B, H, Tq), and which rows see any key, (B or 1, 1, Tq) bool.
 
-    It is the LSE of the nearest visible key's score and a bound on the LSE of keys in earlier links.
+    It is the LSE of the nearest visible key's score and a bound on the LSE of keys in earlier links, or, for few
+    queries, of the scores of the last keys.
     """
     query_length, key_length = q.shape[2], k.shape[2]
     positions = torch.arange(query_length, device=q.device) + (key_length - query_length)
@@ -68,6 +73,8 @@ def lse_lower_bound(
     sees = ~hidden[0] if masks.causal else ~(hidden[0] & hidden[1])
 
     left, right = (side * (1 + 4 * ROUNDING) for side in (left, right))  # a larger slope makes the LSE smaller
+    if query_length < FEW_QUERIES:
+        return _last_lse(q, k, left, right, centre, scale, masks), sees
     earlier = _earlier_lse(q, k, left, centre, scale, masks)
     if masks.key_padding_mask is None and query_length <= key_length:
         score = _products(q, k[:, :, key_length - query_length :], centre) * scale  # each query with its own key
@@ -81,6 +88,25 @@ def lse_lower_bound(
         # Not their sum, because with padding the nearest key may lie in an earlier link.
         earlier = torch.maximum(earlier, score.masked_fill(unseen, float("-inf")))
     return earlier, sees
+
+
+def _last_lse(
+    q: Tensor, k: Tensor, left: Tensor, right: Tensor, centre: Tensor | None, scale: float, masks: Masks
+) -> Tensor:
+    """LSE over the visible ones of the last LINK * CHAIN keys: (B, H, Tq), -inf for none."""
+    first = max(0, k.shape[2] - LINK * CHAIN)
+    keys = k[:, :, first:].to(left.dtype)
+    keys = keys if centre is None else keys - centre
+    by_group = (q.to(left.dtype) * scale).unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # [B, Hkv, G Tq, D]
+    scores = (by_group @ keys.transpose(2, 3)).view(*q.shape[:3], keys.shape[2])
+    key_positions = torch.arange(first, k.shape[2], device=q.device)
+    positions = torch.arange(q.shape[2], device=q.device)[:, None] + (k.shape[2] - q.shape[2])
+    distance = positions - key_positions  # [Tq, keys]
+    penalty = left[..., None, None] * distance.clamp(min=0)
+    if not masks.causal:
+        penalty = penalty + right[..., None, None] * (-distance).clamp(min=0)
+    hidden = masks.hide(positions, key_positions[None], k.shape[2])
+    return (scores - penalty).masked_fill(hidden, float("-inf")).logsumexp(dim=-1)
 
 
 def _earlier_lse(q: Tensor, k: Tensor, slope: Tensor, centre: Tensor | None, scale: float, masks: Masks) -> Tensor:

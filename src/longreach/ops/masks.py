@@ -52,13 +52,13 @@ def dense_bias(
         left, right = slopes if isinstance(slopes, tuple) else (slopes, slopes)
         # Distances in float16 overflow past 65504, where a slope of 0 would give NaN: round the product alone.
         wide = torch.promote_types(dtype, torch.float32)
-        distance = alibi_distance(query_length, key_length, device=left.device).to(wide)
         left, right = (m.to(wide)[..., None, None] for m in (left, right))  # [(B,) H, 1, 1]
-        if query_length == 1 and not isinstance(slopes, tuple):
-            penalty = left * distance  # a single query has no future
+        if query_length == 1:  # it has no future, and few operations make a decoding step fast
+            penalties = left * torch.arange(1 - key_length, 1, device=left.device, dtype=wide)
         else:
-            penalty = left * distance.clamp(min=0) + right * (-distance).clamp(min=0)
-        total = -penalty.to(dtype) if total is None else total - penalty.to(dtype)
+            distance = alibi_distance(query_length, key_length, device=left.device).to(wide)
+            penalties = -(left * distance.clamp(min=0) + right * (-distance).clamp(min=0))
+        total = penalties.to(dtype) if total is None else total + penalties.to(dtype)
     return total
 
 

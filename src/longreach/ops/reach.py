@@ -14,6 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .arguments import (
+    validate_masks,
+    validate_scale,
+    validate_slopes,
+    validate_tensors,
+    validate_tolerance,
+    window_as_int,
+)
 from .lse_bound import ROUNDING, Masks, chunks, lse_lower_bound, per_query_head
 
 KEY_BLOCK = 64
@@ -90,8 +98,17 @@ def reach(
         cu_seqlens: as in `longreach.attention`.
 
     Raises:
-        ValueError: a tolerance outside [0, 1), a block size below 1, or slopes of the wrong shape.
+        ValueError: a wrong shape, dtype, device or value, as in `longreach.attention`, or a block size below 1.
     """
+    validate_tensors(q, k, k)  # keys stand in for the values, which do not matter here
+    validate_slopes(slopes, q)
+    validate_scale(scale)
+    window_size = window_as_int(window_size)
+    validate_masks(q, k, key_padding_mask, cu_seqlens)
+    validate_tolerance(tolerance)
+    for name, size in (("block_m", block_m), ("block_n", block_n)):
+        if size < 1:
+            raise ValueError(f"{name}={size}: give at least 1")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     tolerance = default_tolerance(q.dtype) if tolerance is None else tolerance
     starts, ends = key_ranges(
@@ -147,8 +164,9 @@ def key_ranges(
 ) -> tuple[Tensor, Tensor]:
     """Half-open range of key blocks that covers all but `tolerance` of the probability mass of each query's row.
 
-    Arguments as in `reach`, which returns the same ranges with the share of work kept. Outside the range lie only
-    keys that the masks hide, and keys whose weights sum to at most `tolerance` in each row of the query block.
+    Arguments as in `reach`, which validates them and returns the same ranges with the share of work kept. Outside the
+    range lie only keys that the masks hide, and keys whose weights sum to at most `tolerance` in each row of the query
+    block.
 
     Args:
         q: (B, H, Tq, D).
@@ -167,13 +185,10 @@ def key_ranges(
 
     Returns:
         starts, ends: int32 (B, H, ceil(Tq / block_m)), starts <= ends. A block that needs no keys has starts == ends.
-
-    Raises:
-        ValueError: a tolerance outside [0, 1), a block size below 1, or slopes of the wrong shape.
     """
     batch, num_heads, query_length, _ = q.shape
     key_length = k.shape[2]
-    left, right = _check(q, slopes, tolerance, block_m, block_n)
+    left, right = _lowered_slopes(q, slopes)
     blocks = _Blocks(query_length, key_length, block_m, block_n, causal, window_size, cu_seqlens, q.device)
     num_query_blocks, num_key_blocks = len(blocks.first), len(blocks.key_first)
     if not (num_query_blocks and num_key_blocks):
@@ -272,10 +287,11 @@ class _Blocks:
             past_key = torch.minimum(past_key, self.query_last + window_size)
         if cu_seqlens is not None:
             borders = cu_seqlens.to(first_key.dtype)
+            # Clamped, because borders on a GPU are not checked: wrong ones may give wrong ranges, but no wrong index.
             document = torch.bucketize(self.query_first, borders, right=True) - 1
-            first_key = torch.maximum(first_key, borders[document])
+            first_key = torch.maximum(first_key, borders[document.clamp(min=0)])
             document = torch.bucketize(self.query_last, borders, right=True)
-            past_key = torch.minimum(past_key, borders[document])
+            past_key = torch.minimum(past_key, borders[document.clamp(max=len(borders) - 1)])
         past_key = past_key.clamp(0, key_length)
         self.first = torch.div(first_key.clamp(0, key_length), block_n, rounding_mode="floor")  # [NQ] key blocks
         self.last = torch.div(past_key + (block_n - 1), block_n, rounding_mode="floor")
@@ -298,25 +314,13 @@ class _Blocks:
         return (number < self.first[chunk, None]) | (number >= self.last[chunk, None])
 
 
-def _check(
-    q: Tensor, slopes: Tensor | tuple[Tensor, Tensor] | None, tolerance: float, block_m: int, block_n: int
-) -> tuple[Tensor, Tensor]:
-    """Validate what `longreach.attention` does not, and return left and right slopes as (B, H)."""
-    if not 0.0 <= tolerance < 1.0:
-        raise ValueError(f"tolerance={tolerance!r}: give at least 0 and below 1")
-    for name, size in (("block_m", block_m), ("block_n", block_n)):
-        if size < 1:
-            raise ValueError(f"{name}={size}: give at least 1")
+def _lowered_slopes(q: Tensor, slopes: Tensor | tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    """Left and right slopes as (B, H), at least in float32, lowered by the rounding of their products."""
     batch, num_heads = q.shape[:2]
     dtype = torch.promote_types(q.dtype, torch.float32)
     if slopes is None:
         slopes = torch.zeros(num_heads, dtype=dtype, device=q.device)
     pair = slopes if isinstance(slopes, tuple) else (slopes, slopes)
-    for side in pair:
-        if tuple(side.shape) not in ((num_heads,), (batch, num_heads)):
-            raise ValueError(
-                f"slopes of shape {tuple(side.shape)}: give (H,) or (B, H), here ({num_heads},) or {(batch, num_heads)}"
-            )
     left, right = (side.detach().to(dtype).expand(batch, num_heads) * (1 - ROUNDING) for side in pair)
     return left, right
 
@@ -411,5 +415,16 @@ def _count_dropped(
             mass = mass.masked_fill_(key_hidden[:, None, None], 0.0)
         if side.sign == -1:
             mass = mass.flip(-1)
-        counts.append((mass.cumsum(dim=-1) <= 1).sum(dim=-1).clamp(max=num_key_blocks))
+        within = mass.cumsum(dim=-1) <= 1 if mass.is_cpu else _sums_within_one(mass)
+        counts.append(within.sum(dim=-1).clamp(max=num_key_blocks))
     return torch.cat(counts, dim=-1)
+
+
+def _sums_within_one(mass: Tensor) -> Tensor:
+    """Where mass (..., n), not negative, sums to at most 1 up to and with that place; what is NaN sums to more.
+
+    Summed in integers, which have one result whatever the order: a GPU promises none for the running sum of floats.
+    Each term is rounded up by less than 2^-40, and the sum is exact.
+    """
+    units = torch.where(mass <= 1, mass * 2.0**40, 2.0**41).ceil_().to(torch.int64)
+    return units.cumsum(dim=-1) <= 2**40

@@ -1,10 +1,15 @@
 """Attention by PyTorch's scaled_dot_product_attention: the biases become a dense mask where there are any."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .masks import dense_bias, visible_keys, without_padding
+
+TAKES_WIDE_MASKS = ("cpu",)
+"""Devices whose kernels add a float32 mask to the scores of half-type queries as it is."""
 
 
 def sdpa_attention(
@@ -25,20 +30,21 @@ def sdpa_attention(
 
     Plain causal or bidirectional attention runs PyTorch's fused kernel without a mask. Everything else pays for
     a mask of H Tq Tk elements, in float32 unless q is float64, whatever the dtype of q: a mask in bfloat16 would
-    round the biases of distant keys.
+    round the biases of distant keys. On other devices than TAKES_WIDE_MASKS, such a call is computed in float32.
     """
     query_length, key_length = q.shape[2], k.shape[2]
     if not (q.numel() and k.numel()):
         everything = torch.ones((), dtype=torch.bool, device=q.device)
         return q.masked_fill(everything, 0.0)  # nothing to attend with or to; keeps the graph
-    grouped = q.shape[1] != k.shape[1]
+    # Options that are there or not: under torch.compile a comparison of sizes is a symbol, which SDPA does not take.
+    options: dict[str, Any] = {"scale": scale, "dropout_p": dropout_p}
+    if q.shape[1] != k.shape[1]:
+        options["enable_gqa"] = True
     plain = slopes is None and bias is None and window_size is None and key_padding_mask is None and cu_seqlens is None
     if plain and (not causal or query_length in (1, key_length)):
-        # A single query stands at the last key and sees all of them.
-        is_causal = causal and query_length == key_length
-        return F.scaled_dot_product_attention(
-            q, k, v, is_causal=is_causal, scale=scale, dropout_p=dropout_p, enable_gqa=grouped
-        )
+        if causal and query_length == key_length:
+            options["is_causal"] = True  # but a single query stands at the last key and sees all of them
+        return F.scaled_dot_product_attention(q, k, v, **options)
     k, v = without_padding(k, v, key_padding_mask)
     visible = visible_keys(
         query_length,
@@ -62,5 +68,10 @@ def sdpa_attention(
         mask = mask.masked_fill(~visible, float("-inf"))
     if mask is not None:
         mask = mask[(None,) * (4 - mask.dim())]  # SDPA wants at least two axes, and reads three as (B, Tq, Tk)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, dropout_p=dropout_p, enable_gqa=grouped)
+    dtype = q.dtype
+    if mask is not None and mask.is_floating_point() and q.device.type not in TAKES_WIDE_MASKS:
+        # Fused kernels of other devices want the mask in the dtype of q: they refuse another, or read its bytes as if
+        # it were that. All of them take float32 throughout, and q, k and v lose nothing by it.
+        q, k, v = (x.to(mask.dtype) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options).to(dtype)
     return out if empty is None else out.masked_fill(empty, 0.0)

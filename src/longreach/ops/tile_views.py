@@ -14,14 +14,20 @@ from .tiles import Masks, Tile
 
 def falloff(left: Tensor, right: Tensor, masks: Masks, dtype: torch.dtype) -> Tensor:
     """The bias at each distance of `_all_distances`, -inf where causality or the window hide: (1 or B, H, n)."""
-    distance = _all_distances(masks, dtype)
     left, right = (m.detach().to(dtype)[..., None] for m in (left, right))
-    bias = -(left * distance.clamp(min=0) + right * (-distance).clamp(min=0))  # [(B,) H, n]
+    bias = bias_at(_all_distances(masks, dtype), left, right, masks)  # [(B,) H, n]
+    return bias if bias.dim() == 3 else bias[None]
+
+
+def bias_at(distance: Tensor, left: Tensor, right: Tensor, masks: Masks) -> Tensor:
+    """The bias at distances to keys, positive for past ones, -inf where causality or the window hide."""
     if masks.causal:
-        bias.masked_fill_(distance < 0, float("-inf"))
+        bias = (left * -distance).masked_fill_(distance < 0, float("-inf"))
+    else:
+        bias = -(left * distance.clamp(min=0) + right * (-distance).clamp(min=0))
     if masks.window_size is not None:
         bias.masked_fill_(distance.abs() >= masks.window_size, float("-inf"))
-    return bias if bias.dim() == 3 else bias[None]
+    return bias
 
 
 def bias_of(falloff: Tensor, tile: Tile, masks: Masks) -> Tensor:
@@ -30,7 +36,7 @@ def bias_of(falloff: Tensor, tile: Tile, masks: Masks) -> Tensor:
     bias = _diagonals(by_batch[:, tile.heads], tile, masks)
     if masks.holes is None:
         return bias
-    past = tile.key + tile.width + (tile.count - 1) * tile.rows
+    past = tile.key + tile.width + (tile.windows - 1) * tile.rows
     hidden = masks.holes[tile.batch, tile.key : past].unfold(-1, tile.width, tile.rows)  # [B, count, width]
     return bias.masked_fill(hidden[:, :, None], float("-inf"))
 
@@ -43,8 +49,8 @@ def distances(tile: Tile, masks: Masks, dtype: torch.dtype) -> tuple[Tensor, Ten
 
 def rows_of(x: Tensor, tile: Tile) -> Tensor:
     """View the queries of a tile in x (B, H, Tq, ...): (B, lanes, rows, ...), lanes being its windows or its heads."""
-    x = x[tile.batch, tile.heads, tile.row : tile.row + tile.count * tile.rows]
-    return x[:, 0].unflatten(1, (tile.count, tile.rows)) if tile.count > 1 else x
+    x = x[tile.batch, tile.heads, tile.row : tile.row + tile.windows * tile.rows]
+    return x[:, 0].unflatten(1, (tile.windows, tile.rows)) if tile.windows > 1 else x
 
 
 def lanes_of(x: Tensor, tile: Tile, dtype: torch.dtype) -> Tensor:
@@ -54,9 +60,9 @@ def lanes_of(x: Tensor, tile: Tile, dtype: torch.dtype) -> Tensor:
 
 def keys_of(x: Tensor, num_heads: int, tile: Tile) -> Tensor:
     """View the keys of a tile in x (B, Hkv, Tk, D): (B, lanes, width, D)."""
-    past = tile.key + tile.width + (tile.count - 1) * tile.rows
+    past = tile.key + tile.width + (tile.windows - 1) * tile.rows
     x = x[tile.batch, kv_heads_of(x, num_heads, tile), tile.key : past]
-    if tile.count > 1:
+    if tile.windows > 1:
         return x[:, 0].unfold(1, tile.width, tile.rows).transpose(-2, -1)
     return x.expand(-1, tile.heads.stop - tile.heads.start, -1, -1)
 

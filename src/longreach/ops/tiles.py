@@ -7,11 +7,13 @@ and so do heads.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+from .lse_bound import FEW_QUERIES
 
 Item = TypeVar("Item")
 
@@ -36,6 +38,9 @@ LANE_COST = 90_000
 NARROW_COST = 1.9
 """Cost of a pair where many lanes share a product, relative to a lane's own products."""
 
+READING_CALL_COST = 2**12
+"""Keys whose reading takes as long as an additional call."""
+
 STRIP_PAIRS = 2**21
 """Pairs whose weights are in memory at a time; for fewer, products lose speed."""
 
@@ -48,12 +53,14 @@ BOUND_COST = 120
 BOUND_CALL_COST = 2**21
 """Work of finding any ranges at all, in pairs: some hundred small operations."""
 
+BOUND_READS = 40_000
+"""That work for few queries, in keys that could be read instead."""
+
 Ranges = list[list[int]] | None
 """One end of the ranges of a head, for each sequence and each block; None where they were not worth finding."""
 
 
-@dataclass(frozen=True)
-class Tile:
+class Tile(NamedTuple):
     """One call: either some heads of one block of queries, or many blocks of one head with equally wide windows."""
 
     batch: slice
@@ -64,7 +71,7 @@ class Tile:
     """First query."""
     rows: int
     """Queries in a window."""
-    count: int
+    windows: int
     """Number of windows; each begins `rows` queries and as many keys after the one before."""
     key: int
     """First key of the first window."""
@@ -149,15 +156,19 @@ def heads_worth_bounding(
     exponent = -math.log(tolerance) if tolerance else 104.0
     # Every key that is read costs as much as 40 more queries; the bound reads k alone, and that not given its norms.
     dear = 5 if by_kernel else 1
-    cost = dear * BOUND_COST * query_length + (20 * key_length if key_norms is None else 0)
+    per_key, per_head, per_call = query_length + 40, dear * BOUND_COST * query_length, dear * BOUND_CALL_COST
+    if query_length < FEW_QUERIES:  # reading is all that counts, and to find the norms is half of it
+        per_key, per_head, per_call = 1, key_length if key_norms is None else 0, BOUND_READS
+    elif key_norms is None:
+        per_head += 20 * key_length
     worth, saved = [], 0.0
     if query_length and key_length and q.shape[0]:
         slopes = torch.minimum(left, right).detach().view(-1, q.shape[1]).amin(dim=0).tolist()
         for head, slope in enumerate(slopes):
-            if slope > 0 and (gain := (dense - BLOCK_M - 1.7 * exponent / slope) * (query_length + 40) - cost) > 0:
+            if slope > 0 and (gain := (dense - BLOCK_M - 1.7 * exponent / slope) * per_key - per_head) > 0:
                 worth.append(head // group)
                 saved += q.shape[0] * gain
-    if saved < dear * BOUND_CALL_COST:
+    if saved < per_call:
         return slice(0, 0)
     return slice(min(worth) * group, (max(worth) + 1) * group)
 
@@ -169,6 +180,11 @@ Cost = Callable[[int, int, int], float]
 def kernel_cost(lanes: int, rows: int, width: int) -> float:
     """The cost with the flash kernel, which cuts queries into strips of 32, 64 and 256: wide ones are faster."""
     return CALL_COST + lanes * rows * width * (1.35 if rows < 192 else 0.9 if rows >= 768 else 1.0)
+
+
+def reading_cost(lanes: int, rows: int, width: int) -> float:
+    """The cost for few queries, in keys that are read; the kernel gives a lane to one thread."""
+    return READING_CALL_COST + max(lanes, torch.get_num_threads()) * width
 
 
 def product_cost(lanes: int, rows: int, width: int) -> float:
@@ -226,11 +242,10 @@ def plan(
             for some in _cut(whole_heads, lambda some: _heads_cost(some, group, cost)):
                 heads = slice(some[0][0], some[-1][0] + 1)
                 yield Tile(sequences, heads, rows[0], block.rows, 1, keys[0], block.rows, square=True)
+            unbounded = [] if whole_heads else _blocks(rows, keys, masks, None, None, cost)
             blocks = [
-                _blocks(rows, keys, masks, lowest[head], highest[head], cost)
-                if not whole_heads or lowest[head] is not None
-                else []
-                for head in range(num_heads)
+                unbounded if starts is None else _blocks(rows, keys, masks, starts, ends, cost)
+                for starts, ends in zip(lowest, highest, strict=True)
             ]
             yield from _tiles(sequences, blocks, group, keys, masks.offset, cost)
 
@@ -249,9 +264,10 @@ def _blocks(
     cost: Cost,
 ) -> list[_Block]:
     """Cut queries [rows) of one head into blocks, as many queries each as make the keys among [keys) cheapest."""
+    steps = [step for step in BLOCK_ROWS if step < 2 * (rows[1] - rows[0])] or BLOCK_ROWS[:1]  # others make one block
     choices = [
         [_block(row, min(row + step, rows[1]), keys, masks, starts, ends) for row in range(*rows, step)]
-        for step in BLOCK_ROWS
+        for step in steps
     ]
     choices = [[block for block in blocks if block.low < block.high] for blocks in choices]
 
@@ -348,21 +364,21 @@ def pieces(tile: Tile) -> Iterator[Tile]:
     pairs = tile.rows * tile.width
     lanes = 1 if pairs >= WIDE_PAIRS else max(1, STRIP_PAIRS // pairs)
     for sequence in range(tile.batch.start, tile.batch.stop):
-        one = replace(tile, batch=slice(sequence, sequence + 1))
-        if tile.count == 1:
+        one = tile._replace(batch=slice(sequence, sequence + 1))
+        if tile.windows == 1:
             for head in range(tile.heads.start, tile.heads.stop, lanes):
-                yield replace(one, heads=slice(head, min(head + lanes, tile.heads.stop)))
+                yield one._replace(heads=slice(head, min(head + lanes, tile.heads.stop)))
         else:
-            for first in range(0, tile.count, lanes):
+            for first in range(0, tile.windows, lanes):
                 step = first * tile.rows
-                yield replace(one, row=tile.row + step, key=tile.key + step, count=min(lanes, tile.count - first))
+                yield one._replace(row=tile.row + step, key=tile.key + step, windows=min(lanes, tile.windows - first))
 
 
 def strips(tile: Tile) -> Iterator[Tile]:
     """Cut a tile of one block of queries into ones with fewer keys; a tile of several windows is narrow already."""
-    if tile.count > 1:
+    if tile.windows > 1:
         yield tile
         return
     width = max(1, STRIP_PAIRS // (tile.rows * ALIGNED)) * ALIGNED
     for first in range(0, tile.width, width):
-        yield replace(tile, key=tile.key + first, width=min(width, tile.width - first))
+        yield tile._replace(key=tile.key + first, width=min(width, tile.width - first))
