@@ -1,9 +1,11 @@
 """Compile the kernels, as they are launched, for compute capability 9.0 on a machine without a GPU.
 
+Takes the bytes of the dtype and the head_dim of a plan and, to compile with all masks and gradients, "everything".
 Prints for each kernel its name, its bytes of shared memory and its number of warpgroup matrix instructions. Triton's
 interpreter accepts much that its compiler does not; this runs the compiler. Run by test_triton.py.
 """
 
+import sys
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from longreach.ops import triton as kernels
-from longreach.ops.library import REACH_M, REACH_N
+from longreach.ops.library import DECODE_ROWS, REACH_M, REACH_N
 
 
 class Hopper:
@@ -35,21 +37,25 @@ def compile_only(function: JITFunction, *args: Any, grid: Any, warmup: bool, **o
 
 driver.set_active(Hopper())
 run, JITFunction.run = JITFunction.run, compile_only
-plan = kernels.PLANS[2, 64]
+itemsize, head_dim = map(int, sys.argv[1:3])
+plan = kernels.PLANS[itemsize, head_dim]
 kernels.plan = lambda q: plan  # the one function that asks for a GPU
 
-# Everything at once: all zones, masks and gradients.
-length, heads, head_dim = 256, 4, 64
-q = torch.empty(1, heads, length, head_dim, dtype=torch.bfloat16)
-k, v = (torch.empty(1, heads // 2, length, head_dim, dtype=torch.bfloat16) for _ in range(2))
+length, heads, dtype = 256, 64, torch.bfloat16 if itemsize == 2 else torch.float32
+q = torch.empty(1, heads, length, head_dim, dtype=dtype)
+k, v = (torch.empty(1, 1, length, head_dim, dtype=dtype) for _ in range(2))
 slopes = torch.empty(1, heads)
-padding = torch.zeros(1, length, dtype=torch.bool)
-documents = torch.tensor([0, length], dtype=torch.int32)
 starts = torch.zeros(1, heads, length // REACH_M, dtype=torch.int32)
 ends = torch.full_like(starts, length // REACH_N)
-options: dict[str, Any] = {"causal": False, "scale": 0.1, "window_size": 100}
+options: dict[str, Any] = {"causal": True, "scale": 0.1, "window_size": None}
+padding = documents = None
+if sys.argv[3:] == ["everything"]:  # all zones, masks and gradients
+    options |= {"causal": False, "window_size": 100}
+    padding = torch.zeros(1, length, dtype=torch.bool)
+    documents = torch.tensor([0, length], dtype=torch.int32)
 arguments = (q, k, v, slopes, slopes, padding, documents, starts, ends)
-out, lse = kernels.forward(*arguments, **options)
-kernels.backward(out, lse, *arguments, out, lse, **options, slopes_gradient=True)
-last = (starts[..., -1:].contiguous(), ends[..., -1:].contiguous())
-kernels.decode(q[:, :, -1:], k, v, slopes, slopes, padding, *last, **options)
+out, log2_lse = kernels.forward(*arguments, **options)
+kernels.backward(out, log2_lse, *arguments, out, log2_lse, **options, slopes_gradient=documents is not None)
+for rows in (1, DECODE_ROWS):
+    query, first, last = (x[:, :rows, -1:].contiguous() for x in (q, starts, ends))
+    kernels.decode(query, k, v, slopes[:, :rows], slopes[:, :rows], padding, first, last, **options)

@@ -1,5 +1,7 @@
 """The Triton kernels, interpreted on the CPU, or compiled where there is a GPU."""
 
+import itertools
+import math
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -8,12 +10,20 @@ from typing import Any
 
 import pytest
 import torch
+from adversarial import CASES as SHARED_CASES
+from adversarial import Case
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_cpu import magnitudes, random_grads
+from test_cpu import run as run_case
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton_interpreter import DEVICE
 
 from longreach.ops import triton as kernels
 from longreach.ops.alibi import alibi_distance
 from longreach.ops.library import DECODE_ROWS, REACH_M, REACH_N, triton_attention
+from longreach.ops.reach import _sums_within_one, key_ranges
 from longreach.ops.reference import reference_attention
 
 CASES: dict[str, dict[str, Any]] = {
@@ -150,10 +160,16 @@ def difference(x: Tensor, exact: Tensor) -> Tensor:
     return (x.double() - exact)[exact > float("-inf")].abs()
 
 
-def assert_within(ours: dict[str, Tensor], plain: list[dict[str, Tensor]], golden: dict[str, Tensor]) -> None:
+def assert_within(
+    ours: dict[str, Tensor],
+    plain: list[dict[str, Tensor]],
+    golden: dict[str, Tensor],
+    roundings: dict[str, Tensor] | None = None,
+) -> None:
     """The project's rule: errors, max and mean, at most 2 (output) or 3 (gradients) times those of the plain way.
 
     Of plain results that differ by the order of their sums the worst counts: how little one of them errs is chance.
+    Where `roundings` are given, the errors of rounding the terms of each result once, they come on top.
     """
     for name, exact in golden.items():
         assert ours[name].shape == exact.shape, name
@@ -162,6 +178,8 @@ def assert_within(ours: dict[str, Tensor], plain: list[dict[str, Tensor]], golde
         factor = 2 if name in ("out", "lse") else 3
         for reduce in (Tensor.max, Tensor.mean):
             limit = factor * max(reduce(x) for x in allowed)
+            if roundings is not None:
+                limit += reduce(roundings[name])
             assert reduce(error) <= limit, f"{name}: {reduce(error)} against {limit}"
 
 
@@ -186,6 +204,112 @@ def check(tensors: dict[str, Tensor], options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_output_and_gradients(case: dict[str, Any]) -> None:
     check(*make(**case))
+
+
+def on_device(x: Any) -> Any:
+    if isinstance(x, tuple):
+        return tuple(map(on_device, x))
+    return x.to(DEVICE) if isinstance(x, Tensor) else x
+
+
+def triton_case(*tensors: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    """`triton_attention` of tensors on the CPU, wherever its kernels run."""
+    moved = {name: on_device(option) for name, option in options.items()}
+    out, lse = triton_attention(*map(on_device, tensors), **moved)
+    return out.cpu(), lse.cpu()
+
+
+def results(function: Any, tensors: list[Tensor], options: dict[str, Any], grads: Any) -> dict[str, Tensor]:
+    out, lse, gradients = run_case(function, tensors, options, grads)
+    return {"out": out, "lse": lse} | dict(zip(GRADIENTS, gradients, strict=False))
+
+
+def sums_of_absolute_terms(tensors: list[Tensor], options: dict[str, Any], grads: Any) -> dict[str, Tensor]:
+    return dict(zip(("out", *GRADIENTS), magnitudes(tensors, options, grads), strict=False))
+
+
+GRADIENTS = ("dq", "dk", "dv", "dleft", "dright")
+
+
+def huge_key_and_large_logits(q: Tensor, k: Tensor, v: Tensor) -> None:
+    q *= 8
+    k[:, :, 3] *= 40
+
+
+ADVERSARIAL = SHARED_CASES | {"one huge early key, logits of std 8": Case(change=huge_key_and_large_logits)}
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, torch.float32) for name in ADVERSARIAL]
+    + list(zip(ADVERSARIAL, itertools.cycle([torch.bfloat16, torch.float16]), strict=False)),
+)
+def test_adversarial_inputs(name: str, dtype: torch.dtype) -> None:
+    """The rule for output, LSE and all gradients, and for what decoding gives where queries are few."""
+    case = ADVERSARIAL[name]
+    tensors, options = case.inputs(dtype)
+    grads = random_grads(tensors)
+    golden = results(reference_attention, [x.double() for x in tensors], options, grads)
+    plain, ours = (results(function, tensors, options, grads) for function in (reference_attention, triton_case))
+    terms = sums_of_absolute_terms(tensors, options, grads)
+    roundings = {name: torch.finfo(dtype).eps / 2 * x for name, x in terms.items()}
+    roundings["lse"] = 2.0**-24 * golden["lse"][golden["lse"] > float("-inf")].abs()
+    assert_within(ours, [plain], golden, roundings)
+    if case.heads // case.kv_heads * case.queries <= DECODE_ROWS:
+        decoded = dict(zip(("out", "lse"), triton_case(*tensors, **options), strict=True))
+        assert_within(decoded, [plain], {name: golden[name] for name in decoded}, roundings)
+
+
+@settings(max_examples=15)
+@given(data=st.data())
+def test_any_shape_and_options(data: st.DataObject) -> None:
+    keys = data.draw(st.integers(1, 200), "keys")
+    group = data.draw(st.integers(1, 3), "group")
+    kv_heads = data.draw(st.integers(1, 2), "kv heads")
+    batch = data.draw(st.integers(1, 2), "batch")
+    queries = data.draw(st.sampled_from([1, 5, keys, max(1, keys - 77), keys + 9]), "queries")
+    slopes = torch.rand(2, group * kv_heads) * data.draw(st.sampled_from([0.0, 0.2, 2.0]), "slopes")
+    options: dict[str, Any] = {
+        "causal": data.draw(st.booleans(), "causal"),
+        "window_size": data.draw(st.sampled_from([None, 1, 50]), "window"),
+    }
+    sided = not options["causal"] and queries > 1 and data.draw(st.booleans(), "two slopes")
+    if queries == keys and data.draw(st.booleans(), "packed"):
+        options["cu_seqlens"] = torch.tensor([0, data.draw(st.integers(0, keys), "border"), keys])
+    if data.draw(st.booleans(), "padded"):
+        shown, position = data.draw(st.integers(0, keys), "shown"), torch.arange(keys)
+        options["key_padding_mask"] = torch.stack([position >= shown, position < keys - shown])[:batch]
+    case = Case(
+        batch=batch,
+        heads=group * kv_heads,
+        kv_heads=kv_heads,
+        queries=queries,
+        keys=keys,
+        head_dim=data.draw(st.sampled_from([1, 16, 33]), "head_dim"),
+        slopes=tuple(slopes) if sided else slopes[0],
+        options=options,
+    )
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), "dtype")
+    tensors, options = case.inputs(dtype)
+    grads = random_grads(tensors)
+    golden = results(reference_attention, [x.double() for x in tensors], options, grads)
+    ours = results(triton_case, tensors, options, grads)
+    with torch.no_grad():
+        decoded = dict(zip(("out", "lse"), triton_case(*tensors, **options), strict=True))
+    # So few terms that the errors of the plain way are chance, hence a bound instead of the rule. What a score and an
+    # LSE err by is what their weight errs by, relatively: at most 8 roundings in float32, each, of the largest size of
+    # their terms. A term of a result passes through at most 8 more in its dtype, those of the output included.
+    longest = [x.double().norm(dim=-1).amax() for x in tensors[:2]]
+    score = longest[0] * longest[1] * case.head_dim**-0.5 + slopes.max() * max(keys, queries)
+    of_weight = 16 * (1 + score) * 2.0**-24
+    relative = of_weight + 8 * torch.finfo(dtype).eps / 2
+    limits = {name: relative * x.max() for name, x in sums_of_absolute_terms(tensors, options, grads).items()}
+    limits["lse"] = of_weight
+    for found in (ours, decoded):
+        for name in found:
+            assert torch.equal(found[name] > float("-inf"), golden[name] > float("-inf")), name
+            error = difference(found[name], golden[name])
+            assert (error <= limits[name]).all(), f"{name}: {error.max()} against {limits[name]}"
 
 
 def test_transposed_layout_needs_no_copy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,11 +373,29 @@ def test_decoding_combines_many_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     """More live splits than the combining kernel takes at a time."""
     tensors, options = make((2, 20 * REACH_N), slopes=None)
     narrow = kernels.Tiles(block_m=16, block_n=16, num_warps=4, num_stages=1)
-    plan = kernels.Plan(narrow, narrow, narrow, narrow)
+    plan = kernels.Plan(*5 * [narrow])
     monkeypatch.setattr(kernels, "plan", lambda q: plan)
     out, lse = triton_attention(*tensors.values(), slopes=None, **options)
     expected = reference_attention(*tensors.values(), slopes=None)
     torch.testing.assert_close((out, lse), expected)
+
+
+def test_many_sequences_fit_the_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Axis x of a grid takes 2^31 - 1 programs, y and z take 65,535."""
+    grids = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            grids.append(grid)
+            return lambda *args, **options: None
+
+    for name in ("decode_kernel", "combine_kernel"):
+        monkeypatch.setattr(kernels, name, Kernel())
+    batch, key_length = 70_000, 3 * REACH_N
+    q, k = (torch.zeros(1, 1, 1, 16, device=DEVICE).expand(batch, 1, length, 16) for length in (1, key_length))
+    starts = torch.zeros(batch, 1, 1, dtype=torch.int32, device=DEVICE)
+    kernels.decode(q, k, k, None, None, None, starts, starts + 3, causal=True, scale=1.0, window_size=None)
+    assert [max(grid[1:]) <= 65_535 and math.prod(grid) % batch == 0 for grid in grids] == [True, True]
 
 
 def ranges_of_the_last(count: int, lengths: tuple[int, int], heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -274,7 +416,7 @@ def test_only_key_ranges_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = (200, 500)
     # Tiles of two key blocks would give dK and dV of keys that a neighbouring key block's queries need.
     tiles = kernels.Tiles(block_m=64, block_n=REACH_N, num_warps=4, num_stages=1)
-    monkeypatch.setattr(kernels, "plan", lambda q: kernels.Plan(tiles, tiles, tiles, tiles))
+    monkeypatch.setattr(kernels, "plan", lambda q: kernels.Plan(*5 * [tiles]))
     tensors, _ = make(lengths, slopes=None)
     q, k, v = (x.contiguous() for x in tensors.values())
     starts, ends, bias = ranges_of_the_last(3, lengths, 2)
@@ -287,8 +429,10 @@ def test_only_key_ranges_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     k[:, :, :far] = v[:, :, :far] = float("nan")
     ranges = (None, None, None, None, starts, ends)
     options: dict[str, Any] = {"causal": True, "scale": 0.25, "window_size": None}
-    out, lse = kernels.forward(q, k, v, *ranges, **options)
-    gradients = kernels.backward(*grads, q, k, v, *ranges, out, lse, **options, slopes_gradient=False)
+    out, log2_lse = kernels.forward(q, k, v, *ranges, **options)
+    lse = log2_lse * math.log(2.0)
+    grads = grads[0], grads[1] * math.log(2.0)
+    gradients = kernels.backward(*grads, q, k, v, *ranges, out, log2_lse, **options, slopes_gradient=False)
     for ours, exact in zip((out, lse, *gradients[:3]), (*expected, *expected_gradients), strict=True):
         torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5)
     assert not gradients[1][:, :, :far].any()
@@ -312,6 +456,49 @@ def test_reach_skips_far_keys() -> None:
     expected = torch.exp(-0.5 * nearest.double()) * (1 - 2.718281828459045**-0.5)
     # Weights and output are each rounded to bfloat16 once.
     torch.testing.assert_close(weights[0, 0, 1].double(), expected, rtol=2 * 2.0**-8, atol=0)
+
+
+class Operators(TorchDispatchMode):
+    """Records the operators that run, and the dtypes of their results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[str, torch.dtype]] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self.seen.add((function.overloadpacket.__name__, result.dtype))
+        return result
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("lengths", [(1, 700), (300, 300)])
+def test_key_ranges_of_a_device_are_deterministic(lengths: tuple[int, int], causal: bool) -> None:
+    """CUDA has no deterministic running sum of floats, and raises where only deterministic operators are allowed."""
+    q, k = (torch.empty(1, 2, length, 16, device="meta") for length in lengths)
+    slopes = torch.empty(2, device="meta")
+    with Operators() as operators:
+        key_ranges(q, k, slopes, scale=0.25, causal=causal, tolerance=1e-6, block_m=REACH_M, block_n=REACH_N)
+    assert ("cumsum", torch.int64) in operators.seen
+    assert not any(name == "cumsum" and dtype.is_floating_point for name, dtype in operators.seen)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_running_sums_in_integers(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    mass = torch.rand(50, 700, generator=generator, dtype=torch.float64).mul(-40).exp().to(dtype)
+    mass[:, 0] = 0.0
+    mass[::2, 600:] = float("inf")
+    mass[1::2, 500] = float("nan")
+    sums = mass.double().cumsum(dim=-1)
+    within = _sums_within_one(mass)
+    assert within.any()
+    assert not within[sums > 1].any()
+    assert not within[1::2, 500:].any()
+    assert within[sums <= 1 - 700 * 2.0**-40].all()  # each term is rounded up by less than 2^-40
+    exact = torch.tensor([[0.5, 0.5, 0.0, 2.0**-40]], dtype=dtype)
+    assert _sums_within_one(exact).tolist() == [[True, True, True, False]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -424,7 +611,8 @@ def test_tiles_fit_the_key_ranges(plan: kernels.Plan) -> None:
     for tiles in (plan.forward, plan.query_gradient, plan.key_gradient):
         assert REACH_M % tiles.block_m == 0
     assert plan.key_gradient.block_n % REACH_N == 0
-    assert REACH_N % plan.decode.block_n == 0
+    assert REACH_N % plan.decode.block_n == REACH_N % plan.decode_rows.block_n == 0
+    assert plan.decode_rows.block_m == DECODE_ROWS
     # The second kernel reads statistics of no query that the first did not write.
     assert plan.query_gradient.block_m % plan.key_gradient.block_m == 0
 
@@ -441,19 +629,23 @@ def test_errors_name_the_argument(monkeypatch: pytest.MonkeyPatch) -> None:
         triton_attention(q.cpu(), q.cpu(), q.cpu())
 
 
-def test_kernels_compile_for_hopper(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("plan", "masks"), [*((plan, ()) for plan in kernels.PLANS), ((2, 64), ("everything",))], ids=str
+)
+def test_kernels_compile_for_hopper(plan: tuple[int, int], masks: tuple[str, ...], tmp_path: Path) -> None:
     """Compiled without a GPU for compute capability 9.0, the half kernels use its matrix units and fit its memory."""
     script = Path(__file__).with_name("compile_for_hopper.py")
     environment = {"TRITON_CACHE_DIR": str(tmp_path), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, str(script), *map(str, plan), *masks]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    kinds = {"forward", "query_gradient", "key_gradient", "decode", "combine"}
-    assert {line.split()[0].removesuffix("_kernel") for line in done.stdout.splitlines()} == kinds
-    for line in done.stdout.splitlines():
-        name, shared_bytes, matrix_instructions = line.split()
-        assert int(shared_bytes) <= 227 * 1024, line
-        if name in ("forward_kernel", "query_gradient_kernel", "key_gradient_kernel"):
-            assert int(matrix_instructions) > 0, line
+    lines = [line.split() for line in done.stdout.splitlines()]
+    with_products = ["forward_kernel", "query_gradient_kernel", "key_gradient_kernel"]
+    assert [line[0] for line in lines] == with_products + 2 * ["decode_kernel", "combine_kernel"]
+    for name, shared_bytes, matrix_instructions in lines:
+        assert int(shared_bytes) <= 227 * 1024, (name, shared_bytes)
+        if plan[0] == 2 and name in with_products:
+            assert int(matrix_instructions) > 0, name
 
 
 def test_distance_convention() -> None:

@@ -4,6 +4,7 @@ torch.compile takes each operator as one opaque node, so that it neither breaks 
 that only the kernels care about. Nothing here imports triton until an operator runs on real tensors.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -81,7 +82,8 @@ def triton_attention(
     learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, left, right))
     if few and not learns and cu_seqlens is None:
         return _decode(q, k, v, left, right, key_padding_mask, starts, ends, *bounds)
-    return _forward(q, k, v, left, right, key_padding_mask, cu_seqlens, starts, ends, *bounds)
+    out, log2_lse = _forward(q, k, v, left, right, key_padding_mask, cu_seqlens, starts, ends, *bounds)
+    return out, log2_lse * math.log(2.0)
 
 
 def empty_output(x: Tensor) -> Tensor:
@@ -177,7 +179,7 @@ def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("longreach::triton_backward", mutates_args=())
 def _backward(
     grad_out: Tensor,
-    grad_lse: Tensor,
+    grad_log2_lse: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -188,7 +190,7 @@ def _backward(
     starts: Tensor,
     ends: Tensor,
     out: Tensor,
-    lse: Tensor,
+    log2_lse: Tensor,
     scale: float,
     causal: bool,
     window_size: int | None,
@@ -196,10 +198,10 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     from . import triton
 
-    saved = (q, k, v, left, right, key_padding_mask, cu_seqlens, starts, ends, out, lse)
+    saved = (q, k, v, left, right, key_padding_mask, cu_seqlens, starts, ends, out, log2_lse)
     return triton.backward(
         grad_out,
-        grad_lse,
+        grad_log2_lse,
         *saved,
         scale=scale,
         causal=causal,
@@ -210,7 +212,7 @@ def _backward(
 
 @_backward.register_fake
 def _(
-    grad_out: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *others: Any
+    grad_out: Tensor, grad_log2_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     slopes_gradient = others[-1]
     shape = q.shape[:2] if slopes_gradient else (0,)
@@ -223,10 +225,10 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.scale, ctx.causal, ctx.window_size = inputs[9:]
 
 
-def _differentiate(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, grad_out: Tensor, grad_log2_lse: Tensor) -> tuple[Tensor | None, ...]:
     slopes_gradient = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
     gradients = _backward(
-        grad_out, grad_lse, *ctx.saved_tensors, ctx.scale, ctx.causal, ctx.window_size, slopes_gradient
+        grad_out, grad_log2_lse, *ctx.saved_tensors, ctx.scale, ctx.causal, ctx.window_size, slopes_gradient
     )
     dq, dk, dv, dleft, dright = gradients
     slopes = (dleft, dright) if slopes_gradient else (None, None)
@@ -340,18 +342,25 @@ def _cpu_backward(
         outputs = _run_on_cpu(q, k, v, left, right, key_padding_mask, cu_seqlens, key_norms, *bounds)
     wanted = [q, k, v, *(x for x in (left, right) if slopes_gradient and x is not None)]
     gradients = torch.autograd.grad(outputs, wanted, (grad_out, grad_lse), allow_unused=True)
-    found = [torch.zeros_like(x) if g is None else g for x, g in zip(wanted, gradients, strict=True)]
+    found = [x.new_zeros(x.shape) if g is None else g.contiguous() for x, g in zip(wanted, gradients, strict=True)]
     found += [q.new_empty(0) for _ in range(5 - len(found))]
     return tuple(found)  # type: ignore[return-value]
 
 
 @_cpu_backward.register_fake
 def _(
-    grad_out: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, left: Tensor | None, *others: Any
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    left: Tensor | None,
+    right: Tensor | None,
+    *others: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    slopes_gradient = others[-1]
-    dleft, dright = (q.new_empty(0) if left is None or not slopes_gradient else torch.empty_like(left) for _ in "lr")
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dleft, dright
+    learned = (left, right) if others[-1] else (None, None)
+    dleft, dright = (q.new_empty(0) if x is None else x.new_empty(x.shape) for x in learned)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dleft, dright
 
 
 def _cpu_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -66,7 +66,9 @@ class Plan:
     key_gradient: Tiles
     """dK and dV."""
     decode: Tiles
-    """Few queries: rows are the queries of all heads that share a key head, and block_m is their least number."""
+    """Few queries: up to block_m rows, which are the queries of all heads that share a key head."""
+    decode_rows: Tiles
+    """Few queries in more rows than those, up to block_m."""
 
 
 # By the bytes of the dtype and the padded head_dim. Explicit, because tuning at run time would cost a user seconds for
@@ -74,12 +76,24 @@ class Plan:
 # for compute capability 9.0, by registers spilled, then by instructions per key in the loops without masks; they have
 # not been timed. To tune for a chip, replace rows and time them with `benchmarks/attention.py --device cuda`.
 PLANS = {
-    (2, 64): Plan(Tiles(128, 64, 4, 3), Tiles(128, 64, 8, 3), Tiles(64, 128, 8, 2), Tiles(16, 64, 4, 3)),
-    (2, 128): Plan(Tiles(128, 128, 8, 2), Tiles(128, 64, 8, 2), Tiles(64, 128, 8, 2), Tiles(16, 64, 4, 3)),
-    (2, 256): Plan(Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 2), Tiles(32, 64, 8, 2), Tiles(16, 64, 4, 2)),
-    (4, 64): Plan(Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 2), Tiles(16, 64, 8, 2), Tiles(16, 64, 4, 2)),
-    (4, 128): Plan(Tiles(32, 32, 8, 2), Tiles(32, 32, 8, 2), Tiles(16, 64, 16, 2), Tiles(16, 32, 4, 2)),
-    (4, 256): Plan(Tiles(32, 16, 8, 2), Tiles(32, 16, 8, 2), Tiles(16, 64, 16, 2), Tiles(16, 32, 8, 2)),
+    (2, 64): Plan(
+        Tiles(128, 64, 4, 3), Tiles(128, 64, 8, 3), Tiles(64, 128, 8, 2), Tiles(16, 64, 4, 3), Tiles(64, 64, 4, 3)
+    ),
+    (2, 128): Plan(
+        Tiles(128, 128, 8, 2), Tiles(128, 64, 8, 2), Tiles(64, 128, 8, 2), Tiles(16, 64, 4, 3), Tiles(64, 64, 4, 3)
+    ),
+    (2, 256): Plan(
+        Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 2), Tiles(32, 64, 8, 2), Tiles(16, 64, 4, 2), Tiles(64, 32, 4, 2)
+    ),
+    (4, 64): Plan(
+        Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 2), Tiles(16, 64, 8, 2), Tiles(16, 64, 4, 2), Tiles(64, 64, 16, 2)
+    ),
+    (4, 128): Plan(
+        Tiles(32, 32, 8, 2), Tiles(32, 32, 8, 2), Tiles(16, 64, 16, 2), Tiles(16, 32, 4, 2), Tiles(64, 16, 16, 2)
+    ),
+    (4, 256): Plan(
+        Tiles(32, 16, 8, 2), Tiles(32, 16, 8, 2), Tiles(16, 64, 16, 2), Tiles(16, 32, 8, 2), Tiles(64, 16, 16, 2)
+    ),
 }
 
 
@@ -109,7 +123,7 @@ def forward(
     scale: float,
     window_size: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention over the given key ranges: out = softmax(scale q k^T - m |i - j|) v, and each row's LSE.
+    """Attention over the given key ranges: out = softmax(scale q k^T - m |i - j|) v, and each row's LSE by base 2.
 
     Online softmax as in FlashAttention (Dao et al., arXiv 2205.14135), in float32.
 
@@ -128,14 +142,15 @@ def forward(
         window_size: see only keys with |i - j| < window_size.
 
     Returns:
-        out (B, H, Tq, D) in the dtype of q, and the natural LSE (B, H, Tq) in float32.
+        out (B, H, Tq, D) in the dtype of q, and the LSE by base 2, (B, H, Tq) in float32. `backward` takes it so: made
+        from a natural one it would be rounded twice more, by as much as an exponent changes where scores are large.
     """
     batch, num_heads, query_length = q.shape[:3]
     num_kv_heads, key_length = k.shape[1:3]
     out = empty_output(q)
-    lse = torch.empty(batch, num_heads, query_length, dtype=torch.float32, device=q.device)
+    log2_lse = torch.empty(batch, num_heads, query_length, dtype=torch.float32, device=q.device)
     if not (q.numel() and k.numel()):
-        return out.zero_(), lse.fill_(-math.inf)
+        return out.zero_(), log2_lse.fill_(-math.inf)
     q, k, v = (_unit_stride(x) for x in (q, k, v))
     tiles = plan(q).forward
     order = work_list(_split_blocks(ends - starts, REACH_M // tiles.block_m, triton.cdiv(query_length, tiles.block_m)))
@@ -145,7 +160,7 @@ def forward(
             k,
             v,
             out,
-            lse,
+            log2_lse,
             order,
             starts,
             ends,
@@ -160,12 +175,12 @@ def forward(
             ZONES=_query_major_zones(causal, left, window_size, cu_seqlens),
             **_constants(q, tiles),
         )
-    return out, lse
+    return out, log2_lse
 
 
 def backward(
     grad_out: Tensor,
-    grad_lse: Tensor,
+    grad_log2_lse: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -176,7 +191,7 @@ def backward(
     starts: Tensor,
     ends: Tensor,
     out: Tensor,
-    lse: Tensor,
+    log2_lse: Tensor,
     *,
     causal: bool,
     scale: float,
@@ -191,7 +206,7 @@ def backward(
 
     Args:
         grad_out: (B, H, Tq, D).
-        grad_lse: (B, H, Tq) float32.
+        grad_log2_lse: (B, H, Tq) float32.
         q: as in `forward`, and so all up to ends.
         k: as in `forward`.
         v: as in `forward`.
@@ -202,7 +217,7 @@ def backward(
         starts: as in `forward`.
         ends: as in `forward`.
         out: (B, H, Tq, D), what `forward` returned.
-        lse: (B, H, Tq) float32, likewise.
+        log2_lse: (B, H, Tq) float32, likewise.
         causal: as in `forward`.
         scale: as in `forward`.
         window_size: as in `forward`.
@@ -221,7 +236,7 @@ def backward(
     q, k, v, out, grad_out = (_unit_stride(x) for x in (q, k, v, out, grad_out))
     masks = _masks(left, right, key_padding_mask, cu_seqlens, key_length, window_size)
     sizes = (num_heads, num_heads // num_kv_heads, query_length, key_length, scale, scale * _LOG2E)
-    # LSE in units of log2, and delta: what the second kernel needs of each query, in rows that its tiles do not pass.
+    # The LSE and delta: what the second kernel needs of each query, in rows that its tiles do not pass.
     padded_length = triton.cdiv(query_length, REACH_M) * REACH_M
     statistics = torch.empty(2, batch, num_heads, padded_length, dtype=torch.float32, device=q.device)
 
@@ -239,8 +254,8 @@ def backward(
             out,
             grad_out,
             dq,
-            lse,
-            grad_lse.contiguous(),
+            log2_lse,
+            grad_log2_lse.contiguous(),
             *statistics,
             *partial,
             order,
@@ -317,7 +332,7 @@ def decode(
         window_size: as in `forward`.
 
     Returns:
-        out and LSE as in `forward`.
+        out as in `forward`, and the natural LSE.
     """
     batch, num_heads, query_length, head_dim = q.shape
     num_kv_heads, key_length = k.shape[1:3]
@@ -326,27 +341,24 @@ def decode(
     if not (q.numel() and k.numel()):
         return out.zero_(), lse.fill_(-math.inf)
     q, k, v = (_unit_stride(x) for x in (q, k, v))
-    tiles = plan(q).decode
     group = num_heads // num_kv_heads
     rows = group * query_length
+    tiles = plan(q).decode if rows <= plan(q).decode.block_m else plan(q).decode_rows
     # A power of two, at least 4 tiles: few enough values that a growing cache does not compile anew at each step.
     split = max(4 * tiles.block_n, triton.next_power_of_2(triton.cdiv(key_length, _MAX_SPLITS)))
     num_splits = triton.cdiv(key_length, split)
-    # A range's borders are multiples of REACH_N, or of the whole key_length.
-    first = (starts * REACH_N).reshape(batch, num_kv_heads, -1).amin(dim=-1)  # [B, Hkv]
-    last = (ends * REACH_N).reshape(batch, num_kv_heads, -1).amax(dim=-1).clamp(max=key_length)
+    ranges = (starts.contiguous(), ends.contiguous())
     partial_out = torch.empty(batch, num_kv_heads, num_splits, rows, head_dim, dtype=torch.float32, device=q.device)
     partial_lse = torch.empty(batch, num_kv_heads, rows, num_splits, dtype=torch.float32, device=q.device)
     masks = _masks(left, right, key_padding_mask, None, key_length, window_size)
     with torch.cuda.device_of(q):
-        decode_kernel[(num_splits, batch * num_kv_heads)](
+        decode_kernel[(batch * num_kv_heads, num_splits)](
             q,
             k,
             v,
             partial_out,
             partial_lse,
-            first,
-            last,
+            *ranges,
             *masks[:4],
             *_strides(q, k, v),
             num_kv_heads,
@@ -355,7 +367,9 @@ def decode(
             key_length,
             scale * _LOG2E,
             SPLIT=split,
-            BLOCK_R=max(tiles.block_m, triton.next_power_of_2(rows)),
+            REACH_N=REACH_N,
+            BLOCK_G=triton.next_power_of_2(group),
+            BLOCK_R=tiles.block_m,
             BLOCK_N=tiles.block_n,
             HEAD_DIM=head_dim,
             BLOCK_D=_block_d(q),
@@ -363,19 +377,21 @@ def decode(
             num_warps=tiles.num_warps,
             num_stages=tiles.num_stages,
         )
-        combine_kernel[(rows, batch * num_kv_heads)](
+        combine_kernel[(batch * num_kv_heads, rows)](
             partial_out,
             partial_lse,
             out,
             lse,
-            first,
-            last,
+            *ranges,
             *_strides(out),
             num_kv_heads,
             group,
             query_length,
+            key_length,
             num_splits,
             SPLIT=split,
+            REACH_N=REACH_N,
+            BLOCK_G=triton.next_power_of_2(group),
             BLOCK_S=16,
             HEAD_DIM=head_dim,
             BLOCK_D=_block_d(q),
@@ -449,12 +465,13 @@ def _masks(
 ) -> tuple[Tensor | int | None, ...]:
     """What the kernels take of slopes and masks: left, right, padding, window_size, document_start, document_end."""
     if left is not None and right is not None:
-        left, right = (left * _LOG2E).contiguous(), (right * _LOG2E).contiguous()
+        left, right = left.contiguous(), right.contiguous()
     padding = None if key_padding_mask is None else key_padding_mask.contiguous().view(torch.uint8)
     document_start = document_end = None
     if cu_seqlens is not None:
         borders = cu_seqlens.to(torch.int32)
         document = torch.bucketize(torch.arange(key_length, device=borders.device), cu_seqlens, right=True)
+        document = document.clamp(1, len(borders) - 1)  # borders on a GPU are not checked: no wrong index from them
         document_start, document_end = borders[document - 1], borders[document]  # [T]
     # A window beyond all distances is none, and its sum with a position must stay an int32.
     window_size = None if window_size is None else min(window_size, 2**30)

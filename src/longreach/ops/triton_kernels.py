@@ -2,7 +2,7 @@
 
 Arguments named as tensors are pointers, which the first lines move to the batch row and head of the program; None
 stands for what is absent, and the code for it is not compiled. Logits are kept in units of log2, so that exp2 serves:
-`scale` and slopes come multiplied by log2(e).
+`scale` comes multiplied by log2(e), and slopes are, as they are loaded.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 _LN2 = tl.constexpr(math.log(2.0))
+_LOG2E = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit
@@ -171,7 +172,7 @@ def _forward_tiles(
 
 @triton.jit(do_not_specialize=["query_length", "key_length"])
 def forward_kernel(
-    q, k, v, out, lse, order, starts, ends, left, right, padding, window_size, document_start, document_end,
+    q, k, v, out, log2_lse, order, starts, ends, left, right, padding, window_size, document_start, document_end,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_ob, stride_oh, stride_ot, num_heads, group, query_length, key_length, scale,
     CAUSAL: tl.constexpr, ZONES: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -184,8 +185,8 @@ def forward_kernel(
     k += batch * stride_kb + head // group * stride_kh
     v += batch * stride_vb + head // group * stride_vh
     if left is not None:
-        left = tl.load(left + pair)
-        right = tl.load(right + pair)
+        left = tl.load(left + pair) * _LOG2E
+        right = tl.load(right + pair) * _LOG2E
     if padding is not None:
         padding += batch * key_length
 
@@ -214,7 +215,7 @@ def forward_kernel(
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]
     out += batch * stride_ob + head * stride_oh
     _store(out, block * BLOCK_M, stride_ot, exists, acc, BLOCK_M, HEAD_DIM, BLOCK_D)
-    tl.store(lse + pair * query_length + row, _log2_sum(peak, total) * _LN2, mask=exists)
+    tl.store(log2_lse + pair * query_length + row, _log2_sum(peak, total), mask=exists)
 
 
 @triton.jit
@@ -259,7 +260,7 @@ def _query_gradient_tiles(
 
 @triton.jit(do_not_specialize=["query_length", "key_length"])
 def query_gradient_kernel(
-    q, k, v, out, grad_out, dq, lse, grad_lse, log2_lse, delta, dleft, dright, order, starts, ends,
+    q, k, v, out, grad_out, dq, log2_lse, grad_log2_lse, padded_lse, delta, dleft, dright, order, starts, ends,
     left, right, padding, window_size, document_start, document_end,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_ob, stride_oh, stride_ot, stride_gb, stride_gh, stride_gt, stride_dqb, stride_dqh, stride_dqt,
@@ -276,8 +277,8 @@ def query_gradient_kernel(
     out += batch * stride_ob + head * stride_oh
     grad_out += batch * stride_gb + head * stride_gh
     if left is not None:
-        left = tl.load(left + pair)
-        right = tl.load(right + pair)
+        left = tl.load(left + pair) * _LOG2E
+        right = tl.load(right + pair) * _LOG2E
     if padding is not None:
         padding += batch * key_length
 
@@ -293,13 +294,13 @@ def query_gradient_kernel(
     grad_tile = _tile(grad_out, block * BLOCK_M, stride_gt, exists, BLOCK_M, HEAD_DIM, BLOCK_D, True)
     out_tile = _tile(out, block * BLOCK_M, stride_ot, exists, BLOCK_M, HEAD_DIM, BLOCK_D, True)
     row_delta = tl.sum(grad_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
-    row_grad_lse = tl.load(grad_lse + pair * query_length + row, mask=exists, other=0.0)
+    row_grad_lse = tl.load(grad_log2_lse + pair * query_length + row, mask=exists, other=0.0) / _LN2
     row_delta -= row_grad_lse
-    row_lse = tl.load(lse + pair * query_length + row, mask=exists, other=float("-inf"))
+    row_lse = tl.load(log2_lse + pair * query_length + row, mask=exists, other=float("-inf"))
     # An LSE of inf makes the weights of rows 0 that do not exist or see no key.
-    row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse / _LN2)
+    row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse)
     padded = pair * tl.cdiv(query_length, REACH_M) * REACH_M
-    tl.store(log2_lse + padded + row, row_lse)
+    tl.store(padded_lse + padded + row, row_lse)
     tl.store(delta + padded + row, row_delta)
 
     q_tile = _tile(q, block * BLOCK_M, stride_qt, exists, BLOCK_M, HEAD_DIM, BLOCK_D, True)
@@ -330,7 +331,7 @@ def query_gradient_kernel(
 
 @triton.jit
 def _key_gradient_tiles(
-    dk, dv, k, v, q, grad_out, log2_lse, delta, stride_q, stride_g, key, lo, hi, shown, left, right, query_length,
+    dk, dv, k, v, q, grad_out, padded_lse, delta, stride_q, stride_g, key, lo, hi, shown, left, right, query_length,
     scale, first, last,
     EDGE: tl.constexpr, PAST: tl.constexpr, SPLIT_BIAS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -344,7 +345,7 @@ def _key_gradient_tiles(
         grad_tile = _tile(grad_out, origin, stride_g, exists, BLOCK_M, HEAD_DIM, BLOCK_D, EDGE)
         dots = tl.dot(k, tl.trans(q_tile), input_precision="ieee")
         x, shift = _logits(dots, query, key, lo, hi, shown, origin, left, right, scale, False, EDGE, PAST, SPLIT_BIAS)
-        weights = tl.exp2(x + (shift - tl.load(log2_lse + query))[None, :])
+        weights = tl.exp2(x + (shift - tl.load(padded_lse + query))[None, :])
         dv = tl.dot(weights.to(grad_tile.dtype), grad_tile, dv, input_precision="ieee")
         grad_weights = tl.dot(v, tl.trans(grad_tile), input_precision="ieee")
         grad_logits = weights * (grad_weights - tl.load(delta + query)[None, :])
@@ -354,7 +355,7 @@ def _key_gradient_tiles(
 
 @triton.jit(do_not_specialize=["query_length", "key_length"])
 def key_gradient_kernel(
-    q, k, v, grad_out, dk, dv, log2_lse, delta, order, firsts, lasts,
+    q, k, v, grad_out, dk, dv, padded_lse, delta, order, firsts, lasts,
     left, right, padding, window_size, document_start, document_end,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_gb, stride_gh, stride_gt, stride_dkb, stride_dkh, stride_dkt, stride_dvb, stride_dvh, stride_dvt,
@@ -388,8 +389,8 @@ def key_gradient_kernel(
         left_slope = None
         right_slope = None
         if left is not None:
-            left_slope = tl.load(left + pair)
-            right_slope = tl.load(right + pair)
+            left_slope = tl.load(left + pair) * _LOG2E
+            right_slope = tl.load(right + pair) * _LOG2E
         padded = pair * tl.cdiv(query_length, REACH_M) * REACH_M
         part = pair * num_blocks + block
         borders = _zones(
@@ -399,7 +400,7 @@ def key_gradient_kernel(
             if (ZONES >> zone) & 1:
                 dk_tile, dv_tile = _key_gradient_tiles(
                     dk_tile, dv_tile, k_tile, v_tile, q + batch * stride_qb + head * stride_qh,
-                    grad_out + batch * stride_gb + head * stride_gh, log2_lse + padded, delta + padded, stride_qt,
+                    grad_out + batch * stride_gb + head * stride_gh, padded_lse + padded, delta + padded, stride_qt,
                     stride_gt, key, lo, hi, shown, left_slope, right_slope,
                     query_length, scale, borders[zone], borders[zone + 1], zone % 2 == 0, zone == 3, SPLIT_BIAS,
                     HEAD_DIM, BLOCK_D, BLOCK_M,
@@ -411,18 +412,28 @@ def key_gradient_kernel(
     _store(dv, block * BLOCK_N, stride_dvt, exists, dv_tile, BLOCK_N, HEAD_DIM, BLOCK_D)
 
 
+@triton.jit
+def _range_of_group(starts, ends, pair, group, key_length, REACH_N: tl.constexpr, BLOCK_G: tl.constexpr):
+    """The keys [first, last) that any query head of one key head needs; first is a multiple of REACH_N."""
+    member = tl.arange(0, BLOCK_G)
+    first = tl.min(tl.load(starts + pair * group + member, mask=member < group, other=2**30))
+    last = tl.max(tl.load(ends + pair * group + member, mask=member < group, other=0))
+    return first * REACH_N, tl.minimum(last * REACH_N, key_length)
+
+
 @triton.jit(do_not_specialize=["query_length", "key_length"])
 def decode_kernel(
-    q, k, v, partial_out, partial_lse, firsts, lasts, left, right, padding, window_size,
+    q, k, v, partial_out, partial_lse, starts, ends, left, right, padding, window_size,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     num_kv_heads, group, query_length, key_length, scale,
-    SPLIT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    CAUSAL: tl.constexpr,
+    SPLIT: tl.constexpr, REACH_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """All queries of one key head against one split of its range of keys. Rows are (head of the group, query)."""
-    pair = tl.cast(tl.program_id(1), tl.int64)
-    first = tl.load(firsts + pair) + tl.program_id(0) * SPLIT
-    last = tl.minimum(first + SPLIT, tl.load(lasts + pair))
+    pair = tl.cast(tl.program_id(0), tl.int64)
+    first, last = _range_of_group(starts, ends, pair, group, key_length, REACH_N, BLOCK_G)
+    first += tl.program_id(1) * SPLIT
+    last = tl.minimum(first + SPLIT, last)
     if first >= last:
         return
     batch = pair // num_kv_heads
@@ -441,8 +452,8 @@ def decode_kernel(
     mask = exists[:, None] & (columns < HEAD_DIM)[None, :]
     q_tile = tl.load(pointers[:, None] + columns[None, :], mask=mask, other=0.0)
     if left is not None:
-        left = tl.load(left + batch * num_kv_heads * group + head)[:, None]
-        right = tl.load(right + batch * num_kv_heads * group + head)[:, None]
+        left = tl.load(left + batch * num_kv_heads * group + head)[:, None] * _LOG2E
+        right = tl.load(right + batch * num_kv_heads * group + head)[:, None] * _LOG2E
     query = step + (key_length - query_length)
     lo, hi = _interval(query, last, window_size, None, None, True, not CAUSAL)
 
@@ -454,36 +465,38 @@ def decode_kernel(
         first // BLOCK_N, tl.cdiv(last, BLOCK_N), True, True, False, HEAD_DIM, BLOCK_D, BLOCK_N,
     )  # fmt: skip
 
-    num_splits = tl.num_programs(0)
+    num_splits = tl.num_programs(1)
     rows = group * query_length
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]
-    partial_out += (pair * num_splits + tl.program_id(0)) * rows * HEAD_DIM
+    partial_out += (pair * num_splits + tl.program_id(1)) * rows * HEAD_DIM
     _store(partial_out, 0, HEAD_DIM, exists, acc, BLOCK_R, HEAD_DIM, BLOCK_D)
-    pointers = partial_lse + (pair * rows + row) * num_splits + tl.program_id(0)
+    pointers = partial_lse + (pair * rows + row) * num_splits + tl.program_id(1)
     tl.store(pointers, _log2_sum(peak, total), mask=exists)
 
 
-@triton.jit(do_not_specialize=["query_length", "num_splits"])
+@triton.jit(do_not_specialize=["query_length", "key_length", "num_splits"])
 def combine_kernel(
-    partial_out, partial_lse, out, lse, firsts, lasts, stride_ob, stride_oh, stride_ot,
-    num_kv_heads, group, query_length, num_splits,
-    SPLIT: tl.constexpr, BLOCK_S: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    partial_out, partial_lse, out, lse, starts, ends, stride_ob, stride_oh, stride_ot,
+    num_kv_heads, group, query_length, key_length, num_splits,
+    SPLIT: tl.constexpr, REACH_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The mean of one row's partial outputs over the splits that were computed, weighted by exp of their LSE."""
-    row = tl.program_id(0)
-    rows = tl.num_programs(0)
-    pair = tl.cast(tl.program_id(1), tl.int64)
-    live = tl.cdiv(tl.maximum(tl.load(lasts + pair) - tl.load(firsts + pair), 0), SPLIT)
+    pair = tl.cast(tl.program_id(0), tl.int64)
+    row = tl.program_id(1)
+    rows = tl.num_programs(1)
+    first, last = _range_of_group(starts, ends, pair, group, key_length, REACH_N, BLOCK_G)
+    live = tl.cdiv(tl.maximum(last - first, 0), SPLIT)
     partial_lse += (pair * rows + row) * num_splits
     partial_out += (pair * num_splits * rows + row) * HEAD_DIM
     acc = tl.zeros([1, BLOCK_D], tl.float32)
     peak = tl.full([1], float("-inf"), tl.float32)
     total = tl.zeros([1], tl.float32)
-    for first in tl.range(0, live, BLOCK_S):
-        computed = first + tl.arange(0, BLOCK_S) < live
-        x = tl.load(partial_lse + first + tl.arange(0, BLOCK_S), mask=computed, other=float("-inf"))
+    for split in tl.range(0, live, BLOCK_S):
+        computed = split + tl.arange(0, BLOCK_S) < live
+        x = tl.load(partial_lse + split + tl.arange(0, BLOCK_S), mask=computed, other=float("-inf"))
         weights, decay, peak, total = _softmax_step(x[None, :], tl.zeros([1], tl.float32), peak, total)
-        tile = _tile(partial_out, first, rows * HEAD_DIM, computed, BLOCK_S, HEAD_DIM, BLOCK_D, True)
+        tile = _tile(partial_out, split, rows * HEAD_DIM, computed, BLOCK_S, HEAD_DIM, BLOCK_D, True)
         acc = acc * decay[:, None] + tl.sum(tl.trans(weights) * tile, 0)[None, :]
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]
     batch = pair // num_kv_heads
