@@ -8,8 +8,7 @@ that a user could give is uint8, and being an argument it survives gradient chec
 """
 
 import inspect
-from collections.abc import Callable, Mapping
-from functools import lru_cache
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -130,13 +129,8 @@ def named_arguments(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     """All arguments of a forward pass by name."""
     if not args:
         return dict(kwargs)
-    return {**dict(zip(_parameters(type(module).forward), args, strict=False)), **kwargs}
-
-
-@lru_cache
-def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
-    """Names of a method's arguments, without self; finding them takes as long as a layer's attention."""
-    return tuple(inspect.signature(forward).parameters)[1:]
+    names = list(inspect.signature(type(module).forward).parameters)[1:]  # without self
+    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def refuse_attentions(module: Any, kwargs: Mapping[str, Any]) -> None:

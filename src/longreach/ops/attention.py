@@ -32,7 +32,8 @@ on an AMD EPYC it is 0.7 to 0.8 times as fast forward at 128 tokens, 0.95 to 1.8
 backward pass 0.6 to 1.4, 0.8 to 1.0 and 0.9 to 1.4."""
 
 CPU_DECODE_CROSSOVER = 8192
-"""Tk from which that holds for fewer than FEW_QUERIES queries whose keys have known norms."""
+"""Tk from which that holds for fewer than FEW_QUERIES queries whose keys have known norms. With the caches of 12 layers
+read in turn, as a model does, it is 1.05 (8 heads) to 1.2 (12 heads) times as fast there and 2.1 times at 16384."""
 
 
 def attention(

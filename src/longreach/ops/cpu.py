@@ -3,7 +3,7 @@
 Query blocks whose ranges are alike become one batch, their keys overlapping windows of k and v; `tiles` plans that and
 `tile_views` finds the bias of each tile at no cost. Weights are exponentials by base 2 of scores that hold log2 e from
 the start. The backward pass recomputes them from the LSE and adds gradients up in one fixed order, so that two runs
-agree to the last bit. Half types are computed in float32, or by `cpu_kernel` where that is faster.
+agree to the last bit. Half types are computed in float32, or by `cpu_kernel` where that is faster, as few queries are.
 """
 
 import math
