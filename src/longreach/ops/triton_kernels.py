@@ -3,6 +3,8 @@
 Arguments named as tensors are pointers, which the first lines move to the batch row and head of the program; None
 stands for what is absent, and the code for it is not compiled. Logits are kept in units of log2, so that exp2 serves:
 `scale` comes multiplied by log2(e), and slopes are, as they are loaded.
+
+One file, though a long one: forward, backward and decode are made of the same tiles, zones and logits.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
