@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longreach.ops.alibi import alibi_slopes
+from longreach.ops.alibi import alibi_distance, alibi_slopes
 from longreach.ops.masks import dense_bias, visible_keys
 
 
@@ -162,3 +162,46 @@ def probabilities(q: Tensor, k: Tensor, *, slopes: Any, causal: bool = True, **m
     if visible is not None:
         scores = scores.masked_fill(~visible, float("-inf"))
     return scores.softmax(dim=-1).nan_to_num(nan=0.0)
+
+
+def run(function: Any, tensors: list[Tensor], options: dict[str, Any], grads: Any, **more: Any) -> Any:
+    """Output, LSE and the gradients of q, k, v and slopes, for given gradients of output and LSE."""
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    slopes = options["slopes"]
+    pair = tuple(m.detach().requires_grad_() for m in (slopes if isinstance(slopes, tuple) else (slopes,)))
+    options = options | {"slopes": pair if isinstance(slopes, tuple) else pair[0]}
+    out, lse = function(*leaves, **options, **more)
+    seen = lse.masked_fill(lse.isneginf(), 0.0)
+    loss = (out * grads[0].to(out.dtype)).sum() + (seen * grads[1].to(seen.dtype)).sum()
+    return out.detach(), lse.detach(), torch.autograd.grad(loss, [*leaves, *pair])
+
+
+def random_grads(tensors):
+    q = tensors[0]
+    generator = torch.Generator().manual_seed(7)
+    return (
+        torch.randn(q.shape, generator=generator, dtype=torch.float64),
+        torch.randn(q.shape[:3], generator=generator, dtype=torch.float64),
+    )
+
+
+def magnitudes(tensors, options, grads):
+    """Sums of the absolute values of the terms of out, dq, dk, dv, dleft, dright: one rounding of each is no error."""
+    padding = options.get("key_padding_mask")
+    q, k, v = (x.double() for x in tensors)
+    if padding is not None:
+        k, v = (x.masked_fill(padding[:, None, :, None], 0.0) for x in (k, v))
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(group, dim=1).abs() for x in (k, v))
+    grad_out, grad_lse = (x.abs() for x in grads)
+    weights = probabilities(*tensors[:2], **options)
+    product = weights * (grad_out @ v.transpose(-2, -1))
+    score = product + weights * (product.sum(dim=-1, keepdim=True) + grad_lse[..., None])
+    distance = alibi_distance(q.shape[2], k.shape[2])
+    scale = q.shape[3] ** -0.5
+    by_key = [score.transpose(-2, -1) @ q.abs() * scale, weights.transpose(-2, -1) @ grad_out]
+    by_key = [x.unflatten(1, (-1, group)).sum(dim=2) for x in by_key]
+    by_slope = [(score * d.clamp(min=0)).sum(dim=(-2, -1)) for d in (distance, -distance)]
+    if not isinstance(options["slopes"], tuple):
+        by_slope = [by_slope[0] + by_slope[1]]
+    return [weights @ v, score @ k * scale, *by_key, *by_slope]

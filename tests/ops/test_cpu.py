@@ -2,12 +2,12 @@ import time
 
 import pytest
 import torch
-from adversarial import CASES, Case, probabilities
+from adversarial import CASES, Case, magnitudes, random_grads, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import longreach.ops.cpu as module
-from longreach.ops.alibi import alibi_distance, alibi_slopes
+from longreach.ops.alibi import alibi_slopes
 from longreach.ops.cpu import cpu_attention
 from longreach.ops.reach import key_block_norms, reach
 from longreach.ops.reference import reference_attention
@@ -23,32 +23,11 @@ def bounded(request, monkeypatch):
     monkeypatch.setattr(module, "heads_worth_bounding", heads[request.param])
 
 
-def run(function, tensors, options, grads, **more):
-    """Output, LSE and the gradients of q, k, v and slopes, for given gradients of output and LSE."""
-    leaves = [x.detach().requires_grad_() for x in tensors]
-    slopes = options["slopes"]
-    pair = tuple(m.detach().requires_grad_() for m in (slopes if isinstance(slopes, tuple) else (slopes,)))
-    options = options | {"slopes": pair if isinstance(slopes, tuple) else pair[0]}
-    out, lse = function(*leaves, **options, **more)
-    seen = lse.masked_fill(lse.isneginf(), 0.0)
-    loss = (out * grads[0].to(out.dtype)).sum() + (seen * grads[1].to(seen.dtype)).sum()
-    return out.detach(), lse.detach(), torch.autograd.grad(loss, [*leaves, *pair])
-
-
 def run_without_slopes(function, tensors, options, grads):
     """Output and the gradients of q, k and v, with fixed slopes, for a given gradient of the output."""
     leaves = [x.detach().requires_grad_() for x in tensors]
     out, _ = function(*leaves, **options)
     return out.detach(), *torch.autograd.grad(out, leaves, grads[0].to(out.dtype))
-
-
-def random_grads(tensors):
-    q = tensors[0]
-    generator = torch.Generator().manual_seed(7)
-    return (
-        torch.randn(q.shape, generator=generator, dtype=torch.float64),
-        torch.randn(q.shape[:3], generator=generator, dtype=torch.float64),
-    )
 
 
 def double(x):
@@ -65,28 +44,6 @@ def test_equals_the_definition_in_float64(name):
     # Scores stay below 1000 and sums below 2000 terms: 1000 * 2000 * 2^-53 = 2e-10 bounds the worst case.
     for x, y in zip((*expected[:2], *expected[2]), (*actual[:2], *actual[2]), strict=True):
         torch.testing.assert_close(y, x, rtol=1e-9, atol=1e-9)
-
-
-def magnitudes(tensors, options, grads):
-    """Sums of the absolute values of the terms of out, dq, dk, dv, dleft, dright: one rounding of each is no error."""
-    padding = options.get("key_padding_mask")
-    q, k, v = (x.double() for x in tensors)
-    if padding is not None:
-        k, v = (x.masked_fill(padding[:, None, :, None], 0.0) for x in (k, v))
-    group = q.shape[1] // k.shape[1]
-    k, v = (x.repeat_interleave(group, dim=1).abs() for x in (k, v))
-    grad_out, grad_lse = (x.abs() for x in grads)
-    weights = probabilities(*tensors[:2], **options)
-    product = weights * (grad_out @ v.transpose(-2, -1))
-    score = product + weights * (product.sum(dim=-1, keepdim=True) + grad_lse[..., None])
-    distance = alibi_distance(q.shape[2], k.shape[2])
-    scale = q.shape[3] ** -0.5
-    by_key = [score.transpose(-2, -1) @ q.abs() * scale, weights.transpose(-2, -1) @ grad_out]
-    by_key = [x.unflatten(1, (-1, group)).sum(dim=2) for x in by_key]
-    by_slope = [(score * d.clamp(min=0)).sum(dim=(-2, -1)) for d in (distance, -distance)]
-    if not isinstance(options["slopes"], tuple):
-        by_slope = [by_slope[0] + by_slope[1]]
-    return [weights @ v, score @ k * scale, *by_key, *by_slope]
 
 
 @pytest.mark.usefixtures("bounded")

@@ -11,11 +11,10 @@ from typing import Any
 import pytest
 import torch
 from adversarial import CASES as SHARED_CASES
-from adversarial import Case
+from adversarial import Case, magnitudes, random_grads
+from adversarial import run as run_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_cpu import magnitudes, random_grads
-from test_cpu import run as run_case
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton_interpreter import DEVICE
