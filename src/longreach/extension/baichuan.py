@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from longreach.ops.alibi import alibi_slopes
 
 from .lengths import declared_length
-from .mask import is_carrier, named_arguments, pack, read_documents, read_padding, refuse_attentions
+from .mask import is_carrier, pack, read_documents, read_padding, refuse_attentions
 from .state import ATTRIBUTE, Layout, attend, require_layout
 
 
@@ -45,21 +45,20 @@ def baichuan_layout(base: Any) -> Layout:
     )
 
 
-def keep_mask(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Forward pre-hook of the base model: take the mask away, for `get_alibi_mask` to hand out what carries it.
+def keep_mask(module: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of the base model without the mask: `get_alibi_mask` hands out what carries it.
 
     Raises:
         ValueError: attention weights are wanted, or the mask cannot be read.
     """
-    kwargs = named_arguments(module, args, kwargs)
     refuse_attentions(module, kwargs)
     inputs = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
     if inputs is not None:
         mask = kwargs.get("attention_mask")
         carrier = mask if is_carrier(mask) else pack(read_padding(mask), read_documents(kwargs), inputs.device)
         getattr(module, ATTRIBUTE).carrier = carrier
-        kwargs["attention_mask"] = None
-    return (), kwargs
+        return {**kwargs, "attention_mask": None}
+    return kwargs
 
 
 class BaichuanBase:

@@ -1,5 +1,6 @@
 """Extend a loaded model in place, and restore it."""
 
+import inspect
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -139,7 +140,8 @@ def extend(
     extension.modules = list(dict.fromkeys([layout.base, *(module for module, _ in swaps)]))
     for module in extension.modules:
         vars(module)[ATTRIBUTE] = extension
-    hooks = [(layout.base, layout.prepare), *((module, hand_documents) for module in _around(model, layout.base))]
+    hooks: list[tuple[nn.Module, Any]] = [(layout.base, _named_arguments(layout.base, layout.prepare))]
+    hooks += [(module, hand_documents) for module in _around(model, layout.base)]
     extension.handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooks]
     return model
 
@@ -327,6 +329,16 @@ class Generates:
     def create_masks_for_generate(self, *, attention_mask: Any, **kwargs: Any) -> Any:
         """The mask as it is, where transformers would make one of four axes for a static cache."""
         return attention_mask
+
+
+def _named_arguments(base: nn.Module, prepare: Callable[[Any, dict[str, Any]], dict[str, Any]]) -> Callable[..., Any]:
+    """Forward pre-hook of a base model that gives `prepare` all arguments by name."""
+    names = list(inspect.signature(type(base).forward).parameters)[1:]  # without self; slow to find at each step
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+        return (), prepare(module, {**dict(zip(names, args, strict=False)), **kwargs})
+
+    return hook
 
 
 def _names_a_cache(config: Any, kwargs: dict[str, Any]) -> bool:

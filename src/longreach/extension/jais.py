@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from longreach.ops.alibi import alibi_slopes
 
 from .lengths import declared_length
-from .mask import is_carrier, named_arguments, pack, read_documents, read_padding, refuse_attentions
+from .mask import is_carrier, pack, read_documents, read_padding, refuse_attentions
 from .state import Layout, attend, require_layout
 
 ATTENTION_ATTRIBUTES = (
@@ -65,19 +65,18 @@ def jais_layout(base: Any) -> Layout:
     )
 
 
-def hand_key_mask(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Forward pre-hook of the base model, whose own mask is per key: check it, and drop it where it hides nothing.
+def hand_key_mask(module: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of the base model, whose own mask is per key: checked, and without it where it hides nothing.
 
     Raises:
         ValueError: attention weights are wanted, the mask cannot be read, or documents are packed.
     """
-    kwargs = named_arguments(module, args, kwargs)
     refuse_attentions(module, kwargs)
     if is_carrier(kwargs.get("attention_mask")) or read_documents(kwargs) is not None:
         raise ValueError("position_ids pack documents, which BTLM and JAIS cannot pass on: give one document per row")
     if read_padding(kwargs.get("attention_mask")) is None:
-        kwargs["attention_mask"] = None
-    return (), kwargs
+        return {**kwargs, "attention_mask": None}
+    return kwargs
 
 
 class NoBias:

@@ -7,7 +7,6 @@ transformers passes on untouched because it has four axes: uint8, (B, 1, 1, Tk) 
 that a user could give is uint8, and being an argument it survives gradient checkpointing and moves between devices.
 """
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -99,20 +98,19 @@ def read_documents(kwargs: Mapping[str, Any]) -> Tensor | None:
     return starts[0]
 
 
-def hand_mask(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Forward pre-hook of an extended base model: put a carrier in place of attention_mask.
+def hand_mask(module: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of an extended base model with a carrier in place of attention_mask.
 
     Raises:
         ValueError: attention weights are wanted, or the mask cannot be carried.
     """
-    kwargs = named_arguments(module, args, kwargs)
     refuse_attentions(module, kwargs)
     if not is_carrier(kwargs.get("attention_mask")):
         inputs = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
         if inputs is not None:  # else the stock code says what is missing
             padding = read_padding(kwargs.get("attention_mask"))
-            kwargs["attention_mask"] = pack(padding, read_documents(kwargs), inputs.device)
-    return (), kwargs
+            return {**kwargs, "attention_mask": pack(padding, read_documents(kwargs), inputs.device)}
+    return kwargs
 
 
 def hand_documents(
@@ -123,14 +121,6 @@ def hand_documents(
     if starts is None:
         return None
     return args, {**kwargs, "attention_mask": pack(None, starts, starts.device)}
-
-
-def named_arguments(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of a forward pass by name."""
-    if not args:
-        return dict(kwargs)
-    names = list(inspect.signature(type(module).forward).parameters)[1:]  # without self
-    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def refuse_attentions(module: Any, kwargs: Mapping[str, Any]) -> None:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from longreach.ops.attention import attention, uses_key_norms
+from longreach.ops.masks import dense_bias
 
-from .cache import sink_window, streaming_attention
+from .cache import LEAST_ROOM, sink_window, streaming_attention
 from .interpolation import Scaling, logn_factor, read_alibi_scaling
 from .lengths import SCALING
 from .mask import unpack
@@ -40,8 +41,8 @@ class Layout:
     """The module that is handed the mask and calls the blocks."""
     swaps: tuple[tuple[nn.Module, type], ...]
     """Module -> class whose methods take the place of its own."""
-    prepare: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
-    """Forward pre-hook of the base model, which turns the mask into what the attention modules read."""
+    prepare: Callable[[nn.Module, dict[str, Any]], dict[str, Any]]
+    """(base model, arguments by name) -> those that it runs with, the mask as the attention modules read it."""
     slopes: Tensor
     """Slopes (H,) float32, before any scaling."""
     train_length: int | None
@@ -105,6 +106,8 @@ class Extension:
     """Told of every call to attention with slopes, layer by layer."""
     memo: dict[torch.device, tuple[float, Tensor]] = field(default_factory=dict)
     """Device -> the last L' and the slopes scaled for it."""
+    rows: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Device -> the slopes of the last decoding step and a `row` of biases under them."""
 
     @property
     def depends_on_length(self) -> bool:
@@ -157,6 +160,20 @@ class Extension:
                 known = length, self.scaling(self.layout.slopes.to(device), length)
             self.memo[device] = known
         return known[1]
+
+    def row(self, slopes: Tensor, key_length: int, dtype: torch.dtype) -> Tensor:
+        """Bias of a single query on key_length keys, (H, 1, Tk), or (B, H, 1, Tk) for slopes (B, H).
+
+        It is the end of a longer one, which serves all layers and the steps to come: there, making it takes as long as
+        anything but the reading of weights, keys and values.
+        """
+        known = self.rows.get(slopes.device)
+        if known is None or known[0] is not slopes or known[1].dtype != dtype or known[1].shape[-1] < key_length:
+            with torch.inference_mode(False):
+                bias = dense_bias(slopes, None, 1, key_length + LEAST_ROOM, dtype)
+            assert bias is not None, "there are slopes"
+            self.rows[slopes.device] = known = slopes, bias
+        return known[1].narrow(-1, known[1].shape[-1] - key_length, key_length)
 
     def total_length(self, key_length: int, cache: Any, continues: bool) -> int:
         """L' of a forward pass that sees key_length keys, padding included, and may continue a cache.
@@ -299,7 +316,10 @@ def _attend(
         slopes = slopes * bias_scale if bias_scale != 1.0 else slopes
         if extension.observer is not None:
             extension.observer(q, k, slopes, options["scale"])
-        options |= {"slopes": slopes, "key_norms": key_norms}
+        if q.shape[2] == 1 and key_norms is None and extension.impl == "auto" and not torch.compiler.is_compiling():
+            options["bias"] = extension.row(slopes, k.shape[2], torch.promote_types(q.dtype, torch.float32))
+        else:
+            options |= {"slopes": slopes, "key_norms": key_norms}
         out = attention(q, k, v, key_padding_mask=padding, dropout_p=dropout_p, **options)
     return out
 

@@ -210,15 +210,19 @@ def _reaching(impl: str, q: Tensor) -> Callable[..., tuple[Tensor, Any]]:
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Cast q, k and v, but neither slopes nor bias, as torch.autocast casts SDPA's arguments."""
     device = q.device.type
-    if is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if _autocasts(device):
         dtype = torch.get_autocast_dtype(device)
         return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))  # type: ignore[return-value]
     return q, k, v
 
 
 def _without_autocast(device: str) -> AbstractContextManager[Any]:
-    """Computation in the dtypes given; devices without autocast, "meta" one of them, do not know how to turn it off."""
-    return torch.autocast(device, enabled=False) if is_autocast_available(device) else nullcontext()
+    """Computation in the dtypes given. To turn off what is off takes longer than a decoding step's other checks."""
+    return torch.autocast(device, enabled=False) if _autocasts(device) else nullcontext()
+
+
+def _autocasts(device: str) -> bool:
+    return is_autocast_available(device) and torch.is_autocast_enabled(device)  # "meta", for one, has none
 
 
 def _validate_key_norms(key_norms: Tensor, k: Tensor, impl: str) -> None:

@@ -52,10 +52,11 @@ def dense_bias(
         left, right = slopes if isinstance(slopes, tuple) else (slopes, slopes)
         # Distances in float16 overflow past 65504, where a slope of 0 would give NaN: round the product alone.
         wide = torch.promote_types(dtype, torch.float32)
-        left, right = (m.to(wide)[..., None, None] for m in (left, right))  # [(B,) H, 1, 1]
+        left = left.to(wide)[..., None, None]  # [(B,) H, 1, 1]
         if query_length == 1:  # it has no future, and few operations make a decoding step fast
             penalties = left * torch.arange(1 - key_length, 1, device=left.device, dtype=wide)
         else:
+            right = right.to(wide)[..., None, None]
             distance = alibi_distance(query_length, key_length, device=left.device).to(wide)
             penalties = -(left * distance.clamp(min=0) + right * (-distance).clamp(min=0))
         total = penalties.to(dtype) if total is None else total + penalties.to(dtype)
