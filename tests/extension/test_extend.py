@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from family_models import FAMILIES, HEADS, VOCABULARY, bloom, falcon, mpt, oracle, paper_slopes, tokens
 
@@ -183,6 +184,18 @@ def test_faithful_bias_is_nearer_to_stock_in_bfloat16():
         longreach.extend(model, scaling="none", train_length=2048, bias=bias)
         distance[bias] = (model(ids).logits.float() - stock)[0, 300:].square().mean()
     assert distance["faithful"] < 0.5 * distance["exact"]
+
+
+def test_gelu_of_bloom_is_the_stock_one_if_faithful_and_rounded_once_if_exact():
+    model, x = bloom().bfloat16(), torch.linspace(-3, 9, 2001, dtype=torch.bfloat16)
+    gelu = model.transformer.h[0].mlp.gelu_impl
+    stock = gelu(x)
+    rounded_once = F.gelu(x.double(), approximate="tanh").bfloat16()
+    longreach.extend(model, bias="faithful", scaling="none", train_length=2048)
+    assert torch.equal(gelu(x), stock)
+    longreach.extend(model, scaling="none", train_length=2048)
+    # In between it is float32, whose last bit may tip the rounding over.
+    assert (gelu(x) != rounded_once).float().mean() < 0.01 < (stock != rounded_once).float().mean()
 
 
 def test_exact_bias_in_bfloat16_is_nearer_to_the_truth_than_stock():

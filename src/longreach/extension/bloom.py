@@ -10,7 +10,7 @@ from longreach.ops.alibi import alibi_slopes
 
 from .lengths import declared_length
 from .mask import hand_mask
-from .state import Layout, attend
+from .state import ATTRIBUTE, Layout, attend
 
 
 def is_bloom_base(module: nn.Module) -> bool:
@@ -23,11 +23,12 @@ def is_bloom_base(module: nn.Module) -> bool:
 def bloom_layout(base: Any) -> Layout:
     """Find what is to be swapped in a BloomModel."""
     config = base.config
-    attentions = tuple(block.self_attention for block in base.h)
+    attentions = ((block.self_attention, BloomAttention) for block in base.h)
+    activations = ((block.mlp.gelu_impl, BloomGelu) for block in base.h)
     return Layout(
         family="bloom",
         base=base,
-        swaps=((base, BloomBase), *((module, BloomAttention) for module in attentions)),
+        swaps=((base, BloomBase), *attentions, *activations),
         prepare=hand_mask,
         slopes=alibi_slopes(config.num_attention_heads),
         train_length=declared_length(config),
@@ -70,3 +71,13 @@ class BloomAttention:
         out = attend(self, q, k, v, attention_mask, layer_past, scale=self.inv_norm_factor, dropout_p=dropout_p)
         out = self.dense(out.transpose(1, 2).flatten(2))  # [B, T, C]
         return residual + F.dropout(out, self.hidden_dropout, self.training), None
+
+
+class BloomGelu:
+    """Methods of an extended BloomGelu."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        """GELU by tanh as one operation: the stock code's eight take about 5% of a decoding step of 768 channels."""
+        if getattr(self, ATTRIBUTE).bias == "faithful":
+            return super().forward(x)  # type: ignore[misc]
+        return F.gelu(x, approximate="tanh")

@@ -99,7 +99,8 @@ def extend(
         length: L' of every forward pass, in tokens, of which none may be longer where the scaling or logn heed L'.
         factor: L'/L of "linear-fixed", above 1.
         bias: "exact", or "faithful" to the stock code's rounding of the bias (BLOOM, MPT, Falcon), which makes a
-            dense bias. Falcon's is that of attn_implementation="sdpa": its eager code adds the bias twice.
+            dense bias. Falcon's is that of attn_implementation="sdpa": its eager code adds the bias twice. BLOOM's
+            keeps the stock GELU too, whose eight operations are otherwise one.
         per_step: take L' from the keys so far at each step of cached decoding, as the paper has it. Earlier keys and
             values then belong to earlier slopes, so that decoding differs from the full forward pass.
         logn: multiply the logits q . k with log L' / log L when L' > L; the bias is left to the scaling.
