@@ -22,6 +22,7 @@ from longreach.models.config import Architecture
 from longreach.models.decoder import Decoder
 from longreach.models.pretrained import load_model
 from longreach.ops.attention import choose_impl
+from longreach.ops.library import triton_runs
 from longreach.positions import build_method, parse_method
 from longreach.train.config import RunConfig, TrainConfig, load_config
 from longreach.train.loop import Trainee, decoder_trainee
@@ -136,7 +137,14 @@ def _pretrained_trainee(config: RunConfig, tokenizer: Tokenizer, device: torch.d
         method=config.method,
         model=model,
         loss=next_token_loss(model),
-        attention=choose_impl(device.type, length, length, reaching=True, dense=_attention_dropout(model.config) > 0),
+        attention=choose_impl(
+            device.type,
+            length,
+            length,
+            reaching=True,
+            dense=_attention_dropout(model.config) > 0,
+            kernels=triton_runs(device),
+        ),
         save=lambda folder: save_pretrained(model, folder),
     )
 

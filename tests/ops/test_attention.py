@@ -12,6 +12,7 @@ import longreach
 import longreach.ops.attention as module
 from longreach.ops.alibi import alibi_slopes
 from longreach.ops.attention import IMPLEMENTATIONS, attention, choose_impl
+from longreach.ops.library import triton_runs
 from longreach.ops.reach import KEY_BLOCK, key_block_norms
 
 DENSE = ("reference", "sdpa")
@@ -283,6 +284,12 @@ def test_window_of_any_integer_type(qkv, number):
         (("cpu", 1, 65536), {"reaching": True}, "sdpa"),
         (("cuda", 8192, 8192), {"reaching": True}, "sdpa"),
         (("cuda", 8192, 8192), {"reaching": True, "return_lse": True}, "reference"),
+        (("cuda", 4096, 4096), {"reaching": True, "kernels": True}, "sdpa"),
+        (("cuda", 4096, 4096), {"reaching": True, "return_lse": True, "kernels": True}, "reference"),
+        (("cuda", 4096, 4097), {"reaching": True, "kernels": True}, "triton"),
+        (("cuda", 8192, 8192), {"reaching": False, "kernels": True}, "sdpa"),
+        (("cuda", 8192, 8192), {"reaching": False, "return_lse": True, "kernels": True}, "triton"),
+        (("cuda", 8192, 8192), {"reaching": True, "dense": True, "kernels": True}, "sdpa"),
     ],
     ids=str,
 )
@@ -433,3 +440,39 @@ def test_wrong_arguments_are_named(qkv, name):
     with pytest.raises(ValueError, match=f"^{message}") as raised:
         attention(arguments.pop("q"), arguments.pop("k"), arguments.pop("v"), **arguments)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "runs"), [("cpu", (9, 0), False), ("cuda", (9, 0), True), ("cuda", (7, 5), False)]
+)
+def test_where_the_kernels_run(monkeypatch, device, capability, runs):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr("longreach.ops.library._HAS_TRITON", True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert triton_runs(torch.device(device)) == runs
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "runs"),
+    [(torch.bfloat16, 128, True), (torch.float64, 64, False), (torch.float32, 129, False)],
+    ids=str,
+)
+def test_auto_leaves_to_the_kernels_what_they_take(monkeypatch, dtype, head_dim, runs):
+    class Ran(Exception):
+        pass
+
+    def run(*arguments, **options):
+        raise Ran
+
+    monkeypatch.setattr(module, "triton_runs", lambda device: True)
+    monkeypatch.setattr(module, "triton_attention", run)
+    monkeypatch.setattr(module, "GPU_DENSE_LIMIT", 4 * 5)
+    q = torch.randn(1, 2, 5, head_dim, dtype=dtype)
+    slopes = torch.ones(2)
+    attention(q, q, q, slopes=slopes, bias=torch.zeros(5))
+    attention(q[:, :, :4], q, q, slopes=slopes)
+    if not runs:
+        attention(q, q, q, slopes=slopes)
+        return
+    with pytest.raises(Ran):
+        attention(q, q, q, slopes=slopes)

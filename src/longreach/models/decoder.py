@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longreach.ops.attention import attention, choose_impl, uses_key_norms
+from longreach.ops.library import triton_runs
 from longreach.positions import AttentionPositions, build_method, rotate
 
 from .config import ModelConfig
@@ -128,6 +129,7 @@ class Decoder(nn.Module):
             reaching=windowed or attend.slopes is not None,
             dense=dense,
             has_key_norms=attend.slopes is not None and not windowed,
+            kernels=triton_runs(device),
         )
 
     def _check_length(self, total: int, positions: Tensor | None, cache: KVCache | None, length: int | None) -> None:

@@ -17,7 +17,7 @@ from .arguments import (
     validate_tolerance,
     window_as_int,
 )
-from .library import compiled_cpu_attention, triton_attention
+from .library import COMMON_HEAD_DIM, compiled_cpu_attention, triton_attention, triton_runs
 from .lse_bound import FEW_QUERIES
 from .reach import KEY_BLOCK
 from .reference import reference_attention
@@ -34,6 +34,10 @@ backward pass 0.6 to 1.4, 0.8 to 1.0 and 0.9 to 1.4."""
 CPU_DECODE_CROSSOVER = 8192
 """Tk from which that holds for fewer than FEW_QUERIES queries whose keys have known norms. With the caches of 12 layers
 read in turn, as a model does, it is 1.05 (8 heads) to 1.2 (12 heads) times as fast there and 2.1 times at 16384."""
+
+GPU_DENSE_LIMIT = 4096 * 4096
+"""Tq Tk above which "triton" is preferred to a dense mask on a GPU, which for 16 heads takes 1 GiB there. That is for
+memory's sake: no GPU has timed the kernels yet, so below it "auto" stays with what is known."""
 
 
 def attention(
@@ -117,6 +121,7 @@ def attention(
             dense=bias is not None or dropout_p > 0,
             return_lse=return_lse,
             has_key_norms=key_norms is not None,
+            kernels=q.dtype != torch.float64 and q.shape[3] <= COMMON_HEAD_DIM and triton_runs(q.device),
         )
     arguments: dict[str, Any] = {
         "slopes": slopes,
@@ -152,12 +157,13 @@ def choose_impl(
     dense: bool = False,
     return_lse: bool = False,
     has_key_norms: bool = False,
+    kernels: bool = False,
 ) -> str:
     """Name the implementation that `attention(impl="auto")` runs.
 
     On the CPU that is "cpu" from the measured crossovers on, where there is anything to skip or hide; "sdpa"
     otherwise, and "reference" where a dense bias or dropout meets a wanted LSE. On other devices it is "sdpa", or
-    "reference" for the LSE: the GPU kernels have not been timed yet, so they run only by impl="triton".
+    "reference" for the LSE, but above GPU_DENSE_LIMIT "triton" where either would make a T x T tensor.
 
     Args:
         device: the type of the device, as in "cpu".
@@ -167,7 +173,10 @@ def choose_impl(
         dense: whether there is a dense bias or dropout.
         return_lse: whether the LSE is wanted.
         has_key_norms: whether the norms of the keys are given.
+        kernels: whether the Triton kernels run on the device, and take the dtype and head_dim on every such device.
     """
+    if kernels and (reaching or return_lse) and not dense and query_length * key_length > GPU_DENSE_LIMIT:
+        return "triton"
     if device != "cpu" or dense:
         return "reference" if return_lse else "sdpa"
     if return_lse:

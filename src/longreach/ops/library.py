@@ -4,6 +4,7 @@ torch.compile takes each operator as one opaque node, so that it neither breaks 
 that only the kernels care about. Nothing here imports triton until an operator runs on real tensors.
 """
 
+import importlib.util
 import math
 from typing import Any
 
@@ -21,8 +22,21 @@ REACH_N = KEY_BLOCK
 MAX_HEAD_DIM = 256
 """Largest head_dim of the kernels."""
 
+COMMON_HEAD_DIM = 128
+"""Largest head_dim whose tiles fit the 99 KiB of shared memory that every GPU from compute capability 8.0 on has."""
+
 DECODE_ROWS = 64
 """Largest number of queries that share one key head, (H / Hkv) Tq, for which the decoding kernel is used."""
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def triton_runs(device: torch.device) -> bool:
+    """Whether the kernels run on a device: NVIDIA GPUs from compute capability 8.0 on, where Triton is installed."""
+    if device.type != "cuda" or torch.version.cuda is None or not _HAS_TRITON:
+        return False
+    # What is compiled cannot ask for the capability, and needs Triton itself.
+    return torch.compiler.is_compiling() or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def triton_attention(

@@ -1,6 +1,7 @@
-"""Compile the kernels, as they are launched, for compute capability 9.0 on a machine without a GPU.
+"""Compile the kernels, as they are launched, for a compute capability on a machine without a GPU.
 
-Takes the bytes of the dtype and the head_dim of a plan and, to compile with all masks and gradients, "everything".
+Takes the capability times 10, the bytes of the dtype and the head_dim of a plan and, to compile with all masks and
+gradients, "everything".
 Prints for each kernel its name, its bytes of shared memory and its number of warpgroup matrix instructions. Triton's
 interpreter accepts much that its compiler does not; this runs the compiler. Run by test_triton.py.
 """
@@ -16,12 +17,14 @@ from triton.runtime.jit import JITFunction
 from longreach.ops import triton as kernels
 from longreach.ops.library import DECODE_ROWS, REACH_M, REACH_N
 
+capability, itemsize, head_dim = map(int, sys.argv[1:4])
 
-class Hopper:
+
+class Driver:
     """As much of a driver as compiling asks for."""
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
+        return GPUTarget("cuda", capability, 32)
 
     def get_current_device(self) -> int:
         return 0
@@ -35,9 +38,8 @@ def compile_only(function: JITFunction, *args: Any, grid: Any, warmup: bool, **o
     print(function.__name__, compiled.metadata.shared, compiled.asm["ptx"].count("wgmma.mma_async"))
 
 
-driver.set_active(Hopper())
+driver.set_active(Driver())
 run, JITFunction.run = JITFunction.run, compile_only
-itemsize, head_dim = map(int, sys.argv[1:3])
 plan = kernels.PLANS[itemsize, head_dim]
 kernels.plan = lambda q: plan  # the one function that asks for a GPU
 
@@ -49,7 +51,7 @@ starts = torch.zeros(1, heads, length // REACH_M, dtype=torch.int32)
 ends = torch.full_like(starts, length // REACH_N)
 options: dict[str, Any] = {"causal": True, "scale": 0.1, "window_size": None}
 padding = documents = None
-if sys.argv[3:] == ["everything"]:  # all zones, masks and gradients
+if sys.argv[4:] == ["everything"]:  # all zones, masks and gradients
     options |= {"causal": False, "window_size": 100}
     padding = torch.zeros(1, length, dtype=torch.bool)
     documents = torch.tensor([0, length], dtype=torch.int32)
