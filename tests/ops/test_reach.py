@@ -46,7 +46,7 @@ def test_dropped_mass_for_any_shape(data):
         heads=2,
         kv_heads=data.draw(st.sampled_from([1, 2]), "kv heads"),
         keys=keys,
-        queries=data.draw(st.sampled_from([1, keys, max(1, keys - 13), keys + 9]), "queries"),
+        queries=data.draw(st.sampled_from([1, 15, keys, max(1, keys - 13), keys + 9]), "queries"),
         slopes=torch.tensor(data.draw(st.lists(st.floats(0, 4), min_size=2, max_size=2), "slopes")),
         options={
             "causal": data.draw(st.booleans(), "causal"),
@@ -56,9 +56,37 @@ def test_dropped_mass_for_any_shape(data):
     tolerance = data.draw(st.floats(1e-12, 0.5), "tolerance")
     block_m, block_n = data.draw(st.tuples(st.integers(1, 70), st.integers(1, 70)), "blocks")
     tensors, options = case.inputs(torch.float32, seed=data.draw(st.integers(0, 99), "seed"))
-    found = reach(*tensors[:2], tolerance=tolerance, block_m=block_m, block_n=block_n, **options)
-    dropped = dropped_mass(tensors, options, found.starts, found.ends, block_m, block_n)
+    norms = key_block_norms(tensors[1], block_n) if data.draw(st.booleans(), "norms known") else None
+    blocks = {"block_m": block_m, "block_n": block_n}
+    starts, ends = key_ranges(*tensors[:2], scale=0.25, tolerance=tolerance, key_norms=norms, **blocks, **options)
+    dropped = dropped_mass(tensors, options, starts, ends, block_m, block_n)
     assert dropped.max().item() <= tolerance
+
+
+@pytest.mark.parametrize("queries", [1, 15])
+def test_few_queries_with_known_norms_read_no_more_than_many(queries):
+    q, k = torch.randn(2, 1, 4, 2048, 64, generator=torch.Generator().manual_seed(2))
+    last = q[:, :, -queries:]
+    options = {"scale": 0.125, "tolerance": 2**-24, "block_m": 64, "block_n": 64, "key_norms": key_block_norms(k, 64)}
+    of_few, _ = key_ranges(last, k, alibi_slopes(4), **options)
+    of_many, _ = key_ranges(q, k, alibi_slopes(4), **options)
+    assert (of_few[..., 0] >= of_many[..., -1] - 1).all()  # a block more, for their positions round otherwise
+    assert of_few[0, 0, 0] > 28
+
+
+@pytest.mark.parametrize("window_size", [None, 100])
+@pytest.mark.parametrize("queries", [1, 2])
+def test_bound_of_few_queries_is_sharp_where_keys_are_alike(queries, window_size):
+    """There |q||k| is the score and the geometric sum is that of each block: a block more would be too much."""
+    q, k = torch.ones(1, 4, queries, 1), torch.full((1, 4, 500, 1), 2.0)
+    options = {"slopes": torch.tensor([0.7, 0.1, 0.03, 0.0]), "causal": True, "window_size": window_size}
+    blocks = {"block_m": 16, "block_n": 16}
+    starts, ends = key_ranges(q, k, scale=0.25, tolerance=1e-3, key_norms=key_block_norms(k, 16), **blocks, **options)
+    dropped, more = (dropped_mass((q, k, None), options, start, ends, 16, 16) for start in (starts, starts + 1))
+    assert dropped.max() <= 1e-3
+    assert (more.amax(dim=-1) > 1e-3).all()
+    assert starts.flatten().diff().le(0).all()
+    assert starts[0, 0, 0] > 28
 
 
 def test_skips_what_steep_heads_cannot_see():

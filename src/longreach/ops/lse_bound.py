@@ -31,12 +31,17 @@ class Masks:
 
     causal: bool
     """Whether keys after the query are hidden."""
-    window_size: int | None
+    window_size: int | None = None
     """Keys at this distance and beyond are hidden."""
-    key_padding_mask: Tensor | None
+    key_padding_mask: Tensor | None = None
     """(B, Tk), True where a key is hidden from all."""
-    document: Tensor | None
+    document: Tensor | None = None
     """(Tk,) number of each token's document; keys of other documents are hidden."""
+
+    @property
+    def hide_past(self) -> bool:
+        """Whether keys before the query may be hidden."""
+        return not (self.window_size is None and self.key_padding_mask is None and self.document is None)
 
     def hide(self, query_positions: Tensor, key_positions: Tensor, key_length: int) -> Tensor:
         """Whether each key is hidden from each query: (B or 1, 1, ...) of broadcast positions."""
@@ -72,9 +77,9 @@ def lse_lower_bound(
     hidden = [_nearest_hidden(positions, index, key_length, masks) for index in nearest]  # each [B or 1, 1, Tq]
     sees = ~hidden[0] if masks.causal else ~(hidden[0] & hidden[1])
 
-    left, right = (side * (1 + 4 * ROUNDING) for side in (left, right))  # a larger slope makes the LSE smaller
     if query_length < FEW_QUERIES:
-        return _last_lse(q, k, left, right, centre, scale, masks), sees
+        return last_lse(q, k, left, right, centre, scale, masks), sees
+    left, right = raised(left), raised(right)
     earlier = _earlier_lse(q, k, left, centre, scale, masks)
     if masks.key_padding_mask is None and query_length <= key_length:
         score = _products(q, k[:, :, key_length - query_length :], centre) * scale  # each query with its own key
@@ -90,10 +95,16 @@ def lse_lower_bound(
     return earlier, sees
 
 
-def _last_lse(
+def raised(slope: Tensor) -> Tensor:
+    """A slope by which the LSE is surely smaller, whatever rounding does to its products."""
+    return slope * (1 + 4 * ROUNDING)
+
+
+def last_lse(
     q: Tensor, k: Tensor, left: Tensor, right: Tensor, centre: Tensor | None, scale: float, masks: Masks
 ) -> Tensor:
-    """LSE over the visible ones of the last LINK * CHAIN keys: (B, H, Tq), -inf for none."""
+    """Lower bound of the LSE: that over the visible ones of the last LINK * CHAIN keys, (B, H, Tq), -inf for none."""
+    left, right = raised(left), raised(right)
     first = max(0, k.shape[2] - LINK * CHAIN)
     keys = k[:, :, first:].to(left.dtype)
     keys = keys if centre is None else keys - centre
@@ -105,8 +116,10 @@ def _last_lse(
     penalty = left[..., None, None] * distance.clamp(min=0)
     if not masks.causal:
         penalty = penalty + right[..., None, None] * (-distance).clamp(min=0)
-    hidden = masks.hide(positions, key_positions[None], k.shape[2])
-    return (scores - penalty).masked_fill(hidden, float("-inf")).logsumexp(dim=-1)
+    scores = scores - penalty
+    if q.shape[2] > 1 or not masks.causal or masks.hide_past:  # a single query stands at the last key
+        scores = scores.masked_fill(masks.hide(positions, key_positions[None], k.shape[2]), float("-inf"))
+    return scores.logsumexp(dim=-1)
 
 
 def _earlier_lse(q: Tensor, k: Tensor, slope: Tensor, centre: Tensor | None, scale: float, masks: Masks) -> Tensor:

@@ -22,7 +22,7 @@ from .arguments import (
     validate_tolerance,
     window_as_int,
 )
-from .lse_bound import ROUNDING, Masks, chunks, lse_lower_bound, per_query_head
+from .lse_bound import FEW_QUERIES, ROUNDING, Masks, chunks, last_lse, lse_lower_bound, per_query_head
 
 KEY_BLOCK = 64
 """Keys per block in what a KV cache keeps of their norms, and in the ranges of all implementations here."""
@@ -189,6 +189,10 @@ def key_ranges(
     batch, num_heads, query_length, _ = q.shape
     key_length = k.shape[2]
     left, right = _lowered_slopes(q, slopes)
+    decoding = causal and cu_seqlens is None and 0 < query_length < FEW_QUERIES and query_length <= block_m
+    if decoding and key_length and key_norms is not None:
+        masks = Masks(causal, window_size, key_padding_mask)
+        return _decoding_ranges(q, k, left, key_norms, scale=scale, tolerance=tolerance, block_n=block_n, masks=masks)
     blocks = _Blocks(query_length, key_length, block_m, block_n, causal, window_size, cu_seqlens, q.device)
     num_query_blocks, num_key_blocks = len(blocks.first), len(blocks.key_first)
     if not (num_query_blocks and num_key_blocks):
@@ -236,6 +240,51 @@ def key_ranges(
     return starts.to(torch.int32), ends.to(torch.int32).contiguous()
 
 
+def _decoding_ranges(
+    q: Tensor,
+    k: Tensor,
+    slope: Tensor,
+    key_norms: Tensor,
+    *,
+    scale: float,
+    tolerance: float,
+    block_n: int,
+    masks: Masks,
+) -> tuple[Tensor, Tensor]:
+    """`key_ranges` of few causal queries whose keys have known norms: the same bound, of each row by itself.
+
+    What takes time here is the number of operations. Slopes (B, H) are lowered.
+    """
+    num_heads, query_length, key_length = q.shape[1], q.shape[2], k.shape[2]
+    norm = (_norms(q) * scale)[..., None]  # [B, H, Tq, 1]
+    norms = per_query_head(key_norms, num_heads)[:, :, None]  # [B, H, 1, NK]
+    lse = last_lse(q, k, slope, slope, None, scale, masks)[..., None]
+    lse = lse - norm * norms.amax(dim=-1, keepdim=True) * LSE_ROUNDING - 2.0**-12
+    log_weight = _log_geometric_sum(slope, block_n) - _log_tolerance(tolerance, norm.dtype, key_length)
+    row_terms = log_weight[..., None, None] - lse + ROUNDING * lse.abs()  # [B, H, Tq, 1]
+    first_key = torch.arange(0, key_length, block_n, device=q.device)  # of each block
+    position = torch.arange(query_length, device=q.device)[:, None] + (key_length - query_length)
+    last_key = (first_key + (block_n - 1)).clamp(max=key_length - 1)
+    gap = position - last_key  # [Tq, NK], < 1 where queries and keys overlap
+    bound = norm * norms * (1 + (q.shape[3] + 18) * ROUNDING)
+    log_mass = bound + row_terms - slope[..., None, None] * gap  # [B, H, Tq, NK]
+    mass = log_mass.mul_(LOG2_E).exp2_().masked_fill_(gap < 1, float("inf"))
+    if masks.window_size is not None:
+        mass.masked_fill_(gap >= masks.window_size, 0.0)
+    if masks.key_padding_mask is not None:
+        mass.masked_fill_(~_block_any(~masks.key_padding_mask, block_n)[:, None, None], 0.0)
+    within = mass.cumsum(dim=-1) <= 1 if mass.is_cpu else _sums_within_one(mass)
+    starts = within.sum(dim=-1).amin(dim=-1, keepdim=True).to(torch.int32)  # [B, H, 1]
+    return starts, torch.full_like(starts, len(first_key))
+
+
+def _log_geometric_sum(slope: Tensor, count: int) -> Tensor:
+    """Log of the sum of e^(-slope t) over t = 0, 1, ..., count - 1."""
+    plain = slope == 0
+    slope = slope.masked_fill(plain, 1.0)
+    return (torch.expm1(-slope * count) / torch.expm1(-slope)).masked_fill(plain, count).log()
+
+
 @dataclass(frozen=True)
 class _Side:
     """The keys on one side of a query block, and how their weights fall off."""
@@ -246,13 +295,6 @@ class _Side:
     """1 for keys in the past, -1 for keys in the future."""
     log_tolerance: float
     """Log of the mass that may be dropped on this side."""
-
-    def log_block_weight(self, block_n: int) -> Tensor:
-        """Log of the sum of e^(-slope t) over a block's keys t = 0, 1, ..., block_n - 1, a geometric sum: (B, H)."""
-        plain = self.slope == 0
-        slope = self.slope.masked_fill(plain, 1.0)
-        weight = torch.expm1(-slope * block_n) / torch.expm1(-slope)
-        return weight.masked_fill(plain, block_n).log()
 
 
 class _Blocks:
@@ -353,11 +395,11 @@ def _centred_lengths(k: Tensor, key_padding_mask: Tensor | None) -> tuple[Tensor
 def _norms(x: Tensor, centre: Tensor | None = None) -> Tensor:
     """|x - centre| of each row of x (B, H, T, D), at least in float32: (B, H, T)."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    parts = [x.new_empty(*x.shape[:2], 0, dtype=dtype)]
+    parts = []
     for rows in chunks(x.shape[2], x.shape[0] * x.shape[1] * x.shape[3], x.device):
         part = x[:, :, rows].to(dtype)
         parts.append(torch.linalg.vector_norm(part if centre is None else part - centre, dim=-1))
-    return torch.cat(parts, dim=2)
+    return parts[0] if len(parts) == 1 else torch.cat([x.new_empty(*x.shape[:2], 0, dtype=dtype), *parts], dim=2)
 
 
 def _soft_radius(lengths: Tensor, norm: Tensor, side: _Side, block_n: int) -> Tensor:
@@ -371,7 +413,7 @@ def _soft_radius(lengths: Tensor, norm: Tensor, side: _Side, block_n: int) -> Te
     if side.sign == 1:
         from_edge = from_edge.flip(0)  # the near edge of a past block is its last key
     log_terms = exponent[..., None] * lengths - side.slope[..., None, None] * from_edge
-    log_mean = log_terms.logsumexp(dim=-1) - side.log_block_weight(block_n)[..., None]
+    log_mean = log_terms.logsumexp(dim=-1) - _log_geometric_sum(side.slope, block_n)[..., None]
     return (log_mean / exponent).clamp(min=0.0)
 
 
@@ -399,7 +441,7 @@ def _count_dropped(
 ) -> Tensor:
     """How many key blocks, from the far end of that side, each query block can do without: (B, H, NQ)."""
     num_key_blocks = share.shape[-1]
-    weight = side.log_block_weight(blocks.block_n)  # [B, H]
+    weight = _log_geometric_sum(side.slope, blocks.block_n)  # [B, H]
     # Rows that see nothing have an excess of -inf, for which the chord is not a number: they need no keys.
     low = (low + weight[..., None] - side.log_tolerance).clamp(min=torch.finfo(low.dtype).min / 8)
     rise = (high + weight[..., None] - side.log_tolerance).clamp(min=torch.finfo(low.dtype).min / 8) - low
