@@ -8,7 +8,8 @@ attention. Prefill is one forward pass without a cache. Decoding is one token ag
 afterwards. Both contenders run interleaved in one process, several rounds, and their medians are compared; denormals
 are flushed for both. MPT is configured for the longest length, where its stock code would crash. Before anything is
 timed, logits are compared, and a difference beyond what rounding explains ends the run. The memory of prefill is the
-peak of a fresh process for each contender, less what it held before.
+peak of a fresh process for each contender, less what it held before. Each case is written once it is measured, in place
+of what the file said of it, so that `--families bloom --lengths 8192` measures one anew.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from transformers import BloomConfig, BloomForCausalLM, DynamicCache, MptConfig,
 
 import longreach
 from longreach.extension.cache import growing_cache
+from longreach.results import write_atomically
 
 VOCAB_SIZE = 1024
 UNIT_ROUNDOFF = torch.finfo(torch.float32).eps / 2
@@ -200,7 +202,12 @@ def measure(models: dict[str, Any], case: Case, shape: Shape, device: str, round
     for name in work:
         extra = measured_memory(case, name, shape, device) if case.mode == "prefill" else None
         figures.append(Figure(name, statistics.median(times[name]), times[name], extra))
-    return {"case": asdict(case), "max_difference": difference, "figures": [asdict(figure) for figure in figures]}
+    return {
+        "case": asdict(case),
+        "date": time.strftime("%Y-%m-%d"),
+        "max_difference": difference,
+        "figures": [asdict(figure) for figure in figures],
+    }
 
 
 def report(record: dict[str, Any], aims: tuple[Aim, ...]) -> None:
@@ -241,17 +248,6 @@ def main() -> None:
     shape, lengths, rounds = Shape(), arguments.lengths, arguments.rounds
     if arguments.quick:
         shape, lengths, rounds = Shape(num_layers=2, num_heads=4, d_model=128), [256], 2
-    records = []
-    for family in arguments.families:
-        models = contenders(family, shape, max(lengths), arguments.device)
-        for length in lengths:
-            for mode in ("prefill", "decode"):
-                # Stock prefill takes minutes at 8k on a CPU; a decoding step takes milliseconds, and varies.
-                times = 10 * rounds if mode == "decode" else min(rounds, 2) if length > 2048 else rounds
-                records.append(measure(models, Case(family, mode, length), shape, arguments.device, times))
-                report(records[-1], () if arguments.quick else AIMS)
-    if arguments.quick:
-        return
     machine = {
         "name": arguments.machine,
         "device": torch.cuda.get_device_name() if arguments.device == "cuda" else platform.machine(),
@@ -259,13 +255,28 @@ def main() -> None:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
-        "date": time.strftime("%Y-%m-%d"),
     }
-    written = {"benchmark": "extend", "machine": machine, "shape": asdict(shape), "records": records}
     path = Path(__file__).parent / "results" / f"extend-{arguments.machine}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(written, indent=1) + "\n")
-    print(f"wrote {path}")
+    for family in arguments.families:
+        models = contenders(family, shape, max(lengths), arguments.device)
+        for length in lengths:
+            for mode in ("prefill", "decode"):
+                # Stock prefill takes minutes at 8k on a CPU; a decoding step takes milliseconds, and varies.
+                times = 10 * rounds if mode == "decode" else min(rounds, 2) if length > 2048 else rounds
+                record = measure(models, Case(family, mode, length), shape, arguments.device, times)
+                report(record, () if arguments.quick else AIMS)
+                if not arguments.quick:
+                    keep(record, path, {"benchmark": "extend", "machine": machine, "shape": asdict(shape)})
+
+
+def keep(record: dict[str, Any], path: Path, head: dict[str, Any]) -> None:
+    """Write a case to a file, in place of what it says of that case; what it says of other machines goes."""
+    known = json.loads(path.read_text()) if path.exists() else {}
+    others = known.pop("records", [])
+    others = [other for other in others if other["case"] != record["case"]] if known == head else []
+    records = sorted([*others, record], key=lambda one: (one["case"]["family"], one["case"]["length"]))
+    write_atomically(path, (json.dumps(head | {"records": records}, indent=1) + "\n").encode())
+    print(f"    wrote {path}")
 
 
 if __name__ == "__main__":

@@ -73,7 +73,9 @@ class FewQueries(_Tiles):
         rows = rows_of(self.q, tile)
         position = torch.arange(tile.row, tile.row + tile.rows, dtype=self.lse.dtype)[:, None] + self.masks.offset
         distance = position - torch.arange(tile.key, tile.key + tile.width, dtype=self.lse.dtype)
-        bias = bias_at(distance, self._slope(self.left, tile), self._slope(self.right, tile), self.masks)
+        left = self._slope(self.left, tile)
+        right = left if self.masks.causal else self._slope(self.right, tile)
+        bias = bias_at(distance, left, right, self.masks)
         if self.masks.holes is not None:
             hidden = self.masks.holes[tile.batch, tile.key : tile.key + tile.width]
             bias = bias.masked_fill(hidden[:, None, None], float("-inf"))

@@ -18,6 +18,9 @@ LINK = 16
 CHAIN = 32
 """Links that such a mean looks back on, a power of 2."""
 
+LAST_KEYS = 128
+"""Keys whose scores bound the LSE of few queries: more would cost more than they let be skipped."""
+
 FEW_QUERIES = 16
 """Fewer queries than this count as decoding: it is the reading of keys that takes time, not products with them."""
 
@@ -103,9 +106,9 @@ def raised(slope: Tensor) -> Tensor:
 def last_lse(
     q: Tensor, k: Tensor, left: Tensor, right: Tensor, centre: Tensor | None, scale: float, masks: Masks
 ) -> Tensor:
-    """Lower bound of the LSE: that over the visible ones of the last LINK * CHAIN keys, (B, H, Tq), -inf for none."""
+    """Lower bound of the LSE: that over the visible ones of the LAST_KEYS last keys, (B, H, Tq), -inf for none."""
     left, right = raised(left), raised(right)
-    first = max(0, k.shape[2] - LINK * CHAIN)
+    first = max(0, k.shape[2] - LAST_KEYS)
     keys = k[:, :, first:].to(left.dtype)
     keys = keys if centre is None else keys - centre
     by_group = (q.to(left.dtype) * scale).unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # [B, Hkv, G Tq, D]
