@@ -9,7 +9,7 @@ afterwards. Both contenders run interleaved in one process, several rounds, and 
 are flushed for both. MPT is configured for the longest length, where its stock code would crash. Before anything is
 timed, logits are compared, and a difference beyond what rounding explains ends the run. The memory of prefill is the
 peak of a fresh process for each contender, less what it held before. Each case is written once it is measured, in place
-of what the file said of it, so that `--families bloom --lengths 8192` measures one anew.
+of what the file said of it, so that `--families bloom --modes decode --lengths 8192` measures one anew.
 """
 
 import argparse
@@ -233,6 +233,7 @@ def main() -> None:
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--families", nargs="+", choices=("bloom", "mpt"), default=["bloom", "mpt"])
+    parser.add_argument("--modes", nargs="+", choices=("prefill", "decode"), default=["prefill", "decode"])
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 2048, 8192])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="a tiny model and short lengths; no file")
@@ -260,7 +261,7 @@ def main() -> None:
     for family in arguments.families:
         models = contenders(family, shape, max(lengths), arguments.device)
         for length in lengths:
-            for mode in ("prefill", "decode"):
+            for mode in arguments.modes:
                 # Stock prefill takes minutes at 8k on a CPU; a decoding step takes milliseconds, and varies.
                 times = 10 * rounds if mode == "decode" else min(rounds, 2) if length > 2048 else rounds
                 record = measure(models, Case(family, mode, length), shape, arguments.device, times)

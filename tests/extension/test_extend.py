@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 import sys
 from pathlib import Path
 
@@ -222,6 +223,17 @@ def test_restore_is_bit_identical_and_leaves_nothing(model):
     assert [set(vars(module)) for module in model.modules()] == attributes
     assert all(torch.equal(w, state[name]) for name, w in model.state_dict().items())
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_pickled_it_is_extended_still_and_can_be_restored(model):
+    ids = tokens(2, 30)
+    stock = model(ids).logits
+    longreach.extend(model, scaling="ntk", train_length=8)
+    again = pickle.loads(pickle.dumps(model))
+    assert [type(module) for module in again.modules()] == [type(module) for module in model.modules()]
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    assert torch.equal(longreach.restore(again)(ids).logits, stock)
+    assert not torch.equal(model(ids).logits, stock)
 
 
 def test_extending_anew_replaces_what_was(model):

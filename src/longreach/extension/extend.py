@@ -4,7 +4,7 @@ import inspect
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple
 
 from torch import nn
@@ -141,7 +141,8 @@ def extend(
     extension.modules = list(dict.fromkeys([layout.base, *(module for module, _ in swaps)]))
     for module in extension.modules:
         vars(module)[ATTRIBUTE] = extension
-    hooks: list[tuple[nn.Module, Any]] = [(layout.base, _named_arguments(layout.base, layout.prepare))]
+    names = list(inspect.signature(type(layout.base).forward).parameters)[1:]  # without self; slow to find at each step
+    hooks: list[tuple[nn.Module, Any]] = [(layout.base, partial(_prepare, layout.prepare, names))]
     hooks += [(module, hand_documents) for module in _around(model, layout.base)]
     extension.handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooks]
     return model
@@ -332,14 +333,15 @@ class Generates:
         return attention_mask
 
 
-def _named_arguments(base: nn.Module, prepare: Callable[[Any, dict[str, Any]], dict[str, Any]]) -> Callable[..., Any]:
-    """Forward pre-hook of a base model that gives `prepare` all arguments by name."""
-    names = list(inspect.signature(type(base).forward).parameters)[1:]  # without self; slow to find at each step
-
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
-        return (), prepare(module, {**dict(zip(names, args, strict=False)), **kwargs})
-
-    return hook
+def _prepare(
+    prepare: Callable[[Any, dict[str, Any]], dict[str, Any]],
+    names: list[str],
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[tuple[()], dict[str, Any]]:
+    """Forward pre-hook of a base model that gives its family's `prepare` all arguments by name."""
+    return (), prepare(module, {**dict(zip(names, args, strict=False)), **kwargs})
 
 
 def _names_a_cache(config: Any, kwargs: dict[str, Any]) -> bool:
@@ -362,7 +364,18 @@ def _around(model: nn.Module, base: nn.Module) -> list[nn.Module]:
 def _swapped_class(methods: type, stock: Any) -> type:
     """The stock class with our methods before its own, under its own name: names of classes are saved with a model."""
     names = {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "__doc__": stock.__doc__}
-    return type(stock.__name__, (methods, stock), {**names, STOCK_CLASS: stock})
+    return type(stock.__name__, (methods, stock), {**names, STOCK_CLASS: stock, "__reduce_ex__": _reduce})
+
+
+def _reduce(module: nn.Module, protocol: Any) -> tuple[Any, ...]:
+    """What pickle and copy keep of a swapped module: its class has the stock name, by which they find the stock class."""
+    _, _, *state = super(type(module), module).__reduce_ex__(protocol)
+    return _new_module, type(module).__bases__, *state
+
+
+def _new_module(methods: type, stock: Any) -> Any:
+    """A swapped module that has nothing yet."""
+    return object.__new__(_swapped_class(methods, stock))
 
 
 def _swap(module: nn.Module, to: Any) -> None:
