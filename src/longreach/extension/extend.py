@@ -368,9 +368,9 @@ def _swapped_class(methods: type, stock: Any) -> type:
 
 
 def _reduce(module: nn.Module, protocol: Any) -> tuple[Any, ...]:
-    """What pickle and copy keep of a swapped module: its class has the stock name, by which they find the stock class."""
-    _, _, *state = super(type(module), module).__reduce_ex__(protocol)
-    return _new_module, type(module).__bases__, *state
+    """What pickle and copy keep of a swapped module: by the name of its class they would find the stock class."""
+    made: Any = super(type(module), module).__reduce_ex__(protocol)  # (function, arguments, state, ...)
+    return _new_module, type(module).__bases__, *made[2:]
 
 
 def _new_module(methods: type, stock: Any) -> Any:
