@@ -271,7 +271,7 @@ def main() -> None:
 
 
 def keep(record: dict[str, Any], path: Path, head: dict[str, Any]) -> None:
-    """Write a case to a file, in place of what it says of that case; what it says of other machines goes."""
+    """Write a case to a file, in place of what it says of it; figures of another machine or other versions go."""
     known = json.loads(path.read_text()) if path.exists() else {}
     others = known.pop("records", [])
     others = [other for other in others if other["case"] != record["case"]] if known == head else []

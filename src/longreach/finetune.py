@@ -132,6 +132,8 @@ def _pretrained_trainee(config: RunConfig, tokenizer: Tokenizer, device: torch.d
     (convert if model.config.model_type in CONVERTIBLE else extend)(model, scaling=scaling)
     model.to(device).train()
     length = config.train.train_length
+    text = model.config.get_text_config()
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     setattr(model.config, TRAIN_LENGTH, length)  # saved with it, for the longest input may be another
     return Trainee(
         method=config.method,
@@ -143,7 +145,7 @@ def _pretrained_trainee(config: RunConfig, tokenizer: Tokenizer, device: torch.d
             length,
             reaching=True,
             dense=_attention_dropout(model.config) > 0,
-            kernels=triton_runs(device),
+            kernels=triton_runs(device, model.dtype, head_dim),
         ),
         save=lambda folder: save_pretrained(model, folder),
     )

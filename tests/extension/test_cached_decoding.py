@@ -57,17 +57,17 @@ def test_equals_the_oracle(model):
     torch.testing.assert_close(logits[0].double(), expected, **CLOSE)
 
 
-def test_a_row_of_biases_serves_until_it_is_too_short_or_of_other_slopes_or_dtype(model):
+def test_a_decoding_bias_serves_until_it_is_too_short_or_of_other_slopes_or_dtype(model):
     extension = extension_of(longreach.extend(model, scaling="linear", train_length=16))
     wanted = [(16, 5, torch.float32), (16, 4, torch.float32), (16, 400, torch.float32), (16, 5, torch.float64)]
     wanted += [(32, 5, torch.float64), (16, 5, torch.float32)]
     made = []
     for length, key_length, dtype in wanted:
         slopes = extension.slopes(length, torch.device("cpu"))
-        row = extension.row(slopes, key_length, dtype)
+        bias = extension.decoding_bias(slopes, key_length, dtype)
         expected = -slopes.to(dtype)[:, None, None] * torch.arange(key_length - 1, -1, -1, dtype=dtype)
-        torch.testing.assert_close(row, expected, rtol=0, atol=0)
-        made.append(extension.rows[slopes.device][1].data_ptr())
+        torch.testing.assert_close(bias, expected, rtol=0, atol=0)
+        made.append(extension.known_biases[slopes.device][1].data_ptr())
     assert [before == after for before, after in pairwise(made)] == [True, *[False] * 4]
 
 

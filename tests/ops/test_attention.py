@@ -443,36 +443,42 @@ def test_wrong_arguments_are_named(qkv, name):
 
 
 @pytest.mark.parametrize(
-    ("device", "capability", "runs"), [("cpu", (9, 0), False), ("cuda", (9, 0), True), ("cuda", (7, 5), False)]
+    ("device", "capability", "dtype", "head_dim", "runs"),
+    [
+        ("cuda", (8, 0), torch.bfloat16, 128, True),
+        ("cuda", (7, 5), torch.bfloat16, 128, False),
+        ("cuda", (9, 0), torch.float64, 64, False),
+        ("cuda", (9, 0), torch.float32, 129, False),
+        ("cpu", (9, 0), torch.float32, 64, False),
+    ],
 )
-def test_where_the_kernels_run(monkeypatch, device, capability, runs):
+def test_where_the_kernels_run(monkeypatch, device, capability, dtype, head_dim, runs):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr("longreach.ops.library._HAS_TRITON", True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert triton_runs(torch.device(device)) == runs
+    assert triton_runs(torch.device(device), dtype, head_dim) == runs
 
 
-@pytest.mark.parametrize(
-    ("dtype", "head_dim", "runs"),
-    [(torch.bfloat16, 128, True), (torch.float64, 64, False), (torch.float32, 129, False)],
-    ids=str,
-)
-def test_auto_leaves_to_the_kernels_what_they_take(monkeypatch, dtype, head_dim, runs):
+def test_auto_leaves_long_inputs_to_the_kernels_where_they_run(monkeypatch):
     class Ran(Exception):
         pass
 
     def run(*arguments, **options):
         raise Ran
 
-    monkeypatch.setattr(module, "triton_runs", lambda device: True)
+    asked = []
+    monkeypatch.setattr(module, "triton_runs", lambda *arguments: asked.append(arguments) or True)
     monkeypatch.setattr(module, "triton_attention", run)
     monkeypatch.setattr(module, "GPU_DENSE_LIMIT", 4 * 5)
-    q = torch.randn(1, 2, 5, head_dim, dtype=dtype)
-    slopes = torch.ones(2)
+    q, slopes = torch.randn(1, 2, 5, 8), torch.ones(2)
     attention(q, q, q, slopes=slopes, bias=torch.zeros(5))
     attention(q[:, :, :4], q, q, slopes=slopes)
-    if not runs:
-        attention(q, q, q, slopes=slopes)
-        return
     with pytest.raises(Ran):
         attention(q, q, q, slopes=slopes)
+    assert set(asked) == {(torch.device("cpu"), torch.float32, 8)}
+
+
+def test_triton_that_is_not_installed_is_named(qkv, monkeypatch):
+    monkeypatch.setattr("longreach.ops.library._HAS_TRITON", False)
+    with pytest.raises(ValueError, match=r'^impl="triton" needs Triton: pip install triton'):
+        attention(*qkv, slopes=torch.ones(4), impl="triton")

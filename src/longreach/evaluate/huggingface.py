@@ -340,7 +340,9 @@ def _from_pretrained(auto: str, name: str, **options: Any) -> Any:
     try:
         import transformers
     except ImportError as error:
-        raise ValueError(f"model {name!r} needs Hugging Face transformers: pip install 'longreach[hf]'") from error
+        raise ValueError(
+            f"model {name!r} is no run here; one of Hugging Face needs transformers: pip install 'longreach[hf]'"
+        ) from error
     try:
         return getattr(transformers, auto).from_pretrained(name, **options)
     except (OSError, ValueError, RuntimeError, ImportError, safetensors.SafetensorError) as error:

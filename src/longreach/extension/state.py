@@ -104,10 +104,10 @@ class Extension:
     """The carrier of the present forward pass, for a base model that cannot be handed one as an argument."""
     observer: Observer | None = None
     """Told of every call to attention with slopes, layer by layer."""
-    memo: dict[torch.device, tuple[float, Tensor]] = field(default_factory=dict)
-    """Device -> the last L' and the slopes scaled for it."""
-    rows: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    """Device -> the slopes of the last decoding step and a `row` of biases under them."""
+    known_slopes: dict[torch.device, tuple[float, float, Tensor]] = field(default_factory=dict)
+    """Device -> the last L' and factor, and the slopes for them."""
+    known_biases: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Device -> the slopes of the last decoding step, and the biases of a single query under them."""
 
     @property
     def depends_on_length(self) -> bool:
@@ -150,29 +150,29 @@ class Extension:
             raise ValueError(f"length={stated.length} is below the {length} tokens that generate may reach: state more")
         self.calls[threading.get_ident()] = replace(stated, generating=True)
 
-    def slopes(self, length: float | Tensor, device: torch.device) -> Tensor:
-        """Slopes for L', (H,), or (B, H) for an L' per sequence, on a device."""
+    def slopes(self, length: float | Tensor, device: torch.device, factor: float = 1.0) -> Tensor:
+        """Slopes for L' times a factor, (H,), or (B, H) for an L' per sequence, on a device."""
         if isinstance(length, Tensor) or torch.compiler.is_compiling():
-            return self.scaling(self.layout.slopes.to(device), length)
-        known = self.memo.get(device)
-        if known is None or known[0] != length:
+            return self.scaling(self.layout.slopes.to(device), length) * factor
+        known = self.known_slopes.get(device)
+        if known is None or known[:2] != (length, factor):
             with torch.inference_mode(False):  # a tensor of inference mode could not serve training later
-                known = length, self.scaling(self.layout.slopes.to(device), length)
-            self.memo[device] = known
-        return known[1]
+                known = length, factor, self.scaling(self.layout.slopes.to(device), length) * factor
+            self.known_slopes[device] = known
+        return known[2]
 
-    def row(self, slopes: Tensor, key_length: int, dtype: torch.dtype) -> Tensor:
+    def decoding_bias(self, slopes: Tensor, key_length: int, dtype: torch.dtype) -> Tensor:
         """Bias of a single query on key_length keys, (H, 1, Tk), or (B, H, 1, Tk) for slopes (B, H).
 
         It is the end of a longer one, which serves all layers and the steps to come: there, making it takes as long as
         anything but the reading of weights, keys and values.
         """
-        known = self.rows.get(slopes.device)
+        known = self.known_biases.get(slopes.device)
         if known is None or known[0] is not slopes or known[1].dtype != dtype or known[1].shape[-1] < key_length:
             with torch.inference_mode(False):
                 bias = dense_bias(slopes, None, 1, key_length + LEAST_ROOM, dtype)
             assert bias is not None, "there are slopes"
-            self.rows[slopes.device] = known = slopes, bias
+            self.known_biases[slopes.device] = known = slopes, bias
         return known[1].narrow(-1, known[1].shape[-1] - key_length, key_length)
 
     def total_length(self, key_length: int, cache: Any, continues: bool) -> int:
@@ -299,7 +299,9 @@ def _attend(
 ) -> Tensor:
     if window is not None and isinstance(length, int):  # no key is seen from further away than the cache is large
         length = min(length, sum(window))
-    slopes = extension.slopes(length if extension.scaling.depends_on_length else 1, q.device)
+    faithful = extension.layout.faithful if extension.bias == "faithful" else None
+    factor_of_bias = bias_scale if faithful is None else 1.0  # a faithful one holds it, as it rounds with it
+    slopes = extension.slopes(length if extension.scaling.depends_on_length else 1, q.device, factor_of_bias)
     if extension.logn:
         factor = logn_factor(extension.scaling.train_length or 2, length)
         if isinstance(factor, Tensor):
@@ -308,16 +310,15 @@ def _attend(
             scale *= factor
     options: dict[str, Any] = {"scale": scale, "tolerance": extension.tolerance, "impl": extension.impl}
     if window is not None and k.shape[2] > sum(window):
-        return streaming_attention(q, k, v, slopes * bias_scale, *window, **options)
-    if extension.bias == "faithful" and extension.layout.faithful is not None:
-        bias = extension.layout.faithful(slopes, _key_positions(padding, k), q.dtype)  # [B, H, 1, Tk]
+        return streaming_attention(q, k, v, slopes, *window, **options)
+    if faithful is not None:
+        bias = faithful(slopes, _key_positions(padding, k), q.dtype)  # [B, H, 1, Tk]
         out: Any = attention(q, k, v, bias=bias, key_padding_mask=padding, dropout_p=dropout_p, **options)
     else:
-        slopes = slopes * bias_scale if bias_scale != 1.0 else slopes
         if extension.observer is not None:
             extension.observer(q, k, slopes, options["scale"])
         if q.shape[2] == 1 and key_norms is None and extension.impl == "auto" and not torch.compiler.is_compiling():
-            options["bias"] = extension.row(slopes, k.shape[2], torch.promote_types(q.dtype, torch.float32))
+            options["bias"] = extension.decoding_bias(slopes, k.shape[2], torch.promote_types(q.dtype, torch.float32))
         else:
             options |= {"slopes": slopes, "key_norms": key_norms}
         out = attention(q, k, v, key_padding_mask=padding, dropout_p=dropout_p, **options)

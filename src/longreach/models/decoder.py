@@ -119,7 +119,8 @@ class Decoder(nn.Module):
 
     def attention_impl(self, query_length: int, key_length: int | None = None, windowed: bool = False) -> str:
         """Name of the attention implementation that runs for so many queries and keys, as many when None."""
-        device = next(self.parameters()).device
+        weight = next(self.parameters())
+        device = weight.device
         attend = self.positions.attend(torch.zeros(1, 1, dtype=torch.int64, device=device), 1, query_length)
         dense = attend.bias is not None or (self.training and self.config.attention_dropout > 0)
         return choose_impl(
@@ -129,7 +130,7 @@ class Decoder(nn.Module):
             reaching=windowed or attend.slopes is not None,
             dense=dense,
             has_key_norms=attend.slopes is not None and not windowed,
-            kernels=triton_runs(device),
+            kernels=triton_runs(device, weight.dtype, self.config.head_dim),
         )
 
     def _check_length(self, total: int, positions: Tensor | None, cache: KVCache | None, length: int | None) -> None:

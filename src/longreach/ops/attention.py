@@ -17,7 +17,7 @@ from .arguments import (
     validate_tolerance,
     window_as_int,
 )
-from .library import COMMON_HEAD_DIM, compiled_cpu_attention, triton_attention, triton_runs
+from .library import compiled_cpu_attention, triton_attention, triton_runs
 from .lse_bound import FEW_QUERIES
 from .reach import KEY_BLOCK
 from .reference import reference_attention
@@ -121,7 +121,7 @@ def attention(
             dense=bias is not None or dropout_p > 0,
             return_lse=return_lse,
             has_key_norms=key_norms is not None,
-            kernels=q.dtype != torch.float64 and q.shape[3] <= COMMON_HEAD_DIM and triton_runs(q.device),
+            kernels=triton_runs(q.device, q.dtype, q.shape[3]),
         )
     arguments: dict[str, Any] = {
         "slopes": slopes,
@@ -173,7 +173,7 @@ def choose_impl(
         dense: whether there is a dense bias or dropout.
         return_lse: whether the LSE is wanted.
         has_key_norms: whether the norms of the keys are given.
-        kernels: whether the Triton kernels run on the device, and take the dtype and head_dim on every such device.
+        kernels: what `longreach.ops.library.triton_runs` says of the device, dtype and head_dim.
     """
     if kernels and (reaching or return_lse) and not dense and query_length * key_length > GPU_DENSE_LIMIT:
         return "triton"

@@ -31,9 +31,11 @@ DECODE_ROWS = 64
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def triton_runs(device: torch.device) -> bool:
-    """Whether the kernels run on a device: NVIDIA GPUs from compute capability 8.0 on, where Triton is installed."""
+def triton_runs(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether the kernels surely run: on NVIDIA GPUs from compute capability 8.0 on, where Triton is installed."""
     if device.type != "cuda" or torch.version.cuda is None or not _HAS_TRITON:
+        return False
+    if dtype == torch.float64 or head_dim > COMMON_HEAD_DIM:
         return False
     # What is compiled cannot ask for the capability, and needs Triton itself.
     return torch.compiler.is_compiling() or torch.cuda.get_device_capability(device) >= (8, 0)
@@ -75,9 +77,11 @@ def triton_attention(
         out (B, H, Tq, D) in the dtype of q, and the natural LSE (B, H, Tq) in float32. Both carry gradients, once.
 
     Raises:
-        ValueError: a dtype, head_dim or device that the kernels do not take.
+        ValueError: a dtype, head_dim or device that the kernels do not take, or Triton is not installed.
     """
     batch, num_heads, query_length, head_dim = q.shape
+    if not _HAS_TRITON:
+        raise ValueError('impl="triton" needs Triton: pip install triton, or choose another impl')
     if q.dtype == torch.float64:
         raise ValueError('q of float64 with impl="triton": give float32, bfloat16 or float16, or another impl')
     if head_dim > MAX_HEAD_DIM:
