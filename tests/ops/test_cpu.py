@@ -2,13 +2,14 @@ import time
 
 import pytest
 import torch
-from adversarial import CASES, Case, magnitudes, random_grads, run
+from adversarial import CASES, Case, magnitudes, probabilities, random_grads, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import longreach.ops.cpu as module
 from longreach.ops.alibi import alibi_slopes
 from longreach.ops.cpu import cpu_attention
+from longreach.ops.lse_bound import FEW_QUERIES
 from longreach.ops.reach import key_block_norms, reach
 from longreach.ops.reference import reference_attention
 from longreach.ops.tiles import plan, product_cost
@@ -220,6 +221,38 @@ def test_factors_are_dense_however_the_inputs_lie(monkeypatch, kv_heads):
     out.transpose(1, 2).square().sum().backward()
     assert len(factors) >= 7
     assert all(b.is_contiguous() or b.T.is_contiguous() for b in factors)
+
+
+@pytest.mark.usefixtures("bounded")
+@pytest.mark.parametrize("strip_pairs", [2**21, 2**13])
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.queries >= FEW_QUERIES])
+def test_backward_leaves_out_the_tolerated_mass_and_no_less(name, strip_pairs, monkeypatch):
+    """Of what the forward pass kept; the bounds on reach leave out as much again at most."""
+    tolerance, ranges = 0.4, []
+
+    def planned(*arguments, **options):
+        ranges.append(arguments[3:5])
+        return plan(*arguments, **options)
+
+    monkeypatch.setattr(module, "plan", planned)
+    monkeypatch.setattr("longreach.ops.tiles.STRIP_PAIRS", strip_pairs)
+    tensors, options = CASES[name].inputs(torch.float64)
+    run(cpu_attention, tensors, options | {"tolerance": tolerance}, random_grads(tensors))
+    (bounds, _), (low, high) = ranges
+    rows, index = tensors[0].shape[2], torch.arange(tensors[1].shape[2])
+    low, high = (torch.tensor(x).transpose(0, 1).repeat_interleave(module.BLOCK_M, -1)[..., :rows] for x in (low, high))
+    weights = probabilities(*tensors[:2], **options)  # [B, H, Tq, Tk]
+    outside = weights * ((index < low[..., None]) | (index >= high[..., None]))
+    assert outside.sum(dim=-1).amax() <= tolerance * (1 if bounds[0] is None else 2)
+
+    sides = [index < low[..., None] + module.BLOCK_N]
+    if not options.get("causal", True):
+        sides.append(index >= high[..., None] - module.BLOCK_N)
+    for side in sides:  # with one block less, some row of each block of queries would lack too much
+        lacking = (weights * side).sum(dim=-1)
+        most = torch.stack([part.amax(dim=-1) for part in lacking.split(module.BLOCK_M, dim=-1)], dim=-1)
+        narrow = (high - low <= module.BLOCK_N)[..., :: module.BLOCK_M]
+        assert ((most > tolerance * (1 - 2**-7) / len(sides)) | narrow).all()
 
 
 def test_backward_is_deterministic_and_repeats():

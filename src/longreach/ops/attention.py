@@ -82,7 +82,7 @@ def attention(
         dropout_p: probability with which attention weights are dropped; pass 0 outside training.
         tolerance: the probability mass per row that "cpu", "triton" and "flex" may drop, at least 0: they skip keys
             that provably hold no more (docs/reach.md). None is the default of the dtype, below its rounding. The
-            others drop nothing.
+            others drop nothing. The backward pass of "cpu" may drop as much again.
         key_norms: (B, Hkv, ceil(Tk / KEY_BLOCK)), upper bounds on the key norms of each block of KEY_BLOCK keys, as
             `longreach.ops.reach.key_block_norms` gives them; a KV cache keeps them so that decoding with "cpu" and
             "triton" reads only keys within reach. "auto" makes no use of them where it chooses otherwise.

@@ -2,8 +2,9 @@
 
 Query blocks whose ranges are alike become one batch, their keys overlapping windows of k and v; `tiles` plans that and
 `tile_views` finds the bias of each tile at no cost. Weights are exponentials by base 2 of scores that hold log2 e from
-the start. The backward pass recomputes them from the LSE and adds gradients up in one fixed order, so that two runs
-agree to the last bit. Half types are computed in float32, or by `cpu_kernel` where that is faster, as few queries are.
+the start. The backward pass recomputes them from the LSE, on the narrower ranges that the forward pass found to matter,
+and adds gradients up in one fixed order, so that two runs agree to the last bit. Half types are computed in float32, or
+by `cpu_kernel` where that is faster, as few queries are.
 """
 
 import math
@@ -118,7 +119,7 @@ def cpu_attention(
             )
             low[worth] = starts.transpose(0, 1).mul(BLOCK_N).tolist()
             high[worth] = ends.transpose(0, 1).mul(BLOCK_N).tolist()
-    return _TiledAttention.apply(q, k, v, left, right, scale, masks, low, high)
+    return _TiledAttention.apply(q, k, v, left, right, scale, masks, tolerance, low, high)
 
 
 class _TiledAttention(torch.autograd.Function):
@@ -134,6 +135,7 @@ class _TiledAttention(torch.autograd.Function):
         right: Tensor,
         scale: float,
         masks: Masks,
+        tolerance: float,
         low: list[Ranges],
         high: list[Ranges],
     ) -> tuple[Tensor, Tensor]:
@@ -158,9 +160,12 @@ class _TiledAttention(torch.autograd.Function):
         else:
             lse2 = lse
             products = _Products(q, k, v, left, right, scale, masks)
+            found = _FoundRanges(q, masks, tolerance) if any(ctx.needs_input_grad) else None
             for tile in plan(q.shape, k.shape, masks, low, high, product_cost):
                 for piece in pieces(tile):
-                    products.attend(piece, out, lse2)
+                    products.attend(piece, out, lse2, found)
+            if found is not None:
+                low, high = found.by_head()
             lse = lse2 * (1 / LOG2_E)
         # The backward pass takes the LSE by base 2: converted from what is returned, it would be rounded once more.
         ctx.save_for_backward(q, k, v, left, right, out, lse2)
@@ -177,7 +182,7 @@ class _TiledAttention(torch.autograd.Function):
         for tile in plan(q.shape, k.shape, ctx.masks, ctx.low, ctx.high, product_cost):
             for piece in pieces(tile):
                 gradients.add(piece)
-        return *gradients.of_inputs(), None, None, None, None
+        return *gradients.of_inputs(), None, None, None, None, None
 
 
 def _by_kernel(q: Tensor) -> bool:
@@ -207,23 +212,27 @@ class _Products:
         self.scale, self.masks, self.dtype = scale, masks, torch.promote_types(q.dtype, torch.float32)
         self.falloff = falloff(left, right, masks, self.dtype) * LOG2_E
 
-    def attend(self, tile: Tile, out: Tensor, lse2: Tensor) -> None:
+    def attend(self, tile: Tile, out: Tensor, lse2: Tensor, found: "_FoundRanges | None") -> None:
         """Write the output and, by base 2, the LSE of the queries of a tile, from a strip of its keys at a time."""
         rows = self.rows(self.q, tile).mul_(self.scale * LOG2_E)
-        sums = [self._attend_strip(rows, strip) for strip in strips(tile)]
-        peak, total, weighted = sums[0] if len(sums) == 1 else _joined(sums)
+        sums = [self._attend_strip(rows, strip, found is not None) for strip in strips(tile)]
+        peak, total, weighted, by_block = sums[0] if len(sums) == 1 else _joined(sums)
         rows_of(lse2, tile).copy_((total.log2() + peak).flip(1)[None, ..., 0])
         weighted.div_(total.clamp_(min=torch.finfo(self.dtype).tiny))  # a row that sees no key has total 0
         rows_of(out, tile).copy_(weighted.flip(1)[None])
+        if found is not None:
+            found.note(tile, by_block, total)
 
-    def _attend_strip(self, rows: Tensor, strip: Tile) -> tuple[Tensor, Tensor, Tensor]:
-        """Largest score of each row by base 2, and sums of weights and of weighted values relative to its power."""
+    def _attend_strip(self, rows: Tensor, strip: Tile, in_blocks: bool) -> tuple[Tensor, ...]:
+        """Largest score of each row by base 2, and relative to its power the sums of weights, of weighted values, and
+        of weights in each block of BLOCK_N keys (lanes, rows, blocks) if they are wanted."""
         weights = _product(rows, self.keys(self.k, strip)).add_(self.bias(strip))  # [lanes, rows, width]
         peak = weights.amax(dim=-1, keepdim=True)
         peak.clamp_(min=torch.finfo(self.dtype).min)  # where all keys are hidden: -inf - -inf is no number
         weights.sub_(peak).exp2_()
         weighted = _product(weights, self.keys(self.v, strip).transpose(1, 2))
-        return peak, weights.sum(dim=-1, keepdim=True), weighted
+        total = weights.sum(dim=-1, keepdim=True)
+        return peak, total, weighted, _block_sums(weights) if in_blocks else total[..., :0]
 
     def rows(self, x: Tensor, tile: Tile) -> Tensor:
         """The queries of a tile in x (B, H, Tq, n), copied and in reverse: (lanes, rows, n)."""
@@ -238,12 +247,57 @@ class _Products:
         return bias_of(self.falloff, tile, self.masks)[0]
 
 
-def _joined(sums: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+def _block_sums(weights: Tensor) -> Tensor:
+    whole = weights.shape[-1] // BLOCK_N * BLOCK_N
+    sums = weights[..., :whole].unflatten(-1, (-1, BLOCK_N)).sum(dim=-1)
+    if whole == weights.shape[-1]:
+        return sums
+    return torch.cat((sums, weights[..., whole:].sum(dim=-1, keepdim=True)), dim=-1)
+
+
+def _joined(sums: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     """What `_attend_strip` says of several strips, as if they were one."""
-    peaks, totals, weighted = (torch.stack(parts) for parts in zip(*sums, strict=True))
+    *parts, blocks = zip(*sums, strict=True)
+    peaks, totals, weighted = (torch.stack(part) for part in parts)
     peak = peaks.amax(dim=0)
     share = peaks.sub_(peak).exp2_()
-    return peak, totals.mul_(share).sum(dim=0), weighted.mul_(share).sum(dim=0)
+    by_block = torch.cat([block.mul_(own) for block, own in zip(blocks, share, strict=True)], dim=-1)
+    return peak, totals.mul_(share).sum(dim=0), weighted.mul_(share).sum(dim=0), by_block
+
+
+class _FoundRanges:
+    """The keys that the backward pass needs: narrower ranges than bounds can prove, from the weights themselves.
+
+    What the forward pass found to weigh `tolerance` at most, in blocks of keys at the far ends of each row, is left
+    out (docs/reach.md).
+    """
+
+    def __init__(self, q: Tensor, masks: Masks, tolerance: float) -> None:
+        self.causal = masks.causal
+        self.limit = tolerance * (1 - 2**-8) / (1 if masks.causal else 2)  # less what sums of weights round by
+        batch, num_heads, query_length = q.shape[:3]
+        rows = -(-query_length // BLOCK_M) * BLOCK_M
+        # Rows that no tile holds need no keys; the masks alone say where causal rows end.
+        self.low = torch.full((batch, num_heads, rows), masks.key_length, dtype=torch.int32)
+        self.high = torch.full_like(self.low, masks.key_length if masks.causal else 0)
+
+    def note(self, tile: Tile, by_block: Tensor, total: Tensor) -> None:
+        """Keep what the rows of a tile, in reverse, need by their weights in each block of keys and in total."""
+        first: Any = tile.key
+        if tile.windows > 1:
+            first = tile.key + tile.rows * torch.arange(tile.windows)[:, None]
+        limit = total * self.limit  # [lanes, rows, 1]
+        below = (by_block.cumsum(dim=-1) <= limit).sum(dim=-1)  # [lanes, rows]
+        rows_of(self.low, tile).copy_(below.mul_(BLOCK_N).add_(first).flip(1)[None])
+        if not self.causal:
+            above = (by_block.flip(-1).cumsum(dim=-1) <= limit).sum(dim=-1)
+            past = (by_block.shape[-1] - above).mul_(BLOCK_N).add_(first)
+            rows_of(self.high, tile).copy_(past.flip(1)[None])
+
+    def by_head(self) -> tuple[list[Ranges], list[Ranges]]:
+        """Ranges of each head, for each sequence and block of queries."""
+        low, high = (ends.transpose(0, 1).unflatten(2, (-1, BLOCK_M)) for ends in (self.low, self.high))
+        return low.amin(dim=-1).tolist(), high.amax(dim=-1).tolist()
 
 
 class _Gradients:
