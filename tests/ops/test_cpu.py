@@ -1,4 +1,5 @@
 import time
+from itertools import combinations, pairwise
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from longreach.ops.cpu import cpu_attention
 from longreach.ops.lse_bound import FEW_QUERIES
 from longreach.ops.reach import key_block_norms, reach
 from longreach.ops.reference import reference_attention
-from longreach.ops.tiles import plan, product_cost
+from longreach.ops.tiles import plan, product_cost, reading_cost
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -284,6 +285,30 @@ def test_refuses(change, message):
     tensors, options = Case(queries=3, keys=3).inputs(torch.float32)
     with pytest.raises(ValueError, match=message):
         cpu_attention(*tensors, **options, **change)
+
+
+@given(data=st.data(), kv_heads=st.sampled_from([1, 2, 6]))
+@settings(max_examples=60, deadline=None)
+def test_heads_share_calls_where_that_is_cheapest(data, kv_heads):
+    """Of all ways to cut the heads of a decoding step into calls."""
+    heads, length = 6, 40_000
+    blocks = data.draw(st.lists(st.integers(0, length // 64 - 1), min_size=heads, max_size=heads))
+    low, high = [[[64 * block]] for block in blocks], [[[length]]] * heads
+    masks = module.Masks.of(1, length, True, None, None, None)
+    tiles = list(plan((1, heads, 1, 8), (1, kv_heads, length, 8), masks, low, high, reading_cost))
+    covered = [head for tile in tiles for head in range(tile.heads.start, tile.heads.stop)]
+    assert covered == list(range(heads))
+
+    def total(cuts):
+        calls = list(pairwise((0, *cuts, heads)))
+        if any(
+            first * kv_heads // heads != (past - 1) * kv_heads // heads for first, past in calls if kv_heads < heads
+        ):
+            return float("inf")
+        return sum(reading_cost(past - first, 1, length - 64 * min(blocks[first:past])) for first, past in calls)
+
+    cheapest = min(total(cuts) for count in range(heads) for cuts in combinations(range(1, heads), count))
+    assert sum(reading_cost(t.heads.stop - t.heads.start, 1, t.width) for t in tiles) == cheapest
 
 
 def test_work_stays_in_proportion_to_what_reach_keeps(monkeypatch):

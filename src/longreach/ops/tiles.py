@@ -38,7 +38,7 @@ LANE_COST = 90_000
 NARROW_COST = 1.9
 """Cost of a pair where many lanes share a product, relative to a lane's own products."""
 
-READING_CALL_COST = 2**12
+READING_CALL_COST = 3000
 """Keys whose reading takes as long as an additional call."""
 
 STRIP_PAIRS = 2**21
@@ -183,8 +183,9 @@ def kernel_cost(lanes: int, rows: int, width: int) -> float:
 
 
 def reading_cost(lanes: int, rows: int, width: int) -> float:
-    """The cost for few queries, in keys that are read; the kernel gives a lane to one thread."""
-    return READING_CALL_COST + max(lanes, torch.get_num_threads()) * width
+    """The cost for few queries, in keys that are read; a thread takes whole lanes, while the others wait."""
+    threads = torch.get_num_threads()
+    return READING_CALL_COST + -(-lanes // threads) * threads * width
 
 
 def product_cost(lanes: int, rows: int, width: int) -> float:
@@ -239,7 +240,7 @@ def plan(
             if square and masks.causal and masks.window_size is None and (rows, masks.holes) == (keys, None):
                 block = _Block(rows[0], rows[1] - rows[0], *keys)
                 whole_heads = [(head, block) for head in range(num_heads) if lowest[head] is None]
-            for some in _cut(whole_heads, lambda some: _heads_cost(some, group, cost)):
+            for some in _calls(whole_heads, group, cost):
                 heads = slice(some[0][0], some[-1][0] + 1)
                 yield Tile(sequences, heads, rows[0], block.rows, 1, keys[0], block.rows, square=True)
             unbounded = [] if whole_heads else _blocks(rows, keys, masks, None, None, cost)
@@ -310,7 +311,7 @@ def _tiles(
             key = row + offset - before
             yield Tile(batch, slice(head, head + 1), row, run[0].rows, len(run), key, width)
     for (row, rows), members in alone.items():
-        for some in _cut(members, lambda some: _heads_cost(some, group, cost)):
+        for some in _calls(members, group, cost):
             low = min(block.low for _, block in some)
             high = max(block.high for _, block in some)
             yield Tile(batch, slice(some[0][0], some[-1][0] + 1), row, rows, 1, low, high - low)
@@ -349,14 +350,32 @@ def _run_cost(run: list[_Block], keys: tuple[int, int], offset: int, cost: Cost)
     return cost(len(run), rows, width)
 
 
-def _heads_cost(members: list[tuple[int, _Block]], group: int, cost: Cost) -> float:
-    """Work of one call for one block of queries of these heads; infinite where they are not evenly spaced."""
-    (first, block), (last, _) = members[0], members[-1]
-    adjacent = last - first == len(members) - 1
-    if len(members) > 1 and not (adjacent and (group == 1 or first // group == last // group)):
-        return math.inf
-    low, high = min(block.low for _, block in members), max(block.high for _, block in members)
-    return cost(len(members), block.rows, high - low)
+def _calls(members: list[tuple[int, _Block]], group: int, cost: Cost) -> list[list[tuple[int, _Block]]]:
+    """Cut one block of queries of several heads into calls of adjacent heads, as few and as narrow as is cheapest."""
+    least, firsts = (
+        [0.0],
+        [],
+    )  # of the first n members: the cost of their calls, and who comes first in the last of them
+    for past in range(1, len(members) + 1):
+        last, block = members[past - 1]
+        low, high, best, chosen = block.low, block.high, math.inf, past - 1
+        for first in range(past - 1, -1, -1):
+            head, block = members[first]
+            if last - head != past - 1 - first or (group > 1 and head // group != last // group):
+                break  # a call takes heads that are evenly spaced, and whose keys are
+            low, high = min(low, block.low), max(high, block.high)
+            call = cost(past - first, block.rows, high - low)
+            if call > best:
+                break  # and so is any wider one
+            if least[first] + call <= best:
+                best, chosen = least[first] + call, first
+        least.append(best)
+        firsts.append(chosen)
+    calls, past = [], len(members)
+    while past:
+        calls.append(members[firsts[past - 1] : past])
+        past = firsts[past - 1]
+    return calls[::-1]
 
 
 def pieces(tile: Tile) -> Iterator[Tile]:
