@@ -66,27 +66,32 @@ class _Tiles:
 
 
 class FewQueries(_Tiles):
-    """Tiles of a decoding step: the bias is made for each alone, as a vector over all keys would take its time."""
+    """Tiles of a decoding step: the bias of each head is made for the keys that it reads, to save time."""
 
     def attend(self, tile: Tile) -> None:
         """Compute a tile of one window."""
-        rows = rows_of(self.q, tile)
-        position = torch.arange(tile.row, tile.row + tile.rows, dtype=self.lse.dtype)[:, None] + self.masks.offset
-        distance = position - torch.arange(tile.key, tile.key + tile.width, dtype=self.lse.dtype)
-        left = self._slope(self.left, tile)
-        right = left if self.masks.causal else self._slope(self.right, tile)
+        distance = self._distances[tile.row : tile.row + tile.rows, tile.key : tile.key + tile.width]
+        left, right = (side[tile.batch if len(side) > 1 else slice(None), tile.heads] for side in self._slopes)
         bias = bias_at(distance, left, right, self.masks)
         if self.masks.holes is not None:
             hidden = self.masks.holes[tile.batch, tile.key : tile.key + tile.width]
             bias = bias.masked_fill(hidden[:, None, None], float("-inf"))
-        out, lse = self._with_bias(rows, bias, tile)
+        out, lse = self._with_bias(rows_of(self.q, tile), bias, tile)
         rows_of(self.out, tile).copy_(out)
         rows_of(self.lse, tile).copy_(lse)
 
-    def _slope(self, side: Tensor, tile: Tile) -> Tensor:
-        """The slopes of a tile: (1 or B, heads, 1, 1)."""
-        side = side.detach().to(self.lse.dtype).view(-1, self.q.shape[1])
-        return (side[tile.batch] if len(side) > 1 else side)[:, tile.heads, None, None]
+    @cached_property
+    def _distances(self) -> Tensor:
+        """(Tq, Tk)."""
+        dtype, masks = self.lse.dtype, self.masks
+        positions = torch.arange(masks.offset, masks.key_length, dtype=dtype)
+        return positions[:, None] - torch.arange(masks.key_length, dtype=dtype)
+
+    @cached_property
+    def _slopes(self) -> tuple[Tensor, Tensor]:
+        """Left and right slopes, (1 or B, H, 1, 1)."""
+        left, right = (x.detach().to(self.lse.dtype).view(-1, x.shape[-1], 1, 1) for x in (self.left, self.right))
+        return left, right
 
 
 class HalfTypes(_Tiles):

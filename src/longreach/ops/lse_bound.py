@@ -107,7 +107,6 @@ def last_lse(
     q: Tensor, k: Tensor, left: Tensor, right: Tensor, centre: Tensor | None, scale: float, masks: Masks
 ) -> Tensor:
     """Lower bound of the LSE: that over the visible ones of the LAST_KEYS last keys, (B, H, Tq), -inf for none."""
-    left, right = raised(left), raised(right)
     first = max(0, k.shape[2] - LAST_KEYS)
     keys = k[:, :, first:].to(left.dtype)
     keys = keys if centre is None else keys - centre
@@ -116,10 +115,11 @@ def last_lse(
     key_positions = torch.arange(first, k.shape[2], device=q.device)
     positions = torch.arange(q.shape[2], device=q.device)[:, None] + (k.shape[2] - q.shape[2])
     distance = positions - key_positions  # [Tq, keys]
-    penalty = left[..., None, None] * distance.clamp(min=0)
-    if not masks.causal:
-        penalty = penalty + right[..., None, None] * (-distance).clamp(min=0)
-    scores = scores - penalty
+    if masks.causal:  # which hides keys at negative distances
+        scores = scores - raised(left)[..., None, None] * distance
+    else:
+        left, right = raised(left)[..., None, None], raised(right)[..., None, None]
+        scores = scores - left * distance.clamp(min=0) - right * (-distance).clamp(min=0)
     if q.shape[2] > 1 or not masks.causal or masks.hide_past:  # a single query stands at the last key
         scores = scores.masked_fill(masks.hide(positions, key_positions[None], k.shape[2]), float("-inf"))
     return scores.logsumexp(dim=-1)

@@ -22,7 +22,9 @@ def falloff(left: Tensor, right: Tensor, masks: Masks, dtype: torch.dtype) -> Te
 def bias_at(distance: Tensor, left: Tensor, right: Tensor, masks: Masks) -> Tensor:
     """The bias at distances to keys, positive for past ones, -inf where causality or the window hide."""
     if masks.causal:
-        bias = (left * -distance).masked_fill_(distance < 0, float("-inf"))
+        bias = -left * distance
+        if masks.query_length > 1:  # a single query stands at the last key
+            bias.masked_fill_(distance < 0, float("-inf"))
     else:
         bias = -(left * distance.clamp(min=0) + right * (-distance).clamp(min=0))
     if masks.window_size is not None:
