@@ -9,7 +9,7 @@ Denormals are flushed for all. Before anything is timed, its result is compared 
 longreach where blocks are skipped; the run ends when longreach breaks its error rule. A peer that raises, or is far
 off, is recorded as failed with its reason. Peers are given what their users could prepare once (benchmarks/peers.py).
 `causal SDPA` has no bias at all: it is the ceiling for dense attention, not a peer. The file is written anew after each
-workload, so that what was measured outlasts a run that is stopped.
+workload, so that what was measured outlasts a run that is stopped: with --resume the next one measures the rest.
 
 On a GPU two peers come from packages of their own, and are recorded as failed without them: FlexAttention's FLASH
 backend from `pip install flash-attn-4==4.0.0b14`, and the pruned kernel of the Forgetting Transformer from `pip install
@@ -285,7 +285,10 @@ def run(
 ) -> None:
     """Measure one workload after the other; what is known by then is written after each."""
     start, last = time.perf_counter(), None
+    known = [record["workload"] for record in document["records"]]
     for workload in work:
+        if asdict(workload) in known:
+            continue
         shape = replace(workload, mode="", dtype="", std=1.0)
         if shape != last:
             torch.compiler.reset()  # torch keeps eight graphs of a function and compiles no more, so those of one shape
@@ -328,6 +331,7 @@ def main() -> None:
     parser.add_argument(
         "--crossover", action="store_true", help="time what choose_impl decides between; writes NAME-crossover.json"
     )
+    parser.add_argument("--resume", action="store_true", help="keep what the file says already, measure the rest")
     arguments = parser.parse_args()
     torch.set_flush_denormal(True)
     device, rounds, skip = arguments.device, arguments.rounds, set(arguments.skip)
@@ -337,9 +341,22 @@ def main() -> None:
     path = RESULTS / f"{arguments.machine}{'-crossover' if arguments.crossover else ''}.json"
     path.parent.mkdir(exist_ok=True)
     document: dict[str, Any] = {"benchmark": "attention", "machine": machine(arguments.machine, device), "records": []}
+    if arguments.resume and path.exists():
+        document["records"] = measured(path, document["machine"])
     work = crossover_workloads() if arguments.crossover else workloads(device, lengths)
     choose = functools.partial(chosen, device=device, skip=skip, crossover=arguments.crossover)
     run(document, path, work, device, rounds, choose)
+
+
+def measured(path: Path, here: dict[str, Any]) -> list[dict[str, Any]]:
+    """The records of a file, if they are of this machine and these versions, of whatever day."""
+    known = json.loads(path.read_text())
+    for key, value in here.items():
+        if key != "date" and known["machine"].get(key) != value:
+            was = known["machine"].get(key)
+            raise SystemExit(f"--resume: {path} has {key} {was!r}, here it is {value!r}: give another --machine")
+    records: list[dict[str, Any]] = known["records"]
+    return records
 
 
 def machine(name: str, device: str) -> dict[str, Any]:

@@ -94,6 +94,24 @@ def test_longreach_that_fails_ends_the_run_and_keeps_what_was_measured(scripts, 
         assert [record["workload"]["length"] for record in json.loads(run.path.read_text())["records"]] == [32]
 
 
+def test_a_run_that_was_stopped_resumes(scripts, run, capsys):
+    peers, attention, _ = scripts
+    work = [peers.Workload("forward", "float32", length, heads=2, head_dim=16) for length in (32, 48)]
+    first = run({peers.OURS: peers.ours}, work[0])
+    head = attention.machine("here", "cpu")
+    run.path.write_text(json.dumps({"machine": head | {"date": "2026-01-01"}, "records": first}))
+    known = attention.measured(run.path, head)
+    capsys.readouterr()
+    attention.run({"records": known}, run.path, work, "cpu", 2, lambda workload: {peers.OURS: peers.ours})
+    assert "T=32 " not in capsys.readouterr().out
+    records = json.loads(run.path.read_text())["records"]
+    assert [record["workload"]["length"] for record in records] == [32, 48]
+    assert records[0] == first[0]
+    run.path.write_text(json.dumps({"machine": head | {"torch": "2.0"}, "records": first}))
+    with pytest.raises(SystemExit, match=r"--resume: .*machine\.json has torch '2\.0', here it is '2\."):
+        attention.measured(run.path, head)
+
+
 def test_gradients_are_checked_where_blocks_are_skipped(scripts, monkeypatch):
     attention = scripts[1]
     monkeypatch.setattr(attention, "GRADIENT_LENGTH", 2048)
