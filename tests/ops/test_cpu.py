@@ -256,6 +256,20 @@ def test_backward_leaves_out_the_tolerated_mass_and_no_less(name, strip_pairs, m
         assert ((most > tolerance * (1 - 2**-7) / len(sides)) | narrow).all()
 
 
+def test_rows_whose_scores_are_all_infinitely_low_have_no_gradient(monkeypatch):
+    """None of their keys is needed, so no tile writes them; memory that nobody wrote is NaN here."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    q, k, v = (torch.full((1, 1, 300, 16), x, requires_grad=True) for x in (1e30, -1e30, 1.0))
+    torch.use_deterministic_algorithms(True)
+    try:
+        out, lse = cpu_attention(q, k, v, slopes=torch.tensor([0.1]))
+        gradients = torch.autograd.grad(out.sum(), (q, k, v))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert lse.isneginf().all()
+    assert not any(x.any() for x in (out, *gradients))
+
+
 def test_backward_is_deterministic_and_repeats():
     tensors, options = CASES["longer than the reach"].inputs(torch.float32)
     grads = random_grads(tensors)

@@ -224,8 +224,10 @@ class _Products:
             found.note(tile, by_block, total)
 
     def _attend_strip(self, rows: Tensor, strip: Tile, in_blocks: bool) -> tuple[Tensor, ...]:
-        """Largest score of each row by base 2, and relative to its power the sums of weights, of weighted values, and
-        of weights in each block of BLOCK_N keys (lanes, rows, blocks) if they are wanted."""
+        """Largest score of each row by base 2; relative to its power, sums of weights and of weighted values.
+
+        And, if they are wanted, the sums of weights in each block of BLOCK_N keys, (lanes, rows, blocks).
+        """
         weights = _product(rows, self.keys(self.k, strip)).add_(self.bias(strip))  # [lanes, rows, width]
         peak = weights.amax(dim=-1, keepdim=True)
         peak.clamp_(min=torch.finfo(self.dtype).min)  # where all keys are hidden: -inf - -inf is no number
@@ -248,6 +250,7 @@ class _Products:
 
 
 def _block_sums(weights: Tensor) -> Tensor:
+    """Sums (..., blocks) over blocks of BLOCK_N keys, the last of which may have fewer."""
     whole = weights.shape[-1] // BLOCK_N * BLOCK_N
     sums = weights[..., :whole].unflatten(-1, (-1, BLOCK_N)).sum(dim=-1)
     if whole == weights.shape[-1]:
@@ -311,7 +314,7 @@ class _Gradients:
         self.grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         self.grad_lse = torch.zeros_like(lse2) if grad_lse is None else grad_lse.masked_fill(lse2.isneginf(), 0.0)
         self.lse2 = lse2.masked_fill(lse2.isneginf(), float("inf"))  # rows without keys: exp(-inf) is 0, not NaN
-        self.of_q = (torch.zeros if products.masks.may_hide_all_keys else torch.empty)(q.shape, dtype=q.dtype)
+        self.of_q = torch.zeros(q.shape, dtype=q.dtype)  # no tile holds rows that need no keys
         self.of_k, self.of_v = (torch.zeros(x.shape, dtype=self.dtype) for x in (k, v))
         self.of_left, self.of_right = (torch.zeros(q.shape[:2], dtype=self.dtype) for _ in range(2))
 
