@@ -352,21 +352,19 @@ def _run_cost(run: list[_Block], keys: tuple[int, int], offset: int, cost: Cost)
 
 def _calls(members: list[tuple[int, _Block]], group: int, cost: Cost) -> list[list[tuple[int, _Block]]]:
     """Cut one block of queries of several heads into calls of adjacent heads, as few and as narrow as is cheapest."""
-    least, firsts = (
-        [0.0],
-        [],
-    )  # of the first n members: the cost of their calls, and who comes first in the last of them
+    least = [0.0]  # cost of the calls of the first 0, 1, ... members
+    firsts = []  # who comes first in the last of these calls
     for past in range(1, len(members) + 1):
         last, block = members[past - 1]
         low, high, best, chosen = block.low, block.high, math.inf, past - 1
         for first in range(past - 1, -1, -1):
             head, block = members[first]
             if last - head != past - 1 - first or (group > 1 and head // group != last // group):
-                break  # a call takes heads that are evenly spaced, and whose keys are
+                break  # a call takes heads that lie evenly spaced in memory, as their keys do
             low, high = min(low, block.low), max(high, block.high)
             call = cost(past - first, block.rows, high - low)
             if call > best:
-                break  # and so is any wider one
+                break  # calls of more heads cost no less
             if least[first] + call <= best:
                 best, chosen = least[first] + call, first
         least.append(best)
