@@ -35,6 +35,7 @@ from peers import (
     CEILING,
     FLEX,
     FLEX_FLASH,
+    HALF,
     OURS,
     Attend,
     Maker,
@@ -42,6 +43,7 @@ from peers import (
     alternatives,
     contenders,
     is_dense_peer,
+    ours,
 )
 from torch import Tensor
 
@@ -55,6 +57,9 @@ RESULTS = Path(__file__).parent / "results"
 
 LENGTHS = {"cpu": [1024, 2048, 8192, 32768, 65536], "cuda": [2048, 8192, 32768]}
 """What is measured unless asked otherwise; on a GPU, all of it within ten minutes, compiling included."""
+
+DENSE_LIMIT = 32768
+"""Above this length dense attention takes minutes a call on a CPU: what counts there is how our own time grows."""
 
 STD_LENGTH = 8192
 """The length at which larger scores, which reach farther, are measured too."""
@@ -86,8 +91,7 @@ def measure(
     workload: Workload, device: str, rounds: int, makers: dict[str, Maker]
 ) -> tuple[list[Figure], dict[str, str]]:
     """Check and time every contender on one workload: their figures, and why those failed that did."""
-    tensors = workload.tensors(device)
-    gradient = torch.randn_like(tensors[0]) if workload.mode == "training" else None
+    inputs = functools.cache(_inputs)
     if workload.mode != "decode":
         check_gradients(workload.dtype, workload.std, workload.head_dim, device)
     failed: dict[str, str] = {}
@@ -96,9 +100,11 @@ def measure(
     times: dict[str, list[float]] = {name: [] for name in makers}
     for name, maker in makers.items():
         with peer_may_fail(name, failed):
-            attend = maker(workload, tensors)
+            own = replace(workload, length=workload.length // 2) if name == HALF else workload
+            tensors, gradient = inputs(own, device)
+            attend = maker(own, tensors)
             if attend is not None:
-                errors[name] = check(name, attend, workload, tensors)
+                errors[name] = check(name, attend, own, tensors)
                 call: Callable[[], None] = functools.partial(_call, attend, tensors, gradient)
                 extra[name] = peak_memory(call, device)  # a warm-up at the same time
                 calls[name] = call
@@ -125,6 +131,12 @@ def peer_may_fail(name: str, failed: dict[str, str]) -> Iterator[None]:
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # raises if the device is lost, to longreach as well
         failed[name] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def _inputs(workload: Workload, device: str) -> tuple[list[Tensor], Tensor | None]:
+    """q, k and v, and in training the gradient of the output."""
+    tensors = workload.tensors(device)
+    return tensors, torch.randn_like(tensors[0]) if workload.mode == "training" else None
 
 
 def _call(attend: Attend, tensors: list[Tensor], gradient: Tensor | None) -> None:
@@ -269,10 +281,10 @@ def crossover_workloads() -> list[Workload]:
 
 def chosen(workload: Workload, device: str, skip: set[str], crossover: bool) -> dict[str, Maker]:
     """Who runs a workload."""
+    if device == "cpu" and workload.length > DENSE_LIMIT:
+        return {OURS: ours, HALF: ours}
     makers = alternatives(workload.mode) if crossover else contenders(device)
-    # Dense attention takes minutes a call at 64k on a CPU. What counts there is how our own time grows from 32k.
-    alone = device == "cpu" and workload.length > 32768
-    return {name: maker for name, maker in makers.items() if name == OURS or not (alone or name in skip)}
+    return {name: maker for name, maker in makers.items() if name == OURS or name not in skip}
 
 
 def run(
@@ -293,7 +305,7 @@ def run(
         if shape != last:
             torch.compiler.reset()  # torch keeps eight graphs of a function and compiles no more, so those of one shape
         last = shape
-        slow = device == "cpu" and workload.mode != "decode" and workload.length > 8192
+        slow = device == "cpu" and workload.mode != "decode" and 8192 < workload.length <= DENSE_LIMIT
         figures, failed = measure(workload, device, min(rounds, 3) if slow else rounds, choose(workload))
         report(workload, figures, failed, time.perf_counter() - start)
         record = {"workload": asdict(workload), "figures": [asdict(figure) for figure in figures], "failed": failed}

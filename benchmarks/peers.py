@@ -24,6 +24,8 @@ MASK_BYTES = 3 * 2**30
 
 OURS = "longreach"
 NO_NORMS = "longreach, no key_norms"
+HALF = "longreach, half the length"
+"""Itself on half as many tokens: how time grows, where dense attention takes minutes."""
 DENSE = "impl=sdpa"
 CEILING = "causal SDPA, no bias"
 """Dense attention without ALiBi: what no dense peer can pass, and no peer itself."""

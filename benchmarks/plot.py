@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from peers import CEILING, DENSE, FLEX, FLEX_FLASH, OURS, PRUNED, is_dense_peer
+from peers import CEILING, DENSE, FLEX, FLEX_FLASH, HALF, OURS, PRUNED, is_dense_peer
 
 from longreach.report.figures import to_svg
 
@@ -57,6 +57,8 @@ def curves(records: list[Record]) -> dict[str, dict[int, float]]:
     found: dict[str, dict[int, float]] = {}
     for record in records:
         for figure in record["figures"]:
+            if figure["contender"] == HALF:
+                continue  # a point of its own curve already
             found.setdefault(figure["contender"], {})[record["workload"]["length"]] = figure["seconds"]
     return found
 
@@ -110,7 +112,7 @@ def tables(records: list[Record]) -> str:
     """How many times faster than the fastest dense peer, and than dense attention without any bias, as Markdown.
 
     Heads and head_dim are named where they differ. Where the Forgetting Transformer's kernel, which skips keys too, was
-    measured, it has a column of its own. Who failed is told below.
+    measured, it has a column of its own. How time grows where there are no peers, and who failed, is told below.
     """
     named = shapes_differ(records)
     contenders = {figure["contender"] for record in records for figure in record["figures"]}
@@ -135,7 +137,21 @@ def tables(records: list[Record]) -> str:
             row.append("-" if figure is None else f"{figure['seconds'] / ours:.2f}")
         row.append(f"{figures[OURS]['extra_bytes'] / 2**20:.0f} MiB")
         lines.append("| " + " | ".join(row) + " |")
-    return "\n".join(lines + failures(records))
+    return "\n".join(lines + growth(records) + failures(records))
+
+
+def growth(records: list[Record]) -> list[str]:
+    """How many times as long twice the length takes, where both were measured in turn."""
+    found: dict[int, list[str]] = {}
+    for record in records:
+        workload, seconds = record["workload"], {x["contender"]: x["seconds"] for x in record["figures"]}
+        if HALF in seconds:
+            what = f"{MODES[workload['mode']]} in {workload['dtype']} {seconds[OURS] / seconds[HALF]:.2f}"
+            found.setdefault(workload["length"], []).append(what)
+    return [
+        f"\nTimes as long as at half the length, measured in turn, at {length:,}: {', '.join(whats)}."
+        for length, whats in found.items()
+    ]
 
 
 def failures(records: list[Record]) -> list[str]:

@@ -143,6 +143,30 @@ def test_what_runs_on_a_gpu_and_where_impl_changes_over(scripts):
     assert peers.NO_NORMS not in attention.chosen(peers.Workload("forward", "float32", 64), "cpu", set(), True)
 
 
+def test_growth_is_measured_in_turn_where_dense_attention_takes_minutes(scripts, run):
+    peers, attention, plot = scripts
+    long = peers.Workload("training", "float32", 2 * attention.DENSE_LIMIT)
+    makers = attention.chosen(long, "cpu", set(), False)
+    assert set(makers) == {peers.OURS, peers.HALF}
+    assert peers.HALF not in attention.chosen(long, "cuda", set(), False)
+    assert not peers.is_dense_peer(peers.HALF)
+    lengths = []
+
+    def noting(workload, tensors):
+        lengths.append((workload.length, *(x.shape[2] for x in tensors)))
+        return peers.ours(workload, tensors)
+
+    (record,) = run(dict.fromkeys(makers, noting), peers.Workload("training", "float32", 64, heads=2, head_dim=16))
+    assert lengths == [(64, 64, 64, 64), (32, 32, 32, 32)]
+    whole, half = record["figures"]
+    assert half["contender"] == peers.HALF
+    assert len(half["rounds"]) == 2
+    whole["seconds"], half["seconds"] = 3.0, 2.0
+    told = "Times as long as at half the length, measured in turn, at 64: forward + backward in float32 1.50."
+    assert plot.tables([record]).endswith(f"\n\n{told}")
+    assert list(plot.curves([record])) == [peers.OURS]
+
+
 def gpu_records(scripts):
     """Every workload of a GPU, the contenders' times told apart by shape, and one failure."""
     peers, attention, _ = scripts

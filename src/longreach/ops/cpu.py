@@ -197,7 +197,7 @@ def _product(a: Tensor, b: Tensor, added: Tensor | None = None) -> Tensor:
     aligned = a.shape[1] % ALIGNED == 0 and b.shape[1] % ALIGNED == 0
     if ONEDNN and aligned and len(a) == 1 and a.dtype == torch.float32:
         vector = None if added is None else added[0, 0]
-        return torch.ops.mkldnn._linear_pointwise(a[0], b[0], vector, "none", [], "")[None]
+        return torch.ops.mkldnn._linear_pointwise.default(a[0], b[0], vector, "none", [], "")[None]
     b = b.transpose(1, 2)
     return torch.bmm(a, b) if added is None else torch.baddbmm(added, a, b)
 
@@ -216,7 +216,8 @@ class _Products:
         """Write the output and, by base 2, the LSE of the queries of a tile, from a strip of its keys at a time."""
         rows = self.rows(self.q, tile).mul_(self.scale * LOG2_E)
         sums = [self._attend_strip(rows, strip, found is not None) for strip in strips(tile)]
-        peak, total, weighted, by_block = sums[0] if len(sums) == 1 else _joined(sums)
+        peak, by_block, weighted = sums[0] if len(sums) == 1 else _joined(sums)
+        total = by_block.sum(dim=-1, keepdim=True)
         rows_of(lse2, tile).copy_((total.log2() + peak).flip(1)[None, ..., 0])
         weighted.div_(total.clamp_(min=torch.finfo(self.dtype).tiny))  # a row that sees no key has total 0
         rows_of(out, tile).copy_(weighted.flip(1)[None])
@@ -224,17 +225,17 @@ class _Products:
             found.note(tile, by_block, total)
 
     def _attend_strip(self, rows: Tensor, strip: Tile, in_blocks: bool) -> tuple[Tensor, ...]:
-        """Largest score of each row by base 2; relative to its power, sums of weights and of weighted values.
+        """Largest score of each row by base 2; relative to its power, sums of weights and the sum of weighted values.
 
-        And, if they are wanted, the sums of weights in each block of BLOCK_N keys, (lanes, rows, blocks).
+        The sums of weights are those of each block of BLOCK_N keys or, unless these are wanted, of the strip.
         """
         weights = _product(rows, self.keys(self.k, strip)).add_(self.bias(strip))  # [lanes, rows, width]
         peak = weights.amax(dim=-1, keepdim=True)
         peak.clamp_(min=torch.finfo(self.dtype).min)  # where all keys are hidden: -inf - -inf is no number
         weights.sub_(peak).exp2_()
         weighted = _product(weights, self.keys(self.v, strip).transpose(1, 2))
-        total = weights.sum(dim=-1, keepdim=True)
-        return peak, total, weighted, _block_sums(weights) if in_blocks else total[..., :0]
+        by_block = _block_sums(weights) if in_blocks else weights.sum(dim=-1, keepdim=True)
+        return peak, by_block, weighted
 
     def rows(self, x: Tensor, tile: Tile) -> Tensor:
         """The queries of a tile in x (B, H, Tq, n), copied and in reverse: (lanes, rows, n)."""
@@ -260,12 +261,11 @@ def _block_sums(weights: Tensor) -> Tensor:
 
 def _joined(sums: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     """What `_attend_strip` says of several strips, as if they were one."""
-    *parts, blocks = zip(*sums, strict=True)
-    peaks, totals, weighted = (torch.stack(part) for part in parts)
-    peak = peaks.amax(dim=0)
-    share = peaks.sub_(peak).exp2_()
-    by_block = torch.cat([block.mul_(own) for block, own in zip(blocks, share, strict=True)], dim=-1)
-    return peak, totals.mul_(share).sum(dim=0), weighted.mul_(share).sum(dim=0), by_block
+    peaks, blocks, weighted = zip(*sums, strict=True)
+    peak = torch.stack(peaks).amax(dim=0)
+    shares = [own.sub_(peak).exp2_() for own in peaks]
+    by_block = torch.cat([block.mul_(share) for block, share in zip(blocks, shares, strict=True)], dim=-1)
+    return peak, by_block, torch.stack([x.mul_(share) for x, share in zip(weighted, shares, strict=True)]).sum(dim=0)
 
 
 class _FoundRanges:
