@@ -29,14 +29,14 @@ BLOCK_ROWS = (128, 256, 512, 1024)
 CALL_COST = 2**15
 """Work, in pairs of a query and a key, that is worth an additional call of a kernel."""
 
-WIDE_PAIRS = 2**16
-"""Pairs from which on a lane of a tile is worth matrix products of its own."""
-
 LANE_COST = 90_000
 """What a lane's own products and sums cost besides their pairs, in pairs."""
 
-NARROW_COST = 1.9
+NARROW_COST = 1.8
 """Cost of a pair where many lanes share a product, relative to a lane's own products."""
+
+WIDE_PAIRS = round(LANE_COST / (NARROW_COST - 1))
+"""Pairs from which on a lane of a tile is worth matrix products of its own."""
 
 READING_CALL_COST = 3000
 """Keys whose reading takes as long as an additional call."""
