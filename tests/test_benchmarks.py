@@ -3,11 +3,14 @@
 import functools
 import importlib
 import json
+import statistics
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from longreach.ops.attention import choose_impl
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -165,6 +168,22 @@ def test_growth_is_measured_in_turn_where_dense_attention_takes_minutes(scripts,
     told = "Times as long as at half the length, measured in turn, at 64: forward + backward in float32 1.50."
     assert plot.tables([record]).endswith(f"\n\n{told}")
     assert list(plot.curves([record])) == [peers.OURS]
+
+
+def test_auto_changes_over_where_the_committed_run_says(scripts):
+    """From the first length on at which "cpu" is faster than "sdpa" by a tenth, in the geometric mean of workloads."""
+    peers = scripts[0]
+    records = json.loads((BENCHMARKS / "results" / "cpu-2core-crossover.json").read_text())["records"]
+    gains = {}
+    for record in records:
+        workload = record["workload"]
+        seconds = {figure["contender"]: figure["seconds"] for figure in record["figures"]}
+        key = workload["mode"] == "decode", workload["length"]
+        gains.setdefault(key, []).append(seconds[peers.DENSE] / seconds[peers.OURS])
+    for decoding, length in gains:
+        queries = 1 if decoding else length
+        chosen = choose_impl("cpu", queries, length, reaching=True, has_key_norms=decoding)
+        assert chosen == ("cpu" if statistics.geometric_mean(gains[decoding, length]) >= 1.1 else "sdpa")
 
 
 def gpu_records(scripts):

@@ -123,7 +123,7 @@ def golden(model, tokens):
     return torch.stack([logits(state, row) for row in tokens])
 
 
-@pytest.mark.parametrize("length", [1, 7, TRAINED, 3 * TRAINED, 300])
+@pytest.mark.parametrize("length", [1, 7, TRAINED, 3 * TRAINED, 520])
 def test_logits_are_those_of_the_definition(model, length):
     tokens = tokens_of(2, length)
     convert(model, "alibi")

@@ -41,9 +41,9 @@ def test_equals_stock_at_its_length(model):
 
 
 @pytest.mark.parametrize("scaling", ["none", "linear", "ntk"])
-@pytest.mark.parametrize("length", [20, 75, 300])
+@pytest.mark.parametrize("length", [20, 75, 520])
 def test_equals_the_oracle_at_any_length(model, scaling, length):
-    """300 tokens are past the crossover to the CPU implementation that skips what is out of reach."""
+    """520 tokens are past the crossover to the CPU implementation that skips what is out of reach."""
     longreach.extend(model, scaling=scaling, train_length=32)
     ids = tokens(1, length)
     expected = oracle(model, ids[0], interpolated(scaling, 32, length))

@@ -26,14 +26,14 @@ from .sdpa import sdpa_attention
 IMPLEMENTATIONS = ("reference", "sdpa", "cpu", "triton", "flex")
 """What `impl` may name besides "auto"."""
 
-CPU_CROSSOVER = 256 * 256
+CPU_CROSSOVER = 512 * 512
 """Tq Tk from which "cpu" is preferred to "sdpa" with a dense mask on the CPU. By `benchmarks/attention.py --crossover`
-on an AMD EPYC it is 0.7 to 0.8 times as fast forward at 128 tokens, 0.95 to 1.8 at 256 and 1.2 to 3.3 at 512; with a
-backward pass 0.6 to 1.4, 0.8 to 1.0 and 0.9 to 1.4."""
+(benchmarks/results/cpu-2core-crossover.json) it is 0.72 to 1.18 times as fast at 256 tokens, 0.88 to 1.65 at 512 and
+1.28 to 7.23 at 1024, forward alone and with a backward pass."""
 
 CPU_DECODE_CROSSOVER = 8192
-"""Tk from which that holds for fewer than FEW_QUERIES queries whose keys have known norms. With the caches of 12 layers
-read in turn, as a model does, it is 1.05 (8 heads) to 1.2 (12 heads) times as fast there and 2.1 times at 16384."""
+"""Tk from which that holds for fewer than FEW_QUERIES queries whose keys have known norms. By the same run it is 0.67
+to 1.76 times as fast at 4096 keys, 0.86 to 2.81 at 8192 and 1.45 to 6.09 at 16384."""
 
 GPU_DENSE_LIMIT = 4096 * 4096
 """Tq Tk above which "triton" is preferred to a dense mask on a GPU, which for 16 heads takes 1 GiB there. That is for
