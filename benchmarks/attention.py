@@ -306,7 +306,9 @@ def run(
             torch.compiler.reset()  # torch keeps eight graphs of a function and compiles no more, so those of one shape
         last = shape
         slow = device == "cpu" and workload.mode != "decode" and 8192 < workload.length <= DENSE_LIMIT
-        figures, failed = measure(workload, device, min(rounds, 3) if slow else rounds, choose(workload))
+        makers = choose(workload)
+        own_rounds = min(rounds, 3) if slow else 2 * rounds if HALF in makers else rounds
+        figures, failed = measure(workload, device, own_rounds, makers)
         report(workload, figures, failed, time.perf_counter() - start)
         record = {"workload": asdict(workload), "figures": [asdict(figure) for figure in figures], "failed": failed}
         document["records"].append(record)
