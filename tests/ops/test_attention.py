@@ -369,6 +369,9 @@ def test_sdpa_refuses_the_lse(qkv):
 
 WRONG = {
     "q of three axes": ({"q": torch.ones(4, 5, 8)}, "q of shape"),
+    "q in a list": ({"q": [1]}, "q of list"),
+    "k missing": ({"k": None}, "k of NoneType"),
+    "v as an array": ({"v": np.ones((2, 2, 5, 8))}, "v of ndarray"),
     "q of integers": ({"q": torch.ones(2, 4, 5, 8, dtype=torch.int64)}, "q of torch.int64"),
     "q complex": ({"q": torch.ones(2, 4, 5, 8, dtype=torch.complex64)}, "q of torch.complex64"),
     "q without head_dim": (dict.fromkeys("qkv", torch.ones(2, 4, 5, 0)), "q has head_dim"),
@@ -393,6 +396,7 @@ WRONG = {
     "slopes, a triple": ({"slopes": (torch.ones(4),) * 3}, "slopes is a tuple of 3"),
     "slopes, an empty tuple": ({"slopes": ()}, "slopes is a tuple of 0"),
     "bias too long": ({"bias": torch.ones(6)}, "bias of shape"),
+    "bias as a number": ({"bias": 0.5}, "bias of float"),
     "bias of five axes": ({"bias": torch.ones(1, 2, 4, 5, 5)}, "bias of shape"),
     "bias of key heads": ({"bias": torch.ones(2, 5, 5)}, "bias of shape"),
     "bias of bool": ({"bias": torch.ones(5, 5, dtype=torch.bool)}, "bias of torch.bool"),
@@ -404,12 +408,14 @@ WRONG = {
     "window_size fraction": ({"window_size": 2.5}, r"window_size=2\.5"),
     "window_size of bool": ({"window_size": True}, "window_size=True"),
     "key_padding_mask of bytes": ({"key_padding_mask": torch.ones(2, 5, dtype=torch.uint8)}, "key_padding_mask of"),
+    "key_padding_mask in a list": ({"key_padding_mask": [[True] * 5] * 2}, "key_padding_mask of list"),
     "key_padding_mask too short": ({"key_padding_mask": torch.ones(2, 4, dtype=torch.bool)}, "key_padding_mask of"),
     "key_padding_mask of another device": (
         {"key_padding_mask": torch.ones(2, 5, dtype=torch.bool, device="meta")},
         "key_padding_mask is on meta",
     ),
     "cu_seqlens of floats": ({"cu_seqlens": torch.tensor([0.0, 5.0])}, "cu_seqlens of"),
+    "cu_seqlens in a list": ({"cu_seqlens": [0, 5]}, "cu_seqlens of list"),
     "cu_seqlens of one": ({"cu_seqlens": torch.tensor([0])}, "cu_seqlens of"),
     "cu_seqlens of two axes": ({"cu_seqlens": torch.tensor([[0, 5]])}, "cu_seqlens of"),
     "cu_seqlens while decoding": (
@@ -427,6 +433,7 @@ WRONG = {
     "tolerance negative": ({"tolerance": -1e-9}, "tolerance=-1e-09"),
     "tolerance of one": ({"tolerance": 1.0}, r"tolerance=1\.0"),
     "tolerance NaN": ({"tolerance": math.nan}, "tolerance=nan"),
+    "key_norms as a number": ({"key_norms": 1.0}, "key_norms of float"),
     "key_norms of another block": ({"key_norms": torch.ones(2, 2, 5)}, "key_norms of shape"),
     "impl unknown": ({"impl": "fastest"}, "impl='fastest'"),
     "impl missing": ({"impl": None}, "impl=None"),

@@ -9,6 +9,13 @@ import torch
 from torch import Tensor
 
 
+def validate_types(**arguments: object) -> None:
+    """Tensors."""
+    for name, x in arguments.items():
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name} of {type(x).__name__}: give a tensor")
+
+
 def validate_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
     """q (B, H, Tq, D), k and v (B, Hkv, Tk, D), alike in dtype and device."""
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -48,6 +55,7 @@ def validate_bias(bias: Tensor | None, q: Tensor, k: Tensor) -> None:
     """Floating point, broadcastable to (B, H, Tq, Tk)."""
     if bias is None:
         return
+    validate_types(bias=bias)
     target = (*q.shape[:3], k.shape[2])
     shape = (1,) * (4 - bias.dim()) + tuple(bias.shape)
     if len(shape) != 4 or any(b not in (1, t) for b, t in zip(shape, target, strict=True)):
@@ -59,6 +67,7 @@ def validate_masks(q: Tensor, k: Tensor, key_padding_mask: Tensor | None, cu_seq
     """A bool mask (B, Tk), and borders of packed documents (N + 1,), whose values are read on the CPU alone."""
     batch, query_length, key_length = q.shape[0], q.shape[2], k.shape[2]
     if key_padding_mask is not None:
+        validate_types(key_padding_mask=key_padding_mask)
         if tuple(key_padding_mask.shape) != (batch, key_length) or key_padding_mask.dtype != torch.bool:
             raise ValueError(
                 f"key_padding_mask of shape {tuple(key_padding_mask.shape)} and {key_padding_mask.dtype}: "
@@ -66,6 +75,7 @@ def validate_masks(q: Tensor, k: Tensor, key_padding_mask: Tensor | None, cu_seq
             )
         _validate_device("key_padding_mask", key_padding_mask, q)
     if cu_seqlens is not None:
+        validate_types(cu_seqlens=cu_seqlens)
         if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
             raise ValueError(
                 f"cu_seqlens of shape {tuple(cu_seqlens.shape)} and {cu_seqlens.dtype}: give (N + 1,) int32 or int64"

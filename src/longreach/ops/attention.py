@@ -15,6 +15,7 @@ from .arguments import (
     validate_slopes,
     validate_tensors,
     validate_tolerance,
+    validate_types,
     window_as_int,
 )
 from .library import compiled_cpu_attention, triton_attention, triton_runs
@@ -95,8 +96,9 @@ def attention(
         sum of exponentials (B, H, Tq), in the dtype of q if that is float64, else in float32.
 
     Raises:
-        ValueError: a wrong shape, dtype, device or value, or what the chosen implementation cannot do.
+        ValueError: a wrong type, shape, dtype, device or value, or what the chosen implementation cannot do.
     """
+    validate_types(q=q, k=k, v=v)
     q, k, v = _autocast(q, k, v)
     validate_tensors(q, k, v)
     validate_slopes(slopes, q)
@@ -235,6 +237,7 @@ def _autocasts(device: str) -> bool:
 
 
 def _validate_key_norms(key_norms: Tensor, k: Tensor, impl: str) -> None:
+    validate_types(key_norms=key_norms)
     expected = (*k.shape[:2], -(-k.shape[2] // KEY_BLOCK))
     if tuple(key_norms.shape) != expected or not key_norms.is_floating_point():
         raise ValueError(

@@ -20,6 +20,7 @@ from .arguments import (
     validate_slopes,
     validate_tensors,
     validate_tolerance,
+    validate_types,
     window_as_int,
 )
 from .lse_bound import FEW_QUERIES, ROUNDING, Masks, chunks, last_lse, lse_lower_bound, per_query_head
@@ -100,6 +101,7 @@ def reach(
     Raises:
         ValueError: a wrong shape, dtype, device or value, as in `longreach.attention`, or a block size below 1.
     """
+    validate_types(q=q, k=k)
     validate_tensors(q, k, k)  # keys stand in for the values, which do not matter here
     validate_slopes(slopes, q)
     validate_scale(scale)
