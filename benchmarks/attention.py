@@ -287,6 +287,13 @@ def chosen(workload: Workload, device: str, skip: set[str], crossover: bool) -> 
     return {name: maker for name, maker in makers.items() if name == OURS or name not in skip}
 
 
+def rounds_of(workload: Workload, device: str, rounds: int) -> int:
+    """Fewer where dense attention takes many seconds a call, more where nothing but growth is measured."""
+    if device != "cpu" or workload.mode == "decode" or workload.length <= 8192:
+        return rounds
+    return min(rounds, 3) if workload.length <= DENSE_LIMIT else 2 * rounds
+
+
 def run(
     document: dict[str, Any],
     path: Path,
@@ -305,10 +312,7 @@ def run(
         if shape != last:
             torch.compiler.reset()  # torch keeps eight graphs of a function and compiles no more, so those of one shape
         last = shape
-        slow = device == "cpu" and workload.mode != "decode" and 8192 < workload.length <= DENSE_LIMIT
-        makers = choose(workload)
-        own_rounds = min(rounds, 3) if slow else 2 * rounds if HALF in makers else rounds
-        figures, failed = measure(workload, device, own_rounds, makers)
+        figures, failed = measure(workload, device, rounds_of(workload, device, rounds), choose(workload))
         report(workload, figures, failed, time.perf_counter() - start)
         record = {"workload": asdict(workload), "figures": [asdict(figure) for figure in figures], "failed": failed}
         document["records"].append(record)
