@@ -206,7 +206,9 @@ def state_of(folder):
 def test_killed_at_any_moment_it_goes_on_to_the_same_numbers(config, tmp_path):
     config = replace(config, train=replace(config.train, steps=60, checkpoint_every=7))
     whole = compare(config, tmp_path / "whole", silent)
-    command = [sys.executable, "-c", "import torch; torch.set_num_threads(1); from longreach.cli import main; main()"]
+    # Shells start what runs in the background with SIGINT ignored, which processes hand down.
+    start = "import signal, torch; signal.signal(signal.SIGINT, signal.default_int_handler); torch.set_num_threads(1)"
+    command = [sys.executable, "-c", f"{start}; from longreach.cli import main; main()"]
     command += ["compare", "--output", str(tmp_path / "parts"), "--data", config.data.data]
     command += ["--cache", config.data.cache, "--vocab-size", "300", "--valid-fraction", "0.2"]
     command += ["--methods", ",".join(config.methods), "--num-layers", "1", "--num-heads", "2", "--d-model", "16"]
