@@ -3,9 +3,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 OLDEST := $(CURDIR)/.venv/oldest-transformers
-USING_TRANSFORMERS := tests/extension tests/test_cli.py tests/test_conformance.py tests/test_doctor.py \
-	tests/test_evaluation.py tests/test_finetune.py tests/test_testing.py tests/evaluate/test_generation.py \
-	tests/evaluate/test_harness.py tests/evaluate/test_huggingface.py tests/evaluate/test_sweep.py
+USING_TRANSFORMERS := tests/pretrained tests/test_cli.py tests/conformance tests/verbs \
+	tests/measure/test_generation.py \
+	tests/measure/test_lm_eval.py tests/measure/test_transformers.py tests/measure/test_sweep.py
 
 .PHONY: demo test test-oldest format clean
 

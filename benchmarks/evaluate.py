@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from longreach.evaluate.config import EvaluateConfig
-from longreach.evaluate.cost import Cost
-from longreach.evaluate.scoring import Scores, score
+from longreach.measure.cost import Cost
+from longreach.measure.plan import EvaluateConfig
+from longreach.measure.score import Scores, score
 from longreach.models.config import ARCHITECTURES, ModelConfig
 from longreach.models.decoder import Decoder
 

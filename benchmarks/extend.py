@@ -32,7 +32,7 @@ from attention import peak_memory, timed
 from transformers import BloomConfig, BloomForCausalLM, DynamicCache, MptConfig, MptForCausalLM
 
 import longreach
-from longreach.extension.cache import growing_cache
+from longreach.pretrained.caches import growing_cache
 from longreach.results import write_atomically
 
 VOCAB_SIZE = 1024

@@ -19,9 +19,7 @@ from transformers.models.falcon import modeling_falcon
 from transformers.models.mpt import modeling_mpt
 
 from longreach import __version__
-from longreach.ops.alibi import alibi_bias, alibi_slopes
-from longreach.ops.attention import attention
-from longreach.testing import (
+from longreach.conformance import (
     DIALECTS,
     AttentionFunction,
     BiasFunction,
@@ -32,6 +30,8 @@ from longreach.testing import (
     check_bias,
     check_slopes,
 )
+from longreach.ops.alibi import alibi_bias, alibi_slopes
+from longreach.ops.attention import attention
 
 CONFIGURED_LENGTH = 512
 """What the models are configured for; the kit's long case has 600 tokens."""
@@ -241,12 +241,12 @@ PAGE = """\
 
 <!-- Written by docs/conformance.py: change that, not this. -->
 
-`longreach.testing` holds golden values of ALiBi in every known dialect, and checks that run anyone's code against them.
-A check gives a report with a line for each case: whether it passed, the largest error, and for a failure the known
+`longreach.conformance` holds golden values of ALiBi in every known dialect, and checks that run anyone's code against
+them. A check gives a report with a line for each case: whether it passed, the largest error, and for a failure the known
 mistake that explains its numbers.
 
 ```python
-from longreach.testing import DIALECTS, check_alibi
+from longreach.conformance import DIALECTS, check_alibi
 
 report = check_alibi(
     my_attention,  # (q, k, v, key_padding_mask) -> out

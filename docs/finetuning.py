@@ -22,14 +22,14 @@ from longreach.cli import main as longreach
 from longreach.data.prepare import DataConfig, PreparedData, prepare
 from longreach.data.tokenizer import Tokenizer
 from longreach.data.tokens import Batches
-from longreach.evaluate.config import EvaluateConfig
-from longreach.evaluation import EvaluationConfig, evaluate_models
-from longreach.extension.convert import convert
-from longreach.extension.extend import extend
-from longreach.extension.pretrained import load_pretrained, save_pretrained
-from longreach.finetune import next_token_loss
+from longreach.measure.plan import EvaluateConfig
+from longreach.pretrained.convert import convert
+from longreach.pretrained.extend import extend
+from longreach.pretrained.save import load_pretrained, save_pretrained
 from longreach.train.config import TrainConfig
 from longreach.train.loop import Trainee, train
+from longreach.verbs.evaluate import EvaluationConfig, evaluate_models
+from longreach.verbs.start import next_token_loss
 
 PAGE = Path(__file__).with_suffix(".md")
 LENGTH, BATCH_TOKENS = 64, 1024

@@ -11,7 +11,7 @@ import transformers
 
 from longreach.cli import VERBS, main
 from longreach.data.tokenizer import load_tokenizer
-from longreach.models.pretrained import load_model
+from longreach.models.files import load_model
 from longreach.results import Results
 
 SMALL = "--num-layers 1 --num-heads 2 --d-model 16 --vocab-size 300 --train-length 16 --batch-size 4 --warmup-steps 2"

@@ -10,14 +10,14 @@ _PUBLIC = {
     "alibi_bias": "longreach.ops.alibi",
     "alibi_slopes": "longreach.ops.alibi",
     "attention": "longreach.ops.attention",
-    "convert": "longreach.extension.convert",
-    "export_mpt": "longreach.extension.export",
-    "extend": "longreach.extension.extend",
-    "load_pretrained": "longreach.extension.pretrained",
+    "convert": "longreach.pretrained.convert",
+    "export_mpt": "longreach.pretrained.export",
+    "extend": "longreach.pretrained.extend",
+    "load_pretrained": "longreach.pretrained.save",
     "reach": "longreach.ops.reach",
-    "restore": "longreach.extension.extend",
-    "save_pretrained": "longreach.extension.pretrained",
-    "unconvert": "longreach.extension.convert",
+    "restore": "longreach.pretrained.extend",
+    "save_pretrained": "longreach.pretrained.save",
+    "unconvert": "longreach.pretrained.convert",
 }
 
 __all__ = [

@@ -16,22 +16,22 @@ import torch
 import tyro
 from rich.console import Console
 
-from longreach.compare import CompareConfig, compare
 from longreach.data.prepare import prepare
 from longreach.data.tokenizer import StreamingDecoder
-from longreach.doctor import DoctorConfig, examine, print_checkup
-from longreach.evaluate.config import EvaluateConfig
-from longreach.evaluation import EvaluationConfig, evaluate_models
-from longreach.extension.export import export_mpt
-from longreach.finetune import check_start, starting_config
+from longreach.measure.plan import EvaluateConfig
 from longreach.models.generate import stream
+from longreach.pretrained.export import export_mpt
 from longreach.report.page import write_report
 from longreach.report.tables import main_grid, print_tables, to_markdown
 from longreach.results import Results
-from longreach.runs import open_run, train_run
 from longreach.terminal import TerminalProgress
 from longreach.train.config import PRESETS, RunConfig, check_folder, load_config
 from longreach.train.loop import read_training_record
+from longreach.verbs.compare import CompareConfig, compare
+from longreach.verbs.doctor import DoctorConfig, examine, print_checkup
+from longreach.verbs.evaluate import EvaluationConfig, evaluate_models
+from longreach.verbs.start import check_start, starting_config
+from longreach.verbs.train import open_run, train_run
 
 Arguments = TypeVar("Arguments")
 Config = TypeVar("Config", EvaluationConfig, DoctorConfig)

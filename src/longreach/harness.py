@@ -7,9 +7,9 @@ All of the harness's command line works, and beside its models there is `longrea
 
 from pathlib import Path
 
-from longreach.evaluate.harness import register
-from longreach.evaluate.subject import Subject
-from longreach.runs import open_run
+from longreach.measure.lm_eval import register
+from longreach.measure.subject import Subject
+from longreach.verbs.train import open_run
 
 
 def open_subject(run: str, device: str | None = None) -> Subject:

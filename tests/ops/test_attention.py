@@ -326,7 +326,7 @@ def test_explicit_impl_never_falls_back(qkv, monkeypatch):
     monkeypatch.setattr(module, "reference_attention", run_as("reference"))
     monkeypatch.setattr(module, "sdpa_attention", run_as("sdpa"))
     monkeypatch.setattr(module, "triton_attention", run_as("triton"))
-    monkeypatch.setattr("longreach.ops.cpu.cpu_attention", run_as("cpu"))
+    monkeypatch.setattr("longreach.ops.cpu.products.cpu_attention", run_as("cpu"))
     monkeypatch.setattr("longreach.ops.flex.flex_alibi_attention", run_as("flex"))
     for name in IMPLEMENTATIONS:
         with pytest.raises(Ran, match=f"^{name}$"):

@@ -7,13 +7,13 @@ from adversarial import CASES, Case, magnitudes, probabilities, random_grads, ru
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import longreach.ops.cpu as module
+import longreach.ops.cpu.products as module
 from longreach.ops.alibi import alibi_slopes
-from longreach.ops.cpu import cpu_attention
+from longreach.ops.cpu.plan import plan, product_cost, reading_cost
+from longreach.ops.cpu.products import cpu_attention
 from longreach.ops.lse_bound import FEW_QUERIES
 from longreach.ops.reach import key_block_norms, reach
 from longreach.ops.reference import reference_attention
-from longreach.ops.tiles import plan, product_cost, reading_cost
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -238,7 +238,7 @@ def test_backward_leaves_out_the_tolerated_mass_and_no_less(name, strip_pairs, m
         return plan(*arguments, **options)
 
     monkeypatch.setattr(module, "plan", planned)
-    monkeypatch.setattr("longreach.ops.tiles.STRIP_PAIRS", strip_pairs)
+    monkeypatch.setattr("longreach.ops.cpu.plan.STRIP_PAIRS", strip_pairs)
     tensors, options = CASES[name].inputs(torch.float64)
     run(cpu_attention, tensors, options | {"tolerance": tolerance}, random_grads(tensors))
     (bounds, _), (low, high) = ranges

@@ -205,7 +205,7 @@ def test_gradient_of_one_output_alone() -> None:
 
 
 def test_slopes_without_a_gradient_cost_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    from longreach.ops import triton as kernels
+    from longreach.ops.triton import launch as kernels
 
     asked = []
     backward = kernels.backward

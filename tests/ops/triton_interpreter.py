@@ -19,7 +19,9 @@ import torch
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 if DEVICE == "cpu":
-    if "longreach.ops.triton" in sys.modules or ("triton" in sys.modules and "TRITON_INTERPRET" not in os.environ):
+    if "longreach.ops.triton.launch" in sys.modules or (
+        "triton" in sys.modules and "TRITON_INTERPRET" not in os.environ
+    ):
         raise RuntimeError("triton was imported before its interpreter was asked for: import triton_interpreter first")
     os.environ["TRITON_INTERPRET"] = "1"
 

@@ -7,7 +7,7 @@ import torch
 
 from longreach.models.config import ModelConfig
 from longreach.models.decoder import Decoder
-from longreach.models.pretrained import load_model
+from longreach.models.files import load_model
 from longreach.train import loop
 from longreach.train.config import TrainConfig
 from longreach.train.loop import decoder_trainee, resolve_device, train

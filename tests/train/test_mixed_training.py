@@ -5,8 +5,8 @@ import pytest
 
 from longreach.data.prepare import DataConfig, prepare
 from longreach.models.config import Architecture
-from longreach.runs import train_run
 from longreach.train.config import RunConfig, TrainConfig
+from longreach.verbs.train import train_run
 
 MIXED = RunConfig(
     model=Architecture(num_layers=1, num_heads=2, d_model=16),

@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longreach.compare import CompareConfig
 from longreach.data.prepare import DataConfig
 from longreach.models.config import Architecture
 from longreach.train.config import PRESETS, RunConfig, TrainConfig, claim_folder, load_config, save_config
+from longreach.verbs.compare import CompareConfig
 
 
 @pytest.mark.parametrize("kind", [RunConfig, CompareConfig])

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .decoder import Decoder
-from .kv_cache import KVCache
+from longreach.models.decoder import Decoder
+from longreach.models.kv_cache import KVCache
 
 
 def generate(

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import ModelConfig
+from longreach.models.config import ModelConfig
 
 
 class Vocabulary(nn.Module):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.amp import is_autocast_available
 
-from .arguments import (
+from longreach.ops.arguments import (
     validate_bias,
     validate_masks,
     validate_scale,
@@ -18,11 +18,11 @@ from .arguments import (
     validate_types,
     window_as_int,
 )
-from .library import compiled_cpu_attention, triton_attention, triton_runs
-from .lse_bound import FEW_QUERIES
-from .reach import KEY_BLOCK
-from .reference import reference_attention
-from .sdpa import sdpa_attention
+from longreach.ops.library import compiled_cpu_attention, triton_attention, triton_runs
+from longreach.ops.lse_bound import FEW_QUERIES
+from longreach.ops.reach import KEY_BLOCK
+from longreach.ops.reference import reference_attention
+from longreach.ops.sdpa import sdpa_attention
 
 IMPLEMENTATIONS = ("reference", "sdpa", "cpu", "triton", "flex")
 """What `impl` may name besides "auto"."""
@@ -206,14 +206,14 @@ def _reaching(impl: str, q: Tensor) -> Callable[..., tuple[Tensor, Any]]:
     if impl == "triton":
         return triton_attention
     if impl == "flex":
-        from .flex import flex_alibi_attention
+        from longreach.ops.flex import flex_alibi_attention
 
         return flex_alibi_attention
     if q.device.type != "cpu":
         raise ValueError(f'q is on {q.device} with impl="cpu": move it to the CPU, or use another impl')
     if torch.compiler.is_compiling():
         return compiled_cpu_attention
-    from .cpu import cpu_attention
+    from longreach.ops.cpu.products import cpu_attention
 
     return cpu_attention
 

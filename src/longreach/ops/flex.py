@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from .masks import without_padding
-from .reach import Reach, reach
+from longreach.ops.masks import without_padding
+from longreach.ops.reach import Reach, reach
 
 WHOLE_ROWS: Any = {"PARTITION_SIZE": 1}
 """Keeps FlexAttention on the CPU from splitting the keys of a single query, which it does by whole blocks or not: that

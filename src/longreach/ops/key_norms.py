@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .reach import KEY_BLOCK, key_block_norms
+from longreach.ops.reach import KEY_BLOCK, key_block_norms
 
 
 class KeyNorms:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .reach import KEY_BLOCK, default_tolerance, key_ranges
+from longreach.ops.reach import KEY_BLOCK, default_tolerance, key_ranges
 
 REACH_M = 128
 """Queries per block of the key ranges that the kernels take. The BLOCK_M of every kernel divides it."""
@@ -162,7 +162,7 @@ def _forward(
     causal: bool,
     window_size: int | None,
 ) -> tuple[Tensor, Tensor]:
-    from . import triton
+    from longreach.ops.triton import launch as triton
 
     masks = (left, right, key_padding_mask, cu_seqlens, starts, ends)
     return triton.forward(q, k, v, *masks, scale=scale, causal=causal, window_size=window_size)
@@ -182,7 +182,7 @@ def _decode(
     causal: bool,
     window_size: int | None,
 ) -> tuple[Tensor, Tensor]:
-    from . import triton
+    from longreach.ops.triton import launch as triton
 
     masks = (left, right, key_padding_mask, starts, ends)
     return triton.decode(q, k, v, *masks, scale=scale, causal=causal, window_size=window_size)
@@ -214,7 +214,7 @@ def _backward(
     window_size: int | None,
     slopes_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from . import triton
+    from longreach.ops.triton import launch as triton
 
     saved = (q, k, v, left, right, key_padding_mask, cu_seqlens, starts, ends, out, log2_lse)
     return triton.backward(
@@ -312,7 +312,7 @@ def _run_on_cpu(
     window_size: int | None,
     tolerance: float | None,
 ) -> tuple[Tensor, Tensor]:
-    from .cpu import cpu_attention
+    from longreach.ops.cpu.products import cpu_attention
 
     return cpu_attention(
         q,

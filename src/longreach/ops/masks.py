@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .alibi import alibi_distance
+from longreach.ops.alibi import alibi_distance
 
 
 def visible_keys(

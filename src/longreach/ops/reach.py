@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .arguments import (
+from longreach.ops.arguments import (
     validate_masks,
     validate_scale,
     validate_slopes,
@@ -23,7 +23,7 @@ from .arguments import (
     validate_types,
     window_as_int,
 )
-from .lse_bound import FEW_QUERIES, ROUNDING, Masks, chunks, last_lse, lse_lower_bound, per_query_head
+from longreach.ops.lse_bound import FEW_QUERIES, ROUNDING, Masks, chunks, last_lse, lse_lower_bound, per_query_head
 
 KEY_BLOCK = 64
 """Keys per block in what a KV cache keeps of their norms, and in the ranges of all implementations here."""

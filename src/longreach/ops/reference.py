@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .masks import dense_bias, visible_keys, without_padding
+from longreach.ops.masks import dense_bias, visible_keys, without_padding
 
 
 def reference_attention(

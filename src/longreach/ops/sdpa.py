@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .masks import dense_bias, visible_keys, without_padding
+from longreach.ops.masks import dense_bias, visible_keys, without_padding
 
 TAKES_WIDE_MASKS = ("cpu",)
 """Devices whose kernels add a float32 mask to the scores of half-type queries as it is."""

@@ -5,13 +5,13 @@ A method is named by a string: its name, then options, as in `rotary:base=500000
 
 from typing import Any, get_args, get_type_hints
 
-from .alibi import Alibi, AlibiOptions
-from .learned import Learned, LearnedOptions
-from .method import AttentionPositions, ModelSize, PositionMethod
-from .none import NoneOptions, NonePositions
-from .rotary import Rotary, RotaryOptions, rotate
-from .sinusoidal import ShiftedSinusoidal, Sinusoidal, SinusoidalOptions
-from .t5 import T5, T5Options
+from longreach.positions.alibi import Alibi, AlibiOptions
+from longreach.positions.learned import Learned, LearnedOptions
+from longreach.positions.method import AttentionPositions, ModelSize, PositionMethod
+from longreach.positions.none import NoneOptions, NonePositions
+from longreach.positions.rotary import Rotary, RotaryOptions, rotate
+from longreach.positions.sinusoidal import ShiftedSinusoidal, Sinusoidal, SinusoidalOptions
+from longreach.positions.t5 import T5, T5Options
 
 __all__ = ["METHODS", "AttentionPositions", "ModelSize", "PositionMethod", "build_method", "parse_method", "rotate"]
 

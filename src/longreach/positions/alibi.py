@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from longreach.ops.alibi import alibi_slopes
-
-from .method import AttentionPositions, ModelSize, PositionMethod
+from longreach.positions.method import AttentionPositions, ModelSize, PositionMethod
 
 
 @dataclass(frozen=True)

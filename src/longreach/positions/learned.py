@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from .method import ModelSize, PositionMethod
+from longreach.positions.method import ModelSize, PositionMethod
 
 
 @dataclass(frozen=True)

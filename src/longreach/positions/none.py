@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from .method import ModelSize, PositionMethod
+from longreach.positions.method import ModelSize, PositionMethod
 
 
 @dataclass(frozen=True)

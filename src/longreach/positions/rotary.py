@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .method import AttentionPositions, ModelSize, PositionMethod
+from longreach.positions.method import AttentionPositions, ModelSize, PositionMethod
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .method import ModelSize, PositionMethod
+from longreach.positions.method import ModelSize, PositionMethod
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from longreach.ops.alibi import alibi_distance
-
-from .method import AttentionPositions, ModelSize, PositionMethod
+from longreach.positions.method import AttentionPositions, ModelSize, PositionMethod
 
 
 @dataclass(frozen=True)

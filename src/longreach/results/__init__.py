@@ -1,7 +1,7 @@
 """What was measured, in memory and as `results.json`."""
 
-from .document import Results, write_atomically
-from .records import (
+from longreach.results.document import Results, write_atomically
+from longreach.results.records import (
     PROTOCOLS,
     Cell,
     ContextRecord,

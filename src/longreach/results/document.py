@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from .checks import require_distinct
-from .records import (
+from longreach.results.checks import require_distinct
+from longreach.results.records import (
     Cell,
     ContextRecord,
     DecompositionRecord,

@@ -13,10 +13,10 @@ from dataclasses import MISSING, dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
-from .checks import check_fields, checked, plain, require_not_negative, require_positive
+from longreach.results.checks import check_fields, checked, plain, require_not_negative, require_positive
 
 PROTOCOLS = ("nonoverlapping", "sliding-window", "cached", "cached-unbounded", "cached-shifted")
-"""How a corpus is cut for perplexity; see `longreach.evaluate.config.EvaluateConfig.protocols`."""
+"""How a corpus is cut for perplexity; see `longreach.measure.plan.EvaluateConfig.protocols`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,7 +270,7 @@ class RetrievalRecord(Entry):
     """How many answers a model found in prompts of about valid_length tokens, at one depth."""
 
     task: str
-    """`lines`, `topics`, `kv`, `passkey` or `retrieval`; see `longreach.evaluate.retrieval.TASKS`."""
+    """`lines`, `topics`, `kv`, `passkey` or `retrieval`; see `longreach.measure.retrieval.TASKS`."""
     depth: float
     """Where in the prompt the answer stood: 0 at its start, 1 at its end."""
     cases: int

@@ -12,14 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from longreach.evaluate.cost import Cost
+from longreach.measure.cost import Cost
 from longreach.models.decoder import Decoder
-from longreach.models.pretrained import save_model
+from longreach.models.files import save_model
 from longreach.results import TrainingRecord, write_atomically
-
-from .checkpoint import load_checkpoint, save_checkpoint
-from .config import TrainConfig
-from .optim import build_optimizer, learning_rate
+from longreach.train.checkpoint import load_checkpoint, save_checkpoint
+from longreach.train.config import TrainConfig
+from longreach.train.optim import build_optimizer, learning_rate
 
 FINAL_STEPS = 20
 """Over how many of the last steps `final_loss` is the mean."""

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from .config import TrainConfig
+from longreach.train.config import TrainConfig
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:

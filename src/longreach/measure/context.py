@@ -1,0 +1,168 @@
+"""What context is worth: loss by how much of it a token had, and where the gain of longer windows comes from.
+
+`docs/evaluation.md` has the algebra of the decomposition and says how to read it.
+"""
+
+import numpy as np
+
+from longreach.measure.bootstrap import Units, intervals
+from longreach.measure.score import Scores
+from longreach.results import ContextRecord, DecompositionRecord
+
+BINS_PER_OCTAVE = 2
+"""Bins of context for each doubling of it."""
+
+
+def context_bins(length: int) -> np.ndarray:
+    """Edges of bins that partition the contexts 1..length: bin k holds edges[k] <= context < edges[k + 1].
+
+    Bins end at length / 2^(i / BINS_PER_OCTAVE), rounded, so that none is cut short at the top, and so that lengths
+    that are each other's power of two share their ends. Bins of short contexts, where these ends lie closer than one
+    token, hold a single context.
+
+    Raises:
+        ValueError: a length below 1.
+    """
+    if length < 1:
+        raise ValueError(f"length={length}: give a positive integer")
+    halvings = np.arange(BINS_PER_OCTAVE * length.bit_length()) / BINS_PER_OCTAVE
+    ends = np.unique(np.rint(length / 2**halvings).astype(np.int64))  # the last of each bin, down to 1
+    return np.concatenate(([1], ends + 1))
+
+
+def loss_by_context(
+    scores: Scores, documents: Units, *, method: str, train_length: int, valid_length: int, seed: int
+) -> list[ContextRecord]:
+    """Loss of nonoverlapping windows of valid_length by the tokens of context that each target had.
+
+    Bins into which no target falls are left out; there are none where the text has a whole window.
+
+    Args:
+        scores: of every target.
+        documents: what to resample for the intervals.
+        method: as in `ContextRecord`.
+        train_length: as in `ContextRecord`.
+        valid_length: the most context that a target can have had.
+        seed: of the bootstrap.
+
+    Raises:
+        ValueError: arrays of different lengths, or contexts that valid_length does not allow.
+    """
+    _check("scores", scores, valid_length, documents)
+    edges = context_bins(valid_length)
+    num_bins = len(edges) - 1
+    bins = np.searchsorted(edges, scores.context, side="right") - 1  # [N]
+    cells = documents.ids * num_bins + bins
+    shape = (documents.count, num_bins)
+    sums = np.bincount(cells, weights=scores.nll, minlength=shape[0] * shape[1]).reshape(shape)  # [U, bins]
+    counts = np.bincount(cells, minlength=shape[0] * shape[1]).reshape(shape)
+    ends = intervals(sums, counts, seed)
+    return [
+        ContextRecord(
+            method=method,
+            train_length=train_length,
+            valid_length=valid_length,
+            first_context=int(edges[k]),
+            last_context=int(edges[k + 1]) - 1,
+            tokens=int(tokens),
+            nll=float(sums[:, k].sum()),
+            low=ends[k][0],
+            high=ends[k][1],
+            resampled=documents.description,
+        )
+        for k, tokens in enumerate(counts.sum(axis=0))
+        if tokens
+    ]
+
+
+def decompose(
+    base: Scores,
+    sliding: Scores,
+    long: Scores,
+    documents: Units,
+    *,
+    method: str,
+    train_length: int,
+    valid_length: int,
+    stride: int,
+    seed: int,
+) -> DecompositionRecord:
+    """Split the gain from windows of L = train_length to windows of valid_length, target by target.
+
+    With c and c' the context of a target in nonoverlapping windows of the two lengths,
+
+        gain   = mean nll(c) - nll(c')
+        relief = mean nll(c) - nll(min(L, c'))
+        beyond = mean nll(min(L, c')) - nll(c')
+
+    The middle term, of capped context, is taken from base where c = min(L, c'), else from long where c' <= L, else
+    from sliding.
+
+    Args:
+        base: nonoverlapping windows of train_length.
+        sliding: windows of train_length that slide by stride.
+        long: nonoverlapping windows of valid_length.
+        documents: what to resample for the intervals.
+        method: as in `DecompositionRecord`.
+        train_length: L.
+        valid_length: above L.
+        stride: of sliding. At 1 the capped context is exact, else it falls short of L by up to stride - 1.
+        seed: of the bootstrap.
+
+    Raises:
+        ValueError: arrays of different lengths, contexts that the lengths and the stride do not allow, or no target
+            with more than train_length tokens of context.
+    """
+    for name, scores, length in (
+        ("base", base, train_length),
+        ("sliding", sliding, train_length),
+        ("long", long, valid_length),
+    ):
+        _check(name, scores, length, documents)
+    longer = long.context > train_length  # [N]
+    if not longer.any():
+        raise ValueError(
+            f"valid_length={valid_length} gives no token more than train_length={train_length} tokens of context:"
+            " give a longer one, or more text"
+        )
+    if (least := sliding.context[longer].min()) <= train_length - stride:
+        raise ValueError(f"sliding has a context of {least}: windows of {train_length} with stride={stride} give more")
+
+    from_base = base.context == np.minimum(train_length, long.context)
+    from_sliding = longer & ~from_base
+    capped = np.select([from_base, from_sliding], [base.nll, sliding.nll], default=long.nll)
+    capped_context = np.where(from_sliding, sliding.context, train_length)[longer]
+
+    parts = np.stack((base.nll - capped, capped - long.nll), axis=1)  # [N, relief and beyond]
+    sums = np.stack([np.bincount(documents.ids, weights=part) for part in parts.T], axis=1)  # [U, 2]
+    counts = np.repeat(np.bincount(documents.ids)[:, None], 2, axis=1)
+    (relief_low, relief_high), (beyond_low, beyond_high) = intervals(sums, counts, seed)
+    return DecompositionRecord(
+        method=method,
+        train_length=train_length,
+        valid_length=valid_length,
+        stride=stride,
+        capped_context=float(capped_context.mean()),
+        tokens=len(capped),
+        base_nll=float(base.nll.sum()),
+        capped_nll=float(capped.sum()),
+        long_nll=float(long.nll.sum()),
+        relief_low=relief_low,
+        relief_high=relief_high,
+        beyond_low=beyond_low,
+        beyond_high=beyond_high,
+        resampled=documents.description,
+    )
+
+
+def _check(name: str, scores: Scores, length: int, documents: Units) -> None:
+    """Refuse scores of other targets than the documents', or of windows longer than length."""
+    sizes = {len(scores.nll), len(scores.context), len(documents.ids)}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"{name} has {len(scores.nll)} nll and {len(scores.context)} contexts, documents has"
+            f" {len(documents.ids)} targets: score the same tokens"
+        )
+    least, most = scores.context.min(), scores.context.max()
+    if least < 1 or most > length:
+        raise ValueError(f"{name} has contexts of {least} to {most} tokens: windows of {length} give 1 to {length}")

@@ -1,0 +1,84 @@
+"""Text from any model that evaluation knows, the likeliest token at a time."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from longreach.measure.score import Unsupported
+from longreach.measure.subject import Subject
+
+
+def generate_greedily(
+    subject: Subject,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    on_token: Callable[[int], None] = lambda token: None,
+) -> list[int]:
+    """Continue a prompt; see `stream_greedily`, which this collects.
+
+    on_token is called with each new token's id as it comes.
+    """
+    continuation = []
+    for token in stream_greedily(subject, prompt, max_new_tokens):
+        continuation.append(token)
+        on_token(token)
+    return continuation
+
+
+def stream_greedily(subject: Subject, prompt: Sequence[int], max_new_tokens: int) -> Iterator[int]:
+    """Continue a prompt with the likeliest token each time, until eos, which is not given out.
+
+    The prompt goes through the model at once and each new token alone, with a cache. A model that depends on the
+    length of the whole sequence is given one constant length, len(prompt) + max_new_tokens.
+
+    Args:
+        subject: the model with its tokenizer, whose eos_id ends the text.
+        prompt: token ids, at least one.
+        max_new_tokens: how many tokens to add at most, at least 1.
+
+    Returns:
+        An iterator over the new token ids.
+
+    Raises:
+        ValueError: an empty prompt, a token outside the vocabulary, a value out of range, or a prompt that leaves no
+            room for max_new_tokens in what the model can take; at the call, before the first token.
+        Unsupported: logits that are no numbers, among which none is likeliest.
+    """
+    _check(subject, prompt, max_new_tokens)
+    return _steps(subject, prompt, max_new_tokens)
+
+
+@torch.inference_mode()
+def _steps(subject: Subject, prompt: Sequence[int], max_new_tokens: int) -> Iterator[int]:
+    cache = subject.model.new_cache(len(prompt) + max_new_tokens)
+    tokens = list(prompt)
+    for _ in range(max_new_tokens):
+        inputs = torch.tensor([tokens], device=subject.device)
+        (logits,) = subject.model.logits(inputs, 1, last=1, cache=cache)  # [1, 1, V]
+        highest, likeliest = logits[0, 0].max(dim=-1)
+        if math.isnan(highest):
+            raise Unsupported(f"logits after {len(prompt)} tokens of prompt are no numbers: load it in float32")
+        token = int(likeliest)
+        if token == subject.tokenizer.eos_id:
+            return
+        yield token
+        tokens = [token]
+
+
+def _check(subject: Subject, prompt: Sequence[int], max_new_tokens: int) -> None:
+    if not prompt:
+        raise ValueError("prompt is empty: give at least one token")
+    if not 0 <= min(prompt) <= max(prompt) < subject.vocab_size:
+        raise ValueError(
+            f"prompt holds token ids {min(prompt)} to {max(prompt)} with vocab_size={subject.vocab_size}: "
+            "the tokenizer is not the model's"
+        )
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens}: give at least 1")
+    needed = len(prompt) + max_new_tokens - 1  # the last token is not read
+    if subject.max_length is not None and needed > subject.max_length:
+        raise ValueError(
+            f"a prompt of {len(prompt)} tokens and max_new_tokens={max_new_tokens} need {needed} positions: "
+            f"{subject.name} takes {subject.max_length}; ask for fewer"
+        )

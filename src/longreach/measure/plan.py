@@ -1,0 +1,108 @@
+"""What is asked of a model."""
+
+from dataclasses import dataclass, replace
+
+from longreach.measure.retrieval import TASKS as RETRIEVAL_TASKS
+from longreach.results import PROTOCOLS
+
+TEXT_TASKS = ("perplexity", "positions", "probes")
+"""Tasks that score a text."""
+
+TASKS = (*TEXT_TASKS, *RETRIEVAL_TASKS, "qmsum")
+"""What may be asked of a model."""
+
+OFFSETS = (0, 0.25, 0.5, 1, 2, 4, 8, 16)
+"""Positions that the probes start windows at where none are given, in training lengths."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """How models are tested."""
+
+    tasks: tuple[str, ...] = ("perplexity", "positions")
+    """What to measure: perplexity, positions (loss by context, and where gains come from), probes (why absolute
+    positions fail), the retrieval tasks lines, topics, kv, passkey and retrieval, and qmsum (summaries)."""
+    valid_lengths: tuple[int, ...] = ()
+    """L_valid, the lengths in tokens to test at; 1, 2, 4, 8 and 16 times the training length when none are given."""
+    valid_tokens: int = 32768
+    """How many tokens are scored, the same at every length: at least the longest length, at most what there is."""
+    tokens_per_batch: int = 4096
+    """About how many tokens one forward pass of the evaluation holds: what `benchmarks/evaluate.py`
+    found fastest on two CPU cores."""
+    protocols: tuple[str, ...] = ("nonoverlapping",)
+    """How the text is cut for perplexity: nonoverlapping windows; cached, one stream in which each token sees its last
+    L_valid tokens through a KV cache; cached-unbounded, where it sees all; cached-shifted, the naive way, where
+    positions stay below L_valid."""
+    strides: tuple[int, ...] = ()
+    """S, the tokens newly scored in each window: each adds sliding-window perplexity at every length above it."""
+    capped_stride: int | None = None
+    """S of the windows of L tokens that decide, for positions, how much of a gain is relief from the early token
+    curse; exact at 1, and an eighth of L when not given."""
+    offsets: tuple[int, ...] = ()
+    """Positions that probes start windows of L tokens at; from 0 to 16 L when none are given."""
+    word_level: bool = False
+    """Whether the text is split into words by spaces, as WikiText-103 is: then perplexity per word is given too."""
+    cases: str | None = None
+    """File of cases for the one retrieval task asked for; generated at the lengths when none is given."""
+    cases_per_depth: int = 10
+    """How many cases to generate for each length and depth."""
+    cases_seed: int = 0
+    """Seed of generated cases."""
+    num_depths: int = 5
+    """At how many depths of the prompt answers stand, evenly from its start to its end."""
+    meetings: str | None = None
+    """File of meetings for qmsum."""
+    summary_tokens: int = 256
+    """The most tokens of a summary."""
+
+    def __post_init__(self) -> None:
+        for name, known in (("tasks", TASKS), ("protocols", PROTOCOLS)):
+            for value in getattr(self, name):
+                if value not in known:
+                    raise ValueError(f"{name}={value!r}: give one or more of {', '.join(known)}")
+        if not self.tasks:
+            raise ValueError("tasks is empty: give at least one")
+        if "sliding-window" in self.protocols:
+            raise ValueError("protocols=sliding-window: leave it out and give the strides, as in strides=1,64")
+        for name in ("valid_lengths", "strides", "offsets", "tasks", "protocols"):
+            values = getattr(self, name)
+            shown = ",".join(map(str, values))
+            if any(value < (0 if name == "offsets" else 1) for value in values if isinstance(value, int)):
+                raise ValueError(f"{name}={shown}: give positive integers")
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name}={shown}: give each once")
+        for name in (
+            *("valid_tokens", "tokens_per_batch", "capped_stride"),
+            *("cases_per_depth", "num_depths", "summary_tokens"),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}: give a positive integer")
+        if self.valid_lengths and self.strides and max(self.strides) > max(self.valid_lengths):
+            raise ValueError(
+                f"strides={max(self.strides)} is over every window: give at most the longest of valid_lengths, "
+                f"{max(self.valid_lengths)}"
+            )
+        asked = [task for task in self.tasks if task in RETRIEVAL_TASKS]
+        if self.cases is not None and len(asked) != 1:
+            raise ValueError(f"cases={self.cases!r} with {len(asked)} retrieval tasks: give tasks the one it is for")
+        if ("qmsum" in self.tasks) != (self.meetings is not None):
+            raise ValueError(f"meetings={self.meetings!r}: give the file of meetings together with tasks=qmsum")
+
+    def longest_window(self, train_length: int) -> int:
+        """The longest window of text, in tokens, that the tasks score; 0 where they score none."""
+        lengths = [0]
+        if "perplexity" in self.tasks or "positions" in self.tasks:
+            lengths += self.resolved(train_length).valid_lengths
+        if "positions" in self.tasks or "probes" in self.tasks:
+            lengths.append(train_length)
+        return max(lengths)
+
+    def resolved(self, train_length: int) -> "EvaluateConfig":
+        """With what follows from the training length, where it is not given."""
+        return replace(
+            self,
+            valid_lengths=self.valid_lengths or tuple(multiple * train_length for multiple in (1, 2, 4, 8, 16)),
+            capped_stride=self.capped_stride or max(1, train_length // 8),
+            offsets=self.offsets or tuple(dict.fromkeys(int(multiple * train_length) for multiple in OFFSETS)),
+        )

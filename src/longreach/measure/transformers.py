@@ -1,0 +1,354 @@
+"""Causal language models of Hugging Face transformers as subjects of evaluation."""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from torch import Tensor, nn
+
+from longreach.data.tokenizer import load_tokenizer
+from longreach.measure.score import Unsupported
+from longreach.measure.subject import Subject
+from longreach.pretrained.lengths import declared_length, longest_input
+
+PRECOMPUTED = frozenset({"mpt", "gptj", "codegen", "ctrl"})
+"""Types of models whose biases or rotations are computed once, up to the training length, and end there. MPT's need
+not: its stock code in transformers does."""
+
+
+StateLength = Callable[[int], AbstractContextManager[None]]
+"""Says how long the sequence will become of which all forward passes within are a part."""
+
+CACHE_LENGTH = "longreach_length"
+"""Name under which a cache holds the length of its stream."""
+
+RELATIVE = frozenset({"bloom", "falcon", "mpt"})
+"""Types of models that take no positions because they have ALiBi, for which the order of the keys is enough."""
+
+
+@dataclass
+class BoundedCache:
+    """A cache of transformers in which each token sees at most max_context tokens, itself included."""
+
+    cache: Any
+    """Holds the keys that the next token sees, each with the position that it came with."""
+    max_context: int
+    seen: int = 0
+    """How many tokens were put in."""
+
+    def forget(self) -> None:
+        """Drop what the next token does not see."""
+        for layer in self.cache.layers:
+            if layer.is_initialized:
+                start = max(0, layer.keys.shape[-2] - (self.max_context - 1))
+                layer.keys, layer.values = layer.keys[..., start:, :], layer.values[..., start:, :]
+
+
+class HuggingFaceModel:
+    """Any causal language model of transformers behind the protocol `LanguageModel`.
+
+    Where logits are nothing but output embeddings of the last hidden states, the embeddings are applied to one
+    stretch at a time, and the logits of a long sequence never lie in memory together. That is tried out on two
+    tokens when the object is made. A model that does more, such as scaling or capping logits, gives them all at once.
+
+    Args:
+        model: a loaded model, as `AutoModelForCausalLM.from_pretrained` gives it. It is put into evaluation mode.
+        max_length: the most tokens that it can take; None for any number.
+        state_length: of a model that ALiBi was put into or that was extended: it is told the length of a stream, and
+            it has no use for positions. None for a model as transformers has it.
+    """
+
+    def __init__(self, model: Any, max_length: int | None = None, state_length: StateLength | None = None) -> None:
+        self.model = model.eval()
+        self.max_length = max_length
+        self._state_length = state_length
+        self._body, self._head = model, None
+        tokens = torch.tensor([[0, 1]], device=next(model.parameters()).device)
+        with torch.inference_mode():
+            logits = model(input_ids=tokens, use_cache=False).logits  # [1, 2, V]
+            if (parts := _body_and_head(model)) is not None:
+                body, head = parts
+                hidden = body(input_ids=tokens, use_cache=False)[0]
+                if hidden.shape[-1] == head.in_features and torch.equal(head(hidden).float(), logits.float()):
+                    self._body, self._head = parts
+            self._takes_positions = state_length is None and self._heeds_positions(tokens)
+        self.vocab_size: int = logits.shape[-1]
+
+    def logits(
+        self,
+        tokens: Tensor,
+        chunk_size: int,
+        *,
+        last: int | None = None,
+        positions: Tensor | None = None,
+        cache: Any = None,
+    ) -> Iterator[Tensor]:
+        """Logits as `LanguageModel` has them.
+
+        Raises:
+            Unsupported: positions for a model that has no use for them.
+            ValueError: more positions than it holds.
+        """
+        if isinstance(cache, BoundedCache):
+            yield from self._bounded_logits(tokens, chunk_size, last or tokens.shape[1], positions, cache)
+            return
+        held = 0 if cache is None else cache.get_seq_length()
+        self._check(held + tokens.shape[1], positions)
+        inputs = _inputs(tokens, held, positions, cache)
+        last = last or tokens.shape[1]
+        if self._head is None and "logits_to_keep" in _parameters(self.model):
+            inputs["logits_to_keep"] = last
+        with self._during(cache):
+            output = self._body(**inputs)[0]  # [B, T, C], or the last logits where there is no head
+        for stretch in output[:, -last:].split(chunk_size, dim=1):
+            yield stretch if self._head is None else self._head(stretch)
+
+    def new_cache(self, length: int, max_context: int | None = None) -> Any:
+        """An empty DynamicCache, which grows with what is put into it; a BoundedCache if max_context is below length.
+
+        Raises:
+            Unsupported: a model that has no keys and values to cache, or, with a max_context, one whose cache cannot
+                drop any or that cannot be told where in the stream a token stands.
+        """
+        from transformers import DynamicCache
+        from transformers.cache_utils import DynamicLayer
+
+        if "past_key_values" not in _parameters(self.model):
+            raise Unsupported(
+                f"{type(self.model).__name__} takes no past_key_values: it cannot be used with a cache; score windows"
+            )
+        if not self._fills_caches:
+            raise Unsupported(f"{type(self.model).__name__} puts nothing into a cache of transformers: score windows")
+        cache = DynamicCache(config=self.model.config)
+        if max_context is None or max_context >= length:
+            setattr(cache, CACHE_LENGTH, length)
+            return cache
+        plain = all(type(layer) is DynamicLayer for layer in cache.layers)
+        placed = self._takes_positions or self._state_length is not None or self.model.config.model_type in RELATIVE
+        if not (plain and placed):
+            raise Unsupported(
+                f"max_context={max_context} with {length} tokens: the cache of {type(self.model).__name__} cannot drop "
+                "keys; score a sliding window instead, or with a cache that is unbounded"
+            )
+        setattr(cache, CACHE_LENGTH, max_context)
+        return BoundedCache(cache, max_context)
+
+    def _bounded_logits(
+        self, tokens: Tensor, chunk_size: int, last: int, positions: Tensor | None, cache: BoundedCache
+    ) -> Iterator[Tensor]:
+        """Logits as `logits` has them: all at once while nothing has to be dropped, then a token at a time."""
+        length = tokens.shape[1]
+        if positions is None and self._takes_positions:
+            positions = torch.arange(cache.seen, cache.seen + length, device=tokens.device)[None]
+        unwanted = length - last
+        start = 0
+        while start < length:
+            stop = min(length, start + max(1, cache.max_context - cache.seen))
+            cache.forget()
+            here = None if positions is None else positions[:, start:stop]
+            for stretch in self.logits(tokens[:, start:stop], chunk_size, positions=here, cache=cache.cache):
+                if unwanted < stretch.shape[1]:
+                    yield stretch[:, unwanted:]
+                unwanted = max(0, unwanted - stretch.shape[1])
+            cache.seen += stop - start
+            start = stop
+
+    @cached_property
+    def _fills_caches(self) -> bool:
+        """Whether a token's keys and values come to lie in a cache that is handed in: old remote code reads tuples."""
+        from transformers import DynamicCache
+
+        cache = DynamicCache(config=self.model.config)
+        token = torch.zeros((1, 1), dtype=torch.long, device=next(self.model.parameters()).device)
+        try:
+            with torch.inference_mode():
+                self._body(**_inputs(token, 0, None, cache))
+        except TypeError:  # no Cache has items
+            return False
+        return bool(cache.get_seq_length())
+
+    def _during(self, cache: Any) -> AbstractContextManager[None]:
+        """In force while a forward pass runs."""
+        if cache is None or self._state_length is None:
+            return nullcontext()
+        return self._state_length(getattr(cache, CACHE_LENGTH))
+
+    def _heeds_positions(self, tokens: Tensor) -> bool:
+        """Whether positions change anything: some models accept position_ids and never look at them."""
+        if "position_ids" not in _parameters(self._body):
+            return False
+        forwards, backwards = (
+            self._body(**_inputs(tokens, 0, torch.tensor([order], device=tokens.device), None))[0]
+            for order in ((0, 1), (1, 0))
+        )
+        return not torch.equal(forwards, backwards)
+
+    def _check(self, total: int, positions: Tensor | None) -> None:
+        if positions is not None:
+            if not self._takes_positions:
+                raise Unsupported(
+                    f"{type(self.model).__name__} takes no positions: measure it without offsets or shifted positions"
+                )
+            total = int(positions.max()) + 1
+        if self.max_length is not None and total > self.max_length:
+            raise ValueError(
+                f"{total} tokens: {type(self.model).__name__} holds {self.max_length} positions; give fewer tokens"
+            )
+
+
+def load_subject(
+    name: str,
+    *,
+    device: torch.device,
+    dtype: str = "auto",
+    train_length: int | None = None,
+    trust_remote_code: bool = False,
+    adapt: Callable[[Any], StateLength | None] = lambda model: None,
+) -> Subject:
+    """Load a causal language model with its tokenizer by `from_pretrained`.
+
+    Args:
+        name: a name on the Hugging Face hub, or a folder that `save_pretrained` wrote, tokenizer.json included.
+        device: where to put it.
+        dtype: a name of torch's, such as "float32", or "auto" for the one that the files are in.
+        train_length: L, the length in tokens that it was trained at; its configuration's when None.
+        trust_remote_code: run code that comes with the model.
+        adapt: applied to the loaded model. Where it made ALiBi of the model's positions, or the model longer, it
+            gives what the model must be told a length by, and there is no limit on length.
+
+    Raises:
+        ValueError: transformers is not installed, there is no such model or it cannot be had now, a file is missing
+            or damaged, the tokenizer is not the model's, or the training length is not known.
+    """
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"dtype={dtype!r}: give auto, float32, bfloat16 or another dtype of torch")
+    config = load_configuration(name, trust_remote_code=trust_remote_code)
+    length = training_length(name, config, train_length)
+    tokenizer = load_tokenizer(name)
+    vocab_size = config.get_text_config().vocab_size
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f"model {name!r} has {vocab_size} tokens and its tokenizer {tokenizer.vocab_size}: "
+            "the tokenizer is not the model's"
+        )
+    loaded = load_causal_model(name, dtype=dtype, trust_remote_code=trust_remote_code)
+    state_length = adapt(loaded)
+    max_length = _max_length(loaded) if state_length is None else None
+    model = HuggingFaceModel(loaded.to(device), max_length, state_length)
+    if state_length is None:
+        implementation = f"transformers {loaded.config._attn_implementation}"  # the only place where it is told
+    else:
+        implementation = "longreach"
+    return Subject(
+        name=name,
+        train_length=length,
+        model=model,
+        tokenizer=tokenizer,
+        vocab_size=model.vocab_size,
+        device=device,
+        max_length=model.max_length,
+        attention=lambda query_length, key_length, windowed: implementation,
+    )
+
+
+def training_length(name: str, config: Any, given: int | None) -> int:
+    """L as it is given, else as a model's configuration tells it.
+
+    Raises:
+        ValueError: it does not, or what is given is no length.
+    """
+    length = declared_length(config.get_text_config()) if given is None else given
+    if length is None:
+        raise ValueError(f"model {name!r} does not say what length it was trained at: give it by --train-length")
+    if length < 1:
+        raise ValueError(f"train_length={length}: give a positive integer")
+    return length
+
+
+def load_configuration(name: str, *, trust_remote_code: bool = False) -> Any:
+    """The configuration of a model, by `AutoConfig`. Arguments and errors as in `load_subject`."""
+    return _from_pretrained("AutoConfig", name, trust_remote_code=trust_remote_code)
+
+
+def load_causal_model(name: str, *, dtype: str, trust_remote_code: bool = False) -> Any:
+    """A model with all its weights, by `AutoModelForCausalLM`. Arguments and errors as in `load_subject`."""
+    model, report = _from_pretrained(
+        "AutoModelForCausalLM",
+        name,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        output_loading_info=True,
+    )
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(
+            f"model {name!r} has no weights for {missing[0]} and {len(missing) - 1} others: "
+            "give a causal language model whose files are whole"
+        )
+    return model
+
+
+def _inputs(tokens: Tensor, held: int, positions: Tensor | None, cache: Any) -> dict[str, Any]:
+    """Arguments of a model's forward for tokens (B, T) that follow `held` tokens in a cache."""
+    inputs: dict[str, Any] = {"input_ids": tokens, "use_cache": cache is not None}
+    if cache is not None:
+        inputs["past_key_values"] = cache
+    if positions is not None:
+        inputs["position_ids"] = positions.expand_as(tokens)
+        # Without a mask, transformers takes positions that do not count up for several sequences in a row.
+        inputs["attention_mask"] = tokens.new_ones(tokens.shape[0], held + tokens.shape[1])
+    return inputs
+
+
+def _body_and_head(model: Any) -> tuple[Any, nn.Linear] | None:
+    """The part of a model that gives last hidden states and the output embeddings, where it is made of these."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel) or model.base_model is model:
+        return None  # a wrapper, such as PEFT's, of which only the whole is known
+    head = model.get_output_embeddings()
+    return (model.base_model, head) if isinstance(head, nn.Linear) else None
+
+
+def _parameters(module: Any) -> frozenset[str]:
+    """Names of the arguments that a model's forward takes."""
+    if hasattr(module, "get_base_model"):
+        module = module.get_base_model()  # PEFT's wrapper hands on what it does not know
+    return frozenset(inspect.signature(module.forward).parameters)
+
+
+def _max_length(model: Any) -> int | None:
+    """The most tokens that a model can take: what its table of positions holds, None where it has no such table."""
+    declared = longest_input(model.config.get_text_config())
+    if declared is None or model.config.model_type in PRECOMPUTED:
+        return declared
+    vocabulary = (model.get_input_embeddings(), model.get_output_embeddings())
+    tables = (module for module in model.modules() if isinstance(module, nn.Embedding) and module not in vocabulary)
+    # OPT's and BioGPT's begin with two rows that are no positions.
+    held = any(table.num_embeddings in (declared, declared + 2) for table in tables)
+    return declared if held else None
+
+
+def _from_pretrained(auto: str, name: str, **options: Any) -> Any:
+    """What a class of transformers, given by its name, makes of a model's files."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise ValueError(
+            f"model {name!r} is no run here; one of Hugging Face needs transformers: pip install 'longreach[hf]'"
+        ) from error
+    try:
+        return getattr(transformers, auto).from_pretrained(name, **options)
+    except (OSError, ValueError, RuntimeError, ImportError, safetensors.SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if Path(name).is_dir():
+            raise ValueError(f"model {name!r} cannot be loaded from this folder ({reason}); mend its files") from error
+        raise ValueError(
+            f"model {name!r} is no folder here, nor to be had from the Hugging Face hub ({reason}); "
+            "give a folder, or a hub name while there is a network"
+        ) from error

@@ -1,0 +1,64 @@
+"""A model as files: model.safetensors, config.json, and beside them the tokenizer.json that others write."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+
+from longreach.models.config import ModelConfig
+from longreach.models.decoder import Decoder
+
+MODEL_TYPE = "longreach"
+
+
+def save_model(model: Decoder, folder: str | os.PathLike[str]) -> None:
+    """Write model.safetensors and config.json, each beside its final name first and then renamed.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written; files of these names are as they were.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"model_type": MODEL_TYPE, **model.config.to_dict()}
+    (folder / "config.json.new").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    try:
+        safetensors.torch.save_file(weights, folder / "model.safetensors.new")
+    except safetensors.SafetensorError as error:
+        raise OSError(f"{folder / 'model.safetensors'} cannot be written ({error}): mend that and run again") from error
+    shutil.copymode(folder / "config.json.new", folder / "model.safetensors.new")  # which only its owner can read
+    for name in ("config.json", "model.safetensors"):
+        os.replace(folder / f"{name}.new", folder / name)
+
+
+def load_model(folder: str | os.PathLike[str], device: torch.device | str = "cpu") -> Decoder:
+    """Read what `save_model` wrote, as a model ready for evaluation.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged, or the weights are not those of the configuration.
+    """
+    folder = Path(folder)
+    config_path, weights_path = folder / "config.json", folder / "model.safetensors"
+    for path in (config_path, weights_path):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file; give the folder of a trained run")
+    try:
+        values = json.loads(config_path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict) or values.pop("model_type", None) != MODEL_TYPE:
+            raise ValueError(f"model_type is not {MODEL_TYPE!r}")
+        config = ModelConfig.from_dict(values)
+        weights = safetensors.torch.load_file(weights_path)
+    except (ValueError, TypeError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{folder}: damaged or not a longreach model ({error}); train it again") from error
+    model = Decoder(config)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        first_line = str(error).splitlines()[-1].strip()
+        raise ValueError(f"{weights_path}: not the weights of {config_path} ({first_line})") from error
+    return model.to(device).eval()

@@ -1,0 +1,401 @@
+"""Planning for attention on the CPU: which tiles of queries and keys cover the key ranges that `reach` leaves.
+
+A tile is one call of a kernel, or a few matrix products. Each head's queries are cut into blocks, as many queries each
+as make the work cheapest. Blocks whose ranges are alike become one batch, their keys overlapping windows of k and v,
+and so do heads.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from longreach.ops.lse_bound import FEW_QUERIES
+
+Item = TypeVar("Item")
+
+BLOCK_M = 128
+"""Queries per block in the ranges."""
+
+BLOCK_N = 64
+"""Keys per block in the ranges."""
+
+BLOCK_ROWS = (128, 256, 512, 1024)
+"""Queries per tile to choose from."""
+
+CALL_COST = 2**15
+"""Work, in pairs of a query and a key, that is worth an additional call of a kernel."""
+
+LANE_COST = 90_000
+"""What a lane's own products and sums cost besides their pairs, in pairs."""
+
+NARROW_COST = 1.8
+"""Cost of a pair where many lanes share a product, relative to a lane's own products."""
+
+WIDE_PAIRS = round(LANE_COST / (NARROW_COST - 1))
+"""Pairs from which on a lane of a tile is worth matrix products of its own."""
+
+READING_CALL_COST = 3000
+"""Keys whose reading takes as long as an additional call."""
+
+STRIP_PAIRS = 2**21
+"""Pairs whose weights are in memory at a time; for fewer, products lose speed."""
+
+ALIGNED = 64
+"""Widths are rounded up to multiples of this, so that few sizes of products occur: each is compiled when first used."""
+
+BOUND_COST = 120
+"""Work of finding a head's ranges, in keys per query; five times as many beside the faster kernel."""
+
+BOUND_CALL_COST = 2**21
+"""Work of finding any ranges at all, in pairs: some hundred small operations."""
+
+BOUND_READS = 25_000
+"""That work for few queries, in keys that could be read instead."""
+
+Ranges = list[list[int]] | None
+"""One end of the ranges of a head, for each sequence and each block; None where they were not worth finding."""
+
+
+class Tile(NamedTuple):
+    """One call: either some heads of one block of queries, or many blocks of one head with equally wide windows."""
+
+    batch: slice
+    """Which sequences."""
+    heads: slice
+    """Which query heads; one alone where there are several windows."""
+    row: int
+    """First query."""
+    rows: int
+    """Queries in a window."""
+    windows: int
+    """Number of windows; each begins `rows` queries and as many keys after the one before."""
+    key: int
+    """First key of the first window."""
+    width: int
+    """Keys in a window."""
+    square: bool = False
+    """Whether queries and keys are the same positions, so that the kernel can skip what causality hides."""
+
+
+@dataclass(frozen=True)
+class Masks:
+    """What hides keys from queries, as numbers on the host."""
+
+    query_length: int
+    """Tq."""
+    key_length: int
+    """Tk."""
+    causal: bool
+    """Whether keys after the query are hidden."""
+    window_size: int | None
+    """Keys at this distance and beyond are hidden."""
+    documents: tuple[int, ...]
+    """Borders of documents, (0, Tk) when there is but one."""
+    spans: tuple[tuple[int, int], ...] | None
+    """For each sequence the range of keys outside of which all is padding; None without padding."""
+    holes: Tensor | None
+    """(B, Tk) bool, True where a key is padding; None when the spans say it all."""
+
+    @staticmethod
+    def of(
+        query_length: int,
+        key_length: int,
+        causal: bool,
+        window_size: int | None,
+        key_padding_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> "Masks":
+        """From the arguments of `longreach.attention`, which are read back from tensors here."""
+        documents = (0, key_length) if cu_seqlens is None else tuple(cu_seqlens.tolist())
+        spans, holes = None, None
+        if key_padding_mask is not None and key_length:
+            visible = ~key_padding_mask
+            count = visible.sum(dim=-1)
+            first = visible.byte().argmax(dim=-1)
+            past = torch.where(count > 0, key_length - visible.flip(-1).byte().argmax(dim=-1), first)
+            spans = tuple(zip(first.tolist(), past.tolist(), strict=True))
+            holes = key_padding_mask if bool((past - first != count).any()) else None
+        return Masks(query_length, key_length, causal, window_size, documents, spans, holes)
+
+    @property
+    def offset(self) -> int:
+        """Position of query 0."""
+        return self.key_length - self.query_length
+
+    @property
+    def may_hide_all_keys(self) -> bool:
+        """Whether there may be a query that sees no key, and no tile for it."""
+        return self.spans is not None or self.query_length > self.key_length
+
+    @property
+    def may_leave_rows_empty(self) -> bool:
+        """Whether a tile may hold a query that sees none of its keys."""
+        return self.holes is not None or (self.window_size is not None and self.may_hide_all_keys)
+
+
+def heads_worth_bounding(
+    q: Tensor,
+    k: Tensor,
+    left: Tensor,
+    right: Tensor,
+    masks: Masks,
+    tolerance: float,
+    key_norms: Tensor | None,
+    *,
+    by_kernel: bool,
+) -> slice:
+    """The heads, in whole groups, whose reach can be expected to save more work than bounding it costs."""
+    query_length, key_length, group = masks.query_length, masks.key_length, q.shape[1] // k.shape[1]
+    dense = key_length - query_length / 2 if masks.causal else float(key_length)
+    if masks.window_size is not None:
+        dense = min(dense, masks.window_size)
+    exponent = -math.log(tolerance) if tolerance else 104.0
+    # Every key that is read costs as much as 40 more queries; the bound reads k alone, and that not given its norms.
+    dear = 5 if by_kernel else 1
+    per_key, per_head, per_call = query_length + 40, dear * BOUND_COST * query_length, dear * BOUND_CALL_COST
+    if query_length < FEW_QUERIES:  # reading is all that counts, and to find the norms is half of it
+        per_key, per_head, per_call = 1, key_length if key_norms is None else 0, BOUND_READS
+    elif key_norms is None:
+        per_head += 20 * key_length
+    worth, saved = [], 0.0
+    if query_length and key_length and q.shape[0]:
+        slopes = torch.minimum(left, right).detach().view(-1, q.shape[1]).amin(dim=0).tolist()
+        for head, slope in enumerate(slopes):
+            if slope > 0 and (gain := (dense - BLOCK_M - 1.7 * exponent / slope) * per_key - per_head) > 0:
+                worth.append(head // group)
+                saved += q.shape[0] * gain
+    if saved < per_call:
+        return slice(0, 0)
+    return slice(min(worth) * group, (max(worth) + 1) * group)
+
+
+Cost = Callable[[int, int, int], float]
+"""Time, in pairs of a query and a key, of so many lanes of so many rows and so many keys in one tile; measured."""
+
+
+def kernel_cost(lanes: int, rows: int, width: int) -> float:
+    """The cost with the flash kernel, which cuts queries into strips of 32, 64 and 256: wide ones are faster."""
+    return CALL_COST + lanes * rows * width * (1.35 if rows < 192 else 0.9 if rows >= 768 else 1.0)
+
+
+def reading_cost(lanes: int, rows: int, width: int) -> float:
+    """The cost for few queries, in keys that are read; a thread takes whole lanes, while the others wait."""
+    threads = torch.get_num_threads()
+    return READING_CALL_COST + -(-lanes // threads) * threads * width
+
+
+def product_cost(lanes: int, rows: int, width: int) -> float:
+    """The cost with matrix products."""
+    pairs = rows * width
+    return lanes * (pairs + LANE_COST) if pairs >= WIDE_PAIRS else CALL_COST + lanes * pairs * NARROW_COST
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Some queries of one head and the keys they need."""
+
+    row: int
+    """First query."""
+    rows: int
+    """Number of queries."""
+    low: int
+    """First key."""
+    high: int
+    """One past the last key."""
+
+
+def plan(
+    q_shape: Sequence[int],
+    k_shape: Sequence[int],
+    masks: Masks,
+    low: list[Ranges],
+    high: list[Ranges],
+    cost: Cost,
+    *,
+    square: bool = False,
+) -> Iterator[Tile]:
+    """Cover by few tiles all keys from low to high; for a head without ranges, all that the masks leave.
+
+    With `square` those heads' tiles are square, where the masks permit it.
+    """
+    batch, num_heads = q_shape[:2]
+    group = num_heads // k_shape[1]
+    whole = [(slice(0, batch), (0, masks.key_length))]
+    spans = whole if masks.spans is None else [(slice(b, b + 1), span) for b, span in enumerate(masks.spans)]
+    for sequences, span in spans:
+        lowest = [_over_sequences(min, ranges, sequences) for ranges in low]  # [H][blocks]
+        highest = [_over_sequences(max, ranges, sequences) for ranges in high]
+        for document in zip(masks.documents[:-1], masks.documents[1:], strict=True):
+            keys = max(span[0], document[0]), min(span[1], document[1])
+            rows = (0, masks.query_length) if len(masks.documents) == 2 else document
+            if masks.causal:
+                rows = max(rows[0], keys[0] - masks.offset), rows[1]
+            if keys[0] >= keys[1] or rows[0] >= rows[1]:
+                continue
+            whole_heads: list[tuple[int, _Block]] = []
+            if square and masks.causal and masks.window_size is None and (rows, masks.holes) == (keys, None):
+                block = _Block(rows[0], rows[1] - rows[0], *keys)
+                whole_heads = [(head, block) for head in range(num_heads) if lowest[head] is None]
+            for some in _calls(whole_heads, group, cost):
+                heads = slice(some[0][0], some[-1][0] + 1)
+                yield Tile(sequences, heads, rows[0], block.rows, 1, keys[0], block.rows, square=True)
+            unbounded = [] if whole_heads else _blocks(rows, keys, masks, None, None, cost)
+            blocks = [
+                unbounded if starts is None else _blocks(rows, keys, masks, starts, ends, cost)
+                for starts, ends in zip(lowest, highest, strict=True)
+            ]
+            yield from _tiles(sequences, blocks, group, keys, masks.offset, cost)
+
+
+def _over_sequences(extreme: Callable[..., int], ranges: Ranges, sequences: slice) -> list[int] | None:
+    """The least or the greatest end of each block's range among some sequences."""
+    return None if ranges is None else [extreme(ends) for ends in zip(*ranges[sequences], strict=True)]
+
+
+def _blocks(
+    rows: tuple[int, int],
+    keys: tuple[int, int],
+    masks: Masks,
+    starts: list[int] | None,
+    ends: list[int] | None,
+    cost: Cost,
+) -> list[_Block]:
+    """Cut queries [rows) of one head into blocks, as many queries each as make the keys among [keys) cheapest."""
+    steps = [step for step in BLOCK_ROWS if step < 2 * (rows[1] - rows[0])] or BLOCK_ROWS[:1]  # others make one block
+    choices = [
+        [_block(row, min(row + step, rows[1]), keys, masks, starts, ends) for row in range(*rows, step)]
+        for step in steps
+    ]
+    choices = [[block for block in blocks if block.low < block.high] for blocks in choices]
+
+    def work(blocks: list[_Block]) -> float:
+        """Without the cost of calls, which blocks may share."""
+        sizes = [(block.rows, block.high - block.low) for block in blocks]
+        return sum(cost(2, *size) - cost(1, *size) for size in sizes)
+
+    return choices[0] if len(choices) == 1 else min(choices, key=work)  # few queries have no choice, and no time
+
+
+def _block(
+    row: int, past_row: int, keys: tuple[int, int], masks: Masks, starts: list[int] | None, ends: list[int] | None
+) -> _Block:
+    low, high = keys
+    first, last = row + masks.offset, past_row - 1 + masks.offset
+    if masks.causal:
+        high = min(high, last + 1)
+    if masks.window_size is not None:
+        low, high = max(low, first - masks.window_size + 1), min(high, last + masks.window_size)
+    if starts is not None and ends is not None:
+        within = slice(row // BLOCK_M, (past_row - 1) // BLOCK_M + 1)
+        low, high = max(low, min(starts[within])), min(high, max(ends[within]))
+    low = max(keys[0], min(low, high + (low - high) // ALIGNED * ALIGNED))
+    return _Block(row, past_row - row, low, high)
+
+
+def _tiles(
+    batch: slice, blocks: list[list[_Block]], group: int, keys: tuple[int, int], offset: int, cost: Cost
+) -> Iterator[Tile]:
+    """Batch consecutive blocks of a head whose windows are alike, and heads whose blocks are."""
+    alone: dict[tuple[int, int], list[tuple[int, _Block]]] = {}
+    for head, head_blocks in enumerate(blocks):
+        for run in _cut(head_blocks, lambda run: _run_cost(run, keys, offset, cost)):
+            if len(run) == 1:
+                alone.setdefault((run[0].row, run[0].rows), []).append((head, run[0]))
+                continue
+            before, width = _window(run, offset)
+            row = run[0].row
+            key = row + offset - before
+            yield Tile(batch, slice(head, head + 1), row, run[0].rows, len(run), key, width)
+    for (row, rows), members in alone.items():
+        for some in _calls(members, group, cost):
+            low = min(block.low for _, block in some)
+            high = max(block.high for _, block in some)
+            yield Tile(batch, slice(some[0][0], some[-1][0] + 1), row, rows, 1, low, high - low)
+
+
+def _cut(items: list[Item], cost: Callable[[list[Item]], float]) -> Iterator[list[Item]]:
+    """Halve a list as long as that lowers the cost; a list of infinite cost is always halved."""
+    if len(items) > 1:
+        halves = items[: len(items) // 2], items[len(items) // 2 :]
+        whole = cost(items)
+        if whole == math.inf or whole > sum(map(cost, halves)):
+            for half in halves:
+                yield from _cut(half, cost)
+            return
+    if items:
+        yield items
+
+
+def _window(run: list[_Block], offset: int) -> tuple[int, int]:
+    """How far before its first query's position the window of each block must begin, and how wide it must be."""
+    before = max(block.row + offset - block.low for block in run)
+    after = max(block.high - block.row - offset for block in run)
+    return before, before + after
+
+
+def _run_cost(run: list[_Block], keys: tuple[int, int], offset: int, cost: Cost) -> float:
+    """Work of one call for these blocks of one head; infinite where their windows cannot be a batch."""
+    rows = run[0].rows
+    before, width = _window(run, offset)
+    if len(run) > 1:
+        first, last = run[0].row, run[-1].row
+        regular = run[-1].rows == rows and last - first == rows * (len(run) - 1)
+        inside = first + offset - before >= keys[0] and last + offset - before + width <= keys[1]
+        if not (regular and inside):
+            return math.inf
+    return cost(len(run), rows, width)
+
+
+def _calls(members: list[tuple[int, _Block]], group: int, cost: Cost) -> list[list[tuple[int, _Block]]]:
+    """Cut one block of queries of several heads into calls of adjacent heads, as few and as narrow as is cheapest."""
+    least = [0.0]  # cost of the calls of the first 0, 1, ... members
+    firsts = []  # who comes first in the last of these calls
+    for past in range(1, len(members) + 1):
+        last, block = members[past - 1]
+        low, high, best, chosen = block.low, block.high, math.inf, past - 1
+        for first in range(past - 1, -1, -1):
+            head, block = members[first]
+            if last - head != past - 1 - first or (group > 1 and head // group != last // group):
+                break  # a call takes heads that lie evenly spaced in memory, as their keys do
+            low, high = min(low, block.low), max(high, block.high)
+            call = cost(past - first, block.rows, high - low)
+            if call > best:
+                break  # calls of more heads cost no less
+            if least[first] + call <= best:
+                best, chosen = least[first] + call, first
+        least.append(best)
+        firsts.append(chosen)
+    calls, past = [], len(members)
+    while past:
+        calls.append(members[firsts[past - 1] : past])
+        past = firsts[past - 1]
+    return calls[::-1]
+
+
+def pieces(tile: Tile) -> Iterator[Tile]:
+    """Cut a tile into ones of one sequence with as many lanes as share a product: one lane alone where it is wide."""
+    pairs = tile.rows * tile.width
+    lanes = 1 if pairs >= WIDE_PAIRS else max(1, STRIP_PAIRS // pairs)
+    for sequence in range(tile.batch.start, tile.batch.stop):
+        one = tile._replace(batch=slice(sequence, sequence + 1))
+        if tile.windows == 1:
+            for head in range(tile.heads.start, tile.heads.stop, lanes):
+                yield one._replace(heads=slice(head, min(head + lanes, tile.heads.stop)))
+        else:
+            for first in range(0, tile.windows, lanes):
+                step = first * tile.rows
+                yield one._replace(row=tile.row + step, key=tile.key + step, windows=min(lanes, tile.windows - first))
+
+
+def strips(tile: Tile) -> Iterator[Tile]:
+    """Cut a tile of one block of queries into ones with fewer keys; a tile of several windows is narrow already."""
+    if tile.windows > 1:
+        yield tile
+        return
+    width = max(1, STRIP_PAIRS // (tile.rows * ALIGNED)) * ALIGNED
+    for first in range(0, tile.width, width):
+        yield tile._replace(key=tile.key + first, width=min(width, tile.width - first))

@@ -1,0 +1,388 @@
+"""Fast ALiBi attention on the CPU: matrix products over the key ranges that `reach` leaves.
+
+Query blocks whose ranges are alike become one batch, their keys overlapping windows of k and v; `tiles` plans that and
+`tile_views` finds the bias of each tile at no cost. Weights are exponentials by base 2 of scores that hold log2 e from
+the start. The backward pass recomputes them from the LSE, on the narrower ranges that the forward pass found to matter,
+and adds gradients up in one fixed order, so that two runs agree to the last bit. Half types are computed in float32, or
+by `cpu_kernel` where that is faster, as few queries are.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from longreach.ops.cpu.kernel import FewQueries, HalfTypes, fits_squares
+from longreach.ops.cpu.plan import (
+    ALIGNED,
+    BLOCK_M,
+    BLOCK_N,
+    Masks,
+    Ranges,
+    Tile,
+    heads_worth_bounding,
+    kernel_cost,
+    pieces,
+    plan,
+    product_cost,
+    reading_cost,
+    strips,
+)
+from longreach.ops.cpu.views import bias_of, distances, falloff, keys_of, kv_heads_of, lanes_of, rows_of
+from longreach.ops.lse_bound import FEW_QUERIES
+from longreach.ops.reach import default_tolerance, key_ranges
+
+LOG2_E = math.log2(math.e)
+"""To exponentiate by base 2: exp is a hundred times slower where its result underflows."""
+
+MATRIX_UNITS = torch.cpu._is_amx_tile_supported()
+"""Whether the processor multiplies matrices of half types itself."""
+
+ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+"""Whether oneDNN's products in float32 can be had: on processors that MKL does not favour they are twice as fast."""
+
+
+def cpu_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    slopes: Tensor | tuple[Tensor, Tensor] | None = None,
+    bias: Tensor | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    window_size: int | None = None,
+    key_padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    dropout_p: float = 0.0,
+    tolerance: float | None = None,
+    key_norms: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """softmax(scale q k^T - m |i - j|) v over the visible keys within reach; arguments as in `longreach.attention`.
+
+    Differentiable in q, k, v and the slopes. Reads only the keys that `longreach.reach` says each block of queries
+    needs, so that time grows linearly with length once length passes the reach.
+
+    Args:
+        q: (B, H, Tq, D) float64, float32, bfloat16 or float16.
+        k: (B, Hkv, Tk, D).
+        v: (B, Hkv, Tk, D).
+        slopes: (H,) or (B, H), a pair (left, right) of them, or None.
+        bias: refused.
+        causal: whether a query sees only keys at or before its position.
+        scale: factor of q . k; D**-0.5 when None.
+        window_size: see only keys with |i - j| < window_size.
+        key_padding_mask: (B, Tk) bool, True where a key is padding. Padding at the ends costs nothing.
+        cu_seqlens: (N + 1,) borders of packed documents, each computed by itself.
+        dropout_p: refused unless 0.
+        tolerance: probability mass per row that may be dropped; `default_tolerance` of the dtype when None.
+        key_norms: `key_block_norms(k, BLOCK_N)`, kept by a cache so that decoding need not read all of k.
+
+    Returns:
+        The output (B, H, Tq, D) in the dtype of q, and the LSE (B, H, Tq) in float32, or float64 if q is.
+
+    Raises:
+        ValueError: a dense bias, or dropout.
+    """
+    if bias is not None:
+        raise ValueError('bias with impl="cpu": a dense bias has no reach; use impl="sdpa" or "auto"')
+    if dropout_p:
+        raise ValueError(f'dropout_p={dropout_p} with impl="cpu": only 0 is supported; use impl="sdpa" or "auto"')
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    tolerance = default_tolerance(q.dtype) if tolerance is None else tolerance
+    if slopes is None:
+        slopes = torch.zeros(q.shape[1], dtype=torch.float32)
+    left, right = slopes if isinstance(slopes, tuple) else (slopes, slopes)
+    masks = Masks.of(q.shape[2], k.shape[2], causal, window_size, key_padding_mask, cu_seqlens)
+    worth = heads_worth_bounding(q, k, left, right, masks, tolerance, key_norms, by_kernel=_by_kernel(q))
+    low: list[Ranges] = [None] * q.shape[1]
+    high = low.copy()
+    if worth.stop > worth.start:
+        with torch.no_grad():
+            group = q.shape[1] // k.shape[1]
+            kv_heads = slice(worth.start // group, worth.stop // group)
+            starts, ends = key_ranges(
+                q[:, worth],
+                k[:, kv_heads],
+                (left[..., worth], right[..., worth]),
+                scale=scale,
+                causal=causal,
+                tolerance=tolerance,
+                block_m=BLOCK_M,
+                block_n=BLOCK_N,
+                window_size=window_size,
+                key_padding_mask=key_padding_mask,
+                cu_seqlens=cu_seqlens,
+                key_norms=None if key_norms is None else key_norms[:, kv_heads],
+            )
+            low[worth] = starts.transpose(0, 1).mul(BLOCK_N).tolist()
+            high[worth] = ends.transpose(0, 1).mul(BLOCK_N).tolist()
+    return _TiledAttention.apply(q, k, v, left, right, scale, masks, tolerance, low, high)
+
+
+class _TiledAttention(torch.autograd.Function):
+    """Attention over a list of tiles, and its gradients with respect to q, k, v and both slopes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        left: Tensor,
+        right: Tensor,
+        scale: float,
+        masks: Masks,
+        tolerance: float,
+        low: list[Ranges],
+        high: list[Ranges],
+    ) -> tuple[Tensor, Tensor]:
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        if masks.holes is not None:  # so that what lies in padding, NaN maybe, meets weights of 0 as 0
+            k, v = (x.masked_fill(masks.holes[:, None, :, None], 0.0) for x in (k, v))
+        out = torch.empty(q.shape, dtype=q.dtype)
+        lse = torch.empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+        if masks.may_hide_all_keys:
+            out.zero_()
+            lse.fill_(float("-inf"))
+        if masks.query_length < FEW_QUERIES:
+            few = FewQueries(q, k, v, left, right, out, lse, scale, masks)
+            for tile in plan(q.shape, k.shape, masks, low, high, reading_cost):
+                few.attend(tile)
+            lse2 = lse * LOG2_E
+        elif _by_kernel(q):
+            half = HalfTypes(q, k, v, left, right, out, lse, scale, masks)
+            for tile in plan(q.shape, k.shape, masks, low, high, kernel_cost, square=fits_squares(left, k.shape[2])):
+                half.attend(tile)
+            lse2 = lse * LOG2_E
+        else:
+            lse2 = lse
+            products = _Products(q, k, v, left, right, scale, masks)
+            found = _FoundRanges(q, masks, tolerance) if any(ctx.needs_input_grad) else None
+            for tile in plan(q.shape, k.shape, masks, low, high, product_cost):
+                for piece in pieces(tile):
+                    products.attend(piece, out, lse2, found)
+            if found is not None:
+                low, high = found.by_head()
+            lse = lse2 * (1 / LOG2_E)
+        # The backward pass takes the LSE by base 2: converted from what is returned, it would be rounded once more.
+        ctx.save_for_backward(q, k, v, left, right, out, lse2)
+        ctx.scale, ctx.masks, ctx.low, ctx.high = scale, masks, low, high
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, left, right, out, lse2 = ctx.saved_tensors
+        products = _Products(q, k, v, left, right, ctx.scale, ctx.masks)
+        gradients = _Gradients(products, out, lse2, grad_out, grad_lse)
+        for tile in plan(q.shape, k.shape, ctx.masks, ctx.low, ctx.high, product_cost):
+            for piece in pieces(tile):
+                gradients.add(piece)
+        return *gradients.of_inputs(), None, None, None, None, None
+
+
+def _by_kernel(q: Tensor) -> bool:
+    return MATRIX_UNITS and q.dtype.itemsize == 2
+
+
+def _product(a: Tensor, b: Tensor, added: Tensor | None = None) -> Tensor:
+    """a b^T + added for each lane, of a (lanes, M, K), b (lanes, N, K) and `added` (lanes, 1, N).
+
+    b, or its transpose, is dense in memory: others oneDNN multiplies by its reference code, a hundred times slower.
+    """
+    aligned = a.shape[1] % ALIGNED == 0 and b.shape[1] % ALIGNED == 0
+    if ONEDNN and aligned and len(a) == 1 and a.dtype == torch.float32:
+        vector = None if added is None else added[0, 0]
+        return torch.ops.mkldnn._linear_pointwise.default(a[0], b[0], vector, "none", [], "")[None]
+    b = b.transpose(1, 2)
+    return torch.bmm(a, b) if added is None else torch.baddbmm(added, a, b)
+
+
+class _Products:
+    """Attention over tiles of one sequence by matrix products, in float32 or, for float64 inputs, in float64."""
+
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, left: Tensor, right: Tensor, scale: float, masks: Masks
+    ) -> None:
+        self.q, self.k, self.v, self.left, self.right = q, k, v, left, right
+        self.scale, self.masks, self.dtype = scale, masks, torch.promote_types(q.dtype, torch.float32)
+        self.falloff = falloff(left, right, masks, self.dtype) * LOG2_E
+
+    def attend(self, tile: Tile, out: Tensor, lse2: Tensor, found: "_FoundRanges | None") -> None:
+        """Write the output and, by base 2, the LSE of the queries of a tile, from a strip of its keys at a time."""
+        rows = self.rows(self.q, tile).mul_(self.scale * LOG2_E)
+        sums = [self._attend_strip(rows, strip, found is not None) for strip in strips(tile)]
+        peak, by_block, weighted = sums[0] if len(sums) == 1 else _joined(sums)
+        total = by_block.sum(dim=-1, keepdim=True)
+        rows_of(lse2, tile).copy_((total.log2() + peak).flip(1)[None, ..., 0])
+        weighted.div_(total.clamp_(min=torch.finfo(self.dtype).tiny))  # a row that sees no key has total 0
+        rows_of(out, tile).copy_(weighted.flip(1)[None])
+        if found is not None:
+            found.note(tile, by_block, total)
+
+    def _attend_strip(self, rows: Tensor, strip: Tile, in_blocks: bool) -> tuple[Tensor, ...]:
+        """Largest score of each row by base 2; relative to its power, sums of weights and the sum of weighted values.
+
+        The sums of weights are those of each block of BLOCK_N keys or, unless these are wanted, of the strip.
+        """
+        weights = _product(rows, self.keys(self.k, strip)).add_(self.bias(strip))  # [lanes, rows, width]
+        peak = weights.amax(dim=-1, keepdim=True)
+        peak.clamp_(min=torch.finfo(self.dtype).min)  # where all keys are hidden: -inf - -inf is no number
+        weights.sub_(peak).exp2_()
+        weighted = _product(weights, self.keys(self.v, strip).transpose(1, 2))
+        by_block = _block_sums(weights) if in_blocks else weights.sum(dim=-1, keepdim=True)
+        return peak, by_block, weighted
+
+    def rows(self, x: Tensor, tile: Tile) -> Tensor:
+        """The queries of a tile in x (B, H, Tq, n), copied and in reverse: (lanes, rows, n)."""
+        return lanes_of(x, tile, self.dtype)
+
+    def keys(self, x: Tensor, tile: Tile) -> Tensor:
+        """The keys of a tile in x (B, Hkv, Tk, D), dense in memory: (lanes, width, D)."""
+        return keys_of(x, self.q.shape[1], tile)[0].to(self.dtype).contiguous()
+
+    def bias(self, tile: Tile) -> Tensor:
+        """The bias of a tile by base 2, rows in reverse: (1 or lanes, rows, width)."""
+        return bias_of(self.falloff, tile, self.masks)[0]
+
+
+def _block_sums(weights: Tensor) -> Tensor:
+    """Sums (..., blocks) over blocks of BLOCK_N keys, the last of which may have fewer."""
+    whole = weights.shape[-1] // BLOCK_N * BLOCK_N
+    sums = weights[..., :whole].unflatten(-1, (-1, BLOCK_N)).sum(dim=-1)
+    if whole == weights.shape[-1]:
+        return sums
+    return torch.cat((sums, weights[..., whole:].sum(dim=-1, keepdim=True)), dim=-1)
+
+
+def _joined(sums: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """What `_attend_strip` says of several strips, as if they were one."""
+    peaks, blocks, weighted = zip(*sums, strict=True)
+    peak = torch.stack(peaks).amax(dim=0)
+    shares = [own.sub_(peak).exp2_() for own in peaks]
+    by_block = torch.cat([block.mul_(share) for block, share in zip(blocks, shares, strict=True)], dim=-1)
+    return peak, by_block, torch.stack([x.mul_(share) for x, share in zip(weighted, shares, strict=True)]).sum(dim=0)
+
+
+class _FoundRanges:
+    """The keys that the backward pass needs: narrower ranges than bounds can prove, from the weights themselves.
+
+    What the forward pass found to weigh `tolerance` at most, in blocks of keys at the far ends of each row, is left
+    out (docs/reach.md).
+    """
+
+    def __init__(self, q: Tensor, masks: Masks, tolerance: float) -> None:
+        self.causal = masks.causal
+        self.limit = tolerance * (1 - 2**-8) / (1 if masks.causal else 2)  # less what sums of weights round by
+        batch, num_heads, query_length = q.shape[:3]
+        rows = -(-query_length // BLOCK_M) * BLOCK_M
+        # Rows that no tile holds need no keys; the masks alone say where causal rows end.
+        self.low = torch.full((batch, num_heads, rows), masks.key_length, dtype=torch.int32)
+        self.high = torch.full_like(self.low, masks.key_length if masks.causal else 0)
+
+    def note(self, tile: Tile, by_block: Tensor, total: Tensor) -> None:
+        """Keep what the rows of a tile, in reverse, need by their weights in each block of keys and in total."""
+        first: Any = tile.key
+        if tile.windows > 1:
+            first = tile.key + tile.rows * torch.arange(tile.windows)[:, None]
+        limit = total * self.limit  # [lanes, rows, 1]
+        below = (by_block.cumsum(dim=-1) <= limit).sum(dim=-1)  # [lanes, rows]
+        rows_of(self.low, tile).copy_(below.mul_(BLOCK_N).add_(first).flip(1)[None])
+        if not self.causal:
+            above = (by_block.flip(-1).cumsum(dim=-1) <= limit).sum(dim=-1)
+            past = (by_block.shape[-1] - above).mul_(BLOCK_N).add_(first)
+            rows_of(self.high, tile).copy_(past.flip(1)[None])
+
+    def by_head(self) -> tuple[list[Ranges], list[Ranges]]:
+        """Ranges of each head, for each sequence and block of queries."""
+        low, high = (ends.transpose(0, 1).unflatten(2, (-1, BLOCK_M)) for ends in (self.low, self.high))
+        return low.amin(dim=-1).tolist(), high.amax(dim=-1).tolist()
+
+
+class _Gradients:
+    """Sums of the gradients of q, k, v and both slopes over tiles."""
+
+    def __init__(
+        self, products: _Products, out: Tensor, lse2: Tensor, grad_out: Tensor | None, grad_lse: Tensor | None
+    ) -> None:
+        self.products, self.out, self.dtype = products, out, lse2.dtype
+        q, k, v = products.q, products.k, products.v
+        self.grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        self.grad_lse = torch.zeros_like(lse2) if grad_lse is None else grad_lse.masked_fill(lse2.isneginf(), 0.0)
+        self.lse2 = lse2.masked_fill(lse2.isneginf(), float("inf"))  # rows without keys: exp(-inf) is 0, not NaN
+        self.of_q = torch.zeros(q.shape, dtype=q.dtype)  # no tile holds rows that need no keys
+        self.of_k, self.of_v = (torch.zeros(x.shape, dtype=self.dtype) for x in (k, v))
+        self.of_left, self.of_right = (torch.zeros(q.shape[:2], dtype=self.dtype) for _ in range(2))
+
+    def of_inputs(self) -> tuple[Tensor, ...]:
+        """The gradients of q, k, v, left and right in their shapes and dtypes."""
+        slopes = [
+            (total.sum(dim=0) if slope.dim() == 1 else total).to(slope.dtype)
+            for total, slope in ((self.of_left, self.products.left), (self.of_right, self.products.right))
+        ]
+        return self.of_q, self.of_k.to(self.products.k.dtype), self.of_v.to(self.products.v.dtype), *slopes
+
+    def add(self, tile: Tile) -> None:
+        """Add the gradients of a tile, a strip of its keys at a time.
+
+        Scores are held with keys as rows, so that the gradients of k and v are products of what lies in memory as
+        it is needed.
+        """
+        own = self.products
+        rows, grad, out = (own.rows(x, tile) for x in (own.q, self.grad_out, self.out))  # [lanes, rows, D]
+        lse2, grad_lse = (own.rows(x, tile)[:, None] for x in (self.lse2, self.grad_lse))  # [lanes, 1, rows]
+        offset = grad_lse - (grad * out).sum(dim=-1)[:, None]
+        scaled, scaled2 = rows * own.scale, rows * (own.scale * LOG2_E)
+        of_rows = torch.zeros_like(rows).transpose(1, 2)  # [lanes, D, rows]
+        slopes_learn = own.left.requires_grad or own.right.requires_grad
+        moments = rows.new_zeros(5, *rows.shape[:2])
+        for strip in strips(tile):
+            keys = own.keys(own.k, strip)  # [lanes, width, D]
+            weights = _product(keys, scaled2)  # [lanes, width, rows]
+            weights.add_(own.bias(strip).transpose(-2, -1)).sub_(lse2).exp2_()
+            grad_scores = _product(own.keys(own.v, strip), grad, offset).mul_(weights)
+            of_keys = _product(grad_scores, scaled.transpose(1, 2))
+            self._add_to_keys(strip, of_keys, _product(weights, grad.transpose(1, 2)))
+            of_rows += _product(keys.transpose(1, 2).contiguous(), grad_scores.transpose(1, 2))
+            if slopes_learn:
+                past, future = (x.T for x in distances(strip, own.masks, self.dtype))
+                moments += _moments(weights, grad_scores, past, future)
+        if slopes_learn:
+            self._add_to_slopes(tile, moments, grad_lse[:, 0])
+        rows_of(self.of_q, tile).copy_(of_rows.mul_(own.scale).transpose(1, 2).flip(1)[None])
+
+    def _add_to_slopes(self, tile: Tile, moments: Tensor, grad_lse: Tensor) -> None:
+        """Add the gradients of the slopes, -sum_ij dS_ij d_ij over past or over future distances d.
+
+        Each row of dS sums to the gradient of its LSE, but for rounding in `out`, which distances would magnify. So the
+        excess of the sum, times P, is taken from dS.
+        """
+        row_sum, past, future, mean_past, mean_future = moments  # each [lanes, rows]
+        excess = row_sum - grad_lse
+        for total, rows in ((self.of_left, excess * mean_past - past), (self.of_right, excess * mean_future - future)):
+            total[tile.batch, tile.heads] += rows.sum() if tile.windows > 1 else rows.sum(dim=-1)
+
+    def _add_to_keys(self, tile: Tile, of_k: Tensor, of_v: Tensor) -> None:
+        """Add the gradients (lanes, width, D) of a tile's keys and values to the totals."""
+        for total, grad in ((self.of_k, of_k), (self.of_v, of_v)):
+            target = total[tile.batch, kv_heads_of(total, self.out.shape[1], tile)][0]  # [kv heads, Tk, D]
+            if tile.windows == 1:
+                target = target[:, tile.key : tile.key + tile.width]
+                target += grad.sum(dim=0) if len(target) < len(grad) else grad
+                continue
+            # Windows overlap, but pieces of them that are `rows` wide or less do not.
+            for start in range(0, tile.width, tile.rows):
+                piece = grad[:, start : start + tile.rows]
+                first = tile.key + start
+                past = first + (tile.windows - 1) * tile.rows + piece.shape[1]
+                target[0, first:past].unfold(0, piece.shape[1], tile.rows).transpose(-2, -1).add_(piece)
+
+
+def _moments(weights: Tensor, grad_scores: Tensor, past: Tensor, future: Tensor) -> Tensor:
+    """Sums over keys, for each query, of dS, dS d and P d, with past and with future distances d: (5, lanes, rows)."""
+    terms = (grad_scores, grad_scores * past, grad_scores * future, weights * past, weights * future)
+    return torch.stack([x.sum(dim=1) for x in terms])

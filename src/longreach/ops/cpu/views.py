@@ -1,0 +1,87 @@
+"""What a tile of attention on the CPU reads and writes, as views of whole tensors.
+
+The bias of a tile depends on distances alone, and distances are constant along diagonals. With the query rows of a
+tile in reverse order they are constant along antidiagonals: entry (a, c) of the bias is number a + c of one vector per
+head. So the bias of any tile is a view of that vector, with strides (1, 1): it costs no memory and stays in the first
+level of cache.
+"""
+
+import torch
+from torch import Tensor
+
+from longreach.ops.cpu.plan import Masks, Tile
+
+
+def falloff(left: Tensor, right: Tensor, masks: Masks, dtype: torch.dtype) -> Tensor:
+    """The bias at each distance of `_all_distances`, -inf where causality or the window hide: (1 or B, H, n)."""
+    left, right = (m.detach().to(dtype)[..., None] for m in (left, right))
+    bias = bias_at(_all_distances(masks, dtype), left, right, masks)  # [(B,) H, n]
+    return bias if bias.dim() == 3 else bias[None]
+
+
+def bias_at(distance: Tensor, left: Tensor, right: Tensor, masks: Masks) -> Tensor:
+    """The bias at distances to keys, positive for past ones, -inf where causality or the window hide."""
+    if masks.causal:
+        bias = -left * distance
+        if masks.query_length > 1:  # a single query stands at the last key
+            bias.masked_fill_(distance < 0, float("-inf"))
+    else:
+        bias = -(left * distance.clamp(min=0) + right * (-distance).clamp(min=0))
+    if masks.window_size is not None:
+        bias.masked_fill_(distance.abs() >= masks.window_size, float("-inf"))
+    return bias
+
+
+def bias_of(falloff: Tensor, tile: Tile, masks: Masks) -> Tensor:
+    """The bias of a tile, (1 or B, 1 or lanes, rows, width), its rows in reverse; a view unless padding has holes."""
+    by_batch = falloff[tile.batch] if falloff.shape[0] > 1 else falloff
+    bias = _diagonals(by_batch[:, tile.heads], tile, masks)
+    if masks.holes is None:
+        return bias
+    past = tile.key + tile.width + (tile.windows - 1) * tile.rows
+    hidden = masks.holes[tile.batch, tile.key : past].unfold(-1, tile.width, tile.rows)  # [B, count, width]
+    return bias.masked_fill(hidden[:, :, None], float("-inf"))
+
+
+def distances(tile: Tile, masks: Masks, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Distances to past and to future keys in a tile, rows in reverse, 0 for the other kind: 2 x (rows, width)."""
+    distance = _all_distances(masks, dtype)
+    return _diagonals(distance.clamp(min=0), tile, masks), _diagonals((-distance).clamp(min=0), tile, masks)
+
+
+def rows_of(x: Tensor, tile: Tile) -> Tensor:
+    """View the queries of a tile in x (B, H, Tq, ...): (B, lanes, rows, ...), lanes being its windows or its heads."""
+    x = x[tile.batch, tile.heads, tile.row : tile.row + tile.windows * tile.rows]
+    return x[:, 0].unflatten(1, (tile.windows, tile.rows)) if tile.windows > 1 else x
+
+
+def lanes_of(x: Tensor, tile: Tile, dtype: torch.dtype) -> Tensor:
+    """Copy the queries of a tile of one sequence to (lanes, rows, ...), rows in reverse."""
+    return rows_of(x, tile)[0].to(dtype).flip(1)
+
+
+def keys_of(x: Tensor, num_heads: int, tile: Tile) -> Tensor:
+    """View the keys of a tile in x (B, Hkv, Tk, D): (B, lanes, width, D)."""
+    past = tile.key + tile.width + (tile.windows - 1) * tile.rows
+    x = x[tile.batch, kv_heads_of(x, num_heads, tile), tile.key : past]
+    if tile.windows > 1:
+        return x[:, 0].unfold(1, tile.width, tile.rows).transpose(-2, -1)
+    return x.expand(-1, tile.heads.stop - tile.heads.start, -1, -1)
+
+
+def kv_heads_of(x: Tensor, num_heads: int, tile: Tile) -> slice:
+    """The heads of x (B, Hkv, ...) that the query heads of a tile read: as many, or one for all."""
+    group = num_heads // x.shape[1]
+    return slice(tile.heads.start // group, (tile.heads.stop - 1) // group + 1)
+
+
+def _all_distances(masks: Masks, dtype: torch.dtype) -> Tensor:
+    """Every distance from a query to a key: Tk - 1, Tk - 2, ..., 1 - Tq."""
+    return masks.key_length - 1 - torch.arange(max(0, masks.key_length + masks.query_length - 1), dtype=dtype)
+
+
+def _diagonals(vector: Tensor, tile: Tile, masks: Masks) -> Tensor:
+    """View a vector over `_all_distances` as a tile with its rows in reverse: (..., rows, width)."""
+    last_position = tile.row + tile.rows - 1 + masks.offset
+    start = masks.key_length - 1 - (last_position - tile.key)
+    return vector[..., start : start + tile.rows + tile.width - 1].unfold(-1, tile.width, 1)

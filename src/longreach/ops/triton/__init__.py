@@ -1,0 +1,1 @@
+"""Attention on the GPU in Triton."""

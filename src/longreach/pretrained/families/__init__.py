@@ -1,0 +1,1 @@
+"""One file for each family of pretrained models: how its code is made exact."""

@@ -1,0 +1,97 @@
+"""Baichuan-13B and Baichuan2-13B: ALiBi in a causal mask of float values, which is as large as H x L x L.
+
+Their code is remote code, which is not part of transformers; what is taken from a model is checked when it is found.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from longreach.ops.alibi import alibi_slopes
+from longreach.pretrained.lengths import declared_length
+from longreach.pretrained.masks import is_carrier, pack, read_documents, read_padding, refuse_attentions
+from longreach.pretrained.state import ATTRIBUTE, Layout, attend, require_layout
+
+
+def is_baichuan_base(module: nn.Module) -> bool:
+    """Whether a module is a BaichuanModel, by what it holds."""
+    return "layers" in module._modules and "embed_tokens" in module._modules
+
+
+def baichuan_layout(base: Any) -> Layout:
+    """Find what is to be swapped in a BaichuanModel.
+
+    Raises:
+        ValueError: it is the 7B model, which has rotary positions, or its modules are not laid out as known.
+    """
+    config = base.config
+    attentions = tuple(layer.self_attn for layer in base.layers)
+    if hasattr(attentions[0], "rotary_emb"):
+        raise ValueError("this Baichuan has rotary positions and no ALiBi (the 7B models), there is nothing to extend")
+    require_layout(base, ("get_alibi_mask", "alibi_mask"))
+    for module in attentions:
+        require_layout(module, ("W_pack", "o_proj", "num_heads", "head_dim"), "past_key_value")
+    return Layout(
+        family="baichuan",
+        base=base,
+        swaps=((base, BaichuanBase), *((module, BaichuanAttention) for module in attentions)),
+        prepare=keep_mask,
+        slopes=alibi_slopes(attentions[0].num_heads),
+        train_length=declared_length(config),
+        faithful=None,
+        keeps_tuples=True,
+    )
+
+
+def keep_mask(module: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of the base model without the mask: `get_alibi_mask` hands out what carries it.
+
+    Raises:
+        ValueError: attention weights are wanted, or the mask cannot be read.
+    """
+    refuse_attentions(module, kwargs)
+    inputs = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+    if inputs is not None:
+        mask = kwargs.get("attention_mask")
+        carrier = mask if is_carrier(mask) else pack(read_padding(mask), read_documents(kwargs), inputs.device)
+        getattr(module, ATTRIBUTE).carrier = carrier
+        return {**kwargs, "attention_mask": None}
+    return kwargs
+
+
+class BaichuanBase:
+    """Methods of an extended BaichuanModel."""
+
+    def get_alibi_mask(self: Any, tensor: Tensor, seq_length_with_past: int) -> Tensor:
+        """What carries the padding, in place of the mask H x L x L."""
+        return getattr(self, ATTRIBUTE).carrier
+
+    @property
+    def alibi_mask(self: Any) -> Tensor:
+        """The mask that the stock code keeps while it trains."""
+        return getattr(self, ATTRIBUTE).carrier
+
+    @alibi_mask.setter
+    def alibi_mask(self: Any, value: Tensor) -> None:
+        """Keep nothing: the next batch has its own padding."""
+
+
+class BaichuanAttention:
+    """Methods of an extended BaichuanAttention."""
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_value: tuple[Tensor, Tensor] | None = None,
+        output_attentions: bool = False,
+        use_cache: bool = False,
+    ) -> tuple[Tensor, None, tuple[Tensor, Tensor] | None]:
+        """Attention of hidden states (B, T, C), no weights, and keys and values as they are cached."""
+        qkv = self.W_pack(hidden_states).chunk(3, dim=2)
+        q, k, v = (x.unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2) for x in qkv)  # [B, H, T, D]
+        if past_key_value is not None:
+            k, v = (torch.cat((past, x), dim=2) for past, x in zip(past_key_value, (k, v), strict=True))
+        out = attend(self, q, k, v, attention_mask, past_key_value, scale=self.head_dim**-0.5)
+        return self.o_proj(out.transpose(1, 2).flatten(2)), None, (k, v) if use_cache else None

@@ -1,0 +1,87 @@
+"""Falcon with alibi (Falcon-RW): the bias is added before the scale, its slopes and products rounded to bfloat16."""
+
+import math
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from longreach.ops.alibi import alibi_slopes
+from longreach.pretrained.lengths import declared_length
+from longreach.pretrained.masks import hand_mask
+from longreach.pretrained.state import Layout, attend
+
+
+def is_falcon_base(module: nn.Module) -> bool:
+    """Whether a module is transformers' own FalconModel."""
+    from transformers import FalconModel
+
+    return isinstance(module, FalconModel)
+
+
+def check_falcon(config: Any) -> None:
+    """Check that a Falcon has ALiBi, by its configuration.
+
+    Raises:
+        ValueError: it has rotary positions.
+    """
+    if not config.alibi:
+        raise ValueError("alibi=False: this Falcon has rotary positions and no ALiBi, there is nothing to extend")
+
+
+def falcon_layout(base: Any) -> Layout:
+    """Find what is to be swapped in a FalconModel."""
+    config = base.config
+    attentions = tuple(block.self_attention for block in base.h)
+    return Layout(
+        family="falcon",
+        base=base,
+        swaps=((base, FalconBase), *((module, FalconAttention) for module in attentions)),
+        prepare=hand_mask,
+        slopes=alibi_slopes(config.num_attention_heads),
+        train_length=declared_length(config),
+        faithful=partial(falcon_bias, math.sqrt(attentions[0].head_dim)),
+    )
+
+
+def falcon_bias(root: float, slopes: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bias as Falcon rounds it: slope * position in bfloat16 whatever the dtype, over sqrt(D). (B, H, 1, Tk)."""
+    return (slopes[..., None].bfloat16() * positions[:, None])[:, :, None].to(dtype) / root
+
+
+class FalconBase:
+    """What is different in an extended FalconModel."""
+
+    use_alibi = property(lambda self: False, doc="Whether to make a bias; attention makes its own.")
+
+
+class FalconAttention:
+    """Methods of an extended FalconAttention, of any attn_implementation."""
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        alibi: None,
+        attention_mask: Tensor,
+        position_ids: Tensor | None = None,
+        layer_past: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """Attention of hidden states (B, T, C)."""
+        # [B, T, H or Hkv, D]
+        q, k, v = (x.transpose(1, 2) for x in self._split_heads(self.query_key_value(hidden_states)))
+        if layer_past is not None:
+            k, v = layer_past.update(k, v, self.layer_idx)
+        out = attend(
+            self,
+            q,
+            k,
+            v,
+            attention_mask,
+            layer_past,
+            scale=self.inv_norm_factor,
+            bias_scale=self.inv_norm_factor,
+            dropout_p=self.attention_dropout.p if self.training else 0.0,
+        )
+        return self.dense(out.transpose(1, 2).flatten(2)), None

@@ -1,0 +1,99 @@
+"""MPT: ALiBi in float32 after the scale, sized by the configuration, which is what limits its length.
+
+Replit-code v1 is MPT too, when it is loaded as transformers' own MptForCausalLM.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from longreach.ops.alibi import alibi_slopes
+from longreach.pretrained.lengths import declared_length
+from longreach.pretrained.masks import hand_mask
+from longreach.pretrained.state import Layout, attend
+
+
+def is_mpt_base(module: nn.Module) -> bool:
+    """Whether a module is transformers' own MptModel."""
+    from transformers import MptModel
+
+    return isinstance(module, MptModel)
+
+
+def check_mpt(config: Any) -> None:
+    """Check that an MPT has ALiBi, by its configuration.
+
+    Raises:
+        ValueError: it has none, or was trained with what transformers' own code leaves out.
+    """
+    attention = config.attn_config
+    if not attention.alibi:
+        raise ValueError("attn_config.alibi=False: this MPT was trained without ALiBi, there is nothing to extend")
+    for name, value, unused in (
+        ("attn_config.qk_ln", attention.qk_ln, False),
+        ("attn_config.prefix_lm", attention.prefix_lm, False),
+        ("logit_scale", config.logit_scale, None),
+    ):
+        if value != unused:
+            raise ValueError(
+                f"{name}={value!r}: transformers' own code does not compute it, and gives other outputs than this MPT "
+                f"was trained for; only a model with {name}={unused} can be extended"
+            )
+
+
+def mpt_layout(base: Any) -> Layout:
+    """Find what is to be swapped in an MptModel.
+
+    Slopes are those of the configuration's alibi_bias_max, which transformers ignores. Its bias is float32, so that
+    bias="faithful" and bias="exact" are one.
+    """
+    config = base.config
+    attentions = tuple(block.attn for block in base.blocks)
+    return Layout(
+        family="mpt",
+        base=base,
+        swaps=((base, MptBase), *((module, MptAttention) for module in attentions)),
+        prepare=hand_mask,
+        slopes=alibi_slopes(config.n_heads) ** (config.attn_config.alibi_bias_max / 8),
+        train_length=declared_length(config),
+        faithful=mpt_bias,
+    )
+
+
+def mpt_bias(slopes: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bias as MPT has it, in float32 whatever the dtype: slope * (position of the key - the last). (B, H, 1, Tk)."""
+    return (slopes[..., None] * (positions - positions[:, -1:])[:, None])[:, :, None].to(torch.float32)
+
+
+class MptBase:
+    """Methods of an extended MptModel."""
+
+    def build_mpt_alibi_tensor(
+        self: Any, num_heads: int, sequence_length: int, alibi_bias_max: int = 8, device: Any = None
+    ) -> None:
+        """Nothing: attention makes its own bias, of any length."""
+        return None
+
+
+class MptAttention:
+    """Methods of an extended MptAttention."""
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        position_bias: None,
+        past_key_values: Any = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """Attention of hidden states (B, T, C)."""
+        qkv = self.Wqkv(hidden_states)
+        if self.clip_qkv:
+            qkv = qkv.clamp(-self.clip_qkv, self.clip_qkv)
+        q, k, v = (x.unflatten(2, (self.n_heads, self.head_dim)).transpose(1, 2) for x in qkv.chunk(3, dim=2))
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)
+        dropout_p = self.attn_dropout_p if self.training else 0.0
+        out = attend(self, q, k, v, attention_mask, past_key_values, scale=self.softmax_scale, dropout_p=dropout_p)
+        return self.out_proj(out.transpose(1, 2).flatten(2)), None

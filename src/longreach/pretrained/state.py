@@ -1,0 +1,373 @@
+"""What `extend` attaches to a model, and the attention that the swapped modules of every family run."""
+
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from longreach.ops.attention import attention, uses_key_norms
+from longreach.ops.masks import dense_bias
+from longreach.pretrained.caches import LEAST_ROOM, sink_window, streaming_attention
+from longreach.pretrained.interpolation import Scaling, logn_factor, read_alibi_scaling
+from longreach.pretrained.lengths import SCALING
+from longreach.pretrained.masks import unpack
+
+ATTRIBUTE = "_longreach"
+"""Name under which a module of an extended model holds its `Extension`."""
+
+FaithfulBias = Callable[[Tensor, Tensor, torch.dtype], Tensor]
+"""(slopes (H,) or (B, H), key positions (B, Tk), dtype) -> the stock code's rounded bias, (B, H, 1, Tk)."""
+
+
+Observer = Callable[[Tensor, Tensor, Tensor, float], None]
+"""Told what attention is asked for: q (B, H, Tq, D), k (B, Hkv, Tk, D), slopes (H,) or (B, H), the factor of q . k."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A pretrained model as its family's file finds it."""
+
+    family: str
+    """Name of the family."""
+    base: nn.Module
+    """The module that is handed the mask and calls the blocks."""
+    swaps: tuple[tuple[nn.Module, type], ...]
+    """Module -> class whose methods take the place of its own."""
+    prepare: Callable[[nn.Module, dict[str, Any]], dict[str, Any]]
+    """(base model, arguments by name) -> those that it runs with, the mask as the attention modules read it."""
+    slopes: Tensor
+    """Slopes (H,) float32, before any scaling."""
+    train_length: int | None
+    """The length trained on, as far as the configuration tells."""
+    faithful: FaithfulBias | None
+    """The stock code's rounding, or None where it is not known."""
+    keeps_tuples: bool = False
+    """Whether the stock code caches keys and values in tuples, and cannot read a Cache of transformers."""
+
+    @property
+    def scaling(self) -> Scaling:
+        """How the configuration says that slopes are scaled."""
+        return read_alibi_scaling(getattr(self.base.config, SCALING, None))
+
+
+@dataclass(frozen=True)
+class Stated:
+    """One L' that is in force for several forward passes."""
+
+    length: int
+    """In tokens."""
+    from_input: bool = False
+    """Whether it follows from an input, padding included, and was not stated by the user."""
+    generating: bool = False
+    """Whether it is that of a call to `generate`, which was found to end by it."""
+
+
+@dataclass(kw_only=True)
+class Extension:
+    """How one model is extended. Every swapped module refers to it."""
+
+    layout: Layout
+    """The model's parts."""
+    scaling: Scaling
+    """How slopes depend on L'."""
+    logn: bool
+    """Whether q . k grows with log L' too."""
+    bias: str
+    """"exact", or "faithful" to the stock code's rounding."""
+    per_step: bool
+    """Whether each step of cached decoding has an L' of its own."""
+    length: int | None
+    """L' of every forward pass, where the user stated one."""
+    sinks: int | None
+    """How many first tokens `generate` keeps in its cache; None for a cache that keeps all."""
+    window: int | None
+    """How many last tokens each token sees beside them."""
+    tolerance: float | None
+    """As in `longreach.attention`."""
+    impl: str
+    """Likewise."""
+    calls: dict[int, Stated] = field(default_factory=dict)
+    """Thread -> the constant L' of its present call: of `generate`, or of `fixed_length`."""
+    modules: list[nn.Module] = field(default_factory=list)
+    """The modules that refer to it."""
+    handles: list[RemovableHandle] = field(default_factory=list)
+    """Handles of the hooks that it took."""
+    carrier: Tensor | None = None
+    """The carrier of the present forward pass, for a base model that cannot be handed one as an argument."""
+    observer: Observer | None = None
+    """Told of every call to attention with slopes, layer by layer."""
+    known_slopes: dict[torch.device, tuple[float, float, Tensor]] = field(default_factory=dict)
+    """Device -> the last L' and factor, and the slopes for them."""
+    known_biases: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Device -> the slopes of the last decoding step, and the biases of a single query under them."""
+
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether attention changes with L'."""
+        return self.scaling.depends_on_length or self.logn
+
+    @property
+    def stated(self) -> Stated | None:
+        """The L' that is in force in this thread; None where each forward pass has its own."""
+        own = None if self.length is None else Stated(self.length)
+        if not torch.compiler.is_compiling():
+            thread = threading.get_ident()
+            if thread in self.calls or torch._C._current_graph_task_id() == -1:
+                return self.calls.get(thread, own)
+        # Autograd's own threads compute checkpointed layers anew, and what is compiled cannot ask for its thread: both
+        # serve the one call that there is.
+        for stated in self.calls.values():
+            return stated
+        return own
+
+    @contextmanager
+    def during(self, length: int | None = None) -> Iterator[None]:
+        """State the L' of this thread's forward passes within; None leaves it as it is, until `state` is called."""
+        thread = threading.get_ident()
+        before = self.calls.get(thread)
+        if length is not None:
+            self.calls[thread] = Stated(length)
+        try:
+            yield
+        finally:
+            if before is None:
+                self.calls.pop(thread, None)
+            else:
+                self.calls[thread] = before
+
+    def state(self, length: int) -> None:
+        """State the L' of the present call to `generate`, unless a longer one was stated around it."""
+        stated = self.stated or Stated(length, from_input=True)
+        if length > stated.length and self.depends_on_length:
+            raise ValueError(f"length={stated.length} is below the {length} tokens that generate may reach: state more")
+        self.calls[threading.get_ident()] = replace(stated, generating=True)
+
+    def slopes(self, length: float | Tensor, device: torch.device, factor: float = 1.0) -> Tensor:
+        """Slopes for L' times a factor, (H,), or (B, H) for an L' per sequence, on a device."""
+        if isinstance(length, Tensor) or torch.compiler.is_compiling():
+            return self.scaling(self.layout.slopes.to(device), length) * factor
+        known = self.known_slopes.get(device)
+        if known is None or known[:2] != (length, factor):
+            with torch.inference_mode(False):  # a tensor of inference mode could not serve training later
+                known = length, factor, self.scaling(self.layout.slopes.to(device), length) * factor
+            self.known_slopes[device] = known
+        return known[2]
+
+    def decoding_bias(self, slopes: Tensor, key_length: int, dtype: torch.dtype) -> Tensor:
+        """Bias of a single query on key_length keys, (H, 1, Tk), or (B, H, 1, Tk) for slopes (B, H).
+
+        It is the end of a longer one, which serves all layers and the steps to come: there, making it takes as long as
+        anything but the reading of weights, keys and values.
+        """
+        known = self.known_biases.get(slopes.device)
+        if known is None or known[0] is not slopes or known[1].dtype != dtype or known[1].shape[-1] < key_length:
+            with torch.inference_mode(False):
+                bias = dense_bias(slopes, None, 1, key_length + LEAST_ROOM, dtype)
+            assert bias is not None, "there are slopes"
+            self.known_biases[slopes.device] = known = slopes, bias
+        return known[1].narrow(-1, known[1].shape[-1] - key_length, key_length)
+
+    def total_length(self, key_length: int, cache: Any, continues: bool) -> int:
+        """L' of a forward pass that sees key_length keys, padding included, and may continue a cache.
+
+        Raises:
+            ValueError: L' is below key_length, or not stated although a cache holds keys, or not the one for which
+                those keys were computed.
+        """
+        stated = self.stated
+        total = key_length if stated is None else stated.length
+        if not self.depends_on_length:
+            return total
+        # Candidates of assisted decoding may go past the end of what was asked for, with no say in what comes before.
+        if stated is not None and total < key_length and not stated.generating:
+            raise ValueError(f"length={total} is below the {key_length} tokens of this input: state at least those")
+        if self.per_step or cache is None:
+            return total
+        # Keys of deeper layers were computed under the slopes of their time: one L' must hold for a cache's whole life.
+        effective = max(total, self.scaling.train_length or 0)
+        if continues:
+            if stated is None:
+                raise ValueError(
+                    "the length L' of a cached forward pass is not stated: use generate, "
+                    "longreach.pretrained.extend.fixed_length, or give extend length= or per_step=True"
+                )
+            if not isinstance(cache, tuple) and getattr(cache, ATTRIBUTE, None) != effective:
+                raise ValueError(
+                    f"past_key_values were computed for L'={getattr(cache, ATTRIBUTE, None)}, this call has "
+                    f"L'={effective}: give extend one length= for all calls that share a cache"
+                )
+        if not isinstance(cache, tuple):
+            setattr(cache, ATTRIBUTE, effective)
+        return total
+
+
+def require_layout(module: nn.Module, attributes: tuple[str, ...], parameter: str | None = None) -> None:
+    """Check that a module of remote code is laid out as known.
+
+    Args:
+        module: the module.
+        attributes: what it must have.
+        parameter: what its forward must take.
+
+    Raises:
+        ValueError: it has not, or does not.
+    """
+    name = type(module).__name__
+    for attribute in attributes:
+        if not hasattr(module, attribute):
+            raise ValueError(f"{name} has no {attribute!r}: this version of its code is unknown to longreach")
+    if parameter is not None and parameter not in inspect.signature(type(module).forward).parameters:
+        raise ValueError(f"{name}.forward takes no {parameter!r}: this version of its code is unknown to longreach")
+
+
+def attend(
+    module: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    carrier: Tensor | None,
+    cache: Any,
+    *,
+    scale: float,
+    bias_scale: float = 1.0,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """Attention of a swapped module, as its model's `Extension` has it.
+
+    Args:
+        module: the attention module.
+        q: (B, H, Tq, D).
+        k: (B, Hkv, Tk, D), all keys that the cache gave, the new ones last, or a static cache's whole buffer.
+        v: (B, Hkv, Tk, D).
+        carrier: what the base model was handed for a mask, see `longreach.pretrained.masks`.
+        cache: the cache that k and v came from, a tuple for one without an identity, or None.
+        scale: factor of q . k.
+        bias_scale: factor of the slopes, for a family that scales the bias too.
+        dropout_p: probability with which attention weights are dropped.
+
+    Returns:
+        (B, H, Tq, D).
+    """
+    extension: Extension = getattr(module, ATTRIBUTE)
+    if getattr(cache, "is_compileable", False):  # a static cache, of which the rest is not yet written
+        filled = int(cache.get_seq_length(module.layer_idx))
+        k, v = k[:, :, :filled], v[:, :, :filled]
+    padding, documents = unpack(carrier)
+    if padding is not None:
+        padding = _fitted(padding, k)
+    window = sink_window(cache)
+    if window is not None and extension.bias == "faithful":
+        raise ValueError('bias="faithful" with sinks, which takes no dense bias: use bias="exact"')
+    in_view = k.shape[2] if window is None else min(k.shape[2], sum(window))
+    total = extension.total_length(in_view, cache, continues=k.shape[2] > q.shape[2])
+    arguments: dict[str, Any] = {"bias_scale": bias_scale, "scale": scale, "dropout_p": dropout_p}
+    if documents is not None:
+        return _attend_documents(extension, q, k, v, documents, total, arguments)
+    if padding is not None:
+        if window is not None:
+            raise ValueError("attention_mask has padding, which would become sinks: give prompts of one length")
+        # Where L' follows from the input, a row counts without its padding, and fares the same alone and in a batch.
+        stated = extension.stated
+        from_input = stated is None or stated.from_input
+        length = (total - padding.sum(dim=1)).clamp(min=1) if from_input else total  # [B], or one number
+        return _attend(extension, q, k, v, padding, length, **arguments, key_norms=_key_norms(module, cache, q, k))
+    norms = _key_norms(module, cache, q, k) if window is None else None
+    return _attend(extension, q, k, v, None, total, **arguments, window=window, key_norms=norms)
+
+
+def _attend(
+    extension: Extension,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    padding: Tensor | None,
+    length: int | Tensor,
+    *,
+    scale: float,
+    bias_scale: float,
+    dropout_p: float,
+    window: tuple[int, int] | None = None,
+    key_norms: Tensor | None = None,
+) -> Tensor:
+    if window is not None and isinstance(length, int):  # no key is seen from further away than the cache is large
+        length = min(length, sum(window))
+    faithful = extension.layout.faithful if extension.bias == "faithful" else None
+    factor_of_bias = bias_scale if faithful is None else 1.0  # a faithful one holds it, as it rounds with it
+    slopes = extension.slopes(length if extension.scaling.depends_on_length else 1, q.device, factor_of_bias)
+    if extension.logn:
+        factor = logn_factor(extension.scaling.train_length or 2, length)
+        if isinstance(factor, Tensor):
+            q = (q * factor[:, None, None, None]).to(q.dtype)
+        else:
+            scale *= factor
+    options: dict[str, Any] = {"scale": scale, "tolerance": extension.tolerance, "impl": extension.impl}
+    if window is not None and k.shape[2] > sum(window):
+        return streaming_attention(q, k, v, slopes, *window, **options)
+    if faithful is not None:
+        bias = faithful(slopes, _key_positions(padding, k), q.dtype)  # [B, H, 1, Tk]
+        out: Any = attention(q, k, v, bias=bias, key_padding_mask=padding, dropout_p=dropout_p, **options)
+    else:
+        if extension.observer is not None:
+            extension.observer(q, k, slopes, options["scale"])
+        if q.shape[2] == 1 and key_norms is None and extension.impl == "auto" and not torch.compiler.is_compiling():
+            options["bias"] = extension.decoding_bias(slopes, k.shape[2], torch.promote_types(q.dtype, torch.float32))
+        else:
+            options |= {"slopes": slopes, "key_norms": key_norms}
+        out = attention(q, k, v, key_padding_mask=padding, dropout_p=dropout_p, **options)
+    return out
+
+
+def _key_norms(module: nn.Module, cache: Any, q: Tensor, k: Tensor) -> Tensor | None:
+    """What a growing cache knows of the norms of keys k; None for other caches, and where it would not be used."""
+    impl = getattr(module, ATTRIBUTE).impl
+    if not hasattr(cache, "layers") or not uses_key_norms(impl, q.device.type, q.shape[2], k.shape[2]):
+        return None
+    layer = cache.layers[module.layer_idx]
+    return layer.key_norms() if hasattr(layer, "key_norms") else None
+
+
+def _attend_documents(
+    extension: Extension,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    borders: Tensor,
+    length: int,
+    arguments: dict[str, Any],
+) -> Tensor:
+    """Attention within each packed document by itself, whose own length is its L' unless one is stated."""
+    stated = extension.stated is not None
+    ends = borders.tolist()
+    if ends[-1] != k.shape[2] or q.shape[2] != k.shape[2]:
+        raise ValueError(f"packed documents end at {ends[-1]}, the input has {k.shape[2]} tokens: pack without a cache")
+    pieces = []
+    for start, stop in pairwise(ends):
+        own = length if stated else stop - start
+        q_own, k_own, v_own = (x[:, :, start:stop] for x in (q, k, v))
+        pieces.append(_attend(extension, q_own, k_own, v_own, None, own, **arguments))
+    return torch.cat(pieces, dim=2)
+
+
+def _fitted(padding: Tensor, k: Tensor) -> Tensor:
+    """Padding of exactly the keys there are; a mask made for a whole static cache is longer."""
+    if padding.shape[1] < k.shape[2]:
+        raise ValueError(
+            f"attention_mask covers {padding.shape[1]} tokens, with the cache there are {k.shape[2]}: give it for all"
+        )
+    padding = padding[:, : k.shape[2]]
+    return padding.expand(k.shape[0], -1) if padding.shape[0] == 1 else padding
+
+
+def _key_positions(padding: Tensor | None, k: Tensor) -> Tensor:
+    """Positions of keys as BLOOM and Falcon count them, (B or 1, Tk) int64: from the first token, 0 for padding."""
+    if padding is None:
+        return torch.arange(k.shape[2], device=k.device)[None]
+    tokens = (~padding).long()
+    return (tokens.cumsum(dim=1) - 1) * tokens

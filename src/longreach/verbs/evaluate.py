@@ -1,0 +1,396 @@
+"""Models measured one after another into one file of results: the verbs `evaluate` and `extend`."""
+
+import hashlib
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longreach.data.prepare import DataConfig, PreparedData, prepare
+from longreach.data.tokenizer import Tokenizer, load_tokenizer
+from longreach.measure.perplexity import Text
+from longreach.measure.plan import RETRIEVAL_TASKS, EvaluateConfig
+from longreach.measure.retrieval import read_cases
+from longreach.measure.subject import Subject
+from longreach.measure.summaries import read_meetings
+from longreach.measure.sweep import Material, evaluate
+from longreach.measure.transformers import StateLength, load_configuration, load_subject, training_length
+from longreach.pretrained.extend import extend, fixed_length
+from longreach.pretrained.interpolation import SCALINGS
+from longreach.pretrained.save import adapt, holds_pretrained
+from longreach.report.page import write_report
+from longreach.results import Provenance, Results, TrainingRecord
+from longreach.train.config import RunConfig, check_folder, claim_folder, load_config
+from longreach.train.loop import read_training_record, resolve_device
+from longreach.verbs.train import Progress, open_run, provenance, read_run, text_of
+
+MODEL_FILES = (".safetensors", ".bin", ".json", ".py")
+"""Suffixes of the files that a model is made from: weights, configuration, tokenizer, and code that comes with it."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """One evaluation: models, and what is asked of each."""
+
+    models: tuple[str, ...]
+    """Folders of trained runs, as `train` writes them and `compare` does for each method, or Hugging Face models: a
+    folder or a name on the hub."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+    """What is measured."""
+    data: str | None = None
+    """Text to test on: file, folder, glob or hf:NAME[:CONFIG]; by default the validation text of each run, and for
+    models trained elsewhere the source code of Python's standard library."""
+    device: str | None = None
+    """Where to run; by default where a run was trained, and cuda for other models where there is one."""
+    train_length: int | None = None
+    """L in tokens of Hugging Face models, where their configuration does not tell it."""
+    dtype: str = "auto"
+    """Of Hugging Face models: float32, bfloat16, float16, or auto for that of their files."""
+    trust_remote_code: bool = False
+    """Run code that comes with a Hugging Face model."""
+    scalings: tuple[str, ...] = ()
+    """How the slopes of Hugging Face models with ALiBi are scaled past L, one after another: none, linear, ntk or
+    linear-fixed=FACTOR, and +logn after any of them; stock is the model's own code. "none" is the model as its
+    configuration says, with the alibi_scaling that it has; the others take the place of that. When nothing is given, a
+    model whose configuration says no alibi_scaling is left to its own code too."""
+
+    def __post_init__(self) -> None:
+        if not self.models:
+            raise ValueError("MODELS is empty: give the folder of a trained run, or a Hugging Face model")
+        if len(set(self.models)) < len(self.models):
+            raise ValueError(f"MODELS={' '.join(self.models)}: give each model once")
+        if self.train_length is not None and self.train_length < 1:
+            raise ValueError(f"train_length={self.train_length}: give a positive number of tokens")
+        if len(set(self.scalings)) < len(self.scalings):
+            raise ValueError(f"scalings={','.join(self.scalings)}: give each once")
+        for scaling in self.scalings:
+            if scaling != "stock":
+                _parse_scaling(scaling)
+
+
+@dataclass(frozen=True)
+class _Model:
+    """A model under a scaling, as far as its files tell of it before the weights are loaded."""
+
+    name: str
+    """As MODELS gives it."""
+    method: str
+    """What it is called in results."""
+    train_length: int
+    """L."""
+    data: DataConfig
+    """Whose validation text it is tested on."""
+    seed: int
+    """Of that data's split."""
+    tokenizer: Tokenizer
+    """Its own."""
+    device: torch.device
+    """Where it will be."""
+    training: TrainingRecord | None
+    """What its training took, where it was trained by longreach."""
+    load: Callable[[], Subject]
+    """Loads it."""
+
+    @property
+    def split(self) -> tuple[DataConfig, int]:
+        """What decides on the validation text."""
+        return self.data, self.seed
+
+
+def evaluate_models(
+    config: EvaluationConfig,
+    output: Path | None,
+    progress: Progress,
+    on_results: Callable[[Results], None] = lambda results: None,
+) -> Results:
+    """Measure models into a folder, or go on with what is there, and write its report; without a folder, only measure.
+
+    All models are scored on the same text, and it is checked to be long enough for all before the first is loaded. When
+    a model fails, the report of what was measured until then is written first.
+
+    Args:
+        config: the models, and what is measured.
+        output: the folder.
+        progress: told of each stage as it goes on.
+        on_results: told of all results so far, after each piece of work.
+
+    Raises:
+        ValueError: there is no such model, the folder holds another evaluation, what is read has changed since it was
+            begun, or the text does not serve.
+        OSError: a file cannot be read or written.
+    """
+    if output is not None:
+        check_folder(output, config)
+    material = read_material(config.evaluate, None)
+    models = [
+        _find(name, config, scaling) for name, scaling in itertools.product(config.models, config.scalings or (None,))
+    ]
+    _check_told_apart(models)
+    prepared, texts = _read_texts(models, config.evaluate, progress)
+    now = _provenance(config, models, prepared)
+    if output is not None:
+        claim_folder(output, config)
+    path = None if output is None else output / "results.json"
+    results = begin(path, now)
+    try:
+        for model in models:
+            if model.training is not None and model.training not in results.training:
+                results = results.add(model.training)
+            on_text = replace(material, text=texts.get(model.split))
+            for grown in measure(model.load(), on_text, config.evaluate, results, path, progress):
+                results = grown
+                on_results(results)
+    except Exception:
+        if output is not None and results.entries():
+            write_report(results, output)
+        raise
+    on_results(results)  # where nothing was left to do, too
+    if output is not None:
+        write_report(results, output)
+    return results
+
+
+def _find(name: str, config: EvaluationConfig, scaling: str | None) -> _Model:
+    """A model under a scaling."""
+    folder = Path(name)
+    trained_here = (folder / "config.toml").exists()
+    if holds_pretrained(folder) or not (trained_here or (folder.is_dir() and not (folder / "config.json").exists())):
+        model = _find_pretrained(
+            name, config, scaling, load_config(RunConfig, folder / "config.toml") if trained_here else None
+        )
+    elif scaling is not None:
+        raise ValueError(
+            f"scalings={scaling}: {name} was trained by longreach; fine-tune it with --from and a method such as "
+            "alibi:dynamic=true"
+        )
+    else:
+        model = _find_run(name, config)
+    if config.data is None:
+        return model
+    return replace(model, data=replace(model.data, data=config.data, valid_data=config.data, streaming=False))
+
+
+def _find_run(name: str, config: EvaluationConfig) -> _Model:
+    """A model of our own."""
+    folder = Path(name)
+    run = read_run(folder)
+    if config.train_length not in (None, run.train.train_length):
+        raise ValueError(
+            f"train_length={config.train_length}: {name} was trained by longreach at {run.train.train_length}; "
+            "leave it out"
+        )
+    tokenizer = str(folder / "tokenizer.json")
+    return _Model(
+        name=name,
+        method=run.method,
+        train_length=run.train.train_length,
+        data=replace(run.data, tokenizer=tokenizer),
+        seed=run.train.seed,
+        tokenizer=load_tokenizer(tokenizer),
+        device=resolve_device(config.device or run.train.device),
+        training=_training(folder, run.method, run.train.train_length),
+        load=lambda: open_run(folder, config.device).subject(),
+    )
+
+
+def _find_pretrained(name: str, config: EvaluationConfig, scaling: str | None, fine_tuned: RunConfig | None) -> _Model:
+    """A model of Hugging Face, or one that was fine-tuned from it by longreach."""
+    given = config.train_length or (fine_tuned.train.train_length if fine_tuned else None)
+    configuration = load_configuration(name, trust_remote_code=config.trust_remote_code)
+    train_length = training_length(name, configuration, given)
+    method = name if scaling is None else f"{name}:{scaling}"
+    device = resolve_device(config.device or (fine_tuned.train.device if fine_tuned else "auto"))
+
+    def load() -> Subject:
+        subject = load_subject(
+            name,
+            device=device,
+            dtype=config.dtype,
+            train_length=given,
+            trust_remote_code=config.trust_remote_code,
+            adapt=adapt if scaling is None else partial(_adapt_by, scaling, given),
+        )
+        return replace(subject, name=method)
+
+    return _Model(
+        name=name,
+        method=method,
+        train_length=train_length,
+        data=replace(fine_tuned.data if fine_tuned else DataConfig(), tokenizer=name),
+        seed=fine_tuned.train.seed if fine_tuned else 0,
+        tokenizer=load_tokenizer(name),
+        device=device,
+        training=_training(Path(name), method, train_length) if fine_tuned else None,
+        load=load,
+    )
+
+
+def _training(folder: Path, method: str, train_length: int) -> TrainingRecord | None:
+    """What the training of a run took, under the name that it has in results."""
+    path = folder / "training.json"
+    if not path.exists():
+        return None
+    record = read_training_record(path)
+    return replace(record, method=method) if record.train_length == train_length else None
+
+
+def _check_told_apart(models: Sequence[_Model]) -> None:
+    """Raise ValueError where a table would have two models under one name."""
+    seen: dict[tuple[str, int], str] = {}
+    for model in models:
+        same = seen.setdefault((model.method, model.train_length), model.name)
+        if same != model.name:
+            raise ValueError(
+                f"MODELS: {same} and {model.name} are both {model.method} trained at {model.train_length}, which a "
+                "table cannot tell apart: evaluate them into two folders"
+            )
+
+
+def _read_texts(
+    models: Sequence[_Model], config: EvaluateConfig, progress: Progress
+) -> tuple[dict[tuple[DataConfig, int], PreparedData], dict[tuple[DataConfig, int], Text]]:
+    """The data of each split, and the one text that all models are scored on, in the tokens of each.
+
+    Both are empty where no text is scored.
+
+    Raises:
+        ValueError: the text is too short for one of the models, or a model was trained on another text than the first.
+    """
+    longest = max(config.longest_window(model.train_length) for model in models)
+    if not longest:
+        return {}, {}
+    prepared = {split: prepare(*split, progress) for split in dict.fromkeys(model.split for model in models)}
+    first = models[0]
+    for model in models:
+        if (prepared[model.split].corpus_hash, model.seed) != (prepared[first.split].corpus_hash, first.seed):
+            raise ValueError(
+                f"MODELS: {model.name} was not trained on the text of the first one: give the text by data"
+            )
+    return prepared, {split: text_of(data, config, longest) for split, data in prepared.items()}
+
+
+def _provenance(
+    config: EvaluationConfig, models: Sequence[_Model], prepared: Mapping[tuple[DataConfig, int], PreparedData]
+) -> Provenance:
+    """That of the first model, with the tokenizers and the files of all."""
+    first = models[0]
+    sources = _model_sources(config) | case_sources(config.evaluate)
+    own = provenance(config, str(first.device), first.seed, first.tokenizer, prepared.get(first.split), sources)
+    hashes = dict.fromkeys(model.tokenizer.fingerprint for model in models)
+    return replace(own, tokenizer_hash=" ".join(hashes))
+
+
+def _adapt_by(scaling: str, train_length: int | None, model: Any) -> StateLength | None:
+    """Extend a loaded model in place by a scaling, or leave it to its stock code."""
+    if scaling == "stock":
+        return None
+    extend(model, train_length=train_length, **_parse_scaling(scaling))
+    return partial(fixed_length, model)
+
+
+def _parse_scaling(scaling: str) -> dict[str, Any]:
+    """What `extend` is given for NAME[=FACTOR][+logn]."""
+    base, plus, logn = scaling.partition("+")
+    name, equals, factor = base.partition("=")
+    if (plus and logn != "logn") or name not in SCALINGS or bool(equals) != (name == "linear-fixed"):
+        raise ValueError(
+            f"scalings={scaling}: give stock, or one of {', '.join(SCALINGS)} (as in linear-fixed=2), and +logn"
+        )
+    try:
+        return {
+            "scaling": None if name == "none" else name,
+            "factor": float(factor) if equals else None,
+            "logn": bool(logn),
+        }
+    except ValueError:
+        raise ValueError(f"scalings={scaling}: {factor!r} is no number; give L'/L, as in linear-fixed=2") from None
+
+
+def read_material(config: EvaluateConfig, text: Text | None) -> Material:
+    """The text, and what the files of a configuration hold.
+
+    Raises:
+        ValueError: a file cannot be read, or lacks a field; the line is named.
+        FileNotFoundError: there is no such file.
+    """
+    cases = None
+    if config.cases is not None:
+        (task,) = (task for task in config.tasks if task in RETRIEVAL_TASKS)
+        cases = read_cases(task, _existing("cases", config.cases))
+    return Material(
+        text, cases, () if config.meetings is None else read_meetings(_existing("meetings", config.meetings))
+    )
+
+
+def _existing(argument: str, path: str) -> Path:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{argument}={path}: no such file; give a .jsonl file of {argument}")
+    return Path(path)
+
+
+def case_sources(config: EvaluateConfig) -> dict[str, str]:
+    """The files of a configuration, as `Provenance.sources` has them."""
+    return {path: _fingerprint(Path(path)) for path in (config.cases, config.meetings) if path is not None}
+
+
+def _model_sources(config: EvaluationConfig) -> dict[str, str]:
+    """The models, as `Provenance.sources` has them."""
+    sources = {}
+    for name in config.models:
+        if Path(name).is_dir():
+            sources[name] = _fingerprint(Path(name))
+        elif commit := load_configuration(name, trust_remote_code=config.trust_remote_code)._commit_hash:
+            sources[name] = commit
+    return sources
+
+
+def _fingerprint(path: Path) -> str:
+    """The sha256 of a file, or of all in a folder that a model is made from, which may be larger than memory."""
+    if path.is_file():
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    files = sorted(file for file in path.iterdir() if file.suffix in MODEL_FILES and file.is_file())
+    return hashlib.sha256("".join(f"{file.name} {_fingerprint(file)}\n" for file in files).encode()).hexdigest()
+
+
+def begin(path: Path | None, now: Provenance) -> Results:
+    """The results that a file holds so far, or new ones.
+
+    Raises:
+        ValueError: the file is damaged, or what it holds was measured on another text, or from other files.
+    """
+    if path is None or not path.exists():
+        return Results(provenance=now)
+    results = Results.read(path)
+    before = results.provenance
+    if before.corpus_hash != now.corpus_hash:
+        raise ValueError(
+            f"data {now.corpus!r} has changed since {path} was begun: give a new output folder, or the text as it was"
+        )
+    for name, source in now.sources.items():
+        if before.sources.get(name) != source:
+            raise ValueError(
+                f"{name} has changed since {path} was begun: give a new output folder, or its files as they were"
+            )
+    return results
+
+
+def measure(
+    subject: Subject,
+    material: Material,
+    config: EvaluateConfig,
+    results: Results,
+    path: Path | None,
+    progress: Progress,
+) -> Iterator[Results]:
+    """Results with what a configuration asks of a subject, after each piece of work, then written to path already."""
+    resolved = config.resolved(subject.train_length)
+    for entries in evaluate(subject, material, resolved, results.cells(), progress):
+        results = results.add(*entries)
+        if path is not None:
+            results.write(path)
+        yield results

@@ -1,0 +1,229 @@
+"""Training that starts from a model that is there: a run of our own, or a pretrained one of Hugging Face."""
+
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from longreach.data.prepare import DataConfig
+from longreach.data.tokenizer import Tokenizer, load_tokenizer
+from longreach.measure.transformers import load_causal_model, load_configuration
+from longreach.models.config import Architecture
+from longreach.models.decoder import Decoder
+from longreach.models.files import load_model
+from longreach.ops.attention import choose_impl
+from longreach.ops.library import triton_runs
+from longreach.positions import build_method, parse_method
+from longreach.pretrained.convert import convert
+from longreach.pretrained.extend import CONVERTIBLE, FAMILIES, extend
+from longreach.pretrained.interpolation import Scaling, read_alibi_scaling
+from longreach.pretrained.lengths import SCALING, TRAIN_LENGTH, declared_length
+from longreach.pretrained.save import holds_pretrained, save_pretrained
+from longreach.train.config import RunConfig, TrainConfig, load_config
+from longreach.train.loop import Trainee, decoder_trainee
+
+
+def starting_config(source: str) -> RunConfig:
+    """The run that starts from a model and changes nothing: its data, tokenizer, shape, method and training length.
+
+    The seed is a finished run's too, since it decides which of its text is held out; what else concerns training has
+    the defaults. A Hugging Face model says nothing of its data, which is then the default text.
+
+    Args:
+        source: the folder of a finished run, or a Hugging Face model as a folder or a name on the hub.
+
+    Raises:
+        ValueError: there is no such model, it cannot have ALiBi, or the folder holds no finished run.
+    """
+    folder = Path(source)
+    if (folder / "config.toml").exists() and (folder / "training.json").exists():
+        before = load_config(RunConfig, folder / "config.toml")
+        return replace(
+            before,
+            start_from=source,
+            longest_length=None,  # that of a comparison may be below the length that is wanted now
+            data=replace(before.data, tokenizer=str(folder / "tokenizer.json")),
+            train=TrainConfig(train_length=before.train.train_length, seed=before.train.seed),
+        )
+    if folder.is_dir() and ((folder / "config.toml").exists() or not holds_pretrained(folder)):
+        raise ValueError(
+            f"start_from={source!r} holds no finished run: give the folder of one, as train writes it and compare "
+            "does for each method, or a Hugging Face model"
+        )
+    pretrained = load_configuration(source)
+    trainable = {name: family for name, family in FAMILIES.items() if family.kind != "remote"}
+    if pretrained.model_type not in trainable:
+        raise ValueError(
+            f"start_from={source!r} is a {pretrained.model_type}: longreach can train one of {', '.join(trainable)}"
+        )
+    try:
+        trainable[pretrained.model_type].check(pretrained)
+    except ValueError as error:
+        raise ValueError(f"start_from={source!r} cannot be trained with ALiBi: {error}") from error
+    length = declared_length(pretrained.get_text_config()) or TrainConfig().train_length
+    return RunConfig(
+        start_from=source,
+        method=_method_of(pretrained),
+        data=DataConfig(tokenizer=source),
+        train=TrainConfig(train_length=length),
+    )
+
+
+def check_start(config: RunConfig) -> None:
+    """Check that the model a run starts from is there and fits it, before any text is read or weights are loaded.
+
+    Raises:
+        ValueError: there is no such model, or its shape, tokenizer or method is another.
+    """
+    if config.start_from is None:
+        return
+    start = starting_config(config.start_from)
+    pretrained = _is_pretrained(config.start_from)
+    for field in fields(Architecture):
+        own, asked = getattr(start.model, field.name), getattr(config.model, field.name)
+        if asked != own and (pretrained or not field.name.endswith("_dropout")):
+            told = "a shape of its own" if pretrained else own
+            raise ValueError(f"{field.name}={asked}: start_from={config.start_from!r} has {told}; leave it out")
+    if pretrained:
+        _check_pretrained_method(config.method)
+    else:
+        _check_positions(config, start)
+    if config.data.tokenizer != start.data.tokenizer and (
+        config.data.tokenizer is None or _fingerprint(config) != _fingerprint(start)
+    ):
+        raise ValueError(
+            f"tokenizer={config.data.tokenizer!r}: start_from={config.start_from!r} has another; "
+            f"give {start.data.tokenizer!r}"
+        )
+
+
+def build_trainee(config: RunConfig, tokenizer: Tokenizer, device: torch.device) -> Trainee:
+    """What a run trains: new weights, or those of the model that it starts from, which `check_start` found to fit.
+
+    Raises:
+        ValueError: the weights are not of the form that the run needs, or their files are damaged.
+    """
+    if config.start_from is None:
+        return decoder_trainee(Decoder(config.model_config(tokenizer.vocab_size)).to(device))
+    if _is_pretrained(config.start_from):
+        return _pretrained_trainee(config, tokenizer, device)
+    model = Decoder(config.model_config(tokenizer.vocab_size))
+    try:
+        model.load_state_dict(load_model(config.start_from).state_dict())
+    except RuntimeError as error:
+        first_line = str(error).splitlines()[-1].strip()
+        raise ValueError(f"start_from={config.start_from!r} has weights of another form ({first_line})") from error
+    return decoder_trainee(model.to(device))
+
+
+def _pretrained_trainee(config: RunConfig, tokenizer: Tokenizer, device: torch.device) -> Trainee:
+    """A model of transformers with ALiBi, in float32 whatever its files are in."""
+    assert config.start_from is not None
+    model = load_causal_model(config.start_from, dtype="float32")
+    if tokenizer.vocab_size > model.config.get_text_config().vocab_size:
+        raise ValueError(f"start_from={config.start_from!r} has fewer tokens than its tokenizer: give the model's own")
+    factor = parse_method(config.method)[1].interpolation_factor
+    scaling = Scaling("none") if factor == 1.0 else Scaling("linear-fixed", factor=1.0 / factor)
+    (convert if model.config.model_type in CONVERTIBLE else extend)(model, scaling=scaling)
+    model.to(device).train()
+    length = config.train.train_length
+    text = model.config.get_text_config()
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    setattr(model.config, TRAIN_LENGTH, length)  # saved with it, for the longest input may be another
+    return Trainee(
+        method=config.method,
+        model=model,
+        loss=next_token_loss(model),
+        attention=choose_impl(
+            device.type,
+            length,
+            length,
+            reaching=True,
+            dense=_attention_dropout(model.config) > 0,
+            kernels=triton_runs(device, model.dtype, head_dim),
+        ),
+        save=lambda folder: save_pretrained(model, folder),
+    )
+
+
+def next_token_loss(model: Any) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """The loss of a model of transformers as `Trainee` has it; positions are left to the model.
+
+    The float32 logits of one sequence at a time are made from the model's own, and made again for the gradient.
+    """
+
+    def loss(tokens: Tensor, targets: Tensor, positions: Tensor) -> Tensor:
+        logits = model(input_ids=tokens, use_cache=False).logits  # [B, T, V]
+        losses = [
+            checkpoint(_nll, own, wanted, use_reentrant=False, preserve_rng_state=False)
+            for own, wanted in zip(logits.unbind(), targets.unbind(), strict=True)
+        ]
+        return torch.stack(losses).mean()
+
+    return loss
+
+
+def _nll(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float(), targets)
+
+
+def _is_pretrained(source: str) -> bool:
+    """Whether a model that can be started from is one of transformers."""
+    return not Path(source).is_dir() or holds_pretrained(Path(source))
+
+
+def _method_of(pretrained: Any) -> str:
+    """ALiBi with the scaling that a configuration says, but for one by length, which training does not need."""
+    factor = read_alibi_scaling(getattr(pretrained, SCALING, None)).factor
+    return "alibi" if factor is None else f"alibi:interpolation_factor={1.0 / factor}"
+
+
+def _fingerprint(config: RunConfig) -> str:
+    return load_tokenizer(str(config.data.tokenizer)).fingerprint
+
+
+def _check_pretrained_method(method: str) -> None:
+    name, options = parse_method(method)
+    if name != "alibi" or options.dynamic or options.learned:
+        raise ValueError(
+            f"method={method!r}: a Hugging Face model is given alibi or alibi:interpolation_factor=f; give one of these"
+        )
+
+
+def _check_positions(config: RunConfig, start: RunConfig) -> None:
+    """Check that the trained weights of a position method, where it has any, are those that a run starts from."""
+    own, asked = _position_weights(start), _position_weights(config)
+    if own == asked:
+        return
+    length = start.train.train_length
+    if own:
+        raise ValueError(
+            f"method={config.method!r} at train_length={config.train.train_length}: start_from={config.start_from!r} "
+            f"has positions trained as {start.method!r} at {length}, which fit no other method or table; give the same"
+        )
+    raise ValueError(
+        f"method={config.method!r} has positions that are trained, start_from={config.start_from!r} with method "
+        f"{start.method!r} has none of them; give a method without any, such as alibi"
+    )
+
+
+def _position_weights(config: RunConfig) -> dict[str, torch.Size]:
+    """Name -> shape of what a run's position method trains."""
+    size = config.model_config(vocab_size=2**31).size  # which no method looks at, but above any adaptive cutoff
+    with torch.device("meta"):
+        return {name: weight.shape for name, weight in build_method(config.method, size).state_dict().items()}
+
+
+def _attention_dropout(config: Any) -> float:
+    """Dropout of the attention weights, under the names of the families."""
+    places = (
+        (config, "attn_pdrop"),
+        (config, "attention_dropout"),
+        (getattr(config, "attn_config", None), "attn_pdrop"),
+    )
+    return max(getattr(place, name, None) or 0.0 for place, name in places)

@@ -1,0 +1,208 @@
+"""A run: one trained model in its folder, with the configuration it came from."""
+
+import subprocess
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from platform import platform, python_version
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+import longreach
+from longreach.data.mix import MixedBatches
+from longreach.data.prepare import PreparedData
+from longreach.data.tokenizer import Tokenizer, load_tokenizer
+from longreach.data.tokens import Batches
+from longreach.measure.bootstrap import units
+from longreach.measure.perplexity import Text
+from longreach.measure.plan import EvaluateConfig
+from longreach.measure.subject import Subject
+from longreach.measure.words import count_words
+from longreach.models.decoder import Decoder
+from longreach.models.files import load_model
+from longreach.pretrained.save import holds_pretrained
+from longreach.results import Provenance, TrainingRecord
+from longreach.train.config import RunConfig, TrainConfig, claim_folder, load_config, to_toml_values
+from longreach.train.loop import BatchSource, Step, Trainee, resolve_device, train
+from longreach.verbs.start import build_trainee, check_start
+
+
+class Progress(Protocol):
+    """Told how far a stage of the work has come."""
+
+    def __call__(self, stage: str, done: int, total: int | None, note: str = "") -> None:
+        """`done` of `total` (None if unknown) units of a stage; a note says how it goes."""
+        ...
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained model with all that is needed to use it."""
+
+    config: RunConfig
+    model: Decoder
+    tokenizer: Tokenizer
+    device: torch.device
+
+    def subject(self) -> Subject:
+        """The run as evaluation sees a model."""
+        return Subject(
+            name=self.config.method,
+            train_length=self.model.config.train_length,
+            model=self.model,
+            tokenizer=self.tokenizer,
+            vocab_size=self.model.config.vocab_size,
+            device=self.device,
+            max_length=self.model.positions.max_length,
+            attention=self.model.attention_impl,
+        )
+
+
+def train_run(config: RunConfig, folder: Path, prepared: PreparedData, progress: Progress) -> TrainingRecord:
+    """Train into a folder, or go on with what is there; the record of a finished run is returned at once.
+
+    Raises:
+        ValueError: the folder holds another run, too few tokens to train on, or the model to start from does not fit;
+            and as `train`.
+    """
+    batches = _batches(config.train, prepared)
+    check_start(config)
+    claim_folder(folder, config)
+    if not (folder / "tokenizer.json").exists():
+        prepared.tokenizer.save(folder / "tokenizer.json")
+
+    def on_step(step: Step) -> None:
+        note = f"{step.tokens / step.seconds:,.0f} tokens/s  loss {step.loss:.3f}"
+        progress(f"training {config.method}", step.step, config.train.steps, note)
+
+    def build(device: torch.device) -> Trainee:
+        return build_trainee(config, prepared.tokenizer, device)
+
+    return train(build, config.train, batches, folder, on_step)
+
+
+def _batches(config: TrainConfig, prepared: PreparedData) -> BatchSource:
+    batches = Batches(prepared.train, config.train_length, config.batch_size, config.seed)
+    return MixedBatches(batches, config.mix, prepared.tokenizer, config.seed) if config.mix else batches
+
+
+def open_run(folder: Path, device: str | None = None) -> Run:
+    """Load a trained run from its folder, on the device given, or the one that its configuration names.
+
+    Raises:
+        FileNotFoundError: the folder holds no finished run.
+        ValueError: its files are damaged, its tokenizer is another model's, or it holds a comparison, whose runs lie in
+            folders below it, or a Hugging Face model.
+    """
+    config = read_run(folder)
+    resolved = resolve_device(device or config.train.device)
+    model, tokenizer = load_model(folder, resolved), load_tokenizer(folder / "tokenizer.json")
+    if tokenizer.vocab_size != model.config.vocab_size:
+        raise ValueError(
+            f"{folder} has a model of {model.config.vocab_size} tokens and a tokenizer.json of {tokenizer.vocab_size}: "
+            "put the tokenizer.json there that the model was trained with"
+        )
+    return Run(config, model, tokenizer, resolved)
+
+
+def read_run(folder: Path) -> RunConfig:
+    """The configuration of a trained run.
+
+    Raises:
+        FileNotFoundError, ValueError: as `open_run`, without a look at the weights.
+    """
+    if holds_pretrained(folder):
+        raise ValueError(
+            f"{folder} holds a Hugging Face model: longreach evaluate measures it, longreach.load_pretrained loads it"
+        )
+    if (folder / "results.json").exists() and not (folder / "model.safetensors").exists():
+        below = sorted(path.parent.name for path in folder.glob("*/model.safetensors"))
+        names = ", ".join(below) or "none is finished yet"
+        raise ValueError(f"{folder} holds a comparison: give the folder of one of its runs ({names})")
+    if folder.is_dir() and not (folder / "config.toml").exists():
+        raise FileNotFoundError(
+            f"{folder} holds no model: give the folder of a trained run, with its config.toml, or of a Hugging Face "
+            "model, with its config.json"
+        )
+    config = load_config(RunConfig, folder / "config.toml")
+    if not (folder / "model.safetensors").is_file():
+        raise FileNotFoundError(f"{folder / 'model.safetensors'}: no such file; give the folder of a trained run")
+    return config
+
+
+def text_of(prepared: PreparedData, config: EvaluateConfig, longest: int) -> Text:
+    """The tokens that are scored, the same for every method and length, with one before them to start from.
+
+    Args:
+        prepared: its validation text is scored.
+        config: how much of it, at least.
+        longest: the longest window in tokens that will be scored.
+
+    Raises:
+        ValueError: it is shorter than that, or empty.
+    """
+    available = len(prepared.valid) - 1
+    if available < max(longest, 1):
+        raise ValueError(
+            f"valid_lengths up to {longest}: the validation text has {available} tokens to score; give shorter "
+            "lengths, more text, or a larger valid_fraction"
+        )
+    tokens = prepared.valid.read(0, 1 + min(available, max(config.valid_tokens, longest)))
+    words = None
+    if config.word_level:  # document by document, for decoding drops the eos that keeps their words apart
+        documents = np.split(tokens[1:], np.flatnonzero(tokens[1:] == prepared.tokenizer.eos_id) + 1)
+        words = sum(count_words(prepared.tokenizer.decode(document)) for document in documents)
+    return Text(
+        tokens=tokens,
+        num_bytes=prepared.tokenizer.count_bytes(tokens[1:]),
+        num_words=words,
+        units=units(tokens, prepared.tokenizer.eos_id, max(longest, 1)),
+    )
+
+
+def provenance(
+    config: Any,
+    device: str,
+    seed: int,
+    tokenizer: Tokenizer,
+    prepared: PreparedData | None,
+    sources: dict[str, str],
+) -> Provenance:
+    """What it takes to get the same results again.
+
+    config is a configuration dataclass, prepared the text that is scored, None where none is, sources all else that is
+    read.
+    """
+    return Provenance(
+        longreach=longreach.__version__,
+        torch=torch.__version__,
+        python=python_version(),
+        platform=platform(),
+        device=str(resolve_device(device)),
+        num_threads=torch.get_num_threads(),
+        git_commit=_git_commit(),
+        seed=seed,
+        corpus="none" if prepared is None else prepared.corpus_name,
+        corpus_hash="none" if prepared is None else prepared.corpus_hash,
+        tokenizer_hash=tokenizer.fingerprint,
+        vocab_size=tokenizer.vocab_size,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        sources=sources,
+        config=to_toml_values(config),
+    )
+
+
+def _git_commit() -> str | None:
+    """The commit of the checkout that this file is tracked in; None for an installed package."""
+    folder = Path(__file__).parent
+    try:
+        # Installed inside somebody else's checkout, the package is not tracked by it.
+        tracked = subprocess.run(["git", "ls-files", "--error-unmatch", __file__], cwd=folder, capture_output=True)
+        if tracked.returncode != 0:
+            return None
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True)
+    except OSError:
+        return None
+    return head.stdout.strip() or None

@@ -1,0 +1,238 @@
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+
+from longreach.data.prepare import DataConfig
+from longreach.measure.plan import EvaluateConfig
+from longreach.models.config import Architecture
+from longreach.results import Results
+from longreach.train.config import TrainConfig
+from longreach.verbs.compare import CompareConfig, compare, run_name
+
+
+def silent(stage, done, total, note=""):
+    pass
+
+
+@pytest.fixture
+def config(corpus, tmp_path):
+    return CompareConfig(
+        methods=("alibi", "rotary:base=500", "learned"),
+        data=DataConfig(data=str(corpus), vocab_size=300, valid_fraction=0.2, cache=str(tmp_path / "cache")),
+        model=Architecture(num_layers=1, num_heads=2, d_model=16),
+        train=TrainConfig(train_length=16, steps=6, batch_size=4, warmup_steps=2, checkpoint_every=2, device="cpu"),
+        evaluate=EvaluateConfig(valid_lengths=(16, 64), valid_tokens=256),
+    )
+
+
+def timeless(results):
+    """All that two runs must agree on: everything but the time they took and the memory they found."""
+    return (
+        [replace(r, tokens_per_second=1.0, seconds=1.0, peak_memory=None) for r in results.training],
+        [replace(r, tokens_per_second=1.0, seconds=1.0, peak_memory=None) for r in results.records],
+        list(results.skipped),
+        replace(results.provenance, created="2026-01-01T00:00:00+00:00"),
+    )
+
+
+def test_everything_a_user_gets(config, tmp_path):
+    output = tmp_path / "out"
+    results = compare(config, output, silent)
+    assert results == Results.read(output / "results.json")
+    assert [training.method for training in results.training] == list(config.methods)
+    assert [(r.method, r.valid_length) for r in results.records] == [
+        ("alibi", 16),
+        ("alibi", 64),
+        ("rotary:base=500", 16),
+        ("rotary:base=500", 64),
+        ("learned", 16),
+    ]
+    reason = "its table holds 16 positions"
+    assert [(s.task, s.method, s.valid_length, s.reason) for s in results.skipped] == [
+        (task, "learned", 64, reason) for task in ("perplexity", "positions", "decomposition")
+    ]
+    assert [(d.method, d.valid_length) for d in results.decompositions] == [("alibi", 64), ("rotary:base=500", 64)]
+    assert {record.tokens for record in results.records} == {256}
+    assert len({record.bytes for record in results.records}) == 1
+    for method in config.methods:
+        names = {path.name for path in (output / run_name(method)).iterdir()}
+        assert names >= {"config.toml", "metrics.jsonl", "model.safetensors", "config.json", "tokenizer.json"}
+    figures = {path.suffix for path in (output / "figures").iterdir()}
+    assert figures == {".svg", ".png"}
+    assert "rotary:base=500" in (output / "report.html").read_text(encoding="utf-8")
+
+
+def test_bytes_are_those_of_the_scored_text(config, tmp_path):
+    from longreach.data.prepare import prepare
+
+    record = compare(replace(config, methods=("none",)), tmp_path / "out", silent).records[0]
+    prepared = prepare(config.data, config.train.seed)
+    tokens = prepared.valid.read(0, 257)
+    text = prepared.tokenizer.decode([token for token in tokens[1:] if token != prepared.tokenizer.eos_id])
+    assert record.bytes == len(text.encode())
+
+
+def test_methods_see_identical_batches_and_start_alike(config, tmp_path):
+    # None of these adds to the embeddings, so the first loss tells whether batch and initial weights are the same.
+    compare(replace(config, methods=("none", "rotary", "rotary:base=500")), tmp_path / "out", silent)
+    first = {
+        folder: json.loads((tmp_path / "out" / folder / "metrics.jsonl").read_text().splitlines()[0])["loss"]
+        for folder in ("none", "rotary", "rotary_base=500")
+    }
+    # At the start attention is nearly uniform whatever the rotation, so the losses agree far beyond the spread
+    # between batches or initial weights, about 0.05.
+    assert first["rotary"] == pytest.approx(first["none"], abs=2e-3)
+    assert first["rotary_base=500"] == pytest.approx(first["none"], abs=2e-3)
+
+
+def test_same_seed_same_numbers_and_another_seed_others(config, tmp_path):
+    first = compare(config, tmp_path / "first", silent)
+    assert timeless(compare(config, tmp_path / "second", silent)) == timeless(first)
+    other = compare(replace(config, train=replace(config.train, seed=1)), tmp_path / "third", silent)
+    assert other.training[0].final_loss != first.training[0].final_loss
+
+
+def test_run_again_skips_what_is_finished(config, tmp_path):
+    first = compare(config, tmp_path / "out", silent)
+    stages = []
+    assert compare(config, tmp_path / "out", lambda stage, *_: stages.append(stage)) == first
+    assert not [stage for stage in stages if stage.startswith(("training ", "testing "))]
+
+
+def test_another_configuration_is_refused(config, tmp_path):
+    compare(replace(config, methods=("none",)), tmp_path / "out", silent)
+    with pytest.raises(ValueError, match=r"holds a run with another methods: give a new folder"):
+        compare(replace(config, methods=("alibi",)), tmp_path / "out", silent)
+
+
+def test_changed_data_is_refused(config, tmp_path):
+    text = tmp_path / "text"
+    text.mkdir()
+    for number in range(4):
+        (text / f"{number}.txt").write_text(f"some words of document {number}. " * 100)
+    config = replace(config, methods=("none",), data=replace(config.data, data=str(text), valid_fraction=0.3))
+    compare(config, tmp_path / "out", silent)
+    (text / "0.txt").write_text("other words. " * 200)
+    with pytest.raises(ValueError, match=r"has changed since .*results.json was begun"):
+        compare(config, tmp_path / "out", silent)
+
+
+def test_too_little_text_for_the_longest_length(config, tmp_path):
+    config = replace(config, evaluate=EvaluateConfig(valid_lengths=(16, 10**6)))
+    with pytest.raises(ValueError, match=r"^valid_lengths up to 1000000: the validation text has \d+ tokens"):
+        compare(config, tmp_path / "out", silent)
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_results_are_named(config, tmp_path):
+    compare(replace(config, methods=("none",)), tmp_path / "out", silent)
+    (tmp_path / "out" / "results.json").write_text("{")
+    with pytest.raises(ValueError, match=r"results\.json"):
+        compare(replace(config, methods=("none",)), tmp_path / "out", silent)
+
+
+@pytest.mark.parametrize(
+    ("methods", "message"), [((), "methods is empty"), (("alibi", "alibi"), "give each method once")]
+)
+def test_methods_that_make_no_comparison(methods, message):
+    with pytest.raises(ValueError, match=message):
+        CompareConfig(methods=methods)
+
+
+def test_several_training_lengths_make_a_grid(config, tmp_path):
+    config = replace(
+        config, methods=("alibi", "learned"), train_lengths=(16, 32), evaluate=EvaluateConfig(valid_tokens=256)
+    )
+    results = compare(config, tmp_path / "out", silent)
+    assert results.train_lengths() == (16, 32)
+    assert {path.name for path in (tmp_path / "out").iterdir() if path.is_dir()} == {
+        *("alibi-16", "alibi-32", "learned-16", "learned-32"),
+        "figures",
+    }
+    for train_length in (16, 32):
+        assert results.valid_lengths(train_length) == tuple(train_length * 2**k for k in range(5))
+    by_length = {training.train_length: training for training in results.training if training.method == "alibi"}
+    assert by_length[16].tokens == by_length[32].tokens  # as many tokens in a batch
+    assert {record.tokens for record in results.records} == {512}
+    assert compare(config, tmp_path / "out", silent) == results
+
+
+@pytest.mark.parametrize(
+    ("lengths", "message"),
+    [
+        ((16, 24), "train_lengths=24: it does not divide the 64 tokens of a batch"),
+        ((0,), "train_lengths=0"),
+        ((16, 16), "train_lengths=16,16: give each length once"),
+    ],
+)
+def test_training_lengths_that_do_not_fit_are_refused(config, lengths, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        replace(config, train_lengths=lengths)
+
+
+def test_every_task_that_needs_no_file(config, tmp_path):
+    asked = EvaluateConfig(
+        tasks=("perplexity", "positions", "probes", "retrieval"),
+        valid_lengths=(16, 64),
+        valid_tokens=256,
+        strides=(8,),
+        protocols=("nonoverlapping", "cached"),
+        cases_per_depth=1,
+        num_depths=2,
+    )
+    config = replace(config, methods=("alibi", "sinusoidal"), evaluate=asked)
+    results = compare(config, tmp_path / "out", silent)
+    assert {entry.task for entry in results.entries()} == {
+        *("perplexity", "positions", "decomposition", "offsets", "retrieval"),
+    }
+    assert results == Results.read(tmp_path / "out" / "results.json")
+    assert (tmp_path / "out" / "report.html").exists()
+
+
+def state_of(folder):
+    """What has been written: names and sizes."""
+    with contextlib.suppress(FileNotFoundError):  # renamed while we look
+        return sorted((str(path), path.stat().st_size) for path in folder.rglob("*"))
+
+
+def test_killed_at_any_moment_it_goes_on_to_the_same_numbers(config, tmp_path):
+    config = replace(config, train=replace(config.train, steps=60, checkpoint_every=7))
+    whole = compare(config, tmp_path / "whole", silent)
+    # Shells start what runs in the background with SIGINT ignored, which processes hand down.
+    start = "import signal, torch; signal.signal(signal.SIGINT, signal.default_int_handler); torch.set_num_threads(1)"
+    command = [sys.executable, "-c", f"{start}; from longreach.cli import main; main()"]
+    command += ["compare", "--output", str(tmp_path / "parts"), "--data", config.data.data]
+    command += ["--cache", config.data.cache, "--vocab-size", "300", "--valid-fraction", "0.2"]
+    command += ["--methods", ",".join(config.methods), "--num-layers", "1", "--num-heads", "2", "--d-model", "16"]
+    command += ["--train-length", "16", "--steps", "60", "--batch-size", "4", "--warmup-steps", "2"]
+    command += ["--checkpoint-every", "7", "--device", "cpu", "--valid-lengths", "16,64", "--valid-tokens", "256"]
+    draw = random.Random(0)
+    for attempt in range(8):
+        before = state_of(tmp_path / "parts")
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+            while process.poll() is None and state_of(tmp_path / "parts") == before:
+                time.sleep(0.002)
+            time.sleep(draw.uniform(0.0, 0.12))  # from its first write on, at any moment
+            process.send_signal(signal.SIGINT if attempt % 3 == 1 else signal.SIGKILL)
+            errors = process.stderr.read()
+        if process.returncode == 0:
+            break
+        # An interrupt in the interpreter's own last moments ends it in its own way.
+        assert process.returncode in (-signal.SIGKILL, 130, -signal.SIGINT), errors
+        if process.returncode == 130:
+            assert errors.endswith("interrupted; run the same command again to go on\n")
+    assert attempt >= 3
+    subprocess.run(command, check=True, capture_output=True)
+    assert timeless(Results.read(tmp_path / "parts" / "results.json"))[1:3] == timeless(whole)[1:3]
+    assert [t.final_loss for t in Results.read(tmp_path / "parts" / "results.json").training] == [
+        t.final_loss for t in whole.training
+    ]
+    assert os.path.exists(tmp_path / "parts" / "report.html")

@@ -1,0 +1,328 @@
+import hashlib
+import re
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+
+from longreach.data.prepare import DataConfig
+from longreach.data.tokenizer import load_tokenizer, train_tokenizer
+from longreach.measure.plan import EvaluateConfig
+from longreach.models.config import Architecture
+from longreach.results import Results
+from longreach.train.config import TrainConfig, load_config
+from longreach.verbs.compare import CompareConfig, compare
+from longreach.verbs.evaluate import EvaluationConfig, evaluate_models
+
+EVALUATE = EvaluateConfig(valid_lengths=(16, 32), valid_tokens=256)
+
+
+def silent(stage, done, total, note=""):
+    pass
+
+
+@pytest.fixture(scope="module")
+def comparison(corpus, tmp_path_factory):
+    """A folder with runs of two methods."""
+    folder = tmp_path_factory.mktemp("comparison")
+    cache = str(tmp_path_factory.mktemp("cache"))
+    config = CompareConfig(
+        methods=("alibi", "none"),
+        data=DataConfig(data=str(corpus), vocab_size=300, valid_fraction=0.2, cache=cache),
+        model=Architecture(num_layers=1, num_heads=2, d_model=16),
+        train=TrainConfig(train_length=16, steps=3, batch_size=4, warmup_steps=1, device="cpu"),
+        evaluate=EVALUATE,
+    )
+    compare(config, folder / "out", silent)
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def elsewhere(comparison, tmp_path_factory):
+    """A folder that transformers saved a model to, with the tokenizer of the runs."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    tokenizer = load_tokenizer(comparison / "alibi" / "tokenizer.json")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save(folder / "tokenizer.json")
+    return folder
+
+
+def numbers(results):
+    """What two evaluations must agree on."""
+    return [(entry.key, getattr(entry, "nll", None)) for entry in results.entries()]
+
+
+def test_runs_and_models_of_transformers_go_through_the_same_code(comparison, elsewhere, corpus, tmp_path):
+    models = (str(comparison / "alibi"), str(comparison / "none"), str(elsewhere))
+    config = EvaluationConfig(models=models, evaluate=EVALUATE, data=str(corpus))
+    results = evaluate_models(config, tmp_path / "out", silent)
+    assert results == Results.read(tmp_path / "out" / "results.json")
+    assert results.methods() == ("alibi", "none", str(elsewhere))
+    assert {record.tokens for record in results.records} == {256}
+    assert len({record.bytes for record in results.records}) == 1  # the same text
+    assert (tmp_path / "out" / "report.html").exists()
+
+
+def test_without_data_runs_are_tested_on_their_own_validation_text(comparison):
+    config = EvaluationConfig(models=(str(comparison / "alibi"),), evaluate=EVALUATE)
+    compared = [entry for entry in Results.read(comparison / "results.json").records if entry.method == "alibi"]
+    assert [(r.key, r.nll, r.bytes) for r in evaluate_models(config, None, silent).records] == [
+        (r.key, r.nll, r.bytes) for r in compared
+    ]
+
+
+def test_interrupted_it_goes_on_and_nothing_is_measured_twice(comparison, tmp_path):
+    config = EvaluationConfig(
+        models=(str(comparison / "alibi"), str(comparison / "none")),
+        evaluate=replace(EVALUATE, tasks=("perplexity", "positions"), strides=(4,)),
+    )
+    whole = evaluate_models(config, None, silent)
+    stages = []
+
+    def interrupting(stage, done, total, note=""):
+        if stage not in stages:
+            stages.append(stage)
+            if stage.startswith("testing"):
+                raise KeyboardInterrupt
+
+    interrupts = 0
+    while True:
+        try:
+            results = evaluate_models(config, tmp_path / "out", interrupting)
+            break
+        except KeyboardInterrupt:
+            interrupts += 1
+    # Each model is scored in windows of 16 and 32, each by strides of 4 and of its length, and at 16 by the capped 2.
+    assert interrupts == 2 * 5
+    assert numbers(results) == numbers(whole)
+    stages.clear()
+    assert evaluate_models(config, tmp_path / "out", lambda stage, *_: stages.append(stage)) == results
+    assert not [stage for stage in stages if stage.startswith("testing")]
+
+
+def test_the_folder_of_another_evaluation_is_refused(comparison, tmp_path):
+    config = EvaluationConfig(models=(str(comparison / "alibi"),), evaluate=EVALUATE)
+    evaluate_models(config, tmp_path / "out", silent)
+    other = replace(config, evaluate=replace(EVALUATE, strides=(2,)))
+    with pytest.raises(ValueError, match="holds a run with another strides: give a new folder"):
+        evaluate_models(other, tmp_path / "out", silent)
+
+
+def test_models_on_different_texts_are_not_put_in_one_table(comparison, elsewhere):
+    config = EvaluationConfig(models=(str(comparison / "alibi"), str(elsewhere)), evaluate=EVALUATE)
+    with pytest.raises(ValueError, match=r"^MODELS: .*tiny-llama was not trained on the text of the first one"):
+        evaluate_models(config, None, silent)
+
+
+def test_models_that_a_table_cannot_tell_apart_are_refused(comparison, tmp_path):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in (comparison / "alibi").iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    config = EvaluationConfig(models=(str(comparison / "alibi"), str(copy)), evaluate=EVALUATE)
+    with pytest.raises(ValueError, match=r"alibi and .*copy are both alibi trained at 16, which a table cannot tell"):
+        evaluate_models(config, None, silent)
+
+
+def test_retrieval_needs_no_text(comparison, monkeypatch):
+    monkeypatch.setattr("longreach.verbs.evaluate.prepare", lambda *_: pytest.fail("text was read"))
+    asked = EvaluateConfig(tasks=("retrieval",), valid_lengths=(64,), cases_per_depth=1, num_depths=2)
+    results = evaluate_models(EvaluationConfig(models=(str(comparison / "alibi"),), evaluate=asked), None, silent)
+    assert [record.depth for record in results.retrieval] == [0.0, 1.0]
+    assert results.provenance.corpus == "none"
+
+
+@pytest.fixture(scope="module")
+def longer(comparison, tmp_path_factory):
+    """A folder with a run of one method at twice the training length, on the same text."""
+    folder = tmp_path_factory.mktemp("longer") / "out"
+    config = load_config(CompareConfig, comparison / "config.toml")
+    config = replace(config, methods=("alibi",), train=replace(config.train, train_length=32, batch_size=2))
+    compare(config, folder, silent)
+    return folder / "alibi"
+
+
+def test_models_of_several_training_lengths_are_scored_on_one_text(comparison, longer):
+    # The longest windows, of 16 and of 32 times L, are longer than valid_tokens.
+    asked = EvaluateConfig(tasks=("perplexity",), valid_tokens=64)
+    models = (str(comparison / "alibi"), str(longer))
+    results = evaluate_models(EvaluationConfig(models=models, evaluate=asked), None, silent)
+    assert {record.train_length for record in results.records} == {16, 32}
+    assert {(record.tokens, record.bytes) for record in results.records} == {
+        (16 * 32, results.records[0].bytes),
+    }
+
+
+def test_a_text_too_short_for_a_later_model_is_refused_before_the_first_is_loaded(
+    comparison, longer, corpus, tmp_path, monkeypatch
+):
+    tokenizer = load_tokenizer(longer / "tokenizer.json")
+    text = next(file for file in corpus.iterdir()).read_text()
+    (tmp_path / "short.txt").write_text(tokenizer.decode(tokenizer.encode(text)[:400]))
+    config = EvaluationConfig(models=(str(comparison / "alibi"), str(longer)), data=str(tmp_path / "short.txt"))
+    evaluate_models(replace(config, models=config.models[:1]), None, silent)
+    monkeypatch.setattr("longreach.verbs.evaluate.open_run", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(ValueError, match=r"^valid_lengths up to 512: the validation text has \d+ tokens"):
+        evaluate_models(config, tmp_path / "out", silent)
+    assert not (tmp_path / "out").exists()
+
+
+def copy_of(run, folder):
+    shutil.copytree(run, folder)
+    return folder
+
+
+def test_runs_bring_the_cost_of_their_training(comparison):
+    models = (str(comparison / "alibi"), str(comparison / "none"))
+    results = evaluate_models(EvaluationConfig(models=models, evaluate=EVALUATE), None, silent)
+    assert results.training == Results.read(comparison / "results.json").training
+
+
+def test_what_was_measured_before_a_model_failed_is_told_and_reported(comparison, tmp_path):
+    broken = copy_of(comparison / "none", tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"damaged")
+    config = EvaluationConfig(models=(str(comparison / "alibi"), str(broken)), evaluate=EVALUATE)
+    told = []
+    with pytest.raises(ValueError, match=r"broken: damaged or not a longreach model"):
+        evaluate_models(config, tmp_path / "out", silent, told.append)
+    assert told[-1] == Results.read(tmp_path / "out" / "results.json")
+    assert {entry.method for entry in told[-1].entries()} == {"alibi"}
+    assert (tmp_path / "out" / "report.html").exists()
+
+
+def test_a_tokenizer_of_another_run_is_refused(comparison, tmp_path):
+    run = copy_of(comparison / "alibi", tmp_path / "run")
+    train_tokenizer(["one two"], 280).save(run / "tokenizer.json")
+    size = load_tokenizer(run / "tokenizer.json").vocab_size
+    config = EvaluationConfig(models=(str(run),), evaluate=EVALUATE)
+    with pytest.raises(ValueError, match=rf"run has a model of 300 tokens and a tokenizer\.json of {size}: put the"):
+        evaluate_models(config, None, silent)
+
+
+def test_models_that_changed_since_are_not_taken_for_those_that_were_measured(comparison, elsewhere, corpus, tmp_path):
+    run, model = copy_of(comparison / "alibi", tmp_path / "run"), copy_of(elsewhere, tmp_path / "model")
+    config = EvaluationConfig(models=(str(run), str(model)), evaluate=EVALUATE, data=str(corpus))
+    results = evaluate_models(config, tmp_path / "out", silent)
+    assert set(results.provenance.sources) == {str(run), str(model)}
+    assert numbers(evaluate_models(config, tmp_path / "out", silent)) == numbers(results)
+    for folder, other in ((model, "config.json"), (run, "model.safetensors")):
+        before = (folder / other).read_bytes()
+        (folder / other).write_bytes(before + b" ")
+        with pytest.raises(
+            ValueError, match=rf"^{re.escape(str(folder))} has changed since .*: give a new output folder"
+        ):
+            evaluate_models(config, tmp_path / "out", silent)
+        (folder / other).write_bytes(before)
+
+
+def test_cases_that_changed_since_are_refused(comparison, tmp_path):
+    cases = tmp_path / "cases.jsonl"
+    cases.write_text('{"prompt": "a 1 b", "answer": "1"}\n')
+    asked = EvaluateConfig(tasks=("passkey",), cases=str(cases), valid_lengths=(64,))
+    config = EvaluationConfig(models=(str(comparison / "alibi"),), evaluate=asked)
+    results = evaluate_models(config, tmp_path / "out", silent)
+    assert results.provenance.sources[str(cases)] == hashlib.sha256(cases.read_bytes()).hexdigest()
+    cases.write_text('{"prompt": "a 2 b", "answer": "2"}\n')
+    with pytest.raises(
+        ValueError, match=r"cases\.jsonl has changed since .*results\.json was begun: give a new output"
+    ):
+        evaluate_models(config, tmp_path / "out", silent)
+
+
+@pytest.mark.parametrize(("argument", "task"), [("cases", "passkey"), ("meetings", "qmsum")])
+def test_a_missing_file_of_cases_is_named_with_its_argument(comparison, tmp_path, argument, task):
+    asked = EvaluateConfig(tasks=(task,), valid_lengths=(64,), **{argument: str(tmp_path / "none.jsonl")})
+    with pytest.raises(FileNotFoundError, match=rf"^{argument}=.*none\.jsonl: no such file; give a \.jsonl file"):
+        evaluate_models(EvaluationConfig(models=(str(comparison / "alibi"),), evaluate=asked), None, silent)
+
+
+def test_a_bad_file_of_cases_is_named_with_its_line(comparison, tmp_path):
+    (tmp_path / "cases.jsonl").write_text('{"prompt": "a 1 b", "answer": "1"}\n{"prompt": "a"}\n')
+    asked = EvaluateConfig(tasks=("passkey",), cases=str(tmp_path / "cases.jsonl"), valid_lengths=(64,))
+    with pytest.raises(ValueError, match=r"cases\.jsonl.*2.*has no field 'answer'"):
+        evaluate_models(EvaluationConfig(models=(str(comparison / "alibi"),), evaluate=asked), tmp_path / "out", silent)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("models", "message"), [((), "MODELS is empty"), (("a", "a"), "MODELS=a a: give each")])
+def test_models_that_make_no_evaluation(models, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        EvaluationConfig(models=models)
+
+
+@pytest.fixture(scope="module")
+def bloom(comparison, tmp_path_factory):
+    """A folder that transformers saved a BLOOM to."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-bloom"
+    tokenizer = load_tokenizer(comparison / "alibi" / "tokenizer.json")
+    torch.manual_seed(0)
+    config = transformers.BloomConfig(vocab_size=tokenizer.vocab_size, hidden_size=16, n_layer=2, n_head=2)
+    model = transformers.BloomForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.5)
+    model.save_pretrained(folder)
+    tokenizer.save(folder / "tokenizer.json")
+    return str(folder)
+
+
+def test_scalings_stand_side_by_side(bloom, corpus, tmp_path):
+    scalings = ("stock", "none", "linear", "ntk", "linear-fixed=2", "none+logn")
+    asked = replace(
+        EVALUATE, tasks=("perplexity", "retrieval"), valid_lengths=(16, 64), cases_per_depth=1, num_depths=1
+    )
+    config = EvaluationConfig(models=(bloom,), evaluate=asked, data=str(corpus), train_length=16, scalings=scalings)
+    results = evaluate_models(config, tmp_path / "out", silent)
+    assert results.methods() == tuple(f"{bloom}:{scaling}" for scaling in scalings)
+    nll = {
+        (scaling, length): results.find(f"{bloom}:{scaling}", 16, length).nll
+        for scaling in scalings
+        for length in (16, 64)
+    }
+    assert nll["none", 64] == pytest.approx(nll["stock", 64], rel=1e-5)  # BLOOM's own code is right in float32
+    for scaling in ("linear", "ntk", "none+logn"):
+        assert nll[scaling, 16] == pytest.approx(nll["none", 16], rel=1e-6)
+        assert abs(nll[scaling, 64] / nll["none", 64] - 1) > 1e-5
+    assert abs(nll["linear-fixed=2", 16] / nll["none", 16] - 1) > 1e-5
+    assert {record.method for record in results.retrieval} == set(results.methods())
+
+
+def test_without_a_scaling_of_its_own_it_is_the_configuration_s(bloom, corpus, tmp_path):
+    model = transformers.BloomForCausalLM.from_pretrained(bloom)
+    model.config.alibi_scaling = {"type": "linear", "factor": 2.0}
+    model.save_pretrained(tmp_path)
+    load_tokenizer(bloom).save(tmp_path / "tokenizer.json")
+
+    def nll(folder, *scalings):
+        config = EvaluationConfig(
+            models=(str(folder),), evaluate=EVALUATE, data=str(corpus), train_length=16, scalings=scalings
+        )
+        return [record.nll for record in evaluate_models(config, None, silent).records]
+
+    assert nll(tmp_path, "none", "linear") == nll(bloom, "linear-fixed=2", "linear")
+    assert nll(tmp_path) == nll(bloom, "linear-fixed=2")
+    assert nll(tmp_path, "none+logn") == nll(bloom, "linear-fixed=2+logn")
+
+
+@pytest.mark.parametrize("scaling", ["cubic", "linear=2", "linear-fixed", "linear-fixed=two", "ntk+log", "stock+logn"])
+def test_scalings_that_there_are_not(scaling):
+    with pytest.raises(ValueError, match=r"^scalings="):
+        EvaluationConfig(models=("a",), scalings=(scaling,))
+
+
+def test_runs_of_our_own_are_not_scaled(comparison):
+    config = EvaluationConfig(models=(str(comparison / "alibi"),), evaluate=EVALUATE, scalings=("linear",))
+    with pytest.raises(ValueError, match=r"^scalings=linear: .* was trained by longreach; fine-tune it with --from"):
+        evaluate_models(config, None, silent)
