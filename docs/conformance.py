@@ -242,8 +242,8 @@ PAGE = """\
 <!-- Written by docs/conformance.py: change that, not this. -->
 
 `longreach.conformance` holds golden values of ALiBi in every known dialect, and checks that run anyone's code against
-them. A check gives a report with a line for each case: whether it passed, the largest error, and for a failure the known
-mistake that explains its numbers.
+them. A check gives a report with a line for each case: whether it passed, the largest error, and for a failure the
+known mistake that explains its numbers.
 
 ```python
 from longreach.conformance import DIALECTS, check_alibi
