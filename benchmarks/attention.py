@@ -47,11 +47,11 @@ from peers import (
 )
 from torch import Tensor
 
+from longreach.files import write_atomically
 from longreach.ops.alibi import alibi_slopes
 from longreach.ops.attention import attention
 from longreach.ops.reach import reach
 from longreach.ops.reference import reference_attention
-from longreach.results import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -32,8 +32,8 @@ from attention import peak_memory, timed
 from transformers import BloomConfig, BloomForCausalLM, DynamicCache, MptConfig, MptForCausalLM
 
 import longreach
+from longreach.files import write_atomically
 from longreach.pretrained.caches import growing_cache
-from longreach.results import write_atomically
 
 VOCAB_SIZE = 1024
 UNIT_ROUNDOFF = torch.finfo(torch.float32).eps / 2

@@ -15,15 +15,16 @@ MODULES = {
 
 MAY_IMPORT = {
     "ops": set(),
+    "files": set(),
     "positions": {"ops"},
-    "models": {"positions", "ops"},
-    "data": set(),
-    "results": set(),
+    "models": {"positions", "ops", "files"},
+    "data": {"files"},
+    "results": {"files"},
     "measure": {"data", "results", "pretrained"},
-    "train": {"models", "data", "measure", "results"},
-    "pretrained": {"ops", "models", "positions"},
+    "train": {"models", "data", "measure", "results", "files"},
+    "pretrained": {"ops", "models", "positions", "files"},
     "conformance": {"ops"},
-    "report": {"results"},
+    "report": {"results", "files"},
 }
 """Part of longreach -> the other parts that it may import, DESIGN.md's table."""
 
@@ -87,6 +88,10 @@ def test_ops_imports_torch_alone(module):
     roots = {name.split(".")[0] for name in imports(module)} - {"longreach", *sys.stdlib_module_names}
     allowed = {"torch", "triton"} if module.startswith("longreach.ops.triton") else {"torch"}
     assert roots <= allowed
+
+
+def test_files_imports_the_standard_library_alone():
+    assert {name.split(".")[0] for name in imports("longreach.files")} <= set(sys.stdlib_module_names)
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if part(name) == "ops"])

@@ -100,8 +100,8 @@ def test_leftovers_of_killed_builds_go_after_a_day_and_those_of_live_ones_stay(t
 
 def test_everything_is_on_disk_before_it_is_renamed(tmp_path, monkeypatch):
     order = []
-    real_sync, real_rename = cache._sync, Path.rename
-    monkeypatch.setattr(cache, "_sync", lambda path: (order.append(path), real_sync(path)))
+    real_sync, real_rename = cache.sync, Path.rename
+    monkeypatch.setattr(cache, "sync", lambda path: (order.append(path), real_sync(path)))
     monkeypatch.setattr(Path, "rename", lambda self, target: (order.append("rename"), real_rename(self, target)))
     cached(tmp_path / "entry", load, build)
     built = order[1]

@@ -2,7 +2,6 @@ import dataclasses
 import json
 import math
 import os
-import stat
 import subprocess
 import sys
 
@@ -35,7 +34,6 @@ from longreach.results import (
     Skipped,
     SummaryRecord,
     TrainingRecord,
-    write_atomically,
 )
 
 KINDS = {
@@ -273,13 +271,6 @@ def test_failed_write_keeps_the_old_file_and_leaves_nothing(tmp_path, monkeypatc
         Results(provenance=PROVENANCE).write(path)
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["results.json"]
-
-
-def test_written_file_has_the_usual_permissions(tmp_path):
-    (tmp_path / "plain").write_bytes(b"")
-    write_atomically(tmp_path / "atomic", b"")
-    modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("plain", "atomic")]
-    assert modes[0] == modes[1]
 
 
 def test_imports_the_standard_library_only():

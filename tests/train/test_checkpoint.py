@@ -6,7 +6,8 @@ import time
 import pytest
 import torch
 
-from longreach.train.checkpoint import _HashingWriter, load_checkpoint, save_checkpoint
+from longreach.files import HashingWriter
+from longreach.train.checkpoint import load_checkpoint, save_checkpoint
 
 
 def state(value):
@@ -88,7 +89,7 @@ def test_an_interrupt_in_mid_save_stays_one_and_leaves_the_old_checkpoint(tmp_pa
     path = tmp_path / "checkpoint.pt"
     save_checkpoint(state(1), path)
 
-    write, calls = _HashingWriter.write, []
+    write, calls = HashingWriter.write, []
 
     def interrupted(self, data):
         calls.append(data)
@@ -96,7 +97,7 @@ def test_an_interrupt_in_mid_save_stays_one_and_leaves_the_old_checkpoint(tmp_pa
             raise KeyboardInterrupt
         return write(self, data)
 
-    monkeypatch.setattr("longreach.train.checkpoint._HashingWriter.write", interrupted)
+    monkeypatch.setattr("longreach.files.HashingWriter.write", interrupted)
     with pytest.raises(KeyboardInterrupt):
         save_checkpoint(state(2), path)
     assert load_checkpoint(path)["step"] == 1

@@ -2,13 +2,14 @@
 
 import errno
 import fcntl
-import os
 import shutil
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
+
+from longreach.files import sync
 
 T = TypeVar("T")
 
@@ -69,7 +70,7 @@ def _publish(temporary: Path, entry: Path, load: Callable[[Path], object | None]
             entry.rename(aside / "damaged")
             shutil.rmtree(aside)
         temporary.rename(entry)
-        _sync(entry.parent)
+        sync(entry.parent)
 
 
 def _remove_stale(entry: Path) -> None:
@@ -85,13 +86,5 @@ def _remove_stale(entry: Path) -> None:
 
 def _force_to_disk(folder: Path) -> None:
     for path in folder.iterdir():
-        _sync(path)
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(path)
+    sync(folder)

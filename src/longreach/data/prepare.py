@@ -1,6 +1,5 @@
 """From a data source to what training and evaluation read: a tokenizer and two streams of tokens."""
 
-import hashlib
 import itertools
 import os
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from longreach.data.cache import cached
 from longreach.data.corpora import Corpus, Scan, open_corpus, reread, scan
 from longreach.data.tokenizer import MIN_VOCAB_SIZE, Tokenizer, load_tokenizer, train_tokenizer
 from longreach.data.tokens import TokenStream, split_documents, tokenize
+from longreach.files import digest_of
 
 Progress = Callable[[str, int, int | None], None]
 """Called with a stage in words, the bytes of text done, and the bytes in all or None if unknown."""
@@ -106,7 +106,7 @@ def prepare(config: DataConfig, seed: int, progress: Progress = lambda stage, do
         valid_text = _scan("valid_data", valid_corpus, progress)
         train_ids = np.random.default_rng([seed, 0]).permutation(len(text.scan.sizes))
         valid_ids = np.arange(len(valid_text.scan.sizes))
-        corpus_hash = _sha256(text.scan.fingerprint, valid_text.scan.fingerprint)
+        corpus_hash = digest_of(text.scan.fingerprint, valid_text.scan.fingerprint)
 
     if tokenizer is None:
         tokenizer = _trained_tokenizer(text, train_ids, config.vocab_size, cache, progress)
@@ -172,7 +172,7 @@ def _trained_tokenizer(
     def build(folder: Path) -> None:
         train_tokenizer(training_pieces(), vocab_size).save(folder / "tokenizer.json")
 
-    key = _sha256(
+    key = digest_of(
         text.scan.fingerprint, in_training.tobytes().hex(), str(vocab_size), str(share), tokenizers.__version__
     )
     return cached(cache / f"tokenizer-{key[:16]}", _load_trained, build)
@@ -183,7 +183,3 @@ def _load_trained(folder: Path) -> Tokenizer | None:
         return load_tokenizer(folder / "tokenizer.json")
     except (ValueError, OSError):
         return None
-
-
-def _sha256(*parts: str) -> str:
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()

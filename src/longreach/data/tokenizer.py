@@ -1,7 +1,6 @@
 """Tokenizers: a byte-level BPE trained here, or any Hugging Face one, behind the few methods that we need."""
 
 import functools
-import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -9,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+
+from longreach.files import digest_of, write_atomically
 
 END_OF_TEXT = "<|endoftext|>"
 # The names under which public models' tokenizers end a document, tried in this order where none is declared.
@@ -74,7 +75,7 @@ class Tokenizer:
     @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of everything that decides how text becomes tokens and documents end."""
-        return hashlib.sha256(f"{self.eos_token}\n{self._backend.to_str()}".encode()).hexdigest()
+        return digest_of(self.eos_token, self._backend.to_str())
 
     def save(self, path: str | Path) -> None:
         """Write the tokenizer.json `path`, and beside it the tokenizer_config.json that names the eos token.
@@ -88,9 +89,7 @@ class Tokenizer:
             (path.with_name("tokenizer_config.json"), json.dumps(config, indent=2)),
             (path, self._backend.to_str(pretty=True)),
         ):
-            unfinished = target.with_name(f"{target.name}.tmp")
-            unfinished.write_text(text + "\n", encoding="utf-8")
-            unfinished.replace(target)
+            write_atomically(target, (text + "\n").encode())
 
     @functools.cached_property
     def _byte_counts(self) -> np.ndarray | None:

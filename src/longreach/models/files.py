@@ -2,13 +2,13 @@
 
 import json
 import os
-import shutil
 from pathlib import Path
 
 import safetensors
 import safetensors.torch
 import torch
 
+from longreach.files import replacing
 from longreach.models.config import ModelConfig
 from longreach.models.decoder import Decoder
 
@@ -16,7 +16,7 @@ MODEL_TYPE = "longreach"
 
 
 def save_model(model: Decoder, folder: str | os.PathLike[str]) -> None:
-    """Write model.safetensors and config.json, each beside its final name first and then renamed.
+    """Write model.safetensors and config.json, each whole or not at all.
 
     Raises:
         OSError: the disk is full or the folder cannot be written; files of these names are as they were.
@@ -24,15 +24,15 @@ def save_model(model: Decoder, folder: str | os.PathLike[str]) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = {"model_type": MODEL_TYPE, **model.config.to_dict()}
-    (folder / "config.json.new").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    path = folder / "model.safetensors"
     try:
-        safetensors.torch.save_file(weights, folder / "model.safetensors.new")
+        # The configuration takes its place first: a folder that has the weights is whole.
+        with replacing(path) as new_weights, replacing(folder / "config.json") as new_config:
+            new_config.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            safetensors.torch.save_file(weights, new_weights)
     except safetensors.SafetensorError as error:
-        raise OSError(f"{folder / 'model.safetensors'} cannot be written ({error}): mend that and run again") from error
-    shutil.copymode(folder / "config.json.new", folder / "model.safetensors.new")  # which only its owner can read
-    for name in ("config.json", "model.safetensors"):
-        os.replace(folder / f"{name}.new", folder / name)
+        raise OSError(f"{path} cannot be written ({error}): mend that and run again") from error
 
 
 def load_model(folder: str | os.PathLike[str], device: torch.device | str = "cpu") -> Decoder:

@@ -14,6 +14,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
+from longreach.files import sync
 from longreach.models.config import ModelConfig
 from longreach.models.decoder import Decoder
 from longreach.positions import parse_method
@@ -72,8 +73,9 @@ def export_mpt(
             ) from error
         shutil.copymode(unfinished / "config.json", unfinished / "model.safetensors")  # which only its owner can read
         for path in unfinished.iterdir():
-            _sync(path)
+            sync(path)  # so that the rename that follows cannot get there first
         os.replace(unfinished, folder)
+        sync(folder.parent)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
@@ -226,12 +228,3 @@ model = AutoModelForCausalLM.from_pretrained("{name}")
 |---|---|---|---|---|
 | {config.num_layers} | {config.num_heads} | {config.d_model} | {config.vocab_size:,} | {config.train_length:,} |
 {measured}"""
-
-
-def _sync(path: Path) -> None:
-    """Force a file to disk, so that the rename that follows cannot get there first."""
-    descriptor = os.open(path, os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
+from longreach.files import write_atomically
 from longreach.report.drawing import DARK, LIGHT, to_png, to_svg
 from longreach.report.sections import Picture, Section, sections
-from longreach.results import Provenance, Results, write_atomically
+from longreach.results import Provenance, Results
 
 
 @dataclass(frozen=True)

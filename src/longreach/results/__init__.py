@@ -1,6 +1,6 @@
 """What was measured, in memory and as `results.json`."""
 
-from longreach.results.document import Results, write_atomically
+from longreach.results.document import Results
 from longreach.results.records import (
     PROTOCOLS,
     Cell,
@@ -30,5 +30,4 @@ __all__ = [
     "Skipped",
     "SummaryRecord",
     "TrainingRecord",
-    "write_atomically",
 ]

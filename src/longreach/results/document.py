@@ -8,16 +8,15 @@ double, is `math.inf` in Python and `null` in the file. Its nll is there, exact.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
 import os
-import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
+from longreach.files import write_atomically
 from longreach.results.checks import require_distinct
 from longreach.results.records import (
     Cell,
@@ -161,21 +160,6 @@ _LISTS: dict[str, type[Any]] = {
     name: get_args(hint)[0] for name, hint in get_type_hints(Results).items() if get_origin(hint) is tuple
 }
 """Name of each list of `Results` -> kind of its entries."""
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Put `data` at `path` whole or not at all: written beside it, synced, renamed over it."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
 
 
 def _encode(entry: Any) -> dict[str, Any]:

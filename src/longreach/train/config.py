@@ -13,8 +13,8 @@ import tomli_w
 
 from longreach.data.mix import parse_mix
 from longreach.data.prepare import DataConfig
+from longreach.files import write_atomically
 from longreach.models.config import ARCHITECTURES, Architecture, ModelConfig
-from longreach.results import write_atomically
 
 
 @dataclass(frozen=True)

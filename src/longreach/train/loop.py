@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from longreach.files import write_atomically
 from longreach.measure.cost import Cost
 from longreach.models.decoder import Decoder
 from longreach.models.files import save_model
-from longreach.results import TrainingRecord, write_atomically
+from longreach.results import TrainingRecord
 from longreach.train.checkpoint import load_checkpoint, save_checkpoint
 from longreach.train.config import TrainConfig
 from longreach.train.optim import build_optimizer, learning_rate

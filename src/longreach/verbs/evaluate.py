@@ -1,6 +1,5 @@
 """Models measured one after another into one file of results: the verbs `evaluate` and `extend`."""
 
-import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ import torch
 
 from longreach.data.prepare import DataConfig, PreparedData, prepare
 from longreach.data.tokenizer import Tokenizer, load_tokenizer
+from longreach.files import digest
 from longreach.measure.perplexity import Text
 from longreach.measure.plan import RETRIEVAL_TASKS, EvaluateConfig
 from longreach.measure.retrieval import read_cases
@@ -27,9 +27,6 @@ from longreach.results import Provenance, Results, TrainingRecord
 from longreach.train.config import RunConfig, check_folder, claim_folder, load_config
 from longreach.train.loop import read_training_record, resolve_device
 from longreach.verbs.train import Progress, open_run, provenance, read_run, text_of
-
-MODEL_FILES = (".safetensors", ".bin", ".json", ".py")
-"""Suffixes of the files that a model is made from: weights, configuration, tokenizer, and code that comes with it."""
 
 
 @dataclass(frozen=True)
@@ -334,7 +331,7 @@ def _existing(argument: str, path: str) -> Path:
 
 def case_sources(config: EvaluateConfig) -> dict[str, str]:
     """The files of a configuration, as `Provenance.sources` has them."""
-    return {path: _fingerprint(Path(path)) for path in (config.cases, config.meetings) if path is not None}
+    return {path: digest(Path(path)) for path in (config.cases, config.meetings) if path is not None}
 
 
 def _model_sources(config: EvaluationConfig) -> dict[str, str]:
@@ -342,19 +339,10 @@ def _model_sources(config: EvaluationConfig) -> dict[str, str]:
     sources = {}
     for name in config.models:
         if Path(name).is_dir():
-            sources[name] = _fingerprint(Path(name))
+            sources[name] = digest(Path(name))
         elif commit := load_configuration(name, trust_remote_code=config.trust_remote_code)._commit_hash:
             sources[name] = commit
     return sources
-
-
-def _fingerprint(path: Path) -> str:
-    """The sha256 of a file, or of all in a folder that a model is made from, which may be larger than memory."""
-    if path.is_file():
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    files = sorted(file for file in path.iterdir() if file.suffix in MODEL_FILES and file.is_file())
-    return hashlib.sha256("".join(f"{file.name} {_fingerprint(file)}\n" for file in files).encode()).hexdigest()
 
 
 def begin(path: Path | None, now: Provenance) -> Results:

@@ -1,0 +1,100 @@
+import hashlib
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from longreach import files
+from longreach.files import digest, digest_of, is_leftover, replacing, write_atomically
+
+
+def test_the_rename_is_forced_to_disk_after_what_was_written(tmp_path, monkeypatch):
+    order = []
+    fsync, replace = os.fsync, os.replace
+
+    def seen_fsync(descriptor):
+        order.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
+        fsync(descriptor)
+
+    def seen_replace(source, target):
+        order.append("rename")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", seen_fsync)
+    monkeypatch.setattr(os, "replace", seen_replace)
+    write_atomically(tmp_path / "a", b"new")
+    assert (tmp_path / "a").read_bytes() == b"new"
+    assert order == ["file", "rename", "folder"]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_what_fails_leaves_the_old_file_and_nothing_else(tmp_path, error):
+    path = tmp_path / "a"
+    path.write_bytes(b"old")
+
+    def fail():
+        with replacing(path) as temporary:
+            temporary.write_bytes(b"ne")
+            raise error
+
+    with pytest.raises(type(error)):
+        fail()
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("there_before", [False, True])
+def test_the_usual_permissions_whoever_wrote_it(tmp_path, there_before):
+    (tmp_path / "plain").write_bytes(b"")
+    if there_before:
+        (tmp_path / "a").write_bytes(b"")
+    with replacing(tmp_path / "a") as temporary:
+        temporary.unlink()
+        temporary.touch(0o600)  # as safetensors does
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_what_a_kill_leaves_is_known_by_its_name(tmp_path):
+    script = (
+        "import os, signal; from pathlib import Path; from longreach.files import replacing\n"
+        f"with replacing(Path({str(tmp_path / 'config.toml')!r})):\n    os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", script])
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".config.toml.")
+    assert is_leftover(left)
+    for name in ("config.toml", "notes.tmp", ".notes.tmp", ".hidden", ".a.0123456.tmp", ".a.0123456x.tmp"):
+        (tmp_path / name).touch()
+        assert not is_leftover(tmp_path / name)
+    (tmp_path / ".folder.01234567.tmp").mkdir()
+    assert not is_leftover(tmp_path / ".folder.01234567.tmp")
+
+
+def test_digest_of_a_model_is_that_of_the_files_it_is_made_from(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "config.json").write_bytes(b"{}")
+    assert digest(tmp_path / "config.json") == hashlib.sha256(b"{}").hexdigest()
+    before = digest(tmp_path)
+    lines = [f"{name} {digest(tmp_path / name)}\n" for name in ("config.json", "model.safetensors")]
+    assert before == hashlib.sha256("".join(lines).encode()).hexdigest()
+    (tmp_path / "README.md").write_bytes(b"read by nobody")
+    assert digest(tmp_path) == before
+    (tmp_path / "model.safetensors").write_bytes(b"other weights")
+    assert digest(tmp_path) != before
+
+
+def test_digest_of_texts_knows_their_border():
+    assert digest_of("ab", "c") != digest_of("a", "bc")
+
+
+def test_nobody_else_renames_or_forces_to_disk():
+    package = Path(files.__file__).parent
+    elsewhere = [
+        str(path.relative_to(package))
+        for path in package.rglob("*.py")
+        if path.name != "files.py" and any(call in path.read_text() for call in ("os.replace(", "os.fsync("))
+    ]
+    assert elsewhere == ["pretrained/export.py"]  # renames a folder
