@@ -1,13 +1,11 @@
-# make demo: install what is pinned and run the main job. make test: all that CI runs.
-# make test-oldest: the tests that use models of transformers, with the oldest version supported.
+# make demo: install what is pinned and run the main job. make test: what is run before every commit.
+# make test-all: make test, and what it leaves out (tests/which_tests.py).
+# make test-oldest: what depends on the version of transformers, with the oldest version supported.
 PYTHON ?= python3
 BIN := .venv/bin
 OLDEST := $(CURDIR)/.venv/oldest-transformers
-USING_TRANSFORMERS := tests/pretrained tests/test_cli.py tests/conformance tests/verbs \
-	tests/measure/test_generation.py \
-	tests/measure/test_lm_eval.py tests/measure/test_transformers.py tests/measure/test_sweep.py
 
-.PHONY: demo test test-oldest format clean
+.PHONY: demo test test-all test-oldest format clean
 
 demo: .venv/run
 	$(BIN)/longreach compare --output runs/demo
@@ -19,9 +17,13 @@ test: .venv/dev
 	$(BIN)/pytest -n 2
 	$(MAKE) test-oldest
 
+# Nothing is left out where what it depends on changed: pytest then says 5, for no tests.
+test-all: test
+	$(BIN)/pytest -n 2 --left-out || [ $$? -eq 5 ]
+
 test-oldest: .venv/oldest
 	PYTHONPATH="$(OLDEST)" $(BIN)/python -c "import transformers as t; print('transformers', t.__version__)"
-	PYTHONPATH="$(OLDEST)" $(BIN)/pytest -n 2 $(USING_TRANSFORMERS)
+	PYTHONPATH="$(OLDEST)" $(BIN)/pytest -n 2 -m transformers
 
 format: .venv/dev
 	$(BIN)/ruff check --fix .

@@ -5,6 +5,7 @@ import os
 import hypothesis
 import pytest
 import torch
+from which_tests import in_full, is_left_out, uses_transformers
 
 # Triton reads this once, when it is first imported, which torch's own modules may do at any time.
 if not torch.cuda.is_available():
@@ -19,6 +20,25 @@ torch.set_num_threads(1)
 # A loaded machine is no reason to fail, and a failure must be found again.
 hypothesis.settings.register_profile("longreach", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("longreach")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--left-out",
+        action="store_true",
+        help="run what a run without it leaves out: interpreted Triton, where nothing that it computes changed",
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    """Mark what depends on the version of transformers, and leave out the sweep of interpreted Triton."""
+    for item in items:
+        if uses_transformers(item):
+            item.add_marker(pytest.mark.transformers)
+    full = torch.cuda.is_available() or in_full()
+    here = [item for item in items if is_left_out(item, full) == config.getoption("left_out")]
+    config.hook.pytest_deselected(items=[item for item in items if item not in here])
+    items[:] = here
 
 
 @pytest.fixture(autouse=True)

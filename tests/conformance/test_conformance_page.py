@@ -10,6 +10,8 @@ from longreach.conformance import DIALECTS, check_attention, check_slopes
 
 ROOT = Path(__file__).parents[2]
 
+pytestmark = pytest.mark.transformers  # what docs/conformance.py imports is seen by no look at this file
+
 
 @pytest.fixture(scope="module")
 def conformance():
