@@ -3,6 +3,7 @@
 from longreach.results import (
     ContextRecord,
     DecompositionRecord,
+    Model,
     OffsetRecord,
     Provenance,
     Record,
@@ -21,7 +22,7 @@ PROVENANCE = Provenance(
     device="cpu",
     num_threads=2,
     git_commit=None,
-    seed=0,
+    split_seed=0,
     corpus="stdlib",
     corpus_hash="c0",
     tokenizer_hash="70",
@@ -32,10 +33,12 @@ PROVENANCE = Provenance(
 )
 
 
-def record(method="alibi", valid_length=128, **changes):
+ALIBI = Model("alibi", 128, seed=0)
+
+
+def record(method="alibi", valid_length=128, *, train_length=128, seed=0, **changes):
     fields = {
-        "method": method,
-        "train_length": 128,
+        "model": Model(method, train_length, seed),
         "valid_length": valid_length,
         "stride": valid_length,
         "protocol": "nonoverlapping",
@@ -44,19 +47,17 @@ def record(method="alibi", valid_length=128, **changes):
         "bytes": 400,
         "words": None,
         "mean_context": 63.5,
-        "tokens_per_second": 1e4,
         "seconds": 0.01,
         "peak_memory": None,
         "attention": "sdpa",
     }
-    return Record.from_sums(**(fields | changes))
+    return Record(**(fields | changes))
 
 
-def skipped(method="learned", valid_length=256):
+def skipped(method="learned", valid_length=256, *, train_length=128, seed=0):
     return Skipped(
         task="perplexity",
-        method=method,
-        train_length=128,
+        model=Model(method, train_length, seed),
         valid_length=valid_length,
         stride=valid_length,
         protocol="nonoverlapping",
@@ -65,20 +66,17 @@ def skipped(method="learned", valid_length=256):
 
 
 TRAINING = TrainingRecord(
-    method="alibi",
-    train_length=128,
+    model=ALIBI,
     steps=10,
     tokens=1280,
     parameters=1000,
     final_loss=4.5,
-    tokens_per_second=900.0,
     seconds=1.4,
     peak_memory=2**20,
     attention="sdpa",
 )
 CONTEXT = ContextRecord(
-    method="alibi",
-    train_length=128,
+    model=ALIBI,
     valid_length=256,
     first_context=65,
     last_context=128,
@@ -89,8 +87,7 @@ CONTEXT = ContextRecord(
     resampled="35 documents",
 )
 DECOMPOSITION = DecompositionRecord(
-    method="alibi",
-    train_length=128,
+    model=ALIBI,
     valid_length=256,
     stride=16,
     capped_context=120.5,
@@ -104,11 +101,10 @@ DECOMPOSITION = DecompositionRecord(
     beyond_high=0.03,
     resampled="35 documents",
 )
-OFFSET = OffsetRecord(method="alibi", train_length=128, valid_length=128, offset=64, tokens=100, nll=431.0)
+OFFSET = OffsetRecord(model=ALIBI, valid_length=128, offset=64, tokens=100, nll=431.0)
 RETRIEVAL = RetrievalRecord(
     task="lines",
-    method="alibi",
-    train_length=128,
+    model=ALIBI,
     valid_length=512,
     depth=0.25,
     cases=10,
@@ -117,8 +113,7 @@ RETRIEVAL = RetrievalRecord(
     seconds=1.5,
 )
 SUMMARY = SummaryRecord(
-    method="alibi",
-    train_length=128,
+    model=ALIBI,
     valid_length=1024,
     cases=35,
     truncated=12,

@@ -23,7 +23,7 @@ from longreach.models.generate import stream
 from longreach.pretrained.export import export_mpt
 from longreach.report.page import write_report
 from longreach.report.tables import main_grid, print_tables, to_markdown
-from longreach.results import Results
+from longreach.results import Model, Results
 from longreach.terminal import TerminalProgress
 from longreach.train.config import PRESETS, RunConfig, check_folder, load_config
 from longreach.train.loop import read_training_record
@@ -244,7 +244,7 @@ def export_command(arguments: ExportArguments) -> None:
         arguments.output,
         max_length=16 * train_length if arguments.max_length is None else arguments.max_length,
         tokenizer=arguments.run,
-        card_table=None if results is None else _card_table(results, run.config.method, train_length),
+        card_table=None if results is None else _card_table(results, run.config.identity),
     )
     print(f"Model: {arguments.output}")
 
@@ -258,14 +258,14 @@ def _of_comparison(run: Path) -> Results | None:
     return results if read_training_record(run / "training.json") in results.training else None
 
 
-def _card_table(results: Results, method: str, train_length: int) -> str | None:
+def _card_table(results: Results, model: Model) -> str | None:
     """The perplexities of one model as Markdown; None where there are none."""
     own = Results(
         provenance=results.provenance,
-        training=tuple(t for t in results.training if (t.method, t.train_length) == (method, train_length)),
-        records=tuple(r for r in results.records if (r.method, r.train_length) == (method, train_length)),
+        training=tuple(entry for entry in results.training if entry.model == model),
+        records=tuple(entry for entry in results.records if entry.model == model),
     )
-    return to_markdown(main_grid(own, train_length)) if own.records else None
+    return to_markdown(main_grid(own, model.train_length)) if own.records else None
 
 
 def report_command(arguments: ReportArguments) -> None:

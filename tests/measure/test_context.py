@@ -11,6 +11,7 @@ from ngram_oracle import VOCAB, NgramOracle, random_text
 from longreach.measure.bootstrap import Units, interval
 from longreach.measure.context import context_bins, decompose, loss_by_context
 from longreach.measure.score import Scores, score
+from longreach.results import Model
 
 
 def scored(oracle, tokens, valid_length, stride=None):
@@ -35,8 +36,7 @@ def split(oracle, tokens, train_length, valid_length, stride):
         scored(oracle, tokens, train_length, stride),
         scored(oracle, tokens, valid_length),
         blocks(len(tokens) - 1),
-        method="alibi",
-        train_length=train_length,
+        model=Model("alibi", train_length, seed=0),
         valid_length=valid_length,
         stride=stride,
         seed=0,
@@ -85,7 +85,7 @@ def test_loss_by_context_accounts_for_every_token(valid_length, num_targets, see
     random = np.random.default_rng(seed)
     scores = Scores(random.uniform(0, 9, num_targets), contexts(num_targets, valid_length))
     records = loss_by_context(
-        scores, blocks(num_targets), method="alibi", train_length=4, valid_length=valid_length, seed=0
+        scores, blocks(num_targets), model=Model("alibi", 4, seed=0), valid_length=valid_length, seed=0
     )
     for record in records:
         within = [t for t in range(num_targets) if record.first_context <= t % valid_length + 1 <= record.last_context]
@@ -110,7 +110,7 @@ def test_loss_by_context_accounts_for_every_token(valid_length, num_targets, see
 def test_loss_by_context_shows_where_a_model_stops_to_look():
     oracle, tokens = NgramOracle(k=4), random_text(8000)
     records = loss_by_context(
-        scored(oracle, tokens, 32), blocks(8000), method="alibi", train_length=8, valid_length=32, seed=0
+        scored(oracle, tokens, 32), blocks(8000), model=Model("alibi", 8, seed=0), valid_length=32, seed=0
     )
     assert [record.first_context for record in records] == [1, 2, 3, 4, 5, 7, 9, 12, 17, 24]
     for record in records:
@@ -209,8 +209,7 @@ def test_intervals_are_paired_by_token():
             for scores in (scored(oracle, tokens, 4), scored(oracle, tokens, 4, 1), scored(oracle, tokens, 16))
         ),
         blocks(320, 32),
-        method="alibi",
-        train_length=4,
+        model=Model("alibi", 4, seed=0),
         valid_length=16,
         stride=1,
         seed=0,
@@ -236,8 +235,7 @@ def test_one_unit_has_no_intervals():
         scored(oracle, tokens, 4, 1),
         scored(oracle, tokens, 16),
         Units(np.zeros(40, dtype=np.int64), "1 document"),
-        method="alibi",
-        train_length=4,
+        model=Model("alibi", 4, seed=0),
         valid_length=16,
         stride=1,
         seed=0,
@@ -256,13 +254,13 @@ def refused(message, **changes):
         "sliding": Scores(np.ones(num_targets), sliding),
         "long": Scores(np.ones(num_targets), contexts(num_targets, 16)),
         "documents": blocks(num_targets),
-        "train_length": 4,
+        "model": Model("alibi", 4, seed=0),
         "valid_length": 16,
         "stride": 1,
     }
-    assert decompose(**arguments, method="alibi", seed=0).gain == 0
+    assert decompose(**arguments, seed=0).gain == 0
     with pytest.raises(ValueError, match=message):
-        decompose(**{**arguments, **changes}, method="alibi", seed=0)
+        decompose(**{**arguments, **changes}, seed=0)
 
 
 def test_decompose_refuses_what_does_not_fit_together():
@@ -292,8 +290,7 @@ def test_loss_by_context_refuses_windows_of_another_length():
         loss_by_context(
             Scores(np.ones(40), contexts(40, 16)),
             blocks(40),
-            method="alibi",
-            train_length=4,
+            model=Model("alibi", 4, seed=0),
             valid_length=8,
             seed=0,
         )

@@ -29,6 +29,7 @@ from longreach.measure.retrieval import (
     possible_depths,
     read_cases,
 )
+from longreach.results import Model
 
 LINES = [("torpid-kid", 2416), ("brave-owl", 241), ("old-hill", 41)]
 FIELDS = {
@@ -329,7 +330,7 @@ def test_measuring_asks_every_case_and_counts_by_depth(tokenizer):
 
     done = []
     records = measure_retrieval(
-        generate, tokenizer, cases[::-1], method="alibi", train_length=64, valid_length=1500, on_case=done.append
+        generate, tokenizer, cases[::-1], model=Model("alibi", 64, seed=0), valid_length=1500, on_case=done.append
     )
     assert [(record.depth, record.cases, record.correct) for record in records] == [(0.0, 4, 0), (0.5, 4, 2), (1, 4, 4)]
     assert sorted(map(id, asked)) == sorted(map(id, cases))
@@ -337,5 +338,5 @@ def test_measuring_asks_every_case_and_counts_by_depth(tokenizer):
     for record in records:
         sizes = [len(tokenizer.encode(case.prompt)) for case in cases if case.depth == record.depth]
         assert record.mean_tokens == pytest.approx(sum(sizes) / per_depth)
-        assert (record.task, record.method, record.train_length, record.valid_length) == ("kv", "alibi", 64, 1500)
+        assert (record.task, record.model, record.valid_length) == ("kv", Model("alibi", 64, seed=0), 1500)
         assert record.seconds > 0

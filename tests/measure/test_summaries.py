@@ -10,6 +10,7 @@ from tiny_subjects import decoder_subject, tokenizer
 from longreach.measure.generation import generate_greedily
 from longreach.measure.score import Unsupported
 from longreach.measure.summaries import MeetingCase, measure_summaries, prompt_tokens, read_meetings
+from longreach.results import Model
 
 TRANSCRIPT = "Ann: the sum of 1 and 2\n  is 3 , I {vocalsound} guess .\nBob:\tit is 7 .\n" * 4
 CASE = MeetingCase("m.jsonl:1", TRANSCRIPT, "What is the sum?", "The sum is 3.")
@@ -155,8 +156,7 @@ def measured(pairs, summaries=None, *, valid_length=400, max_new_tokens=60, **op
         lambda prompt, limit: tokenizer().encode(next(answers))[:limit],
         tokenizer(),
         [MeetingCase(str(n), TRANSCRIPT, "q", reference) for n, (reference, _) in enumerate(pairs)],
-        method="alibi",
-        train_length=16,
+        model=Model("alibi", 16, seed=0),
         valid_length=valid_length,
         max_new_tokens=max_new_tokens,
         **options,
@@ -211,8 +211,7 @@ def test_prompt_and_summary_fit_the_length_together():
         generate,
         tokenizer(),
         [CASE, short, CASE],
-        method="alibi",
-        train_length=16,
+        model=Model("alibi", 16, seed=0),
         valid_length=100,
         max_new_tokens=20,
         on_case=done.append,
@@ -229,8 +228,7 @@ def test_a_model_summarizes_through_greedy_generation():
         lambda prompt, limit: generate_greedily(subject, prompt, limit),
         subject.tokenizer,
         [CASE],
-        method=subject.name,
-        train_length=subject.train_length,
+        model=subject.identity,
         valid_length=64,
         max_new_tokens=8,
     )

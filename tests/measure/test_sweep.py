@@ -16,10 +16,11 @@ from longreach.measure.score import score
 from longreach.measure.subject import Subject
 from longreach.measure.summaries import MeetingCase
 from longreach.measure.sweep import Material, evaluate
-from longreach.results import Skipped
+from longreach.results import Cell, Model, Skipped
 
 NUM_TARGETS = 160
 CPU = torch.device("cpu")
+ORACLE = Model("oracle", 8, seed=None)
 PERPLEXITY = ("perplexity",)
 
 
@@ -47,8 +48,7 @@ class Uniform(NgramOracle):
 
 def subject_of(model, **changes):
     subject = Subject(
-        name="oracle",
-        train_length=8,
+        identity=ORACLE,
         model=model,
         tokenizer=tokenizer(),
         vocab_size=VOCAB,
@@ -100,7 +100,7 @@ def test_the_grid_of_lengths_strides_and_protocols():
         ("cached-unbounded", NUM_TARGETS, 1),
     ]
     (skipped,) = (e for e in entries if isinstance(e, Skipped))
-    assert skipped.cell == ("perplexity", "oracle", 8, 8, 12, "sliding-window")
+    assert skipped.cell == Cell("perplexity", ORACLE, 8, 12, "sliding-window")
     assert skipped.reason == "a stride of 12 leaves gaps between windows of 8"
     by_protocol = {(e.protocol, e.valid_length): e for e in entries if not isinstance(e, Skipped)}
     contexts = [min(target + 1, 16) for target in range(NUM_TARGETS)]
@@ -164,15 +164,17 @@ def test_a_table_of_positions_skips_what_it_does_not_hold():
         protocols=("nonoverlapping", "cached"),
     )
     tokens = np.random.default_rng(0).integers(1, tokenizer().vocab_size, 101)
-    entries = measured(decoder_subject("learned"), config, Material(text_of(tokens)))
+    subject = decoder_subject("learned")
+    learned = subject.identity
+    entries = measured(subject, config, Material(text_of(tokens)))
     assert {e.task for e in entries if not isinstance(e, Skipped)} == {"perplexity", "positions", "offsets"}
     reasons = {e.cell: e.reason for e in entries if isinstance(e, Skipped)}
-    assert reasons["perplexity", "learned", 16, 32, 32, "nonoverlapping"] == "its table holds 16 positions"
-    assert reasons["perplexity", "learned", 16, 16, 1, "cached"] == "its table holds 16 positions"
-    assert reasons["decomposition", "learned", 16, 32, None, None] == "its table holds 16 positions"
-    assert "too few for windows from 4, 8, 16, 32, 64, 128, 256" in reasons["offsets", "learned", 16, 16, None, None]
-    assert "a kv prompt of one record has" in reasons["kv", "learned", 16, 16, None, None]
-    assert reasons["kv", "learned", 16, 32, None, None] == "its table holds 16 positions"
+    assert reasons["perplexity", learned, 32, 32, "nonoverlapping"] == "its table holds 16 positions"
+    assert reasons["perplexity", learned, 16, 1, "cached"] == "its table holds 16 positions"
+    assert reasons["decomposition", learned, 32, None, None] == "its table holds 16 positions"
+    assert "too few for windows from 4, 8, 16, 32, 64, 128, 256" in reasons["offsets", learned, 16, None, None]
+    assert "a kv prompt of one record has" in reasons["kv", learned, 16, None, None]
+    assert reasons["kv", learned, 32, None, None] == "its table holds 16 positions"
 
 
 def test_what_a_model_of_transformers_cannot_do_is_skipped():
@@ -197,7 +199,7 @@ def test_out_of_memory_ends_a_cell_and_not_the_grid():
             return super().logits(tokens, chunk_size, **options)
 
     first, second = measured(subject_of(Large(1)), EvaluateConfig(tasks=PERPLEXITY, valid_lengths=(16, 8)))
-    assert (first.cell[3], first.reason) == (16, "out of memory")
+    assert (first.valid_length, first.reason) == (16, "out of memory")
     assert second.tokens == NUM_TARGETS
 
 
@@ -209,7 +211,7 @@ def test_the_cpu_s_allocator_runs_out_of_memory_in_words_of_its_own():
             return super().logits(tokens, chunk_size, **options)
 
     first, second = measured(subject_of(Large(1)), EvaluateConfig(tasks=PERPLEXITY, valid_lengths=(16, 8)))
-    assert (first.cell[3], first.reason) == (16, "out of memory")
+    assert (first.valid_length, first.reason) == (16, "out of memory")
     assert second.tokens == NUM_TARGETS
 
 

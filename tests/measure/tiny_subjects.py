@@ -9,6 +9,7 @@ from longreach.measure.subject import Subject
 from longreach.measure.transformers import HuggingFaceModel
 from longreach.models.config import ModelConfig
 from longreach.models.decoder import Decoder
+from longreach.results import Model
 
 LENGTH = 16
 """What the configurations below give as the training length."""
@@ -45,8 +46,7 @@ def decoder_subject(method="alibi"):
         )
     )
     return Subject(
-        name=method,
-        train_length=LENGTH,
+        identity=Model(method, LENGTH, seed=0),
         model=model,
         tokenizer=tokenizer(),
         vocab_size=tokenizer().vocab_size,
@@ -91,8 +91,7 @@ def transformers_model(family):
 
 def transformers_subject(family):
     return Subject(
-        name=family,
-        train_length=LENGTH,
+        identity=Model(family, LENGTH, seed=None),
         model=HuggingFaceModel(transformers_model(family)),
         tokenizer=tokenizer(),
         vocab_size=tokenizer().vocab_size,

@@ -5,7 +5,7 @@ import pytest
 import sample_records
 from sample_records import CONTEXT, DECOMPOSITION, OFFSET, PROVENANCE, RETRIEVAL, SUMMARY, TRAINING
 
-from longreach.results import Results
+from longreach.results import Model, Results
 
 LENGTHS = (128, 256, 512, 1024, 2048)
 CURVES = {
@@ -18,7 +18,9 @@ CURVES = {
 
 @pytest.fixture
 def provenance():
-    return replace(PROVENANCE, git_commit="abc123", seed=7, corpus_hash="c0ffee", config={"model": {"d_model": 256}})
+    return replace(
+        PROVENANCE, git_commit="abc123", split_seed=7, corpus_hash="c0ffee", config={"model": {"d_model": 256}}
+    )
 
 
 @pytest.fixture
@@ -33,7 +35,7 @@ def record():
             tokens=4096,
             bytes=16000,
             mean_context=(valid_length - 1) / 2,
-            tokens_per_second=41234.0,
+            seconds=4096 / 41234,
             peak_memory=3 * 2**28,
         )
 
@@ -43,16 +45,16 @@ def record():
 @pytest.fixture
 def skipped():
     def make(method, valid_length, reason, train_length=128):
-        return replace(sample_records.skipped(method, valid_length), train_length=train_length, reason=reason)
+        return replace(sample_records.skipped(method, valid_length, train_length=train_length), reason=reason)
 
     return make
 
 
 @pytest.fixture
 def training():
-    def make(method, train_length=128):
-        measured = {"tokens": 409600, "parameters": 4213760, "tokens_per_second": 9123.4, "peak_memory": 3 * 2**29}
-        return replace(TRAINING, method=method, train_length=train_length, **measured)
+    def make(method, train_length=128, *, speed=9123.4, peak_memory=3 * 2**29):
+        measured = {"tokens": 409600, "parameters": 4213760, "seconds": 409600 / speed, "peak_memory": peak_memory}
+        return replace(TRAINING, model=Model(method, train_length, seed=0), **measured)
 
     return make
 
@@ -85,7 +87,8 @@ def strided(record):
 
     def make(method, valid_length, perplexity, train_length=128, *, stride=1, protocol="sliding-window", speed=500.0):
         entry = record(method, valid_length, perplexity, train_length)
-        return replace(entry, stride=stride, protocol=protocol, tokens_per_second=speed, mean_context=valid_length - 1)
+        seconds = entry.tokens / speed
+        return replace(entry, stride=stride, protocol=protocol, seconds=seconds, mean_context=valid_length - 1)
 
     return make
 
@@ -95,8 +98,7 @@ def context():
     def make(method, valid_length, first, last, loss, train_length=128, half=0.03, resampled="35 documents"):
         return replace(
             CONTEXT,
-            method=method,
-            train_length=train_length,
+            model=Model(method, train_length, seed=0),
             valid_length=valid_length,
             first_context=first,
             last_context=last,
@@ -118,8 +120,7 @@ def decomposed():
 
         return replace(
             DECOMPOSITION,
-            method=method,
-            train_length=train_length,
+            model=Model(method, train_length, seed=0),
             valid_length=valid_length,
             stride=stride,
             capped_context=train_length - (stride - 1) / 2,
@@ -140,8 +141,8 @@ def decomposed():
 def offset():
     def make(method, start, perplexity, train_length=128):
         nll = 4096 * (800.0 if perplexity == math.inf else math.log(perplexity))
-        lengths = {"train_length": train_length, "valid_length": train_length}
-        return replace(OFFSET, method=method, **lengths, offset=start, tokens=4096, nll=nll)
+        lengths = {"model": Model(method, train_length, seed=0), "valid_length": train_length}
+        return replace(OFFSET, **lengths, offset=start, tokens=4096, nll=nll)
 
     return make
 
@@ -151,8 +152,9 @@ def found():
     """Answers found at one depth."""
 
     def make(method, valid_length, depth, correct, cases=10, train_length=128, task="lines"):
-        lengths = {"train_length": train_length, "valid_length": valid_length, "mean_tokens": 0.97 * valid_length}
-        return replace(RETRIEVAL, task=task, method=method, **lengths, depth=depth, cases=cases, correct=correct)
+        lengths = {"valid_length": valid_length, "mean_tokens": 0.97 * valid_length}
+        model = Model(method, train_length, seed=0)
+        return replace(RETRIEVAL, task=task, model=model, **lengths, depth=depth, cases=cases, correct=correct)
 
     return make
 
@@ -164,7 +166,7 @@ def summary():
         for name, value in (("rouge1", rouge1), ("rouge2", rouge1 / 4), ("rougeL", rouge1 / 2)):
             low, high = (None, None) if half is None else (value - half, value + half)
             scores |= {name: value, f"{name}_low": low, f"{name}_high": high}
-        return replace(SUMMARY, method=method, train_length=train_length, valid_length=valid_length, **scores)
+        return replace(SUMMARY, model=Model(method, train_length, seed=0), valid_length=valid_length, **scores)
 
     return make
 
@@ -172,7 +174,7 @@ def summary():
 @pytest.fixture
 def everything(demo, record, training, strided, context, decomposed, offset, found, summary):
     """All kinds of entries, at two training lengths."""
-    entries = [replace(training(m, 256), tokens_per_second=8100.0, peak_memory=2**31) for m in ("alibi", "sinusoidal")]
+    entries = [training(m, 256, speed=8100.0, peak_memory=2**31) for m in ("alibi", "sinusoidal")]
     for train_length in (128, 256):
         methods = ["sinusoidal", "rotary", "alibi", "bigscience/bloom-1b7"][: 3 if train_length == 128 else 4]
         for method in methods:

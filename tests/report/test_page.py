@@ -139,7 +139,7 @@ def test_page_of_what_was_skipped_alone_says_so(empty, skipped, tmp_path):
 
 
 def test_user_given_names_are_escaped(
-    demo, record, skipped, provenance, strided, context, decomposed, offset, found, summary, tmp_path
+    demo, record, skipped, training, provenance, strided, context, decomposed, offset, found, summary, tmp_path
 ):
     attack = """<script>alert("1")</script>'"&<img src=x onerror=alert(1)>{{ 7*7 }}{% raw %}"""
     names = [field.name for field in dataclasses.fields(provenance) if type(getattr(provenance, field.name)) is str]
@@ -147,7 +147,7 @@ def test_user_given_names_are_escaped(
     hostile = dataclasses.replace(provenance, config={attack: [attack]}, **dict.fromkeys(names, attack))
     results = dataclasses.replace(demo, provenance=hostile)
     results = results.add(record(f"rotary:{attack}", 128, 70.0), skipped(attack, 4096, attack))
-    results = results.add(dataclasses.replace(demo.training[0], method=attack, attention=attack))
+    results = results.add(dataclasses.replace(training(attack), attention=attack))
     results = results.add(
         strided(attack, 128, 9.0),
         strided(attack, 128, 9.0, protocol="cached"),

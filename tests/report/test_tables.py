@@ -137,7 +137,7 @@ def test_perplexity_per_word_is_there_where_words_were_counted(empty, record):
 
 
 def test_cost_is_as_in_the_papers_table_and_relative_to_sinusoidal_at_the_same_length(empty, record, training):
-    slow = replace(training("t5"), tokens_per_second=3041.13, peak_memory=None)
+    slow = training("t5", speed=3041.13, peak_memory=None)
     results = empty.add(training("sinusoidal"), slow, training("alibi", 64), record("t5", 128, 70.0))
     grid = cost_grid(results)
     assert [column[0] for column in grid.columns].count("/ sinusoidal's") == 2

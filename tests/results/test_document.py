@@ -1,7 +1,7 @@
 import dataclasses
 import json
-import math
 import os
+import re
 import subprocess
 import sys
 
@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sample_records import (
+    ALIBI,
     CONTEXT,
     DECOMPOSITION,
     ENTRIES,
@@ -26,6 +27,7 @@ from longreach.results import (
     PROTOCOLS,
     ContextRecord,
     DecompositionRecord,
+    Model,
     OffsetRecord,
     Provenance,
     Record,
@@ -34,6 +36,8 @@ from longreach.results import (
     Skipped,
     SummaryRecord,
     TrainingRecord,
+    read_training,
+    write_training,
 )
 
 KINDS = {
@@ -72,18 +76,10 @@ def damage(tmp_path):
     return read_damaged
 
 
-def test_perplexity_overflows_at_709_nats_and_is_stored_as_null(tmp_path):
-    finite, infinite = record(nll=708.9, tokens=1), record("rotary", nll=709.0, tokens=1)
-    assert finite.perplexity == pytest.approx(math.exp(708.9), rel=1e-12)
-    assert infinite.perplexity == math.inf
-    results = Results(provenance=PROVENANCE, records=(finite, infinite))
-    results.write(tmp_path / "r.json")
-    assert json.loads((tmp_path / "r.json").read_text())["records"][1]["perplexity"] is None
-    assert Results.read(tmp_path / "r.json") == results
-
-
 names = st.text(min_size=1, max_size=20)
 positive = st.integers(1, 2**62)
+seeds = st.none() | st.integers(-(2**62), 2**62)
+models = st.builds(Model, names, positive, seeds)
 amounts = st.floats(0, 1e300)
 memory = st.none() | st.integers(0, 2**50)
 json_values = st.recursive(
@@ -95,6 +91,7 @@ records = st.builds(
     record,
     method=names,
     train_length=positive,
+    seed=seeds,
     valid_length=positive,
     stride=positive,
     protocol=st.sampled_from(PROTOCOLS),
@@ -102,12 +99,11 @@ records = st.builds(
     tokens=positive,
     bytes=positive,
     mean_context=amounts,
-    tokens_per_second=st.floats(1e-9, 1e12),
-    seconds=amounts,
+    seconds=st.floats(1e-9, 1e12),
     peak_memory=memory,
 )
 trainings = st.builds(
-    dataclasses.replace, st.just(TRAINING), method=names, final_loss=amounts, steps=positive, peak_memory=memory
+    dataclasses.replace, st.just(TRAINING), model=models, final_loss=amounts, steps=positive, peak_memory=memory
 )
 ends = st.none() | amounts
 signed_ends = st.none() | st.floats(-1e300, 1e300)
@@ -116,7 +112,7 @@ others = st.one_of(
     st.builds(
         dataclasses.replace,
         st.just(CONTEXT),
-        method=names,
+        model=models,
         first_context=st.integers(1, 128),
         nll=amounts,
         low=ends,
@@ -125,24 +121,24 @@ others = st.one_of(
     st.builds(
         dataclasses.replace,
         st.just(DECOMPOSITION),
-        method=names,
+        model=st.builds(Model, names, st.just(128), seeds),
         valid_length=positive,
         base_nll=amounts,
         relief_low=signed_ends,
         beyond_high=signed_ends,
         resampled=st.text(),
     ),
-    st.builds(dataclasses.replace, st.just(OFFSET), method=names, offset=st.integers(0, 2**62), nll=amounts),
+    st.builds(dataclasses.replace, st.just(OFFSET), model=models, offset=st.integers(0, 2**62), nll=amounts),
     st.builds(
         dataclasses.replace,
         st.just(RETRIEVAL),
         task=names,
-        method=names,
+        model=models,
         depth=shares,
         cases=st.integers(5, 2**62),
         correct=st.integers(0, 5),
     ),
-    st.builds(dataclasses.replace, st.just(SUMMARY), method=names, rouge1=shares, rougeL_low=st.none() | shares),
+    st.builds(dataclasses.replace, st.just(SUMMARY), model=models, rouge1=shares, rougeL_low=st.none() | shares),
     st.builds(dataclasses.replace, st.just(skipped()), task=names, stride=st.none() | positive, reason=st.text()),
 )
 
@@ -150,7 +146,7 @@ others = st.one_of(
 @given(
     st.lists(records, max_size=4, unique_by=lambda entry: entry.cell),
     st.lists(others, max_size=4, unique_by=lambda entry: entry.key),
-    st.lists(trainings, max_size=3, unique_by=lambda entry: entry.method),
+    st.lists(trainings, max_size=3, unique_by=lambda entry: entry.model),
     st.dictionaries(st.text(), json_values, max_size=4),
 )
 def test_reading_gives_back_what_was_written(tmp_path_factory, records, others, trainings, config):
@@ -181,10 +177,10 @@ def test_cells_are_pieces_of_work_of_which_one_may_give_several_entries():
     depths = [dataclasses.replace(RETRIEVAL, depth=n) for n in (0.0, 0.5)]
     results = Results(provenance=PROVENANCE).add(*bins, *offsets, *depths, skipped(), TRAINING)
     assert results.cells() == {
-        ("positions", "alibi", 128, 256, None, None),
-        ("offsets", "alibi", 128, 128, None, None),
-        ("lines", "alibi", 128, 512, None, None),
-        ("perplexity", "learned", 128, 256, 256, "nonoverlapping"),
+        ("positions", ALIBI, 256, None, None),
+        ("offsets", ALIBI, 128, None, None),
+        ("lines", ALIBI, 512, None, None),
+        ("perplexity", Model("learned", 128, seed=0), 256, 256, "nonoverlapping"),
     }
 
 
@@ -210,6 +206,35 @@ def test_no_cell_twice(again):
         RESULTS.add(again)
 
 
+def test_one_method_at_several_seeds():
+    again = [record("alibi", 128, seed=seed) for seed in (2, None)]
+    results = RESULTS.add(*again, dataclasses.replace(TRAINING, model=Model("alibi", 128, seed=2)))
+    assert results.models()[:2] == (ALIBI, Model("alibi", 128, seed=2))
+    assert results.methods() == ("alibi", "learned")
+    assert results.seeds() == (0, 2)
+    assert results.find("alibi", 128, 128) is RESULTS.records[0]
+    assert results.find_seeds("alibi", 128, 128) == (RESULTS.records[0], *again)
+    assert results.find_seeds("alibi", 128, 512) == ()
+
+
+def test_other_skipped_tasks_are_no_perplexities():
+    other = dataclasses.replace(skipped("alibi", 8192), task="lines")
+    assert RESULTS.add(other).find("alibi", 128, 8192) is None
+
+
+def test_the_record_of_a_training_in_a_file_of_its_own(tmp_path):
+    path = tmp_path / "training.json"
+    write_training(TRAINING, path)
+    assert json.loads(path.read_text())["model"] == {"method": "alibi", "train_length": 128, "seed": 0}
+    assert read_training(path) == TRAINING
+    path.write_text(path.read_text().replace('"seed": 0', '"sead": 0'))
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(path))}: model: seed is missing"):
+        read_training(path)
+    path.write_text("[]")
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(path))} must be an object"):
+        read_training(path)
+
+
 def test_damaged_text(damage):
     for share in (0, 0.01, 0.5, 0.99):
         assert "damaged JSON" in damage(text=lambda text, share=share: text[: int(share * len(text))])
@@ -224,7 +249,7 @@ def test_damaged_text(damage):
 
 
 def test_unknown_version(damage):
-    assert "version 3 is not 2" in damage(lambda document: document.update(version=3, records="elsewhere"))
+    assert "version 4 is not 3" in damage(lambda document: document.update(version=4, records="elsewhere"))
 
 
 @pytest.mark.parametrize("section", KINDS)
@@ -244,8 +269,19 @@ def test_missing_unknown_and_mistyped_keys(damage, section):
     assert damage(lambda document: document.update(plots=[])).startswith("'plots' is not a known key")
 
 
+def test_a_damaged_model_is_named(damage):
+    def change(**fields):
+        return damage(lambda document: document["records"][0]["model"].update(fields))
+
+    assert change(train_length=0).startswith("records[0]: model: train_length must be positive")
+    assert change(depth=1).startswith("records[0]: model: 'depth' is not a known key")
+    message = damage(lambda document: document["training"][0].update(model="alibi"))
+    assert message.startswith("training[0]: model must be an object")
+
+
 def test_contradictory_file(damage):
-    assert "records[0]: perplexity is 70.0" in damage(lambda document: document["records"][0].update(perplexity=70))
+    derived = damage(lambda document: document["records"][0].update(perplexity=70))
+    assert derived.startswith("records[0]: 'perplexity' is not a known key")
     message = damage(lambda document: document["retrieval"][0].update(correct=11))
     assert message.startswith("retrieval[0]: depth=0.25 and 11 of 10 correct")
     assert "a cell appears twice" in damage(lambda document: document["records"].append(document["records"][0]))

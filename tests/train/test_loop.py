@@ -47,7 +47,7 @@ def metrics(folder):
 
 
 def timeless(record):
-    return dataclasses.replace(record, seconds=1.0, tokens_per_second=1.0, peak_memory=None)
+    return dataclasses.replace(record, seconds=1.0, peak_memory=None)
 
 
 def test_files_and_record(tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 
 from longreach.measure.bootstrap import Units, intervals
 from longreach.measure.score import Scores
-from longreach.results import ContextRecord, DecompositionRecord
+from longreach.results import ContextRecord, DecompositionRecord, Model
 
 BINS_PER_OCTAVE = 2
 """Bins of context for each doubling of it."""
@@ -31,7 +31,7 @@ def context_bins(length: int) -> np.ndarray:
 
 
 def loss_by_context(
-    scores: Scores, documents: Units, *, method: str, train_length: int, valid_length: int, seed: int
+    scores: Scores, documents: Units, *, model: Model, valid_length: int, seed: int
 ) -> list[ContextRecord]:
     """Loss of nonoverlapping windows of valid_length by the tokens of context that each target had.
 
@@ -40,8 +40,7 @@ def loss_by_context(
     Args:
         scores: of every target.
         documents: what to resample for the intervals.
-        method: as in `ContextRecord`.
-        train_length: as in `ContextRecord`.
+        model: whose scores they are.
         valid_length: the most context that a target can have had.
         seed: of the bootstrap.
 
@@ -59,8 +58,7 @@ def loss_by_context(
     ends = intervals(sums, counts, seed)
     return [
         ContextRecord(
-            method=method,
-            train_length=train_length,
+            model=model,
             valid_length=valid_length,
             first_context=int(edges[k]),
             last_context=int(edges[k + 1]) - 1,
@@ -81,13 +79,12 @@ def decompose(
     long: Scores,
     documents: Units,
     *,
-    method: str,
-    train_length: int,
+    model: Model,
     valid_length: int,
     stride: int,
     seed: int,
 ) -> DecompositionRecord:
-    """Split the gain from windows of L = train_length to windows of valid_length, target by target.
+    """Split the gain from windows of L, the model's train_length, to windows of valid_length, target by target.
 
     With c and c' the context of a target in nonoverlapping windows of the two lengths,
 
@@ -99,20 +96,20 @@ def decompose(
     from sliding.
 
     Args:
-        base: nonoverlapping windows of train_length.
-        sliding: windows of train_length that slide by stride.
+        base: nonoverlapping windows of L.
+        sliding: windows of L that slide by stride.
         long: nonoverlapping windows of valid_length.
         documents: what to resample for the intervals.
-        method: as in `DecompositionRecord`.
-        train_length: L.
+        model: whose scores they are.
         valid_length: above L.
         stride: of sliding. At 1 the capped context is exact, else it falls short of L by up to stride - 1.
         seed: of the bootstrap.
 
     Raises:
         ValueError: arrays of different lengths, contexts that the lengths and the stride do not allow, or no target
-            with more than train_length tokens of context.
+            with more than L tokens of context.
     """
+    train_length = model.train_length
     for name, scores, length in (
         ("base", base, train_length),
         ("sliding", sliding, train_length),
@@ -138,8 +135,7 @@ def decompose(
     counts = np.repeat(np.bincount(documents.ids)[:, None], 2, axis=1)
     (relief_low, relief_high), (beyond_low, beyond_high) = intervals(sums, counts, seed)
     return DecompositionRecord(
-        method=method,
-        train_length=train_length,
+        model=model,
         valid_length=valid_length,
         stride=stride,
         capped_context=float(capped_context.mean()),

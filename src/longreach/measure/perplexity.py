@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -68,8 +67,9 @@ class Scorer:
             max_context = None if protocol == "cached-unbounded" else valid_length
             scores, cost = self._stream(max_context, protocol)
             attention = subject.attention(min(CACHED_CHUNK, text.num_targets), valid_length, max_context is not None)
-        record = Record.from_sums(
-            **self._names(valid_length),
+        record = Record(
+            model=subject.identity,
+            valid_length=valid_length,
             stride=stride,
             protocol=protocol,
             nll=float(scores.nll.sum()),
@@ -77,7 +77,6 @@ class Scorer:
             bytes=text.num_bytes,
             words=text.num_words,
             mean_context=float(scores.context.mean()),
-            tokens_per_second=text.num_targets / cost.seconds,
             seconds=cost.seconds,
             peak_memory=cost.peak_memory,
             attention=attention,
@@ -87,7 +86,9 @@ class Scorer:
     def by_context(self, valid_length: int) -> list[ContextRecord]:
         """Loss by context, in nonoverlapping windows of valid_length."""
         scores, _ = self._windows(valid_length, valid_length)
-        return loss_by_context(scores, self._text.units, **self._names(valid_length), seed=SEED)
+        return loss_by_context(
+            scores, self._text.units, model=self._subject.identity, valid_length=valid_length, seed=SEED
+        )
 
     def decomposition(self, valid_length: int, stride: int) -> list[DecompositionRecord]:
         """Where the gain from train_length to valid_length comes from; stride is that of the capped windows."""
@@ -96,8 +97,18 @@ class Scorer:
             self._windows(window, step)[0]
             for window, step in ((length, length), (length, stride), (valid_length, valid_length))
         )
-        names = self._names(valid_length)
-        return [decompose(base, sliding, long, self._text.units, **names, stride=stride, seed=SEED)]
+        return [
+            decompose(
+                base,
+                sliding,
+                long,
+                self._text.units,
+                model=self._subject.identity,
+                valid_length=valid_length,
+                stride=stride,
+                seed=SEED,
+            )
+        ]
 
     def at_offsets(self, valid_length: int, offsets: Sequence[int]) -> list[OffsetRecord]:
         """Loss of nonoverlapping windows of valid_length whose first token stands at each of these positions."""
@@ -105,13 +116,16 @@ class Scorer:
         for offset in offsets:
             stage = f"testing {self._subject.name} at {valid_length}, positions from {offset}"
             nll = self._score(valid_length, valid_length, offset, stage).nll
-            names = self._names(valid_length)
-            records.append(OffsetRecord(**names, offset=offset, tokens=len(nll), nll=float(nll.sum())))
+            records.append(
+                OffsetRecord(
+                    model=self._subject.identity,
+                    valid_length=valid_length,
+                    offset=offset,
+                    tokens=len(nll),
+                    nll=float(nll.sum()),
+                )
+            )
         return records
-
-    def _names(self, valid_length: int) -> dict[str, Any]:
-        subject = self._subject
-        return {"method": subject.name, "train_length": subject.train_length, "valid_length": valid_length}
 
     def _windows(self, valid_length: int, stride: int) -> tuple[Scores, Cost]:
         key = (valid_length, stride)

@@ -22,7 +22,7 @@ from longreach.measure.prompts import (
     random_topics,
 )
 from longreach.measure.score import Unsupported
-from longreach.results import RetrievalRecord
+from longreach.results import Model, RetrievalRecord
 
 PROMPTS_PER_BATCH = 16
 """How many prompts are tokenized at once: encodings take some hundred times the memory of their text."""
@@ -151,8 +151,7 @@ def measure_retrieval(
     tokenizer: Tokenizer,
     cases: Sequence[Case],
     *,
-    method: str,
-    train_length: int,
+    model: Model,
     valid_length: int,
     on_case: Callable[[int], None] = lambda done: None,
 ) -> list[RetrievalRecord]:
@@ -162,8 +161,7 @@ def measure_retrieval(
         generate: the new token ids that the model writes after those of a prompt.
         tokenizer: of the model.
         cases: of one task and length.
-        method: as in the record, and so the two lengths.
-        train_length: tokens per training sequence.
+        model: whose answers they are.
         valid_length: tokens that the prompts were made for.
         on_case: called after each case with how many are done.
     """
@@ -183,8 +181,7 @@ def measure_retrieval(
         records.append(
             RetrievalRecord(
                 task=task,
-                method=method,
-                train_length=train_length,
+                model=model,
                 valid_length=valid_length,
                 depth=depth,
                 cases=count,

@@ -7,16 +7,15 @@ import torch
 
 from longreach.data.tokenizer import Tokenizer
 from longreach.measure.score import LanguageModel
+from longreach.results import Model
 
 
 @dataclass(frozen=True)
 class Subject:
     """A model with all that evaluation has to know of it, whether it was trained here or elsewhere."""
 
-    name: str
-    """What it is called in results: its position method, or its name where it was trained elsewhere."""
-    train_length: int
-    """L, the length in tokens that it was trained at."""
+    identity: Model
+    """Which one it is, in results."""
     model: LanguageModel
     """Gives logits."""
     tokenizer: Tokenizer
@@ -29,3 +28,13 @@ class Subject:
     """The longest length in tokens that it can take at all; None for any."""
     attention: Callable[[int, int, bool], str]
     """Names the attention implementation that runs for so many queries and keys, with a window or without."""
+
+    @property
+    def name(self) -> str:
+        """What it is called: its position method, or its name where it was trained elsewhere."""
+        return self.identity.method
+
+    @property
+    def train_length(self) -> int:
+        """L, the length in tokens that it was trained at."""
+        return self.identity.train_length

@@ -14,7 +14,7 @@ from longreach.data.corpora import checked_text, read_json_lines
 from longreach.data.tokenizer import Tokenizer
 from longreach.measure.bootstrap import intervals
 from longreach.measure.score import Unsupported
-from longreach.results import SummaryRecord
+from longreach.results import Model, SummaryRecord
 
 PROMPT = "{transcript}\n\nQuery: {query}\nSummary:"
 """What a model is given. All that it then writes, up to eos or max_new_tokens, is its summary."""
@@ -97,8 +97,7 @@ def measure_summaries(
     tokenizer: Tokenizer,
     cases: Sequence[MeetingCase],
     *,
-    method: str,
-    train_length: int,
+    model: Model,
     valid_length: int,
     max_new_tokens: int,
     on_case: Callable[[int], None] = lambda done: None,
@@ -112,8 +111,7 @@ def measure_summaries(
         generate: continues a prompt; greedy decoding by convention.
         tokenizer: the model's.
         cases: at least one.
-        method: what the model is called in results.
-        train_length: L, in tokens.
+        model: whose summaries they are.
         valid_length: the most tokens of prompt and summary together.
         max_new_tokens: the most tokens of a summary, below valid_length.
         on_case: called after each case with how many are done.
@@ -138,8 +136,7 @@ def measure_summaries(
         scores[number] = [rouge[kind].fmeasure for kind in ROUGE_TYPES]
         on_case(number + 1)
     return SummaryRecord(
-        method=method,
-        train_length=train_length,
+        model=model,
         valid_length=valid_length,
         cases=len(cases),
         truncated=truncated,

@@ -116,7 +116,7 @@ def _perplexity_cell(subject: Subject, scorer: Scorer, length: int, stride: int,
     hindrance = _past_table(subject, reached)
     if stride > length:
         hindrance = f"a stride of {stride} leaves gaps between windows of {length}"
-    cell = ("perplexity", subject.name, subject.train_length, length, stride, protocol)
+    cell = Cell("perplexity", subject.identity, length, stride, protocol)
     return _Work(cell, partial(scorer.perplexity, length, stride, protocol), hindrance)
 
 
@@ -197,8 +197,7 @@ def _retrieve(
         lambda prompt: generate_greedily(subject, prompt, new_tokens),
         subject.tokenizer,
         cases,
-        method=subject.name,
-        train_length=subject.train_length,
+        model=subject.identity,
         valid_length=length,
         on_case=lambda done: progress(f"asking {subject.name} {task} at {length}", done, len(cases)),
     )
@@ -222,8 +221,7 @@ def _summarize(
         partial(generate_greedily, subject),
         subject.tokenizer,
         meetings,
-        method=subject.name,
-        train_length=subject.train_length,
+        model=subject.identity,
         valid_length=length,
         max_new_tokens=config.summary_tokens,
         on_case=lambda done: progress(f"summaries by {subject.name} at {length}", done, len(meetings)),
@@ -247,17 +245,8 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _cell(task: str, subject: Subject, length: int) -> Cell:
-    return task, subject.name, subject.train_length, length, None, None
+    return Cell(task, subject.identity, length)
 
 
 def _skipped(cell: Cell, reason: str) -> Skipped:
-    task, method, train_length, valid_length, stride, protocol = cell
-    return Skipped(
-        task=task,
-        method=method,
-        train_length=train_length,
-        valid_length=valid_length,
-        stride=stride,
-        protocol=protocol,
-        reason=reason,
-    )
+    return Skipped(**cell._asdict(), reason=reason)

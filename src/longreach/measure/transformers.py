@@ -16,6 +16,7 @@ from longreach.data.tokenizer import load_tokenizer
 from longreach.measure.score import Unsupported
 from longreach.measure.subject import Subject
 from longreach.pretrained.lengths import declared_length, longest_input
+from longreach.results import Model
 
 PRECOMPUTED = frozenset({"mpt", "gptj", "codegen", "ctrl"})
 """Types of models whose biases or rotations are computed once, up to the training length, and end there. MPT's need
@@ -246,8 +247,7 @@ def load_subject(
     else:
         implementation = "longreach"
     return Subject(
-        name=name,
-        train_length=length,
+        identity=Model(name, length, seed=None),
         model=model,
         tokenizer=tokenizer,
         vocab_size=model.vocab_size,

@@ -64,7 +64,7 @@ def _page(provenance: Provenance, shown: list[Section], drawn: dict[str, Drawn])
         "PyTorch, Python": f"{provenance.torch}, {provenance.python}",
         "platform": provenance.platform,
         "device": f"{provenance.device}, {provenance.num_threads} threads",
-        "seed": provenance.seed,
+        "seed of the split": provenance.split_seed,
         "corpus": provenance.corpus,
         "corpus hash": provenance.corpus_hash,
         "tokenizer hash": provenance.tokenizer_hash,

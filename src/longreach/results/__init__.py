@@ -1,6 +1,7 @@
 """What was measured, in memory and as `results.json`."""
 
-from longreach.results.document import Results
+from longreach.results.document import Results, read_training, write_training
+from longreach.results.model import Model
 from longreach.results.records import (
     PROTOCOLS,
     Cell,
@@ -11,6 +12,7 @@ from longreach.results.records import (
     Provenance,
     Record,
     RetrievalRecord,
+    Scored,
     Skipped,
     SummaryRecord,
     TrainingRecord,
@@ -22,12 +24,16 @@ __all__ = [
     "ContextRecord",
     "DecompositionRecord",
     "Entry",
+    "Model",
     "OffsetRecord",
     "Provenance",
     "Record",
     "Results",
     "RetrievalRecord",
+    "Scored",
     "Skipped",
     "SummaryRecord",
     "TrainingRecord",
+    "read_training",
+    "write_training",
 ]

@@ -19,6 +19,10 @@ _KINDS: dict[Any, tuple[str, tuple[type[Any], ...]]] = {
 
 def checked(value: Any, kind: Any, name: str) -> Any:
     """`value` itself if it is of the kind; an integer where a number is due becomes a float."""
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, kind):  # type: ignore[arg-type]
+            raise ValueError(f"{name} must be a {kind.__name__}, got {value!r}: build one")  # type: ignore[union-attr]
+        return value
     description, types = _KINDS[kind]
     if not isinstance(value, types) or isinstance(value, bool):
         raise ValueError(f"{name} must be {description}, got {value!r}: correct the value or run again")
@@ -27,7 +31,7 @@ def checked(value: Any, kind: Any, name: str) -> Any:
     if value is None or float not in types:
         return value
     number = float(value)
-    if math.isnan(number) or (math.isinf(number) and name != "perplexity"):
+    if not math.isfinite(number):
         raise ValueError(f"{name} must be finite, got {number!r}: list the cell as skipped, with the reason")
     return number
 
@@ -37,8 +41,6 @@ def check_fields(entry: Any) -> None:
     kinds = get_type_hints(type(entry))
     for field in dataclasses.fields(entry):
         object.__setattr__(entry, field.name, checked(getattr(entry, field.name), kinds[field.name], field.name))
-    if getattr(entry, "method", "?") == "":
-        raise ValueError("method must not be empty: name the position method")
 
 
 def require_positive(entry: Any, *names: str) -> None:

@@ -2,15 +2,14 @@
 
 One file holds one comparison, and reports are made from it alone. The file is strict JSON (no NaN, no Infinity): an
 object with `version`, `provenance` and one list for each kind of entry in `records.py`, each entry an object with
-exactly the fields of its dataclass as keys. One value needs a convention: a perplexity above e^709 does not fit a
-double, is `math.inf` in Python and `null` in the file. Its nll is there, exact.
+exactly the fields of its dataclass as keys; `model` is an object again, of method, train_length and seed. Sums alone
+are stored: what follows from them is computed when it is asked for.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from longreach.files import write_atomically
 from longreach.results.checks import require_distinct
+from longreach.results.model import Model
 from longreach.results.records import (
     Cell,
     ContextRecord,
@@ -32,14 +32,14 @@ from longreach.results.records import (
     TrainingRecord,
 )
 
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
     """All of one comparison. Immutable: `add` returns a new one.
 
-    Two entries for one cell, or two trainings of one method at one length, are a ValueError.
+    Two entries of one key, or two trainings of one model, are a ValueError.
     """
 
     provenance: Provenance
@@ -69,7 +69,7 @@ class Results:
                 f"version must be {VERSION}, got {self.version!r}: read the file with the longreach that wrote it"
             )
         require_distinct("a cell", (entry.key for entry in self.entries()))
-        require_distinct("a training", ((entry.method, entry.train_length) for entry in self.training))
+        require_distinct("a training", ((entry.model,) for entry in self.training))
 
     def add(self, *entries: Entry | TrainingRecord) -> Results:
         """A copy with the entries at the end of the lists that they belong to."""
@@ -96,36 +96,60 @@ class Results:
         stride: int | None = None,
         protocol: str = "nonoverlapping",
     ) -> Record | Skipped | None:
-        """Perplexity of one cell; None when it was never asked for. `stride` is `valid_length` unless given."""
-        stride = valid_length if stride is None else stride
-        cell = ("perplexity", method, train_length, valid_length, stride, protocol)
-        entries: tuple[Record | Skipped, ...] = (*self.records, *self.skipped)
-        return next((entry for entry in entries if entry.cell == cell), None)
+        """Perplexity of one cell at the first seed; None when it was never asked for.
+
+        `stride` is `valid_length` unless given.
+        """
+        found = self.find_seeds(method, train_length, valid_length, stride=stride, protocol=protocol)
+        return found[0] if found else None
+
+    def find_seeds(
+        self,
+        method: str,
+        train_length: int,
+        valid_length: int,
+        *,
+        stride: int | None = None,
+        protocol: str = "nonoverlapping",
+    ) -> tuple[Record | Skipped, ...]:
+        """As `find`, at each seed in order of appearance."""
+        wanted = (method, train_length, valid_length, valid_length if stride is None else stride, protocol)
+        return tuple(
+            entry
+            for entry in self._perplexities()
+            if (entry.method, entry.train_length, entry.valid_length, entry.stride, entry.protocol) == wanted
+        )
+
+    def models(self) -> tuple[Model, ...]:
+        """All models, in order of appearance."""
+        return tuple(dict.fromkeys(entry.model for entry in (*self.training, *self.entries())))
 
     def methods(self, train_length: int | None = None) -> tuple[str, ...]:
         """Names of the methods, trained at `train_length` if given, in order of appearance."""
-        return tuple(dict.fromkeys(method for method, length in self._models() if train_length in (None, length)))
+        models = (model for model in self.models() if train_length in (None, model.train_length))
+        return tuple(dict.fromkeys(model.method for model in models))
 
     def train_lengths(self) -> tuple[int, ...]:
         """The training lengths, ascending."""
-        return tuple(sorted({length for _, length in self._models()}))
+        return tuple(sorted({model.train_length for model in self.models()}))
+
+    def seeds(self) -> tuple[int, ...]:
+        """The seeds that models were trained with, ascending; none where all were trained elsewhere."""
+        return tuple(sorted({model.seed for model in self.models() if model.seed is not None}))
 
     def valid_lengths(self, train_length: int, protocol: str = "nonoverlapping") -> tuple[int, ...]:
         """The lengths at which perplexity of models trained at `train_length` was measured or skipped, ascending."""
-        wanted = ("perplexity", train_length, protocol)
-        entries: tuple[Record | Skipped, ...] = (*self.records, *self.skipped)
-        return tuple(sorted({e.valid_length for e in entries if (e.task, e.train_length, e.protocol) == wanted}))
+        wanted = (train_length, protocol)
+        return tuple(sorted({e.valid_length for e in self._perplexities() if (e.train_length, e.protocol) == wanted}))
 
-    def _models(self) -> list[tuple[str, int]]:
-        """Method and training length of every entry, repeats included."""
-        trained = [(entry.method, entry.train_length) for entry in self.training]
-        return [*trained, *((entry.method, entry.train_length) for entry in self.entries())]
+    def _perplexities(self) -> tuple[Record | Skipped, ...]:
+        return *self.records, *(entry for entry in self.skipped if entry.task == "perplexity")
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write strict JSON, whole or not at all. Raises OSError where the system does (the old file then stays)."""
         document: dict[str, Any] = {"version": self.version, "provenance": dataclasses.asdict(self.provenance)}
         for name in _LISTS:
-            document[name] = [_encode(entry) for entry in getattr(self, name)]
+            document[name] = [dataclasses.asdict(entry) for entry in getattr(self, name)]
         write_atomically(Path(path), (json.dumps(document, indent=2, allow_nan=False) + "\n").encode())
 
     @classmethod
@@ -162,11 +186,14 @@ _LISTS: dict[str, type[Any]] = {
 """Name of each list of `Results` -> kind of its entries."""
 
 
-def _encode(entry: Any) -> dict[str, Any]:
-    fields = dataclasses.asdict(entry)
-    if fields.get("perplexity") == math.inf:
-        fields["perplexity"] = None
-    return fields
+def write_training(training: TrainingRecord, path: str | os.PathLike[str]) -> None:
+    """Write the record of one training as JSON, whole or not at all. Raises OSError where the system does."""
+    write_atomically(Path(path), (json.dumps(dataclasses.asdict(training), indent=2) + "\n").encode())
+
+
+def read_training(path: str | os.PathLike[str]) -> TrainingRecord:
+    """Read what `write_training` wrote; ValueError when it is damaged or of another version, OSError when not there."""
+    return _decode(TrainingRecord, _parse(Path(path).read_bytes()), os.fspath(path))
 
 
 Decoded = TypeVar("Decoded")
@@ -177,8 +204,8 @@ def _decode(cls: type[Decoded], value: Any, where: str) -> Decoded:
         raise ValueError(f"{where} must be an object: restore the file from a backup or run again")
     try:
         _check_keys(cls, value)
-        if cls is Record and value["perplexity"] is None:
-            value = {**value, "perplexity": math.inf}
+        if "model" in value:
+            value = {**value, "model": _decode(Model, value["model"], "model")}
         return cls(**value)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
@@ -206,7 +233,7 @@ def _parse(data: bytes) -> Any:
 
 
 def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is not JSON: a perplexity that overflows is written null, nothing else may be infinite")
+    raise ValueError(f"{name} is not JSON: no number may be infinite or none; restore the file or run again")
 
 
 def _object_of_distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,34 +1,69 @@
 """What is measured: one frozen dataclass for each kind of entry in `results.json`.
 
-An entry carries the sums that it was made of (nll in nats, tokens, bytes) and not only the figures derived from them.
-`low` and `high` are the ends of a 95% bootstrap interval; what was resampled is said by `resampled`, as in
-"35 documents", and both ends are None where there were too few units to resample.
+An entry holds the sums that it was made of (nll in nats, tokens, bytes, seconds); what follows from them, perplexity
+and the like, is a property. `low` and `high` are the ends of a 95% bootstrap interval over what was scored; what was
+resampled is said by `resampled`, as in "35 documents", and both ends are None where there were too few units to
+resample. Every entry is of one model of one seed: what is said over seeds is derived by `longreach.results.seeds`.
 """
 
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import MISSING, dataclass, field
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 from longreach.results.checks import check_fields, checked, plain, require_not_negative, require_positive
+from longreach.results.model import Model
 
 PROTOCOLS = ("nonoverlapping", "sliding-window", "cached", "cached-unbounded", "cached-shifted")
 """How a corpus is cut for perplexity; see `longreach.measure.plan.EvaluateConfig.protocols`."""
 
 
+class Cell(NamedTuple):
+    """A piece of work of the evaluation."""
+
+    task: str
+    """What is measured."""
+    model: Model
+    """Of which model."""
+    valid_length: int
+    """At which length."""
+    stride: int | None = None
+    """Of perplexity alone."""
+    protocol: str | None = None
+    """Of perplexity alone."""
+
+
+class OfModel:
+    """What an entry of results says of its model."""
+
+    model: Model
+
+    @property
+    def method(self) -> str:
+        """As `Model.method`."""
+        return self.model.method
+
+    @property
+    def train_length(self) -> int:
+        """As `Model.train_length`."""
+        return self.model.train_length
+
+    @property
+    def seed(self) -> int | None:
+        """As `Model.seed`."""
+        return self.model.seed
+
+
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class Entry(OfModel):
     """What every entry of the evaluation has in common: a model and the length at which it was tested."""
 
     task: str
     """What was measured. Classes that serve one task alone have it as their default."""
-    method: str
-    """Position method with its options, as the user wrote it: `alibi`, `rotary:scaling=ntk`; or a model's name."""
-    train_length: int
-    """Tokens per training sequence, the paper's L."""
+    model: Model
+    """What was tested."""
     valid_length: int
     """Tokens per evaluation window or prompt, the paper's L_valid."""
 
@@ -37,12 +72,12 @@ class Entry:
         own_task = type(self).__dataclass_fields__["task"].default
         if own_task not in (MISSING, self.task):
             raise ValueError(f"task is {self.task!r}, a {type(self).__name__} measures {own_task!r}: leave it out")
-        require_positive(self, "train_length", "valid_length")
+        require_positive(self, "valid_length")
 
     @property
     def cell(self) -> Cell:
         """The piece of work that this entry came from; one piece may give several entries."""
-        return self.task, self.method, self.train_length, self.valid_length, None, None
+        return Cell(self.task, self.model, self.valid_length)
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -50,41 +85,47 @@ class Entry:
         return self.cell
 
 
-Cell = tuple[str, str, int, int, int | None, str | None]
-"""(task, method, train_length, valid_length, stride, protocol): a piece of work of the evaluation. Only perplexity has
-a stride and a protocol."""
+@dataclass(frozen=True, kw_only=True)
+class Scored(Entry):
+    """An entry that is made of the nll of tokens."""
+
+    tokens: int
+    """Scored tokens."""
+    nll: float
+    """Negative log likelihood summed over them, in nats."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "tokens")
+        require_not_negative(self, "nll")
+
+    @property
+    def loss(self) -> float:
+        """nll / tokens, in nats per token."""
+        return self.nll / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        """exp(nll / tokens): per token. `math.inf` from e^709 on."""
+        return exponentiated(self.loss)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Record(Entry):
-    """Perplexity of one cell of the grid: a method, trained at one length, scored at another.
-
-    Make one with `Record.from_sums`, which derives `perplexity` and `bits_per_byte`. A record whose derived figures
-    contradict its sums is a ValueError, as are values of the wrong type or range.
-    """
+class Record(Scored):
+    """Perplexity of one cell of the grid: a model, trained at one length, scored at another."""
 
     task: str = "perplexity"
     stride: int
     """Tokens newly scored in each window."""
     protocol: str
     """How the windows were laid, one of PROTOCOLS: `nonoverlapping` has stride = valid_length."""
-    nll: float
-    """Negative log likelihood summed over the scored tokens, in nats."""
-    tokens: int
-    """Scored tokens."""
     bytes: int
     """UTF-8 bytes that the scored tokens stand for."""
     words: int | None
     """Words that they stand for, one end of line for each line included (WikiText-103's convention); None where the
     text is not split into words."""
-    perplexity: float
-    """exp(nll / tokens): per token. `math.inf` from e^709 on."""
-    bits_per_byte: float
-    """nll / (ln 2 * bytes): comparable between tokenizers, which perplexity is not."""
     mean_context: float
     """Tokens that a scored token could see before it, averaged over the scored tokens."""
-    tokens_per_second: float
-    """Scored tokens per second of evaluation."""
     seconds: float
     """Wall-clock time of this cell's evaluation."""
     peak_memory: int | None
@@ -98,45 +139,32 @@ class Record(Entry):
         super().__post_init__()
         if self.protocol not in PROTOCOLS:
             raise ValueError(f"protocol is {self.protocol!r}: give one of {', '.join(PROTOCOLS)}")
-        require_positive(self, "stride", "tokens", "bytes", "tokens_per_second")
-        require_not_negative(self, "nll", "words", "mean_context", "seconds", "peak_memory")
-        for name, expected in _derived(self.nll, self.tokens, self.bytes).items():
-            # Both figures come from the same doubles. Another order of operations moves nll / tokens by an ulp, which
-            # exp magnifies by nll / tokens; exp itself and the three operations around it give at most an ulp each.
-            tolerance = (self.nll / self.tokens + 4) * sys.float_info.epsilon
-            if not math.isclose(getattr(self, name), expected, rel_tol=tolerance):
-                raise ValueError(
-                    f"{name} is {getattr(self, name)!r} but nll, tokens and bytes give {expected!r}:"
-                    " build the record with Record.from_sums"
-                )
+        require_positive(self, "stride", "bytes", "seconds")
+        require_not_negative(self, "words", "mean_context", "peak_memory")
 
     @property
     def cell(self) -> Cell:
         """As `Entry.cell`, with stride and protocol."""
-        return self.task, self.method, self.train_length, self.valid_length, self.stride, self.protocol
+        return Cell(self.task, self.model, self.valid_length, self.stride, self.protocol)
 
     @property
     def word_perplexity(self) -> float | None:
         """exp(nll / words), what papers give for WikiText-103; None where there are no words to count."""
-        return _exp(self.nll / self.words) if self.words else None
+        return exponentiated(self.nll / self.words) if self.words else None
 
-    @classmethod
-    def from_sums(cls, *, nll: float, tokens: int, bytes: int, **other: Any) -> Record:
-        """Derive perplexity = exp(nll / tokens) and bits_per_byte = nll / (ln 2 * bytes), and build the record.
+    @property
+    def bits_per_byte(self) -> float:
+        """nll / (ln 2 * bytes): comparable between tokenizers, which perplexity is not."""
+        return self.nll / (math.log(2) * self.bytes)
 
-        nll: summed over `tokens` scored tokens, in nats, which stand for `bytes` bytes of UTF-8.
-        other: the remaining fields of `Record`.
-        Raises ValueError for sums that are not finite, not positive or of the wrong type.
-        """
-        for name, value, kind in (("nll", nll, float), ("tokens", tokens, int), ("bytes", bytes, int)):
-            checked(value, kind, name)
-        if tokens <= 0 or bytes <= 0:
-            raise ValueError(f"tokens and bytes must be positive, got {tokens} and {bytes}: score at least one token")
-        return cls(nll=nll, tokens=tokens, bytes=bytes, **_derived(nll, tokens, bytes), **other)
+    @property
+    def tokens_per_second(self) -> float:
+        """Scored tokens per second of evaluation."""
+        return self.tokens / self.seconds
 
 
 @dataclass(frozen=True, kw_only=True)
-class ContextRecord(Entry):
+class ContextRecord(Scored):
     """Loss of the tokens that were scored with `first_context` to `last_context` tokens of context.
 
     Nonoverlapping windows of valid_length; the bins of one length together hold every scored token.
@@ -147,10 +175,6 @@ class ContextRecord(Entry):
     """Fewest tokens of context in this bin: 1 is a token predicted from one token."""
     last_context: int
     """Most tokens of context in this bin."""
-    tokens: int
-    """Scored tokens of this bin."""
-    nll: float
-    """Their nll summed, in nats."""
     low: float | None
     """Lower end of the interval of nll / tokens."""
     high: float | None
@@ -160,8 +184,8 @@ class ContextRecord(Entry):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive(self, "first_context", "last_context", "tokens")
-        require_not_negative(self, "nll", "low", "high")
+        require_positive(self, "first_context", "last_context")
+        require_not_negative(self, "low", "high")
         if not self.first_context <= self.last_context <= self.valid_length:
             raise ValueError(
                 f"first_context={self.first_context} and last_context={self.last_context} in windows of "
@@ -172,11 +196,6 @@ class ContextRecord(Entry):
     def key(self) -> tuple[Any, ...]:
         """As `Entry.key`, with the bin."""
         return *self.cell, self.first_context
-
-    @property
-    def loss(self) -> float:
-        """nll / tokens, in nats per token."""
-        return self.nll / self.tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,31 +257,21 @@ class DecompositionRecord(Entry):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OffsetRecord(Entry):
+class OffsetRecord(Scored):
     """Loss of the same tokens, in the same nonoverlapping windows, with all positions raised by `offset`."""
 
     task: str = "offsets"
     offset: int
     """Position of each window's first token."""
-    tokens: int
-    """Scored tokens."""
-    nll: float
-    """Their nll summed, in nats."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive(self, "tokens")
-        require_not_negative(self, "offset", "nll")
+        require_not_negative(self, "offset")
 
     @property
     def key(self) -> tuple[Any, ...]:
         """As `Entry.key`, with the offset."""
         return *self.cell, self.offset
-
-    @property
-    def perplexity(self) -> float:
-        """exp(nll / tokens), `math.inf` from e^709 on."""
-        return _exp(self.nll / self.tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -353,17 +362,15 @@ class Skipped(Entry):
     @property
     def cell(self) -> Cell:
         """As `Entry.cell`, with stride and protocol."""
-        return self.task, self.method, self.train_length, self.valid_length, self.stride, self.protocol
+        return Cell(self.task, self.model, self.valid_length, self.stride, self.protocol)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingRecord:
-    """What training one method took and where it arrived."""
+class TrainingRecord(OfModel):
+    """What training one model took and where it arrived."""
 
-    method: str
-    """As in `Record`."""
-    train_length: int
-    """Tokens per training sequence."""
+    model: Model
+    """What was trained."""
     steps: int
     """Optimizer steps."""
     tokens: int
@@ -372,10 +379,8 @@ class TrainingRecord:
     """Trainable parameters."""
     final_loss: float
     """Mean training nll over the last logged steps, in nats per token."""
-    tokens_per_second: float
-    """Training tokens per second, evaluation and checkpoints left out."""
     seconds: float
-    """Wall-clock time of the training steps."""
+    """Wall-clock time of the training steps, evaluation and checkpoints left out."""
     peak_memory: int | None
     """Of training, in bytes, as in `Record`."""
     attention: str
@@ -383,8 +388,13 @@ class TrainingRecord:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        require_positive(self, "train_length", "steps", "tokens", "parameters", "tokens_per_second")
-        require_not_negative(self, "final_loss", "seconds", "peak_memory")
+        require_positive(self, "steps", "tokens", "parameters", "seconds")
+        require_not_negative(self, "final_loss", "peak_memory")
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Training tokens per second."""
+        return self.tokens / self.seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -405,8 +415,8 @@ class Provenance:
     """Threads that PyTorch computed with."""
     git_commit: str | None
     """Commit of the longreach checkout; None when it was installed as a package."""
-    seed: int
-    """Seed of initial weights and of the order of batches."""
+    split_seed: int
+    """Seed of the text's split into training and validation; those of models stand with them."""
     corpus: str
     """The corpus as the user named it."""
     corpus_hash: str
@@ -439,10 +449,7 @@ class Provenance:
             )
 
 
-def _derived(nll: float, tokens: int, bytes: int) -> dict[str, Any]:
-    return {"perplexity": _exp(nll / tokens), "bits_per_byte": nll / (math.log(2) * bytes)}
-
-
-def _exp(nats: float) -> float:
+def exponentiated(nats: float) -> float:
+    """e^nats, and `math.inf` from e^709 on, near where a double overflows."""
     # The limit is put on the quotient, which is the same double on every machine; where exp overflows is not.
     return math.exp(nats) if nats < 709 else math.inf

@@ -15,6 +15,7 @@ from longreach.data.mix import parse_mix
 from longreach.data.prepare import DataConfig
 from longreach.files import write_atomically
 from longreach.models.config import ARCHITECTURES, Architecture, ModelConfig
+from longreach.results import Model
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,11 @@ class RunConfig:
         # Refuse what does not fit together before any data is read. A given tokenizer's size is not known yet.
         smallest = max(self.model.adaptive_cutoffs, default=0) + 1
         self.model_config(self.data.vocab_size if self.data.tokenizer is None else smallest)
+
+    @property
+    def identity(self) -> Model:
+        """Which model it trains, in results."""
+        return Model(self.method, self.train.train_length, self.train.seed)
 
     def model_config(self, vocab_size: int) -> ModelConfig:
         """The model that is trained, given its tokenizer's V."""

@@ -16,7 +16,7 @@ from longreach.files import write_atomically
 from longreach.measure.cost import Cost
 from longreach.models.decoder import Decoder
 from longreach.models.files import save_model
-from longreach.results import TrainingRecord
+from longreach.results import Model, TrainingRecord, read_training, write_training
 from longreach.train.checkpoint import load_checkpoint, save_checkpoint
 from longreach.train.config import TrainConfig
 from longreach.train.optim import build_optimizer, learning_rate
@@ -122,18 +122,16 @@ def train(
     run.trainee.save(folder)
     tokens = config.steps * config.batch_size * config.train_length
     record = TrainingRecord(
-        method=run.trainee.method,
-        train_length=config.train_length,
+        model=Model(run.trainee.method, config.train_length, config.seed),
         steps=config.steps,
         tokens=tokens,
         parameters=sum(parameter.numel() for parameter in run.trainee.model.parameters()),
         final_loss=_final_loss(folder / "metrics.jsonl"),
-        tokens_per_second=tokens / run.seconds,
         seconds=run.seconds,
         peak_memory=cost.peak_memory,
         attention=run.trainee.attention,
     )
-    write_atomically(finished, (json.dumps(asdict(record), indent=2) + "\n").encode())
+    write_training(record, finished)
     (folder / "checkpoint.pt").unlink(missing_ok=True)
     return record
 
@@ -141,8 +139,8 @@ def train(
 def read_training_record(path: Path) -> TrainingRecord:
     """Read training.json; ValueError when it is damaged."""
     try:
-        return TrainingRecord(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        return read_training(path)
+    except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}): delete its folder to train this run again") from error
 
 

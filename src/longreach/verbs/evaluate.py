@@ -23,7 +23,7 @@ from longreach.pretrained.extend import extend, fixed_length
 from longreach.pretrained.interpolation import SCALINGS
 from longreach.pretrained.save import adapt, holds_pretrained
 from longreach.report.page import write_report
-from longreach.results import Provenance, Results, TrainingRecord
+from longreach.results import Model, Provenance, Results, TrainingRecord
 from longreach.train.config import RunConfig, check_folder, claim_folder, load_config
 from longreach.train.loop import read_training_record, resolve_device
 from longreach.verbs.train import Progress, open_run, provenance, read_run, text_of
@@ -75,10 +75,8 @@ class _Model:
 
     name: str
     """As MODELS gives it."""
-    method: str
-    """What it is called in results."""
-    train_length: int
-    """L."""
+    identity: Model
+    """Which one it is, in results."""
     data: DataConfig
     """Whose validation text it is tested on."""
     seed: int
@@ -183,13 +181,12 @@ def _find_run(name: str, config: EvaluationConfig) -> _Model:
     tokenizer = str(folder / "tokenizer.json")
     return _Model(
         name=name,
-        method=run.method,
-        train_length=run.train.train_length,
+        identity=run.identity,
         data=replace(run.data, tokenizer=tokenizer),
         seed=run.train.seed,
         tokenizer=load_tokenizer(tokenizer),
         device=resolve_device(config.device or run.train.device),
-        training=_training(folder, run.method, run.train.train_length),
+        training=_training(folder, run.identity),
         load=lambda: open_run(folder, config.device).subject(),
     )
 
@@ -199,7 +196,9 @@ def _find_pretrained(name: str, config: EvaluationConfig, scaling: str | None, f
     given = config.train_length or (fine_tuned.train.train_length if fine_tuned else None)
     configuration = load_configuration(name, trust_remote_code=config.trust_remote_code)
     train_length = training_length(name, configuration, given)
-    method = name if scaling is None else f"{name}:{scaling}"
+    identity = Model(
+        name if scaling is None else f"{name}:{scaling}", train_length, fine_tuned.train.seed if fine_tuned else None
+    )
     device = resolve_device(config.device or (fine_tuned.train.device if fine_tuned else "auto"))
 
     def load() -> Subject:
@@ -211,39 +210,38 @@ def _find_pretrained(name: str, config: EvaluationConfig, scaling: str | None, f
             trust_remote_code=config.trust_remote_code,
             adapt=adapt if scaling is None else partial(_adapt_by, scaling, given),
         )
-        return replace(subject, name=method)
+        return replace(subject, identity=identity)
 
     return _Model(
         name=name,
-        method=method,
-        train_length=train_length,
+        identity=identity,
         data=replace(fine_tuned.data if fine_tuned else DataConfig(), tokenizer=name),
         seed=fine_tuned.train.seed if fine_tuned else 0,
         tokenizer=load_tokenizer(name),
         device=device,
-        training=_training(Path(name), method, train_length) if fine_tuned else None,
+        training=_training(Path(name), identity) if fine_tuned else None,
         load=load,
     )
 
 
-def _training(folder: Path, method: str, train_length: int) -> TrainingRecord | None:
+def _training(folder: Path, identity: Model) -> TrainingRecord | None:
     """What the training of a run took, under the name that it has in results."""
     path = folder / "training.json"
     if not path.exists():
         return None
     record = read_training_record(path)
-    return replace(record, method=method) if record.train_length == train_length else None
+    return replace(record, model=identity) if record.train_length == identity.train_length else None
 
 
 def _check_told_apart(models: Sequence[_Model]) -> None:
     """Raise ValueError where a table would have two models under one name."""
-    seen: dict[tuple[str, int], str] = {}
+    seen: dict[Model, str] = {}
     for model in models:
-        same = seen.setdefault((model.method, model.train_length), model.name)
+        same = seen.setdefault(model.identity, model.name)
         if same != model.name:
             raise ValueError(
-                f"MODELS: {same} and {model.name} are both {model.method} trained at {model.train_length}, which a "
-                "table cannot tell apart: evaluate them into two folders"
+                f"MODELS: {same} and {model.name} are both {model.identity}, which a table cannot tell apart: evaluate "
+                "them into two folders"
             )
 
 
@@ -257,7 +255,7 @@ def _read_texts(
     Raises:
         ValueError: the text is too short for one of the models, or a model was trained on another text than the first.
     """
-    longest = max(config.longest_window(model.train_length) for model in models)
+    longest = max(config.longest_window(model.identity.train_length) for model in models)
     if not longest:
         return {}, {}
     prepared = {split: prepare(*split, progress) for split in dict.fromkeys(model.split for model in models)}

@@ -49,8 +49,7 @@ class Run:
     def subject(self) -> Subject:
         """The run as evaluation sees a model."""
         return Subject(
-            name=self.config.method,
-            train_length=self.model.config.train_length,
+            identity=self.config.identity,
             model=self.model,
             tokenizer=self.tokenizer,
             vocab_size=self.model.config.vocab_size,
@@ -165,7 +164,7 @@ def text_of(prepared: PreparedData, config: EvaluateConfig, longest: int) -> Tex
 def provenance(
     config: Any,
     device: str,
-    seed: int,
+    split_seed: int,
     tokenizer: Tokenizer,
     prepared: PreparedData | None,
     sources: dict[str, str],
@@ -183,7 +182,7 @@ def provenance(
         device=str(resolve_device(device)),
         num_threads=torch.get_num_threads(),
         git_commit=_git_commit(),
-        seed=seed,
+        split_seed=split_seed,
         corpus="none" if prepared is None else prepared.corpus_name,
         corpus_hash="none" if prepared is None else prepared.corpus_hash,
         tokenizer_hash=tokenizer.fingerprint,

@@ -1,0 +1,28 @@
+"""Which model an entry is of."""
+
+from dataclasses import dataclass
+
+from longreach.results.checks import check_fields, require_positive
+
+
+@dataclass(frozen=True)
+class Model:
+    """The identity of a model under test, which all entries refer to: equal where all three fields are equal."""
+
+    method: str
+    """Position method with its options, as the user wrote it: `alibi`, `rotary:scaling=ntk`. Of a model that was
+    trained elsewhere the name that the user gave, with its scaling where one was asked for."""
+    train_length: int
+    """Tokens per training sequence, the paper's L."""
+    seed: int | None
+    """Of the initial weights and of the order of batches; None for a model that was trained elsewhere."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not self.method:
+            raise ValueError("method must not be empty: name the position method")
+        require_positive(self, "train_length")
+
+    def __str__(self) -> str:
+        seeded = "" if self.seed is None else f", seed {self.seed}"
+        return f"{self.method} trained at {self.train_length:,}{seeded}"
