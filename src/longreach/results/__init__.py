@@ -17,6 +17,7 @@ from longreach.results.records import (
     SummaryRecord,
     TrainingRecord,
 )
+from longreach.results.seeds import OverSeeds, loss_difference, over_seeds, perplexity_over_seeds
 
 __all__ = [
     "PROTOCOLS",
@@ -26,6 +27,7 @@ __all__ = [
     "Entry",
     "Model",
     "OffsetRecord",
+    "OverSeeds",
     "Provenance",
     "Record",
     "Results",
@@ -34,6 +36,9 @@ __all__ = [
     "Skipped",
     "SummaryRecord",
     "TrainingRecord",
+    "loss_difference",
+    "over_seeds",
+    "perplexity_over_seeds",
     "read_training",
     "write_training",
 ]
