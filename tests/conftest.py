@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import gc
 import os
 
 import hypothesis
@@ -39,6 +40,14 @@ def pytest_collection_modifyitems(config, items):
     here = [item for item in items if is_left_out(item, full) == config.getoption("left_out")]
     config.hook.pytest_deselected(items=[item for item in items if item not in here])
     items[:] = here
+
+
+def pytest_collection_finish(session):
+    """Hundreds of thousands of objects of torch and transformers stay to the end: no search for garbage need see them.
+
+    Each measurement of memory begins with such a search, which is most of what a small one takes otherwise.
+    """
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
