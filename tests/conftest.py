@@ -42,19 +42,37 @@ def pytest_collection_modifyitems(config, items):
     items[:] = here
 
 
-def pytest_collection_finish(session):
-    """Hundreds of thousands of objects of torch and transformers stay to the end: no search for garbage need see them.
-
-    Each measurement of memory begins with such a search, which is most of what a small one takes otherwise.
-    """
-    gc.freeze()
-
-
 @pytest.fixture(autouse=True)
 def _denormals():
     """The command line flushes denormals for its whole process, which here has other tests to run."""
     yield
     torch.set_flush_denormal(False)
+
+
+@pytest.fixture(autouse=True)
+def keep_what_is_loaded():
+    """Hundreds of thousands of objects of torch and transformers stay to the end: no search for garbage need see them.
+
+    Each measurement of memory begins with such a search, which is most of what a small one takes otherwise. A long test
+    may call this again, after it has loaded more.
+    """
+
+    def keep():
+        if len(gc.get_objects()) > 50_000:
+            gc.collect()
+            gc.freeze()
+
+    keep()
+    return keep
+
+
+@pytest.fixture
+def unrendered(monkeypatch):
+    """Reports whose figures are made but not rendered, which takes longer than all else about a small comparison.
+
+    tests/report renders every figure, and a comparison that is a process of its own renders those of a whole page.
+    """
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, file, **options: file.write(b"<svg/>"))
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,8 @@ from longreach.results import Results
 
 SMALL = "--num-layers 1 --num-heads 2 --d-model 16 --vocab-size 300 --train-length 16 --batch-size 4 --warmup-steps 2"
 
+pytestmark = pytest.mark.usefixtures("unrendered")
+
 
 @pytest.fixture(scope="module")
 def small(corpus, tmp_path_factory):

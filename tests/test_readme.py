@@ -16,10 +16,16 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 # What makes a command of the README quick without changing what it does. Options given twice take the last value.
-SMALLER = (
-    "--num-layers 1 --num-heads 2 --d-model 16 --vocab-size 300 --steps 3 --warmup-steps 1 --batch-size 2 "
-    "--valid-tokens 2048"
-)
+TRAINING = "--num-layers 1 --num-heads 2 --d-model 16 --vocab-size 300 --steps 3 --warmup-steps 1 --batch-size 2"
+TESTING = "--valid-tokens 2048"
+SMALLER = {
+    "compare": f"{TRAINING} {TESTING}",
+    "train": TRAINING,
+    "evaluate": TESTING,
+    "extend": TESTING,
+}
+
+pytestmark = pytest.mark.usefixtures("unrendered")
 
 
 def blocks(language, page=README):
@@ -56,16 +62,14 @@ def _as_a_user(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("_as_a_user")
-def test_every_command_runs_in_order(capsys):
+def test_every_command_runs_in_order(capsys, keep_what_is_loaded):
     commands = [line for block in blocks("sh")[1:] for line in block.splitlines()]
     commands.insert(0, "longreach compare --output runs/demo")
     assert all(command.startswith("longreach ") for command in commands)
     for command in commands:
         words = shlex.split(command)[1:]
-        smaller = shlex.split(SMALLER) if words[0] in ("compare", "train") else []
-        if words[0] == "train":
-            smaller = smaller[:-2]  # it evaluates nothing
-        main([*words, *smaller])
+        main([*words, *shlex.split(SMALLER.get(words[0], ""))])
+        keep_what_is_loaded()
         assert capsys.readouterr().out.strip(), command
     for path in ("runs/demo/report.html", "runs/demo/alibi/model.safetensors", "runs/books/results.json"):
         assert Path(path).exists()

@@ -17,6 +17,8 @@ from longreach.results import Results
 from longreach.train.config import TrainConfig
 from longreach.verbs.compare import CompareConfig, compare, run_name
 
+pytestmark = pytest.mark.usefixtures("unrendered")
+
 
 def silent(stage, done, total, note=""):
     pass

@@ -18,6 +18,8 @@ from longreach.verbs.evaluate import EvaluationConfig, evaluate_models
 
 EVALUATE = EvaluateConfig(valid_lengths=(16, 32), valid_tokens=256)
 
+pytestmark = pytest.mark.usefixtures("unrendered")
+
 
 def silent(stage, done, total, note=""):
     pass
