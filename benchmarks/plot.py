@@ -15,7 +15,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from peers import CEILING, DENSE, FLEX, FLEX_FLASH, HALF, OURS, PRUNED, is_dense_peer
 
-from longreach.report.figures import to_svg
+from longreach.report.drawing import to_svg
 
 HERE = Path(__file__).parent
 DOCUMENTED = "cpu-2core"

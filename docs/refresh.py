@@ -9,8 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from longreach.report.context_findings import decomposition
-from longreach.report.tables import main_grid, to_markdown
+from longreach.report.grid import to_markdown
+from longreach.report.subjects.decomposition import decomposition
+from longreach.report.subjects.perplexity import main_grid
 from longreach.results import Results
 
 ROOT = Path(__file__).parents[1]

@@ -125,7 +125,7 @@ def test_using_attention_and_models_loads_nothing_optional():
 
 
 def test_reading_results_and_writing_reports_load_no_torch():
-    assert "torch" not in loaded_after("import longreach.results, longreach.report.page, longreach.report.tables")
+    assert "torch" not in loaded_after("import longreach.results, longreach.report.page")
 
 
 def test_public_names_resolve_and_others_are_refused():

@@ -21,8 +21,9 @@ from longreach.data.tokenizer import StreamingDecoder
 from longreach.measure.plan import EvaluateConfig
 from longreach.models.generate import stream
 from longreach.pretrained.export import export_mpt
-from longreach.report.page import write_report
-from longreach.report.tables import main_grid, print_tables, to_markdown
+from longreach.report.grid import to_markdown
+from longreach.report.page import print_tables, write_report
+from longreach.report.subjects.perplexity import main_grid
 from longreach.results import Model, Results
 from longreach.terminal import TerminalProgress
 from longreach.train.config import PRESETS, RunConfig, check_folder, load_config

@@ -40,6 +40,11 @@ def without_empty_columns(grid: Grid, first: int) -> Grid:
     return replace(grid, columns=columns, rows=tuple(tuple(row[i] for i in kept) for row in grid.rows))
 
 
+def unless_empty(grid: Grid) -> Grid | None:
+    """The grid, or None where nothing stands beside its texts."""
+    return grid if any(cell != MISSING for row in grid.rows for cell in row[grid.text_columns :]) else None
+
+
 def to_rich(grid: Grid) -> Table:
     """The grid as a table of the `rich` library."""
     from rich import box
@@ -109,6 +114,11 @@ def format_rough(value: float | None) -> str:
 def is_alike(relative: float) -> bool:
     """Whether a ratio of speeds or memories is too near to 1 to tell anything: `ALIKE` says why."""
     return abs(relative - 1) <= 0.05
+
+
+def format_speed(value: float | None) -> str:
+    """`12,346` tokens per second; a dash when it was not measured."""
+    return MISSING if value is None else f"{value:,.0f}"
 
 
 def format_memory(value: float | None) -> str:

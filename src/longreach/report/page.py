@@ -8,11 +8,32 @@ import os
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from longreach.files import write_atomically
 from longreach.report.drawing import DARK, LIGHT, to_png, to_svg
-from longreach.report.sections import Picture, Section, sections
+from longreach.report.grid import to_rich
+from longreach.report.section import Picture, Section
+from longreach.report.subjects import (
+    caches,
+    context,
+    cost,
+    decomposition,
+    offsets,
+    paper,
+    perplexity,
+    retrieval,
+    skipped,
+    strides,
+    summaries,
+)
 from longreach.results import Provenance, Results
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+SUBJECTS = (perplexity, paper, context, decomposition, strides, offsets, caches, cost, retrieval, summaries, skipped)
+"""What the page is about, from top to bottom."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +48,11 @@ class Drawn:
     """PNG for light backgrounds."""
     width: float
     """In inches, at which its text is as large as the page's notes."""
+
+
+def sections(results: Results) -> list[Section]:
+    """All that there is to show, in the page's order."""
+    return [section for subject in SUBJECTS for section in subject.sections(results)]
 
 
 def write_report(results: Results, folder: str | os.PathLike[str]) -> Path:
@@ -72,8 +98,21 @@ def _page(provenance: Provenance, shown: list[Section], drawn: dict[str, Drawn])
         "created": provenance.created,
     }
     return environment.from_string(text).render(
-        sections=shown,
-        drawn=drawn,
-        facts=facts,
-        config=json.dumps(provenance.config, indent=2, ensure_ascii=False),
+        sections=shown, drawn=drawn, facts=facts, config=json.dumps(provenance.config, indent=2, ensure_ascii=False)
     )
+
+
+def print_tables(results: Results, console: Console) -> None:
+    """Print what was found, from perplexity to summaries, and what was skipped. No number is cut off: a terminal
+    narrower than a table wraps its lines.
+    """
+    from rich.measure import Measurement
+
+    for grid in (grid for section in sections(results) for grid in section.tables):
+        table = to_rich(grid)
+        # Left to itself, rich would shorten the cells of a wide table to the width of the console.
+        unbounded = console.options.update(max_width=100_000)
+        narrowest = Measurement.get(console, unbounded, table).minimum
+        if narrowest > console.width:
+            table.width = narrowest
+        console.print(table, crop=False, overflow="ignore")

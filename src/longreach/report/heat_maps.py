@@ -1,16 +1,13 @@
-"""Heat maps in small multiples: retrieval by length and depth, perplexity by length and stride."""
+"""Heat maps in small multiples, drawn alike for every figure that has them."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from longreach.report.drawing import FONT_SIZE, LIGHT, Margins, Theme, axes_grid, settings, short, text_width
-from longreach.report.grid import format_perplexity
-from longreach.report.selection import find_strided, sliding_strides, stride_lengths
-from longreach.results import Results
+from longreach.report.drawing import FONT_SIZE, Margins, Theme, axes_grid, settings, short, text_width
+from longreach.report.grid import MISSING
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,7 +34,7 @@ class HeatMap:
     """From top to bottom."""
     columns: tuple[str, ...]
     """From left to right."""
-    cells: dict[tuple[int, int], tuple[float, str]]
+    cells: dict[tuple[str, str], tuple[float, str]]
     """(row, column) -> value and text. What is not there was not measured."""
 
 
@@ -59,51 +56,9 @@ class Scale:
     """Value -> shade from 0 to 1."""
 
 
-def retrieval_figure(results: Results, task: str, theme: Theme = LIGHT) -> Figure:
-    """Answers found by prompt length and depth, one panel for each model."""
-    entries = [entry for entry in results.retrieval if entry.task == task]
-    models = [(m, n) for n in results.train_lengths() for m in results.methods(n)]
-    maps = []
-    for method, train_length in models:
-        depths = sorted({entry.depth for entry in entries if entry.train_length == train_length})
-        lengths = sorted({entry.valid_length for entry in entries if entry.train_length == train_length})
-        cells = {
-            (depths.index(e.depth), lengths.index(e.valid_length)): (e.accuracy, f"{e.correct}/{e.cases}")
-            for e in entries
-            if (e.method, e.train_length) == (method, train_length)
-        }
-        if cells:
-            rows, columns = tuple(f"{depth:.0%}" for depth in depths), tuple(f"{length:,}" for length in lengths)
-            maps.append(HeatMap(_title(method, train_length), rows, columns, cells))
-    return draw_heat_maps(maps, Scale("Prompt length in tokens", "Depth", "accuracy", "0%", "100%"), theme)
-
-
-def stride_figure(results: Results, theme: Theme = LIGHT) -> Figure:
-    """Perplexity by validation length and stride, one panel for each model, shaded by its logarithm."""
-    maps = []
-    for train_length in results.train_lengths():
-        strides = (*sliding_strides(results, train_length), None)
-        columns = tuple("none" if stride is None else f"{stride:,}" for stride in strides)
-        for method in results.methods(train_length):
-            lengths = stride_lengths(results, method, train_length)
-            cells = {
-                (i, j): (entry.perplexity, format_perplexity(entry.perplexity))
-                for i, length in enumerate(lengths)
-                for j, stride in enumerate(strides)
-                if (entry := find_strided(results, method, train_length, length, stride)) is not None
-            }
-            if cells:
-                rows = tuple(f"{length:,}" for length in lengths)
-                maps.append(HeatMap(_title(method, train_length), rows, columns, cells))
-    values = [value for panel in maps for value, _ in panel.cells.values() if value < math.inf] or [1.0]
-    low, high = min(values), max(values)
-
-    def place(value: float) -> float:
-        return 0.0 if value <= low else min(1.0, math.log(value / low) / (math.log(high / low) or 1.0))
-
-    ends = format_perplexity(low), format_perplexity(high)
-    scale = Scale("Stride (none: no overlap)", "Validation length", "perplexity, logarithmic", *ends, place)
-    return draw_heat_maps(maps, scale, theme)
+def model_title(method: str, train_length: int) -> str:
+    """The title of a panel of one model."""
+    return f"{short(method, _LONGEST_TITLE)}\ntrained at {train_length:,}"
 
 
 def draw_heat_maps(maps: list[HeatMap], scale: Scale, theme: Theme) -> Figure:
@@ -153,10 +108,6 @@ def contrast(one: str | tuple[float, float, float], other: str | tuple[float, fl
     return (light + 0.05) / (dark + 0.05)
 
 
-def _title(method: str, train_length: int) -> str:
-    return f"{short(method, _LONGEST_TITLE)}\ntrained at {train_length:,}"
-
-
 def _draw_map(axes: Axes, panel: HeatMap, size: tuple[float, float], scale: Scale, theme: Theme) -> None:
     from matplotlib.colors import to_rgb
     from matplotlib.patches import Rectangle
@@ -169,9 +120,9 @@ def _draw_map(axes: Axes, panel: HeatMap, size: tuple[float, float], scale: Scal
     axes.tick_params(length=0)
     axes.set_xlabel(scale.xlabel, color=theme.ink, loc="left")
     axes.set_ylabel(scale.ylabel, color=theme.ink)
-    for i in range(len(panel.rows)):
-        for j in range(len(panel.columns)):
-            value, text = panel.cells.get((i, j), (None, "-"))
+    for i, row in enumerate(panel.rows):
+        for j, column in enumerate(panel.columns):
+            value, text = panel.cells.get((row, column), (None, MISSING))
             fill = to_rgb(theme.paper) if value is None else shade(scale.place(value), theme)
             axes.add_patch(Rectangle((j, i), 1, 1, facecolor=fill, edgecolor=theme.paper, linewidth=1.5))
             colour = theme.muted if value is None else text_on(fill, theme)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
@@ -74,8 +75,15 @@ class Scales:
     """Whether ticks stand at the curves' own x, where there is room, or at doublings of the training length."""
 
 
-def draw_panels(panels: list[Panel], scales: Scales, panel_width: float, theme: Theme) -> Figure:
+def off_scale_note(perplexities: Iterable[float]) -> str:
+    """What the reader is told of marks at the upper edge, where there are any."""
+    is_off = any(perplexity > OFF_SCALE for perplexity in perplexities)
+    return " Triangles at the upper edge stand for perplexities above a billion." if is_off else ""
+
+
+def draw_panels(panels: list[Panel], scales: Scales, theme: Theme, panel_width: float | None = None) -> Figure:
     """The panels, of one width in inches, row by row; they share the scale of y, or they could not be compared."""
+    panel_width = panel_width or (6.2 if len(panels) == 1 else 3.3)
     named = [[curve for curve in panel.curves if not curve.faint] for panel in panels]
     # To the right of each panel there is room for the names of its curves.
     longest = max((len(_label(curve)) for curves in named for curve in curves), default=0)

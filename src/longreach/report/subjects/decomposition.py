@@ -1,16 +1,17 @@
-"""What lies behind a perplexity, drawn: loss by context, where gains come from, and shifted positions."""
+"""Where gains past the training length come from: relief from the early token curse, or use of longer context."""
 
 from __future__ import annotations
 
-import math
-from itertools import groupby
+from collections.abc import Iterator
+from functools import partial
+from itertools import chain, groupby
 from typing import TYPE_CHECKING
 
 from longreach.report.drawing import FONT_SIZE, LIGHT, Margins, Theme, axes_grid, set_title, settings, short, text_width
-from longreach.report.grid import format_multiple, format_signed
-from longreach.report.line_panels import Curve, Panel, Scales, draw_panels
-from longreach.report.selection import contexts_of, decompositions_of, offsets_of
-from longreach.results import ContextRecord, DecompositionRecord, Results
+from longreach.report.entries import by_method
+from longreach.report.grid import Grid, format_interval, format_multiple, format_range, format_signed
+from longreach.report.section import Finding, Picture, Section, at_each, clauses, first, intervals
+from longreach.results import DecompositionRecord, Results
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,46 +26,112 @@ _THICKNESS = 0.38  # of a bar, in rows: two make a method's
 _BARS_WIDTH = 3.6
 
 
-def context_figure(results: Results, theme: Theme = LIGHT) -> Figure:
-    """Loss against tokens of context: in the longest windows, and faint in those of the training length."""
-    panels = []
-    for train_length in results.train_lengths():
-        by_method = {method: contexts_of(results, train_length, method) for method in results.methods(train_length)}
-        longest = max((length for lengths in by_method.values() for length in lengths), default=0)
-        curves = []
-        for method, lengths in by_method.items():
-            if not lengths:
-                continue
-            own = max(lengths)
-            remark = "" if own == longest else f" (windows of {own:,})"
-            curves.append(_loss_curve(method, lengths[own], remark=remark))
-            if own != train_length and train_length in lengths:
-                curves.append(_loss_curve(method, lengths[train_length], faint=True))
-        if curves:
-            title = f"Trained at {train_length:,}, windows of {longest:,}"
-            panels.append(Panel(title, train_length, tuple(curves)))
-    scales = Scales("Tokens of context", "Loss in nats per token", y="linear", ticks="doublings")
-    return draw_panels(panels, scales, 6.2 if len(panels) == 1 else 3.3, theme)
+def sections(results: Results) -> Iterator[Section]:
+    """The gain of each method, split."""
+    if results.decompositions:
+        yield Section(
+            title="Longer context, or relief from the early token curse?",
+            findings=at_each(decomposition, results),
+            picture=Picture(
+                "decomposition",
+                partial(decomposition_figure, results),
+                "Relief and beyond as bars around zero for each method and length. The table below has the numbers.",
+            ),
+            reading=(
+                "Relief is the part of the gain that remains when no token may see more than the training length; "
+                "beyond is what the context past it adds, or takes where the bar is on the left. Bars with an arrow "
+                "go on past the scale, to the value written on them."
+            ),
+            tables=at_each(decomposition_grid, results),
+        )
 
 
-def _loss_curve(method: str, bins: list[ContextRecord], *, remark: str = "", faint: bool = False) -> Curve:
-    def middle(entry: ContextRecord) -> float:
-        return math.sqrt(entry.first_context * entry.last_context)
-
-    bands = {middle(e): (e.low, e.high) for e in bins if e.low is not None and e.high is not None and not faint}
-    return Curve(method, {middle(entry): entry.loss for entry in bins}, bands, remark, faint)
+def decompositions_of(results: Results, train_length: int) -> list[DecompositionRecord]:
+    """Those of models trained at `train_length`, by validation length, methods in order of appearance."""
+    methods = by_method(results, results.decompositions, train_length)
+    return sorted(chain.from_iterable(methods.values()), key=lambda entry: entry.valid_length)
 
 
-def offset_figure(results: Results, theme: Theme = LIGHT) -> Figure:
-    """Perplexity of the same tokens against the position of each window's first token."""
-    panels = []
-    for train_length in results.train_lengths():
-        methods = offsets_of(results, train_length)
-        if methods:
-            curves = (Curve(m, {float(e.offset): e.perplexity for e in entries}) for m, entries in methods.items())
-            panels.append(Panel(f"Trained at {train_length:,} tokens", train_length, tuple(curves)))
-    scales = Scales("Position of the window's first token", "Perplexity per token", x="symlog")
-    return draw_panels(panels, scales, 6.2 if len(panels) == 1 else 3.3, theme)
+def decomposition(results: Results, train_length: int) -> Finding | None:
+    """Which methods use context beyond the training length, at the longest length at which gains were split."""
+    entries = decompositions_of(results, train_length)
+    if not entries:
+        return None
+    longest = max(entry.valid_length for entry in entries)
+    entries = [entry for entry in entries if entry.valid_length == longest]
+    verdicts: dict[str, list[str]] = {"helps": [], "may help": [], "makes no difference that can be told with": []}
+    verdicts |= {"harms": [], "cannot be judged, for want of intervals, with": []}
+    for entry in entries:
+        verdicts[_verdict_on_use(entry)].append(entry.method)
+    span = f"From {train_length:,} to {longest:,} tokens ({format_multiple(longest, train_length)})"
+    details = [
+        f"{e.method} {format_signed(e.gain)} (relief {format_signed(e.relief)}, beyond {format_signed(e.beyond)})"
+        for e in sorted(entries, key=lambda entry: -entry.gain)
+    ]
+    drawn = any(entry.beyond_low is not None for entry in entries)
+    interval = intervals("Whiskers", {entry.resampled for entry in entries}, drawn)
+    return Finding(
+        f"{span}, context beyond {train_length:,} {clauses(verdicts)}.",
+        f"Gain in nats per token: {first(details)}.",
+        f"{interval} {_exactness(entries)}",
+    )
+
+
+def _verdict_on_use(entry: DecompositionRecord) -> str:
+    if entry.beyond_low is None or entry.beyond_high is None:
+        return "cannot be judged, for want of intervals, with"
+    if entry.beyond_high < 0:
+        return "harms"
+    if entry.beyond_low <= 0:
+        return "makes no difference that can be told with"
+    return "helps" if entry.stride == 1 else "may help"
+
+
+def _exactness(entries: list[DecompositionRecord]) -> str:
+    if all(entry.stride == 1 for entry in entries):
+        return "With stride 1 the split is exact for these tokens."
+    strides = format_range((entry.stride for entry in entries), "{:,}".format)
+    return (
+        f"The capped windows slid by {strides}, which left their tokens somewhat less context than the training length "
+        "(the table says how much): where loss falls with context, beyond is an upper bound and relief a lower one."
+    )
+
+
+def decomposition_grid(results: Results, train_length: int) -> Grid | None:
+    """Gain, relief and beyond of each method at each validation length, with intervals."""
+    entries = decompositions_of(results, train_length)
+    if not entries:
+        return None
+    rows = tuple(
+        (
+            entry.method,
+            f"{entry.valid_length:,}",
+            format_signed(entry.gain),
+            f"{format_signed(entry.relief)} {format_interval(entry.relief_low, entry.relief_high)}",
+            f"{format_signed(entry.beyond)} {format_interval(entry.beyond_low, entry.beyond_high)}",
+            f"{entry.stride:,}",
+            f"{entry.capped_context:,.4g}",
+        )
+        for entry in entries
+    )
+    return Grid(
+        title=f"Where the gain comes from, in nats per token, trained at {train_length:,} tokens",
+        note=(
+            "Gain: fall of the loss from windows of the training length to windows of the validation length. It is "
+            "the sum of relief, which remains when no token may see more than the training length, and beyond. "
+            "Stride and mean context are those of the windows that were so capped."
+        ),
+        columns=(
+            ("method",),
+            ("validation", "length"),
+            ("gain",),
+            ("relief", "95% interval"),
+            ("beyond", "95% interval"),
+            ("capped", "stride"),
+            ("capped", "context"),
+        ),
+        rows=rows,
+    )
 
 
 def decomposition_figure(results: Results, theme: Theme = LIGHT) -> Figure:

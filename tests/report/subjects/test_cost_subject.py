@@ -3,7 +3,10 @@ from dataclasses import replace
 
 import pytest
 
-from longreach.report.cost_findings import cost, training_advantage
+from longreach.report.subjects.cost import cost, cost_grid, memory_grid, ratio, training_advantage, training_grid
+from longreach.report.subjects.perplexity import (
+    main_grid,
+)
 
 
 @pytest.fixture
@@ -118,3 +121,39 @@ def test_cost_beside_sinusoidal_at_the_same_length(empty, trained):
     assert "within 5% they count as alike" in alike.certainty
     assert cost(empty.add(trained("alibi", 128, 1.0))) is None
     assert cost(empty.add(trained("sinusoidal", 128, 1.0))) is None
+
+
+def test_a_ratio_needs_both_sides():
+    assert [ratio(3.0, 2.0), ratio(None, 2.0), ratio(3.0, None), ratio(3.0, 0)] == [1.5, None, None, None]
+
+
+def test_cost_is_as_in_the_papers_table_and_relative_to_sinusoidal_at_the_same_length(empty, record, training):
+    slow = training("t5", speed=3041.13, peak_memory=None)
+    results = empty.add(training("sinusoidal"), slow, training("alibi", 64), record("t5", 128, 70.0))
+    grid = cost_grid(results)
+    assert [column[0] for column in grid.columns].count("/ sinusoidal's") == 2
+    assert grid.rows == (
+        ("alibi", "64", "9,123", "-", "-", "1.50 GiB", "-"),
+        ("sinusoidal", "128", "9,123", "1.0x", "-", "1.50 GiB", "1.0x"),
+        ("t5", "128", "3,041", "0.33x", "41,234", "-", "-"),
+    )
+    assert "on the CPU all that the process held" in grid.note
+    assert "within 5% they count as alike" in grid.note
+    both = cost_grid(results.add(record("sinusoidal", 128, 70.0)))
+    assert both.columns[5] == ("/ sinusoidal's", "at that length")
+    assert [row[5] for row in both.rows] == ["-", "1.0x", "1.0x"]
+    alone = cost_grid(empty.add(training("alibi")))
+    assert alone.rows == (("alibi", "128", "9,123", "1.50 GiB"),)
+
+
+def test_columns_of_what_nobody_measured_are_left_out(empty, record, training):
+    results = empty.add(record("alibi", 128, 70.0), record("alibi", 256, 77.0))
+    assert main_grid(results, 128).rows == (("alibi", "70.00", "77.00", "1.10x"),)
+    some = results.add(replace(training("t5"), peak_memory=None))
+    assert main_grid(some, 128).columns[-1] == ("training", "tokens/s")
+    assert cost_grid(some).columns[-1] == ("training", "tokens/s")
+    assert training_grid(some).columns[-1] == ("seconds",)
+    assert main_grid(some.add(training("rotary")), 128).columns[-1] == ("training", "memory")
+    unknown = [replace(entry, peak_memory=None) for entry in results.records]
+    assert memory_grid(empty.add(*unknown), 128) is None
+    assert memory_grid(empty.add(record("t5", 128, 70.0), *unknown[1:]), 128).rows[1][1:] == ("-", "-")

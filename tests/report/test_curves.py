@@ -6,15 +6,15 @@ from hypothesis import strategies as st
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
+from longreach.report.curves import Curve, Panel, Scales, _spread, draw_panels
 from longreach.report.drawing import LIGHT
-from longreach.report.figures import perplexity_figure
-from longreach.report.line_panels import Curve, Panel, Scales, _spread, draw_panels
+from longreach.report.subjects.perplexity import perplexity_figure
 
 SCALES = Scales("x", "y", x="symlog", y="linear")
 
 
 def drawn(*curves, scales=SCALES, panels=1):
-    figure = draw_panels([Panel("title", 128, curves)] * panels, scales, 6.2, LIGHT)
+    figure = draw_panels([Panel("title", 128, curves)] * panels, scales, LIGHT)
     FigureCanvasAgg(figure).draw()
     return figure
 
@@ -70,7 +70,7 @@ def test_a_point_at_zero_has_a_place():
 @pytest.mark.parametrize("panel_width", [1.5, 3.3, 6.2])
 def test_ticks_at_doublings_are_evenly_apart(panel_width):
     curve = Curve("alibi", {2.0**k * 1.4: 1.0 for k in range(14)})
-    figure = draw_panels([Panel("title", 128, (curve,))], Scales("x", "y", ticks="doublings"), panel_width, LIGHT)
+    figure = draw_panels([Panel("title", 128, (curve,))], Scales("x", "y", ticks="doublings"), LIGHT, panel_width)
     ticks = list(figure.axes[0].get_xticks())
     assert 128 in ticks
     assert len(ticks) > 2

@@ -1,16 +1,20 @@
+from dataclasses import replace
 from itertools import pairwise
-from xml.etree import ElementTree
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import to_rgb
 from matplotlib.text import Text
 
-from longreach.report.context_figures import context_figure, decomposition_figure, decomposition_limits, offset_figure
-from longreach.report.drawing import DARK, LIGHT, to_svg
+from longreach.report.drawing import DARK, LIGHT
+from longreach.report.heat_maps import contrast
+from longreach.report.subjects.decomposition import (
+    decomposition,
+    decomposition_figure,
+    decomposition_grid,
+    decomposition_limits,
+)
 
 
 def bars(axes):
@@ -18,31 +22,40 @@ def bars(axes):
     return [(round(b.get_y() + b.get_height() / 2), b.get_x(), b.get_x() + b.get_width()) for b in axes.patches]
 
 
-@pytest.mark.parametrize("draw", [context_figure, decomposition_figure, offset_figure])
-def test_a_panel_for_each_training_length(everything, empty, draw):
-    light, dark = draw(everything, LIGHT), draw(everything, DARK)
-    titles = [axes.get_title(loc="left") for axes in light.axes]
-    assert [title[:14] for title in titles] == ["Trained at 128", "Trained at 256"]
-    assert to_svg(light) != to_svg(dark)
-    ElementTree.fromstring(to_svg(dark))
-    assert draw(empty).axes == []
-
-
-def test_loss_is_drawn_at_the_middle_of_its_bin_with_its_band(empty, context):
-    results = empty.add(
-        context("alibi", 256, 1, 1, 7.0, half=0.5),
-        context("alibi", 256, 64, 256, 4.0, half=0.1),
-        context("alibi", 128, 1, 1, 7.2, half=0.5),
-        context("alibi", 128, 2, 128, 5.0, half=0.5),
-        context("learned", 128, 1, 1, 8.0, half=None),
+def test_use_of_context_is_claimed_only_where_the_split_is_exact(empty, decomposed):
+    exact = [
+        decomposed("alibi", 512, 0.04, 0.01),
+        decomposed("t5", 512, 0.04, 0.003),
+        decomposed("rotary", 512, 0.04, -0.3),
+        decomposed("none", 512, 0.04, 0.3, half=None),
+        decomposed("alibi", 256, 0.04, -9.0),
+    ]
+    finding = decomposition(empty.add(*exact), 128)
+    assert finding.sentence == (
+        "From 128 to 512 tokens (4x), context beyond 128 helps alibi; makes no difference that can be told with t5;"
+        " harms rotary; cannot be judged, for want of intervals, with none."
     )
-    (axes,) = context_figure(results).axes
-    drawn = [list(map(list, line.get_data())) for line in axes.lines]
-    assert [[1.0, 128.0], [7.0, 4.0]] in drawn
-    assert [[1.0, 16.0], [7.2, 5.0]] in drawn
-    assert len(axes.collections) == 1  # neither faint curves nor figures without an interval have a band
-    assert [text.get_text() for text in axes.texts] == ["alibi", "learned (windows of 128)"]
-    assert axes.get_yscale() == "linear"
+    assert "alibi +0.050 (relief +0.040, beyond +0.010)" in finding.details
+    assert "exact" in finding.certainty
+    bound = decomposition(empty.add(decomposed("alibi", 512, 0.04, 0.01, stride=16)), 128)
+    assert "context beyond 128 may help alibi" in bound.sentence
+    assert "slid by 16" in bound.certainty
+    assert "beyond is an upper bound" in bound.certainty
+
+
+def test_many_methods_are_counted(empty, decomposed):
+    finding = decomposition(empty.add(*(decomposed(f"m{i}", 256, 0.04, 0.01) for i in range(20))), 128)
+    assert "helps m0, m1, m2, m3, m4 and 15 more" in finding.sentence
+    assert finding.details.endswith("and 15 more.")
+
+
+def test_decomposition_by_hand(empty, decomposed):
+    fine = decomposed("alibi", 256, 0.025, -0.004, half=0.002)
+    coarse = replace(decomposed("alibi", 512, 0.0, 0.0, stride=32, half=None), capped_context=112.5)
+    assert decomposition_grid(empty.add(coarse, fine), 128).rows == (
+        ("alibi", "256", "+0.021", "+0.025 [+0.023, +0.027]", "-0.004 [-0.006, -0.002]", "1", "128"),
+        ("alibi", "512", "+0.000", "+0.000 -", "+0.000 -", "32", "112.5"),
+    )
 
 
 def test_relief_and_beyond_both_start_at_zero_and_do_not_overlap(empty, decomposed):
@@ -89,12 +102,6 @@ def test_a_great_loss_is_cut_and_written_with_its_name(empty, decomposed):
     assert len([line for line in axes.lines if line.get_marker() == "D"]) == 1
 
 
-def luminance(colour):
-    """WCAG 2's relative luminance."""
-    shares = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour)]
-    return float(np.dot((0.2126, 0.7152, 0.0722), shares))
-
-
 @pytest.mark.parametrize("theme", [LIGHT, DARK])
 def test_what_is_written_on_bars_reads_on_them(empty, decomposed, theme):
     results = empty.add(decomposed("alibi", 256, 0.04, 0.02), decomposed("sinusoidal", 256, -0.5, -2.5))
@@ -103,8 +110,7 @@ def test_what_is_written_on_bars_reads_on_them(empty, decomposed, theme):
     canvas.draw()
     (axes,) = figure.axes
     for text, bar in zip(axes.texts, axes.patches[2:], strict=True):
-        one, other = sorted((luminance(text.get_color()), luminance(bar.get_facecolor())))
-        assert (other + 0.05) / (one + 0.05) >= 4.5  # WCAG 2's least contrast of text
+        assert contrast(text.get_color(), bar.get_facecolor()[:3]) >= 4.5  # WCAG 2's least contrast of text
         within, box = bar.get_window_extent(canvas.renderer), Text.get_window_extent(text, canvas.renderer)
         assert within.x0 <= box.x0
         assert box.x1 <= within.x1
@@ -137,10 +143,3 @@ def test_names_of_bars_neither_touch_nor_leave_the_figure(empty, decomposed):
     boxes.sort(key=lambda box: box.y0)
     assert all(below.y1 <= above.y0 for below, above in pairwise(boxes))
     assert all(box.x0 >= 0 for box in boxes)
-
-
-def test_offsets_are_drawn_as_measured(empty, offset):
-    (axes,) = offset_figure(empty.add(offset("alibi", 0, 9.0), offset("alibi", 64, 10.0))).axes
-    (curve,) = [line for line in axes.lines if line.get_marker() == "o"]
-    assert list(curve.get_xdata()) == [0, 64]
-    assert list(curve.get_ydata()) == pytest.approx([9, 10])

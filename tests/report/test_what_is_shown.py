@@ -1,7 +1,14 @@
-import pytest
+"""The sections of a page and what of them a terminal shows."""
 
-from longreach.report.findings import Finding
-from longreach.report.sections import Section, sections
+import io
+import re
+
+import pytest
+from rich.console import Console
+
+from longreach.report.page import print_tables, sections
+from longreach.report.subjects.decomposition import decomposition_grid
+from longreach.report.subjects.perplexity import main_grid
 
 
 def titles(results):
@@ -42,7 +49,7 @@ def test_a_section_is_there_only_with_its_records(empty, request, kind, argument
     results = empty.add(request.getfixturevalue(kind)(*arguments))
     assert titles(results) == expected
     for section in sections(results):
-        assert section.findings or section.tables
+        assert section.findings or section.tables or section.further
 
 
 def test_no_empty_picture(empty, skipped, training):
@@ -71,6 +78,53 @@ def test_findings_are_of_every_training_length(everything):
         assert len(section.findings) == 2
 
 
-def test_certainties_are_said_once():
-    findings = (Finding("a", certainty="x"), Finding("b"), Finding("c", certainty="y"), Finding("d", certainty="x"))
-    assert Section("title", findings).certainties == ("x", "y")
+def printed(results, width):
+    stream = io.StringIO()
+    print_tables(results, Console(file=stream, width=width))
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("width", [20, 60, 80, 200])
+def test_no_number_is_cut_off_in_a_narrow_terminal(demo, width):
+    text = printed(demo, width)
+    assert "…" not in text
+    for row in main_grid(demo, 128).rows:
+        line = " +".join(map(re.escape, row))
+        assert re.search(line, text), row
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_intervals_stay_whole_in_a_narrow_terminal(everything, width):
+    text = printed(everything, width)
+    rows = decomposition_grid(everything, 128).rows
+    assert rows
+    for row in rows:
+        assert re.search(" +".join(map(re.escape, row)), text), row
+
+
+def test_markup_in_names_is_shown_not_obeyed(empty, record):
+    name = "rotary[bold]:x=[/]"
+    assert name in printed(empty.add(record(name, 128, 9.0)), 200)
+
+
+def test_no_results_print_nothing(empty):
+    assert printed(empty, 80) == ""
+
+
+def test_the_terminal_shows_each_kind_that_was_measured(everything, empty, found):
+    text = printed(everything, 200)
+    for title in (
+        "Perplexity per token, trained at 128",
+        "Perplexity per word, trained at 256",
+        "Where the gain comes from",
+        "Perplexity per token by stride",
+        "Ways to use a window",
+        "Accuracy of lines",
+        "Accuracy of passkey",
+        "Summaries of meetings",
+        "Skipped",
+    ):
+        assert title in text
+    assert [
+        line for line in printed(empty.add(found("alibi", 128, 0.5, 3)), 200).splitlines() if "trained" in line
+    ] == ["Accuracy of lines by prompt length, trained at 128 tokens"]

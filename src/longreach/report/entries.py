@@ -1,0 +1,84 @@
+"""Entries of results as several subjects need them: by method, and perplexity by validation length and its growth."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+from longreach.report.grid import MISSING, Grid, format_multiple, format_range
+from longreach.results import Entry, Record, Results, Scored, Skipped
+
+LEVEL = 1.01
+"""Perplexities nearer to each other than this are called unchanged."""
+
+
+Kind = TypeVar("Kind", bound=Entry)
+
+
+def by_method(results: Results, entries: Iterable[Kind], train_length: int) -> dict[str, list[Kind]]:
+    """Method -> those of its entries that are of models trained at `train_length`, for every method that has any."""
+    found: dict[str, list[Kind]] = {method: [] for method in results.methods(train_length)}
+    for entry in entries:
+        if entry.train_length == train_length:
+            found[entry.method].append(entry)
+    return {method: chosen for method, chosen in found.items() if chosen}
+
+
+def perplexity_lengths(results: Results) -> tuple[int, ...]:
+    """The training lengths of which there is a main table to show: asked for perplexity, or trained and so far not
+    asked for anything.
+    """
+    trained = {entry.train_length for entry in results.training}
+    asked = {entry.train_length for entry in results.entries()}
+    return tuple(n for n in results.train_lengths() if n in trained - asked or results.valid_lengths(n))
+
+
+def perplexity_methods(results: Results, train_length: int) -> tuple[str, ...]:
+    """The methods trained at `train_length` that the main table has rows for: trained or asked for perplexity."""
+    entries: tuple[Record | Skipped, ...] = (*results.records, *results.skipped)
+    asked = {(entry.method, entry.train_length) for entry in entries if entry.protocol == "nonoverlapping"}
+    trained = {(entry.method, entry.train_length) for entry in results.training}
+    return tuple(method for method in results.methods(train_length) if (method, train_length) in trained | asked)
+
+
+def longest_past(results: Results, train_length: int) -> int | None:
+    """The longest validation length of the grid; None when none is past the training length."""
+    longest = max(results.valid_lengths(train_length), default=0)
+    return longest if longest > train_length else None
+
+
+def measured(results: Results, method: str, train_length: int, valid_length: int) -> Record | None:
+    """The perplexity in nonoverlapping windows; None where there is none."""
+    entry = results.find(method, train_length, valid_length)
+    return entry if isinstance(entry, Record) else None
+
+
+def growth(results: Results, method: str, train_length: int, valid_length: int) -> float | None:
+    """Perplexity at `valid_length` over the method's own at `train_length`; None when it cannot be told."""
+    near, far = (measured(results, method, train_length, length) for length in (train_length, valid_length))
+    return None if near is None or far is None or math.isinf(near.perplexity) else loss_ratio(far, near)
+
+
+def loss_ratio(over: Scored, under: Scored) -> float:
+    """Perplexity over perplexity, from the losses: defined where a perplexity itself would overflow."""
+    difference = over.loss - under.loss
+    return math.exp(difference) if difference < 709 else math.inf
+
+
+def grid_by_length(title: str, note: str, results: Results, train_length: int, text: Callable[[Record], str]) -> Grid:
+    """A table of method by validation length; `text` says what stands in a cell."""
+    methods, lengths = perplexity_methods(results, train_length), results.valid_lengths(train_length)
+    columns: list[tuple[str, ...]] = [("method",)]
+    rows = [[method] for method in methods]
+    for length in lengths:
+        entries = [measured(results, method, train_length, length) for method in methods]
+        contexts = (entry.mean_context for entry in entries if entry is not None)
+        columns.append((f"{length:,}", format_multiple(length, train_length), format_range(contexts, _context)))
+        for row, entry in zip(rows, entries, strict=True):
+            row.append(MISSING if entry is None else text(entry))
+    return Grid(f"{title}, trained at {train_length:,} tokens", note, tuple(columns), tuple(map(tuple, rows)))
+
+
+def _context(mean: float) -> str:
+    return f"{mean:,.4g}" if mean < 1000 else f"{mean:,.0f}"

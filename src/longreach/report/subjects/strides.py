@@ -1,0 +1,145 @@
+"""Sliding windows beside nonoverlapping ones: whether a gain with length is still there when windows slide."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import partial
+from typing import TYPE_CHECKING
+
+from longreach.report.drawing import LIGHT, Theme
+from longreach.report.entries import LEVEL, by_method, loss_ratio
+from longreach.report.grid import MISSING, Grid, format_perplexity, format_ratio
+from longreach.report.heat_maps import HeatMap, Scale, draw_heat_maps, model_title
+from longreach.report.section import ONE_SEED, Finding, Picture, Section, at_each, clauses, first
+from longreach.results import Record, Results
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Cells = dict[tuple[int, int | None], Record]
+"""(validation length, stride) -> perplexity; the stride of nonoverlapping windows is None."""
+
+
+def sections(results: Results) -> Iterator[Section]:
+    """Perplexity by stride."""
+    tables = at_each(stride_grid, results)
+    if tables:
+        yield Section(
+            title="Sliding windows",
+            findings=at_each(strides, results),
+            picture=Picture(
+                "strides",
+                partial(stride_figure, results),
+                "Perplexity by validation length and stride, one map per model. The tables below have the numbers.",
+            ),
+            reading=(
+                "The smaller the stride, the fewer tokens are scored with little context, and the dearer is scoring."
+            ),
+            tables=tables,
+        )
+
+
+def cells_of(results: Results, train_length: int) -> dict[str, Cells]:
+    """Method -> its perplexities, of those methods that have sliding windows."""
+    found: dict[str, Cells] = {}
+    for method, entries in by_method(results, results.records, train_length).items():
+        cells: Cells = {(e.valid_length, e.stride): e for e in entries if e.protocol == "sliding-window"}
+        if cells:
+            plain = (entry for entry in entries if entry.protocol == "nonoverlapping")
+            found[method] = cells | {(entry.valid_length, None): entry for entry in plain}
+    return found
+
+
+def _strides(methods: dict[str, Cells]) -> list[int]:
+    """By how much windows slid, ascending."""
+    return sorted({stride for cells in methods.values() for _, stride in cells if stride is not None})
+
+
+def strides(results: Results, train_length: int) -> Finding | None:
+    """Whether what perplexity gains with longer windows is still there when windows slide.
+
+    They slide by the smallest stride that was measured at more than one length: probes add one at the training length.
+    """
+    methods = cells_of(results, train_length)
+    lengths = {s: {n for cells in methods.values() for n, by in cells if by == s} for s in _strides(methods)}
+    if not lengths:
+        return None
+    stride = min((stride for stride in lengths if len(lengths[stride]) > 1), default=None)
+    if stride is None:
+        return Finding("Windows that slide were measured at one length alone for each stride: no gain to compare.")
+    far = max(lengths[stride])
+    near = train_length if train_length in lengths[stride] and train_length < far else min(lengths[stride])
+    verdicts: dict[str, list[str]] = {
+        "still falls with": [],
+        "no longer falls with": [],
+        "did not fall before with": [],
+    }
+    details = []
+    for method, cells in methods.items():
+        plain, sliding = (_growth(cells, near, far, by) for by in (None, stride))
+        if plain is None or sliding is None:
+            continue
+        if plain * LEVEL > 1:
+            verdicts["did not fall before with"].append(method)
+        else:
+            verdicts["still falls with" if sliding * LEVEL <= 1 else "no longer falls with"].append(method)
+        details.append(f"{method} {format_ratio(plain)} in nonoverlapping windows, {format_ratio(sliding)} in sliding")
+    if not details:
+        return Finding(f"No method was measured both ways at {near:,} and {far:,} tokens: no gain to compare.")
+    return Finding(
+        f"Where windows slide by {stride:,}, perplexity from {near:,} to {far:,} tokens {clauses(verdicts)}.",
+        f"Perplexity at {far:,} over that at {near:,}: {first(details)}.",
+        f"A fall that goes away was relief from the early token curse. One below 1% counts as none. {ONE_SEED}",
+    )
+
+
+def _growth(cells: Cells, near: int, far: int, stride: int | None) -> float | None:
+    over, under = cells.get((far, stride)), cells.get((near, stride))
+    return None if over is None or under is None else loss_ratio(over, under)
+
+
+def stride_grid(results: Results, train_length: int) -> Grid | None:
+    """Perplexity by method, validation length and stride; nonoverlapping windows come last."""
+    methods = cells_of(results, train_length)
+    if not methods:
+        return None
+    strides = _strides(methods)
+    rows = []
+    for method, cells in methods.items():
+        for length in sorted({length for length, _ in cells}):
+            entries = [cells.get((length, stride)) for stride in (*strides, None)]
+            texts = (MISSING if entry is None else format_perplexity(entry.perplexity) for entry in entries)
+            rows.append((method, f"{length:,}", *texts))
+    columns = (("method",), ("validation", "length"), *(("stride", f"{stride:,}") for stride in strides))
+    return Grid(
+        title=f"Perplexity per token by stride, trained at {train_length:,} tokens",
+        note="Stride: tokens newly scored in each sliding window; all the others in it are context alone.",
+        columns=(*columns, ("no overlap",)),
+        rows=tuple(rows),
+    )
+
+
+def stride_figure(results: Results, theme: Theme = LIGHT) -> Figure:
+    """Perplexity by validation length and stride, one panel for each model, shaded by its logarithm."""
+    maps = []
+    for train_length in results.train_lengths():
+        methods = cells_of(results, train_length)
+        columns = (*(f"{stride:,}" for stride in _strides(methods)), "none")
+        for method, cells in methods.items():
+            rows = tuple(f"{length:,}" for length in sorted({length for length, _ in cells}))
+            shown = {
+                (f"{length:,}", "none" if stride is None else f"{stride:,}"): entry.perplexity
+                for (length, stride), entry in cells.items()
+            }
+            texts = {place: (value, format_perplexity(value)) for place, value in shown.items()}
+            maps.append(HeatMap(model_title(method, train_length), rows, columns, texts))
+    values = [value for panel in maps for value, _ in panel.cells.values() if value < math.inf] or [1.0]
+    low, high = min(values), max(values)
+
+    def place(value: float) -> float:
+        return 0.0 if value <= low else min(1.0, math.log(value / low) / (math.log(high / low) or 1.0))
+
+    ends = format_perplexity(low), format_perplexity(high)
+    scale = Scale("Stride (none: no overlap)", "Validation length", "perplexity, logarithmic", *ends, place)
+    return draw_heat_maps(maps, scale, theme)

@@ -1,0 +1,25 @@
+from dataclasses import replace
+
+from longreach.report.subjects.skipped import skipped_grid
+
+
+def test_skipped_cells_of_one_reason_stand_together(demo):
+    (row,) = skipped_grid(demo).rows
+    assert row == ("its table holds 128 positions", "learned", "128", "nonoverlapping at 256, 512, 1,024, 2,048")
+
+
+def test_what_was_skipped_for_one_reason_is_one_row_as_long_as_it_is_the_same(empty, skipped):
+    def offsets(method, train_length=128):
+        entry = skipped(method, 64, "too short", train_length)
+        return replace(entry, task="offsets", stride=None, protocol=None)
+
+    entries = []
+    for method, train_length in (("a", 128), ("b", 128), ("a", 256), ("b", 256), ("c", 128)):
+        entries += [skipped(method, n, "too short", train_length) for n in (512, 64)]
+        entries.append(replace(entries[-1], stride=1, protocol="cached"))
+    entries += [offsets("a"), offsets("b"), offsets("a", 256), offsets("b", 256), skipped("c", 128, "out of memory")]
+    assert skipped_grid(empty.add(*entries)).rows == (
+        ("too short", "a, b", "128, 256", "nonoverlapping at 64, 512; cached, offsets at 64"),
+        ("too short", "c", "128", "nonoverlapping at 64, 512; cached at 64"),
+        ("out of memory", "c", "128", "nonoverlapping at 128"),
+    )

@@ -1,0 +1,42 @@
+import subprocess
+import sys
+
+from drawn_curves import curves
+
+from longreach.report.drawing import DARK, to_png, to_svg
+from longreach.report.subjects.paper import (
+    paper_figure,
+)
+from longreach.report.subjects.perplexity import perplexity_figure
+
+
+def test_a_method_has_one_colour_everywhere(demo, empty, record):
+    (axes,) = perplexity_figure(demo).axes
+    assert list(curves(axes))[:4] == list(curves(paper_figure().axes[0]))
+    (alone,) = perplexity_figure(empty.add(record("alibi", 128, 9.0))).axes
+    assert list(curves(alone)) == [list(curves(axes))[3]]
+    markers = [line.get_marker() for line in axes.lines if len(line.get_xdata()) and line.get_linestyle() != "None"]
+    assert len(set(markers)) == 6  # five methods, and the training length has none
+
+
+def test_written_bytes_depend_on_the_results_alone(demo, monkeypatch):
+    import matplotlib
+
+    first = to_svg(perplexity_figure(demo)), to_png(perplexity_figure(demo))
+    with matplotlib.rc_context({"font.size": 20, "axes.facecolor": "red", "svg.hashsalt": None}):
+        monkeypatch.setenv("SOURCE_DATE_EPOCH", "1")
+        assert (to_svg(perplexity_figure(demo)), to_png(perplexity_figure(demo))) == first
+        assert matplotlib.rcParams["font.size"] == 20  # the user's settings are as they were
+    assert b"<dc:date>" not in first[0]
+    assert to_svg(perplexity_figure(demo, DARK)) != first[0]
+
+
+def test_same_bytes_in_a_fresh_process_without_pyplot(tmp_path):
+    code = (
+        "import sys, pathlib; from longreach.report.drawing import to_svg;"
+        "from longreach.report.subjects.paper import paper_figure;"
+        "pathlib.Path(sys.argv[1]).write_bytes(to_svg(paper_figure()));"
+        "assert 'matplotlib.pyplot' not in sys.modules and 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.svg")], check=True)
+    assert (tmp_path / "a.svg").read_bytes() == to_svg(paper_figure())
