@@ -1,6 +1,16 @@
 """longreach: language models trained on short sequences and used on long ones."""
 
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # what resolving on first use hides from type checkers and from the documentation
+    from longreach.ops.alibi import alibi_bias, alibi_slopes
+    from longreach.ops.attention import attention
+    from longreach.ops.reach import reach
+    from longreach.pretrained.convert import convert, unconvert
+    from longreach.pretrained.export import export_mpt
+    from longreach.pretrained.extend import extend, restore
+    from longreach.pretrained.save import load_pretrained, save_pretrained
 
 __version__ = "0.1.0"
 
