@@ -21,12 +21,13 @@ from longreach.data.tokenizer import StreamingDecoder
 from longreach.measure.plan import EvaluateConfig
 from longreach.models.generate import stream
 from longreach.pretrained.export import export_mpt
+from longreach.reading import read_file
 from longreach.report.grid import to_markdown
 from longreach.report.page import print_tables, write_report
 from longreach.report.subjects.perplexity import main_grid
 from longreach.results import Model, Results
 from longreach.terminal import TerminalProgress
-from longreach.train.config import PRESETS, RunConfig, check_folder, load_config
+from longreach.train.config import PRESETS, RunConfig, check_folder
 from longreach.train.loop import read_training_record
 from longreach.verbs.compare import CompareConfig, compare
 from longreach.verbs.doctor import DoctorConfig, examine, print_checkup
@@ -383,7 +384,7 @@ def _starting_values(kind: type[Arguments], words: list[str]) -> Any:
             )
         config: Any = starting_config(known.start_from)
     elif known.config_file is not None:
-        config = load_config(config_class, known.config_file)
+        config = read_file(config_class, known.config_file)
     else:
         config = replace(config_class(), **PRESETS[known.preset])
     return kind(output=tyro.MISSING, config=config, preset=known.preset, config_file=known.config_file)  # type: ignore[call-arg]

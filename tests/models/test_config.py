@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from longreach.models.config import ARCHITECTURES, Architecture, ModelConfig
 from longreach.models.decoder import Decoder
+from longreach.reading import read_values
 
 DROPOUTS = [field.name for field in dataclasses.fields(Architecture) if field.name.endswith("_dropout")]
 
@@ -38,20 +39,7 @@ def configs(draw):
 
 @given(configs())
 def test_survives_json(config):
-    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
-
-
-def test_from_dict_takes_what_is_given_and_defaults_the_rest():
-    config = ModelConfig.from_dict({"vocab_size": 10, "train_length": 8})
-    assert config == ModelConfig(vocab_size=10, train_length=8)
-    assert config.adaptive_cutoffs == ()
-
-
-def test_unknown_and_missing_keys():
-    with pytest.raises(ValueError, match=r"^unknown configuration key 'n_head': known are .*num_heads"):
-        ModelConfig.from_dict({"vocab_size": 10, "train_length": 8, "n_head": 4})
-    with pytest.raises(ValueError, match=r"^configuration key 'train_length' is missing$"):
-        ModelConfig.from_dict({"vocab_size": 10})
+    assert read_values(ModelConfig, json.loads(json.dumps(dataclasses.asdict(config)))) == config
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ def test_a_configuration_that_is_no_text(saved):
 def test_an_unknown_key_is_named(saved):
     path = saved / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "n_embd": 3}))
-    with pytest.raises(ValueError, match="unknown configuration key 'n_embd'"):
+    with pytest.raises(ValueError, match="unknown key 'n_embd': known are"):
         load_model(saved)
 
 
@@ -120,7 +120,7 @@ def test_any_wrong_value_in_the_configuration_is_a_value_error(saved, value):
     path = saved / "config.json"
     values = json.loads(path.read_text())
     harmless = {("adaptive_cutoffs", "[]"), ("num_kv_heads", "None"), ("d_ff", "None"), ("longest_length", "None")}
-    harmless |= {("adaptive_cutoffs", "{}"), ("tied_embeddings", "True")}
+    harmless |= {("tied_embeddings", "True")}
     for name in values:
         path.write_text(json.dumps({**values, name: value}))
         if (name, repr(value)) in harmless:

@@ -75,9 +75,9 @@ def test_any_text_is_read_or_refused_in_one_line(spec):
         ("alibi:dynamic", "option 'dynamic' of position method alibi: give OPTION=VALUE"),
         ("alibi:base=2", "option 'base=2' of position method alibi: give OPTION=VALUE"),
         ("alibi:dynamic=yes", "alibi:dynamic='yes': give true or false"),
-        ("alibi:interpolation_factor=half", r"alibi:interpolation_factor='half': give a number \(float\)"),
-        ("alibi:interpolation_factor=", r"alibi:interpolation_factor='': give a number \(float\)"),
-        ("learned:table_length=1.5", r"learned:table_length='1\.5': give a number \(int\)"),
+        ("alibi:interpolation_factor=half", "alibi:interpolation_factor='half': give a number"),
+        ("alibi:interpolation_factor=", "alibi:interpolation_factor='': give a number"),
+        ("learned:table_length=1.5", r"learned:table_length='1\.5': give an integer"),
         ("t5:num_buckets=32:num_buckets=64", "option 'num_buckets' of position method t5 is given twice"),
     ],
 )

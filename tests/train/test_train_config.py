@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from longreach.data.prepare import DataConfig
 from longreach.models.config import Architecture
-from longreach.train.config import PRESETS, RunConfig, TrainConfig, claim_folder, load_config, save_config
+from longreach.reading import read_file
+from longreach.train.config import PRESETS, RunConfig, TrainConfig, claim_folder, save_config
 from longreach.verbs.compare import CompareConfig
 
 
@@ -15,7 +16,7 @@ from longreach.verbs.compare import CompareConfig
 def test_presets_survive_their_file(tmp_path, kind, preset):
     config = dataclasses.replace(kind(), **PRESETS[preset])
     save_config(config, tmp_path / "config.toml")
-    assert load_config(kind, tmp_path / "config.toml") == config
+    assert read_file(kind, tmp_path / "config.toml") == config
 
 
 @given(
@@ -32,7 +33,7 @@ def test_any_configuration_survives_its_file(tmp_path_factory, steps, rate, text
     )
     path = tmp_path_factory.mktemp("config") / "config.toml"
     save_config(config, path)
-    assert load_config(RunConfig, path) == config
+    assert read_file(RunConfig, path) == config
 
 
 @pytest.mark.parametrize(
@@ -40,14 +41,10 @@ def test_any_configuration_survives_its_file(tmp_path_factory, steps, rate, text
     [
         (
             "[train]\nstepz = 3\n",
-            r"config\.toml: unknown configuration key 'train\.stepz': known are train_length, steps",
+            r"config\.toml: unknown key 'train\.stepz': did you mean steps\? Known are train_length",
         ),
-        ("[train]\nsteps = 3.5\n", r"config\.toml: train\.steps=3\.5: give int"),
-        ("[train]\nsteps = true\n", r"train\.steps=True: give int"),
-        ("[train]\nsteps = 0\n", r"steps=0: give a positive integer"),
-        ("[train]\nbetas = 3\n", r"train\.betas=3: give a list"),
-        ("train = 3\n", r"train=3: give a table \[train\]"),
-        ("steps = = 3\n", "not a TOML file"),
+        ("[train]\nsteps = 0\n", r"config\.toml: train\.steps=0: give a positive integer"),
+        ("[train]\nprecision = 'fp8'\n", r"train\.precision='fp8': give 'auto', 'fp32' or 'bf16'"),
         ('method = "foo"\n', "position method 'foo': give one of alibi"),
         ("[model]\nnum_heads = 7\n", "num_heads=7 does not divide d_model=256"),
     ],
@@ -55,12 +52,7 @@ def test_any_configuration_survives_its_file(tmp_path_factory, steps, rate, text
 def test_mistakes_in_a_file_are_named(tmp_path, text, message):
     (tmp_path / "config.toml").write_text(text)
     with pytest.raises(ValueError, match=message):
-        load_config(RunConfig, tmp_path / "config.toml")
-
-
-def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"config\.toml: no such configuration file"):
-        load_config(RunConfig, tmp_path / "config.toml")
+        read_file(RunConfig, tmp_path / "config.toml")
 
 
 @pytest.mark.parametrize(
@@ -93,7 +85,7 @@ def test_a_folder_belongs_to_one_configuration(tmp_path):
     other = RunConfig(method="rotary", train=TrainConfig(steps=7, warmup_steps=0))
     with pytest.raises(ValueError, match=r"holds a run with another method, steps, warmup_steps: give a new folder"):
         claim_folder(folder, other)
-    assert load_config(RunConfig, folder / "config.toml") == RunConfig()
+    assert read_file(RunConfig, folder / "config.toml") == RunConfig()
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):

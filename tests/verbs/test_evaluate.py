@@ -11,8 +11,9 @@ from longreach.data.prepare import DataConfig
 from longreach.data.tokenizer import load_tokenizer, train_tokenizer
 from longreach.measure.plan import EvaluateConfig
 from longreach.models.config import Architecture
+from longreach.reading import read_file
 from longreach.results import Results
-from longreach.train.config import TrainConfig, load_config
+from longreach.train.config import TrainConfig
 from longreach.verbs.compare import CompareConfig, compare
 from longreach.verbs.evaluate import EvaluationConfig, evaluate_models
 
@@ -149,7 +150,7 @@ def test_retrieval_needs_no_text(comparison, monkeypatch):
 def longer(comparison, tmp_path_factory):
     """A folder with a run of one method at twice the training length, on the same text."""
     folder = tmp_path_factory.mktemp("longer") / "out"
-    config = load_config(CompareConfig, comparison / "config.toml")
+    config = read_file(CompareConfig, comparison / "config.toml")
     config = replace(config, methods=("alibi",), train=replace(config.train, train_length=32, batch_size=2))
     compare(config, folder, silent)
     return folder / "alibi"

@@ -18,7 +18,8 @@ from longreach.pretrained.convert import convert
 from longreach.pretrained.extend import extend, extension_of
 from longreach.pretrained.interpolation import Scaling
 from longreach.pretrained.save import adapt, load_pretrained, save_pretrained
-from longreach.train.config import RunConfig, TrainConfig, claim_folder, load_config
+from longreach.reading import read_file
+from longreach.train.config import RunConfig, TrainConfig, claim_folder
 from longreach.verbs.evaluate import EvaluationConfig, evaluate_models
 from longreach.verbs.start import check_start, next_token_loss, starting_config
 from longreach.verbs.train import open_run, train_run
@@ -312,7 +313,7 @@ def test_the_starting_values_are_the_model_s(pretrained, tmp_path):
 def test_the_configuration_survives_its_file(pretrained, tmp_path):
     config = starting_config(pretrained("gpt2"))
     claim_folder(tmp_path / "run", config)
-    assert load_config(RunConfig, tmp_path / "run" / "config.toml") == config
+    assert read_file(RunConfig, tmp_path / "run" / "config.toml") == config
 
 
 @pytest.mark.parametrize("method", ["rotary", "none", "alibi:dynamic=true", "alibi:learned=true"])

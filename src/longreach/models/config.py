@@ -1,9 +1,8 @@
 """What a decoder is made of."""
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -143,17 +142,3 @@ class ModelConfig(Architecture):
             train_length=self.train_length,
             longest_length=self.longest_length or self.train_length,
         )
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON can hold them."""
-        return {**dataclasses.asdict(self), "adaptive_cutoffs": list(self.adaptive_cutoffs)}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "ModelConfig":
-        """The inverse of `to_dict`; ValueError on keys that are unknown or missing."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise ValueError(f"unknown configuration key {unknown[0]!r}: known are {', '.join(sorted(known))}")
-        if missing := sorted({"vocab_size", "train_length"} - set(values)):
-            raise ValueError(f"configuration key {missing[0]!r} is missing")
-        return cls(**{**values, "adaptive_cutoffs": tuple(values.get("adaptive_cutoffs", ()))})

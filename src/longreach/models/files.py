@@ -1,5 +1,6 @@
 """A model as files: model.safetensors, config.json, and beside them the tokenizer.json that others write."""
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from longreach.files import replacing
 from longreach.models.config import ModelConfig
 from longreach.models.decoder import Decoder
+from longreach.reading import parse_file, read_values
 
 MODEL_TYPE = "longreach"
 
@@ -23,7 +25,7 @@ def save_model(model: Decoder, folder: str | os.PathLike[str]) -> None:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config = {"model_type": MODEL_TYPE, **model.config.to_dict()}
+    config = {"model_type": MODEL_TYPE, **dataclasses.asdict(model.config)}
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     path = folder / "model.safetensors"
     try:
@@ -48,12 +50,12 @@ def load_model(folder: str | os.PathLike[str], device: torch.device | str = "cpu
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; give the folder of a trained run")
     try:
-        values = json.loads(config_path.read_text(encoding="utf-8"))
+        values = parse_file(config_path)
         if not isinstance(values, dict) or values.pop("model_type", None) != MODEL_TYPE:
             raise ValueError(f"model_type is not {MODEL_TYPE!r}")
-        config = ModelConfig.from_dict(values)
+        config = read_values(ModelConfig, values)
         weights = safetensors.torch.load_file(weights_path)
-    except (ValueError, TypeError, safetensors.SafetensorError) as error:
+    except (ValueError, safetensors.SafetensorError) as error:
         raise ValueError(f"{folder}: damaged or not a longreach model ({error}); train it again") from error
     model = Decoder(config)
     try:

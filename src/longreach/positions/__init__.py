@@ -3,7 +3,8 @@
 A method is named by a string: its name, then options, as in `rotary:base=500000:scaling=ntk`.
 """
 
-from typing import Any, get_args, get_type_hints
+import dataclasses
+from typing import Any
 
 from longreach.positions.alibi import Alibi, AlibiOptions
 from longreach.positions.learned import Learned, LearnedOptions
@@ -12,6 +13,7 @@ from longreach.positions.none import NoneOptions, NonePositions
 from longreach.positions.rotary import Rotary, RotaryOptions, rotate
 from longreach.positions.sinusoidal import ShiftedSinusoidal, Sinusoidal, SinusoidalOptions
 from longreach.positions.t5 import T5, T5Options
+from longreach.reading import read_words
 
 __all__ = ["METHODS", "AttentionPositions", "ModelSize", "PositionMethod", "build_method", "parse_method", "rotate"]
 
@@ -48,31 +50,16 @@ def parse_method(spec: str) -> tuple[str, Any]:
     name, *settings = spec.split(":")
     if name not in METHODS:
         raise ValueError(f"position method {name!r}: give one of {', '.join(METHODS)}")
-    options_class = METHODS[name][1]
-    types = get_type_hints(options_class)
-    values: dict[str, Any] = {}
+    words: dict[str, str] = {}
+    kind = METHODS[name][1]
     for setting in settings:
-        option, equals, text = setting.partition("=")
-        if option not in types or not equals:
-            known = ", ".join(types) or "none"
-            raise ValueError(f"option {setting!r} of position method {name}: give OPTION=VALUE with one of {known}")
-        if option in values:
+        option, equals, word = setting.partition("=")
+        if option not in (known := [field.name for field in dataclasses.fields(kind)]) or not equals:
+            raise ValueError(
+                f"option {setting!r} of position method {name}: give OPTION=VALUE with one of "
+                f"{', '.join(known) or 'none'}"
+            )
+        if option in words:
             raise ValueError(f"option {option!r} of position method {name} is given twice in {spec!r}: give it once")
-        values[option] = _parse_value(f"{name}:{option}", text, types[option])
-    return name, options_class(**values)
-
-
-def _parse_value(where: str, text: str, annotation: Any) -> Any:
-    """Read one option's value by the type its dataclass declares."""
-    kinds = get_args(annotation) or (annotation,)
-    if bool in kinds:
-        if text not in ("true", "false"):
-            raise ValueError(f"{where}={text!r}: give true or false")
-        return text == "true"
-    for kind in (int, float):
-        if kind in kinds:
-            try:
-                return kind(text)
-            except ValueError:
-                raise ValueError(f"{where}={text!r}: give a number ({kind.__name__})") from None
-    return text
+        words[option] = word
+    return name, read_words(kind, words, lambda option: f"{name}:{option}")

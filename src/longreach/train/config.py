@@ -2,12 +2,10 @@
 
 import dataclasses
 import math
-import os
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 import tomli_w
 
@@ -15,6 +13,7 @@ from longreach.data.mix import parse_mix
 from longreach.data.prepare import DataConfig
 from longreach.files import write_atomically
 from longreach.models.config import ARCHITECTURES, Architecture, ModelConfig
+from longreach.reading import read_file
 from longreach.results import Model
 
 
@@ -140,30 +139,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """Named starting values of a run: whole sections that replace the defaults."""
 
-Config = TypeVar("Config")
-
 
 def save_config(config: Any, path: Path) -> None:
     """Write a configuration dataclass as TOML, leaving out what is None."""
     write_atomically(path, tomli_w.dumps(to_toml_values(config)).encode())
-
-
-def load_config(kind: type[Config], path: str | os.PathLike[str]) -> Config:
-    """Read what `save_config` wrote, or a person: fields left out take their defaults.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not TOML, or a key is unknown, or a value is of the wrong type or out of range.
-    """
-    try:
-        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        return _from_values(kind, values, "")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such configuration file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a TOML file ({error}); mend it there") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
 def check_folder(folder: Path, config: Any) -> None:
@@ -174,7 +153,7 @@ def check_folder(folder: Path, config: Any) -> None:
     """
     path = folder / "config.toml"
     if path.exists():
-        there = load_config(type(config), path)
+        there = read_file(type(config), path)
         if there != config:
             names = ", ".join(_differences(to_toml_values(there), to_toml_values(config)))
             raise ValueError(f"output {folder} holds a run with another {names}: give a new folder, or the same values")
@@ -205,38 +184,6 @@ def to_toml_values(config: Any) -> dict[str, Any]:
         elif value is not None:
             values[field.name] = list(value) if isinstance(value, tuple) else value
     return values
-
-
-def _from_values(kind: type[Config], values: Mapping[str, Any], prefix: str) -> Config:
-    types = get_type_hints(kind)
-    arguments = {}
-    for key, value in values.items():
-        if key not in types:
-            raise ValueError(f"unknown configuration key {prefix + key!r}: known are {', '.join(types)}")
-        arguments[key] = _from_value(types[key], value, prefix + key)
-    return kind(**arguments)
-
-
-def _from_value(annotation: Any, value: Any, name: str) -> Any:
-    """Check one TOML value against the type its field declares, and turn lists into tuples."""
-    if dataclasses.is_dataclass(annotation):
-        if not isinstance(value, dict):
-            raise ValueError(f"{name}={value!r}: give a table [{name}]")
-        return _from_values(annotation, value, name + ".")  # type: ignore[arg-type]
-    if get_origin(annotation) is tuple:
-        item = get_args(annotation)[0]
-        if not isinstance(value, list):
-            raise ValueError(f"{name}={value!r}: give a list")
-        return tuple(_from_value(item, element, name) for element in value)
-    if get_origin(annotation) is Literal:
-        return value  # the dataclass names the choices
-    kinds = get_args(annotation) or (annotation,)
-    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if type(value) not in kinds:
-        wanted = " or ".join(kind.__name__ for kind in kinds if kind is not type(None))
-        raise ValueError(f"{name}={value!r}: give {wanted}")
-    return value
 
 
 def _differences(there: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:

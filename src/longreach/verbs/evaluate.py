@@ -22,9 +22,10 @@ from longreach.measure.transformers import StateLength, load_configuration, load
 from longreach.pretrained.extend import extend, fixed_length
 from longreach.pretrained.interpolation import SCALINGS
 from longreach.pretrained.save import adapt, holds_pretrained
+from longreach.reading import read_file
 from longreach.report.page import write_report
 from longreach.results import Model, Provenance, Results, TrainingRecord
-from longreach.train.config import RunConfig, check_folder, claim_folder, load_config
+from longreach.train.config import RunConfig, check_folder, claim_folder
 from longreach.train.loop import read_training_record, resolve_device
 from longreach.verbs.train import Progress, open_run, provenance, read_run, text_of
 
@@ -155,7 +156,7 @@ def _find(name: str, config: EvaluationConfig, scaling: str | None) -> _Model:
     trained_here = (folder / "config.toml").exists()
     if holds_pretrained(folder) or not (trained_here or (folder.is_dir() and not (folder / "config.json").exists())):
         model = _find_pretrained(
-            name, config, scaling, load_config(RunConfig, folder / "config.toml") if trained_here else None
+            name, config, scaling, read_file(RunConfig, folder / "config.toml") if trained_here else None
         )
     elif scaling is not None:
         raise ValueError(

@@ -24,7 +24,8 @@ from longreach.pretrained.extend import CONVERTIBLE, FAMILIES, extend
 from longreach.pretrained.interpolation import Scaling, read_alibi_scaling
 from longreach.pretrained.lengths import SCALING, TRAIN_LENGTH, declared_length
 from longreach.pretrained.save import holds_pretrained, save_pretrained
-from longreach.train.config import RunConfig, TrainConfig, load_config
+from longreach.reading import read_file
+from longreach.train.config import RunConfig, TrainConfig
 from longreach.train.loop import Trainee, decoder_trainee
 
 
@@ -42,7 +43,7 @@ def starting_config(source: str) -> RunConfig:
     """
     folder = Path(source)
     if (folder / "config.toml").exists() and (folder / "training.json").exists():
-        before = load_config(RunConfig, folder / "config.toml")
+        before = read_file(RunConfig, folder / "config.toml")
         return replace(
             before,
             start_from=source,

@@ -23,8 +23,9 @@ from longreach.measure.words import count_words
 from longreach.models.decoder import Decoder
 from longreach.models.files import load_model
 from longreach.pretrained.save import holds_pretrained
+from longreach.reading import read_file
 from longreach.results import Provenance, TrainingRecord
-from longreach.train.config import RunConfig, TrainConfig, claim_folder, load_config, to_toml_values
+from longreach.train.config import RunConfig, TrainConfig, claim_folder, to_toml_values
 from longreach.train.loop import BatchSource, Step, Trainee, resolve_device, train
 from longreach.verbs.start import build_trainee, check_start
 
@@ -125,7 +126,7 @@ def read_run(folder: Path) -> RunConfig:
             f"{folder} holds no model: give the folder of a trained run, with its config.toml, or of a Hugging Face "
             "model, with its config.json"
         )
-    config = load_config(RunConfig, folder / "config.toml")
+    config = read_file(RunConfig, folder / "config.toml")
     if not (folder / "model.safetensors").is_file():
         raise FileNotFoundError(f"{folder / 'model.safetensors'}: no such file; give the folder of a trained run")
     return config

@@ -1,0 +1,249 @@
+"""The one way from files and words to frozen dataclasses: TOML, JSON, `rotary:base=500000` and the command line.
+
+What is read is checked against the types that fields declare, as they are declared: no number stands for a string, no
+fraction for a count. An error is a ValueError of one line that names the value by its dotted path.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+import tomllib
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+
+Kind = TypeVar("Kind")
+Place = tuple[str | int, ...]
+"""Names of fields and indices of lists, from the outermost in."""
+
+_MENDS = {
+    "int_type": "an integer",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "tuple_type": "a list",
+    "missing": "more items",
+    "too_long": "fewer items",
+    "dict_type": "a table",
+    "dataclass_type": "a table",
+}
+"""Pydantic's name of a mistake -> what is to be given instead, where its own words are not those of TOML and JSON."""
+
+_SHOWN = 200
+"""The most characters of a refused value that an error repeats."""
+
+
+def dotted(path: Place) -> str:
+    """A place in a file, as in `train.betas[1]`."""
+    names = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
+    return names.removeprefix(".") or "the whole"
+
+
+def read_file(kind: type[Kind], path: Path) -> Kind:
+    """Read a dataclass from a .toml or a .json file; fields left out take their defaults.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, holds a key twice or an unknown one, or a value is of the wrong type or out of range.
+    """
+    try:
+        return read_values(kind, parse_file(path))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def parse_file(path: Path) -> Any:
+    """What a .toml or a .json file holds, as plain values.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is neither, or holds a key twice.
+    """
+    name = path.suffix.removeprefix(".").upper()
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file") from None
+    try:
+        text = data.decode()
+        return tomllib.loads(text) if name == "TOML" else parse_json(text)
+    except RecursionError as error:
+        raise ValueError(f"nested too deeply for a {name} file of longreach; mend it there") from error
+    except ValueError as error:  # of the decoder and of both parsers
+        raise ValueError(f"not a {name} file ({error}); mend it there") from error
+
+
+def parse_json(text: str) -> Any:
+    """Plain values of strict JSON in which no key comes twice."""
+    return json.loads(text, object_pairs_hook=_distinct)
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = dict(pairs)
+    if len(keys) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} comes twice in one object: keep one of the two")
+    return keys
+
+
+def read_words(
+    kind: type[Kind], words: Mapping[str, Any], spell: Callable[[str], str], start: Kind | None = None
+) -> Kind:
+    """Make a dataclass of words that a person typed.
+
+    Args:
+        kind: the dataclass. Fields of its sections are named as if they were its own.
+        words: name of a field -> its word: a number, true or false, text; items with commas between them for a tuple;
+            none for None or no numbers at all.
+        spell: how the person calls a field, for errors.
+        start: values of the fields that no word is given for, instead of their defaults.
+
+    Raises:
+        ValueError: a word is unknown, or not of its field's type, or contradicts another.
+    """
+    values: dict[str, Any] = {} if start is None else dataclasses.asdict(start)  # type: ignore[call-overload]
+    fields = leaves(kind)
+    for name, word in words.items():
+        section = values
+        for part in fields[name].path[:-1]:
+            section = section.setdefault(part, {})
+        section[name] = _plain(word, fields[name].type)
+    return read_values(kind, values, lambda path: spell(next((p for p in path[::-1] if isinstance(p, str)), "")))
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """A field of a dataclass or of one of its sections."""
+
+    path: tuple[str, ...]
+    """The sections, and its name."""
+    type: Any
+    """As it is declared."""
+    owner: type[Any]
+    """The dataclass that declares it."""
+
+
+def leaves(kind: type[Any]) -> dict[str, Leaf]:
+    """Name -> field, of a dataclass and its sections, in which no name may come twice."""
+    found: dict[str, Leaf] = {}
+    for name, annotation in get_type_hints(kind).items():
+        inner = {name: Leaf((name,), annotation, kind)}
+        if dataclasses.is_dataclass(annotation):
+            inner = {
+                key: dataclasses.replace(leaf, path=(name, *leaf.path))
+                for key, leaf in leaves(annotation).items()  # type: ignore[arg-type]
+            }
+        if both := sorted(found.keys() & inner.keys()):
+            raise TypeError(f"{kind.__name__} and its sections have two fields named {both[0]}: rename one")
+        found |= inner
+    return found
+
+
+def _plain(word: Any, annotation: Any) -> Any:
+    """What a word stands for, as JSON has it; one that does not fit stays as it is, for `read_values` to refuse."""
+    parts = get_args(annotation)
+    if not isinstance(word, str):
+        return [_plain(item, parts[0]) for item in word]
+    if get_origin(annotation) is tuple:
+        if word == "none" and parts[0] is not str:  # among names, none is a method
+            return []
+        return [_plain(item.strip(), parts[0]) for item in word.split(",")]
+    if get_origin(annotation) in (Union, UnionType):
+        inner = next(part for part in parts if part is not NoneType)
+        return None if word == "none" and NoneType in parts else _plain(word, inner)
+    if annotation is bool:
+        return {"true": True, "false": False}.get(word, word)
+    if annotation in (int, float):
+        try:
+            return annotation(word)
+        except ValueError:
+            return word
+    return word
+
+
+def read_values(kind: type[Kind], values: Any, spell: Callable[[Place], str] = dotted) -> Kind:
+    """Make a dataclass of plain values, as JSON and TOML have them.
+
+    Args:
+        kind: the dataclass.
+        values: a table of its fields; a table for a dataclass in it, a list for a tuple.
+        spell: how errors name a place in it.
+
+    Raises:
+        ValueError: a key is unknown or missing, or a value is of the wrong type or out of range.
+    """
+    try:
+        _check_plain(values, (), spell)
+        text = json.dumps(values, default=str)
+    except RecursionError as error:
+        raise ValueError("the values are nested too deeply; mend them") from error
+    try:
+        # As JSON, for there a list is what a tuple is written as and an integer is a number, with types strict.
+        return _adapter(kind).validate_json(text, strict=True, extra="forbid")  # type: ignore[arg-type]
+    except ValidationError as error:
+        raise ValueError(_refusal(kind, error, spell)) from error
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+def _check_plain(value: Any, path: Place, spell: Callable[[Place], str]) -> None:
+    """Refuse numbers that are not finite or do not fit 64 bits, and text that UTF-8 has not, wherever they stand."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _check_plain(item, (*path, key), spell)
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            _check_plain(item, (*path, index), spell)
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError(f"{spell(path)} does not fit 64 bits: give a smaller number")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{spell(path)}={value}: give a finite number")
+    elif isinstance(value, str) and not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
+        raise ValueError(f"{spell(path)}={value!r}: give text that UTF-8 can hold")
+
+
+def _refusal(kind: type[Any], error: ValidationError, spell: Callable[[Place], str]) -> str:
+    """The first of a validation's mistakes in one line: the name, the value and the mend."""
+    # A misspelt key is also a missing one; its own refusal says more.
+    first = min(error.errors(include_url=False), key=lambda found: found["type"] != "unexpected_keyword_argument")
+    path, mistake, value = first["loc"], first["type"], first["input"]
+    if mistake == "value_error":  # of a dataclass's own checks, which name what they refuse
+        cause = str(first["ctx"]["error"])
+        if not path or spell is not dotted:
+            return cause
+        named = cause.partition("=")[0] in _fields_at(kind, path)
+        return f"{dotted(path)}{'.' if named else ': '}{cause}"
+    if mistake == "unexpected_keyword_argument":
+        return unknown("key", dotted(path), str(path[-1]), _fields_at(kind, path[:-1]))
+    if mistake == "missing" and isinstance(path[-1], str):
+        return f"{spell(path)} is missing: give it"
+    if mistake == "missing":
+        path = path[:-1]
+    shown = repr(value)
+    shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
+    return f"{spell(path)}={shown}: give {_MENDS.get(mistake, first['msg'].removeprefix('Input should be '))}"
+
+
+def _fields_at(kind: Any, path: Place) -> list[str]:
+    """Names of the fields of the dataclass that stands at a place."""
+    for part in path:
+        if isinstance(part, str):
+            kind = get_type_hints(kind)[part]
+        kind = next((inner for inner in get_args(kind) if dataclasses.is_dataclass(inner)), kind)
+    return [field.name for field in dataclasses.fields(kind)]
+
+
+def unknown(what: str, whole: str, name: str, known: list[str]) -> str:
+    """The refusal of a name that is none of those known, with the nearest where there is one near."""
+    near = difflib.get_close_matches(name, known, n=1)
+    mend = f"did you mean {near[0]}? Known are" if near else "known are"
+    return f"unknown {what} {whole!r}: {mend} {', '.join(known) or 'none'}"
