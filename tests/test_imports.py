@@ -94,6 +94,13 @@ def test_files_imports_the_standard_library_alone():
     assert {name.split(".")[0] for name in imports("longreach.files")} <= set(sys.stdlib_module_names)
 
 
+def test_no_circle_of_imports():
+    left = {module: ours(module) - {module} for module in MODULES}
+    while free := {module for module, needed in left.items() if not needed & left.keys()}:
+        left = {module: needed for module, needed in left.items() if module not in free}
+    assert not left
+
+
 @pytest.mark.parametrize("module", [name for name in MODULES if part(name) == "ops"])
 def test_implementations_never_import_each_other(module):
     own = module.removeprefix("longreach.ops.").split(".")[0]

@@ -14,8 +14,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from longreach.ops.library import DECODE_ROWS, REACH_M, REACH_N
 from longreach.ops.triton import launch as kernels
+from longreach.ops.triton.plans import DECODE_ROWS, REACH_M, REACH_N
 
 capability, itemsize, head_dim = map(int, sys.argv[1:4])
 

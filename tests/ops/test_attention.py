@@ -12,8 +12,8 @@ import longreach
 import longreach.ops.attention as module
 from longreach.ops.alibi import alibi_slopes
 from longreach.ops.attention import IMPLEMENTATIONS, attention, choose_impl
-from longreach.ops.library import triton_runs
 from longreach.ops.reach import KEY_BLOCK, key_block_norms
+from longreach.ops.triton.operators import triton_runs
 
 DENSE = ("reference", "sdpa")
 ON_CPU = (*DENSE, "cpu")
@@ -326,7 +326,7 @@ def test_explicit_impl_never_falls_back(qkv, monkeypatch):
     monkeypatch.setattr(module, "reference_attention", run_as("reference"))
     monkeypatch.setattr(module, "sdpa_attention", run_as("sdpa"))
     monkeypatch.setattr(module, "triton_attention", run_as("triton"))
-    monkeypatch.setattr("longreach.ops.cpu.products.cpu_attention", run_as("cpu"))
+    monkeypatch.setattr(module, "cpu_attention", run_as("cpu"))
     monkeypatch.setattr("longreach.ops.flex.flex_alibi_attention", run_as("flex"))
     for name in IMPLEMENTATIONS:
         with pytest.raises(Ran, match=f"^{name}$"):
@@ -461,7 +461,7 @@ def test_wrong_arguments_are_named(qkv, name):
 )
 def test_where_the_kernels_run(monkeypatch, device, capability, dtype, head_dim, runs):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr("longreach.ops.library._HAS_TRITON", True)
+    monkeypatch.setattr("longreach.ops.triton.operators._HAS_TRITON", True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert triton_runs(torch.device(device), dtype, head_dim) == runs
 
@@ -486,6 +486,6 @@ def test_auto_leaves_long_inputs_to_the_kernels_where_they_run(monkeypatch):
 
 
 def test_triton_that_is_not_installed_is_named(qkv, monkeypatch):
-    monkeypatch.setattr("longreach.ops.library._HAS_TRITON", False)
+    monkeypatch.setattr("longreach.ops.triton.operators._HAS_TRITON", False)
     with pytest.raises(ValueError, match=r'^impl="triton" needs Triton: pip install triton'):
         attention(*qkv, slopes=torch.ones(4), impl="triton")

@@ -20,10 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton_interpreter import DEVICE
 
 from longreach.ops.alibi import alibi_distance
-from longreach.ops.library import COMMON_HEAD_DIM, DECODE_ROWS, REACH_M, REACH_N, triton_attention
 from longreach.ops.reach import _sums_within_one, key_ranges
 from longreach.ops.reference import reference_attention
 from longreach.ops.triton import launch as kernels
+from longreach.ops.triton.operators import triton_attention
+from longreach.ops.triton.plans import COMMON_HEAD_DIM, DECODE_ROWS, REACH_M, REACH_N
 
 CASES: dict[str, dict[str, Any]] = {
     "causal": {"lengths": (203, 203)},

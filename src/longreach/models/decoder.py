@@ -10,7 +10,7 @@ from longreach.models.config import ModelConfig
 from longreach.models.kv_cache import KVCache
 from longreach.models.vocabulary import AdaptiveVocabulary, Vocabulary
 from longreach.ops.attention import attention, choose_impl, uses_key_norms
-from longreach.ops.library import triton_runs
+from longreach.ops.triton.operators import triton_runs
 from longreach.positions import AttentionPositions, build_method, rotate
 
 # Axes: B batch, T tokens (Tq queries, Tk keys), H query heads, Hkv key/value heads, D head_dim, C d_model,

@@ -18,11 +18,13 @@ from longreach.ops.arguments import (
     validate_types,
     window_as_int,
 )
-from longreach.ops.library import compiled_cpu_attention, triton_attention, triton_runs
+from longreach.ops.cpu.operators import compiled_cpu_attention
+from longreach.ops.cpu.products import cpu_attention
 from longreach.ops.lse_bound import FEW_QUERIES
 from longreach.ops.reach import KEY_BLOCK
 from longreach.ops.reference import reference_attention
 from longreach.ops.sdpa import sdpa_attention
+from longreach.ops.triton.operators import triton_attention, triton_runs
 
 IMPLEMENTATIONS = ("reference", "sdpa", "cpu", "triton", "flex")
 """What `impl` may name besides "auto"."""
@@ -175,7 +177,7 @@ def choose_impl(
         dense: whether there is a dense bias or dropout.
         return_lse: whether the LSE is wanted.
         has_key_norms: whether the norms of the keys are given.
-        kernels: what `longreach.ops.library.triton_runs` says of the device, dtype and head_dim.
+        kernels: what `longreach.ops.triton.operators.triton_runs` says of the device, dtype and head_dim.
     """
     if kernels and (reaching or return_lse) and not dense and query_length * key_length > GPU_DENSE_LIMIT:
         return "triton"
@@ -211,11 +213,7 @@ def _reaching(impl: str, q: Tensor) -> Callable[..., tuple[Tensor, Any]]:
         return flex_alibi_attention
     if q.device.type != "cpu":
         raise ValueError(f'q is on {q.device} with impl="cpu": move it to the CPU, or use another impl')
-    if torch.compiler.is_compiling():
-        return compiled_cpu_attention
-    from longreach.ops.cpu.products import cpu_attention
-
-    return cpu_attention
+    return compiled_cpu_attention if torch.compiler.is_compiling() else cpu_attention
 
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,7 +17,7 @@ from longreach.models.config import Architecture
 from longreach.models.decoder import Decoder
 from longreach.models.files import load_model
 from longreach.ops.attention import choose_impl
-from longreach.ops.library import triton_runs
+from longreach.ops.triton.operators import triton_runs
 from longreach.positions import build_method, parse_method
 from longreach.pretrained.convert import convert
 from longreach.pretrained.extend import CONVERTIBLE, FAMILIES, extend

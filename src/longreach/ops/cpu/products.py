@@ -1,10 +1,10 @@
 """Fast ALiBi attention on the CPU: matrix products over the key ranges that `reach` leaves.
 
-Query blocks whose ranges are alike become one batch, their keys overlapping windows of k and v; `tiles` plans that and
-`tile_views` finds the bias of each tile at no cost. Weights are exponentials by base 2 of scores that hold log2 e from
+Query blocks whose ranges are alike become one batch, their keys overlapping windows of k and v; `plan` decides on that
+and `views` finds the bias of each tile at no cost. Weights are exponentials by base 2 of scores that hold log2 e from
 the start. The backward pass recomputes them from the LSE, on the narrower ranges that the forward pass found to matter,
 and adds gradients up in one fixed order, so that two runs agree to the last bit. Half types are computed in float32, or
-by `cpu_kernel` where that is faster, as few queries are.
+by `kernel` where that is faster, as few queries are.
 """
 
 import math

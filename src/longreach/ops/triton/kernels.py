@@ -1,4 +1,4 @@
-"""Kernels of `triton`, which launches them: read its docstring first.
+"""Kernels of `launch`, which starts them: read its docstring first.
 
 Arguments named as tensors are pointers, which the first lines move to the batch row and head of the program; None
 stands for what is absent, and the code for it is not compiled. Logits are kept in units of log2, so that exp2 serves:

@@ -18,8 +18,8 @@ The work per batch row, head and block differs by 100x between heads: programs s
 
 Nothing is summed by atomics: two runs give the same bits.
 
-The kernels themselves stand in `triton_kernels`, the sizes of their tiles in `triton_plans`; this file decides what
-they run on.
+The kernels themselves stand in `kernels`, the sizes of their tiles in `plans`; this file decides what they run on, and
+`operators` hands it to PyTorch.
 """
 
 import math
@@ -28,7 +28,6 @@ import torch
 import triton
 from torch import Tensor
 
-from longreach.ops.library import REACH_M, REACH_N, empty_output
 from longreach.ops.triton.kernels import (
     combine_kernel,
     decode_kernel,
@@ -36,7 +35,7 @@ from longreach.ops.triton.kernels import (
     key_gradient_kernel,
     query_gradient_kernel,
 )
-from longreach.ops.triton.plans import PLANS, Plan, Tiles
+from longreach.ops.triton.plans import PLANS, REACH_M, REACH_N, Plan, Tiles, empty_output
 
 _MAX_SPLITS = 128
 _LOG2E = math.log2(math.e)

@@ -1,6 +1,29 @@
-"""How large the tiles of the Triton kernels are: one plan for each dtype and head_dim."""
+"""What `operators` and `launch` agree on: the sizes of blocks and tiles, one plan for each dtype and head_dim.
+
+Needs no triton, so that what is traced or refused does not load it.
+"""
 
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from longreach.ops.reach import KEY_BLOCK
+
+REACH_M = 128
+"""Queries per block of the key ranges that the kernels take. The BLOCK_M of every kernel divides it."""
+
+REACH_N = KEY_BLOCK
+"""Keys per block of the key ranges. It divides the BLOCK_N of the kernel for dK and dV."""
+
+MAX_HEAD_DIM = 256
+"""Largest head_dim of the kernels."""
+
+COMMON_HEAD_DIM = 128
+"""Largest head_dim whose tiles fit the 99 KiB of shared memory that every GPU from compute capability 8.0 on has."""
+
+DECODE_ROWS = 64
+"""Largest number of queries that share one key head, (H / Hkv) Tq, for which the decoding kernel is used."""
 
 
 @dataclass(frozen=True)
@@ -57,3 +80,9 @@ PLANS = {
         Tiles(32, 16, 8, 2), Tiles(32, 16, 8, 2), Tiles(16, 64, 16, 2), Tiles(16, 32, 8, 2), Tiles(64, 16, 16, 2)
     ),
 }
+
+
+def empty_output(x: Tensor) -> Tensor:
+    """An empty tensor with the memory layout of x, or a contiguous one where that has a stride other than 1 in D."""
+    out = torch.empty_like(x)
+    return out if out.stride(-1) == 1 else torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -1,4 +1,4 @@
-"""The fast implementations as operators of torch.library: what tracing and autograd know of them."""
+"""The Triton kernels as operators of torch.library: what tracing and autograd know of them."""
 
 import subprocess
 import sys
@@ -7,14 +7,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._functorch import config as functorch_config
-from torch._inductor import config as inductor_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 from triton_interpreter import DEVICE
 
-from longreach.ops.library import DECODE_ROWS, REACH_M, compiled_cpu_attention, triton_attention
 from longreach.ops.reference import reference_attention
+from longreach.ops.triton.operators import triton_attention
+from longreach.ops.triton.plans import DECODE_ROWS, REACH_M
 
 OPERATORS = torch.ops.longreach
 
@@ -55,55 +54,6 @@ def test_operators_keep_the_rules_of_torch_library(name: str) -> None:
     operator = getattr(OPERATORS, name).default
     results = torch.library.opcheck(operator, operator_arguments(window_size=9)[name])
     assert set(results.values()) == {"SUCCESS"}
-
-
-def cpu_tensors(learned: bool = False) -> list[Tensor]:
-    """q, k, v in memory as the projections of a model leave them, (B, T, H, D), with gradients, and slopes."""
-    torch.manual_seed(0)
-    qkv = [torch.rand(2, 30, heads, 16).transpose(1, 2).requires_grad_() for heads in (4, 2, 2)]
-    return [*qkv, torch.rand(4, requires_grad=learned)]
-
-
-@pytest.mark.parametrize("learned", [True, False])
-@pytest.mark.parametrize("with_slopes", [True, False])
-def test_operators_of_the_cpu_keep_the_rules_of_torch_library(with_slopes: bool, learned: bool) -> None:
-    q, k, v, slopes = cpu_tensors(learned)
-    sides = (slopes, slopes.detach().expand(2, 4)) if with_slopes else (None, None)
-    options = (*sides, torch.arange(60).view(2, 30) % 7 == 0, None, None, 0.25, True, 9, None)
-    out, lse = OPERATORS.cpu_forward(q, k, v, *options)
-    grads = torch.ones_like(out), torch.ones_like(lse)
-    saved = [None if x is None else x.detach() for x in (q, k, v, *sides)]
-    for operator, arguments in (
-        (OPERATORS.cpu_forward, (q, k, v, *options)),
-        (OPERATORS.cpu_backward, (*grads, *saved, *options[2:], learned)),
-    ):
-        results = torch.library.opcheck(operator.default, arguments)
-        assert set(results.values()) == {"SUCCESS"}
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
-@pytest.mark.parametrize("learned", [True, False])
-@functorch_config.patch(enable_autograd_cache=False)  # caches do not know of strides: they may hold other ones
-@inductor_config.patch(fx_graph_cache=False)
-def test_inductor_trains_through_the_cpu(learned: bool) -> None:
-    """Unlike other backends it relies on the strides that fake tensors promise."""
-
-    def layer(x: Tensor, weight: Tensor, slopes: Tensor) -> Tensor:
-        q, k, v = (x @ weight).unflatten(2, (12, 16)).transpose(1, 2).split(4, dim=1)
-        out, lse = compiled_cpu_attention(q, k, v, slopes=slopes)
-        return out.transpose(1, 2).flatten(2).square().mean() + lse.mean()
-
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-    leaves = [torch.rand(shape, requires_grad=True) for shape in ((2, 30, 64), (64, 192))]
-    slopes = torch.rand(4, requires_grad=learned)
-    wanted = [*leaves, slopes] if learned else leaves
-    eager, compiled = (
-        torch.autograd.grad(function(*leaves, slopes), wanted)
-        for function in (layer, torch.compile(layer, fullgraph=True))
-    )
-    for ours, expected in zip(compiled, eager, strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)  # products of 60 rows are fused differently
 
 
 @pytest.mark.parametrize("layout", ["BHTD", "BTHD", "BHDT"])
@@ -230,5 +180,5 @@ def test_second_derivatives_are_refused() -> None:
 
 
 def test_importing_the_operators_loads_no_triton() -> None:
-    script = "import sys, longreach.ops.library; sys.exit('triton' in sys.modules)"
+    script = "import sys, longreach.ops.triton.operators, longreach.ops.triton.plans; sys.exit('triton' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0

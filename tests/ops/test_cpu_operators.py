@@ -1,0 +1,60 @@
+"""Attention on the CPU as operators of torch.library: what tracing and autograd know of them."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch._functorch import config as functorch_config
+from torch._inductor import config as inductor_config
+
+from longreach.ops.cpu.operators import compiled_cpu_attention
+
+OPERATORS = torch.ops.longreach
+
+
+def cpu_tensors(learned: bool = False) -> list[Tensor]:
+    """q, k, v in memory as the projections of a model leave them, (B, T, H, D), with gradients, and slopes."""
+    torch.manual_seed(0)
+    qkv = [torch.rand(2, 30, heads, 16).transpose(1, 2).requires_grad_() for heads in (4, 2, 2)]
+    return [*qkv, torch.rand(4, requires_grad=learned)]
+
+
+@pytest.mark.parametrize("learned", [True, False])
+@pytest.mark.parametrize("with_slopes", [True, False])
+def test_operators_of_the_cpu_keep_the_rules_of_torch_library(with_slopes: bool, learned: bool) -> None:
+    q, k, v, slopes = cpu_tensors(learned)
+    sides = (slopes, slopes.detach().expand(2, 4)) if with_slopes else (None, None)
+    options = (*sides, torch.arange(60).view(2, 30) % 7 == 0, None, None, 0.25, True, 9, None)
+    out, lse = OPERATORS.cpu_forward(q, k, v, *options)
+    grads = torch.ones_like(out), torch.ones_like(lse)
+    saved = [None if x is None else x.detach() for x in (q, k, v, *sides)]
+    for operator, arguments in (
+        (OPERATORS.cpu_forward, (q, k, v, *options)),
+        (OPERATORS.cpu_backward, (*grads, *saved, *options[2:], learned)),
+    ):
+        results = torch.library.opcheck(operator.default, arguments)
+        assert set(results.values()) == {"SUCCESS"}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("learned", [True, False])
+@functorch_config.patch(enable_autograd_cache=False)  # caches do not know of strides: they may hold other ones
+@inductor_config.patch(fx_graph_cache=False)
+def test_inductor_trains_through_the_cpu(learned: bool) -> None:
+    """Unlike other backends it relies on the strides that fake tensors promise."""
+
+    def layer(x: Tensor, weight: Tensor, slopes: Tensor) -> Tensor:
+        q, k, v = (x @ weight).unflatten(2, (12, 16)).transpose(1, 2).split(4, dim=1)
+        out, lse = compiled_cpu_attention(q, k, v, slopes=slopes)
+        return out.transpose(1, 2).flatten(2).square().mean() + lse.mean()
+
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    leaves = [torch.rand(shape, requires_grad=True) for shape in ((2, 30, 64), (64, 192))]
+    slopes = torch.rand(4, requires_grad=learned)
+    wanted = [*leaves, slopes] if learned else leaves
+    eager, compiled = (
+        torch.autograd.grad(function(*leaves, slopes), wanted)
+        for function in (layer, torch.compile(layer, fullgraph=True))
+    )
+    for ours, expected in zip(compiled, eager, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)  # products of 60 rows are fused differently
