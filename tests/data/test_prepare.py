@@ -7,7 +7,8 @@ import pytest
 
 from longreach.data import prepare as prepare_module
 from longreach.data.corpora import Corpus, Document
-from longreach.data.prepare import DataConfig, prepare
+from longreach.data.prepare import DataConfig, prepare, prepare_validation
+from longreach.data.tokenizer import Tokenizer, train_tokenizer
 from longreach.data.tokens import TokenStream
 
 
@@ -130,6 +131,84 @@ def test_a_validation_split_that_comes_with_the_data_is_used_unless_another_is_g
         data = prepare(config_of("hf:set", tmp_path, valid_data=valid_data, streaming=True), seed=0)
         assert documents(data.train, data.tokenizer) == ["one"]
         assert documents(data.valid, data.tokenizer) == expected
+
+
+@pytest.fixture
+def tokenized(monkeypatch) -> list[str]:
+    """The texts that are tokenized from now on, unless a test clears them."""
+    texts: list[str] = []
+    encode = Tokenizer.encode_batch
+
+    def encode_and_note(tokenizer, pieces):
+        texts.extend(pieces)
+        return encode(tokenizer, pieces)
+
+    monkeypatch.setattr(Tokenizer, "encode_batch", encode_and_note)
+    return texts
+
+
+def test_validation_alone_is_what_training_held_out_and_no_other_document_is_tokenized(source, tmp_path, tokenized):
+    config = config_of(source, tmp_path, valid_fraction=0.2)
+    whole = prepare(config, seed=3)
+    assert len(tokenized) == 40
+    for cache, num_documents in (("cache", 0), ("empty", 8)):
+        tokenized.clear()
+        elsewhere = config_of(source, tmp_path, valid_fraction=0.2, cache=str(tmp_path / cache))
+        alone = prepare_validation(elsewhere, whole.tokenizer, 3, len(whole.valid))
+        assert len(tokenized) == num_documents
+        assert everything(alone.valid) == everything(whole.valid)
+        assert (alone.corpus_name, alone.corpus_hash) == (whole.corpus_name, whole.corpus_hash)
+    assert not (tmp_path / "empty").exists()
+    tokenized.clear()
+    wanted = len(documents(whole.valid, whole.tokenizer)[0]) // 16 + 1  # at least a token of the second document
+    first = prepare_validation(elsewhere, whole.tokenizer, 3, wanted)
+    assert len(tokenized) == 2
+    assert everything(first.valid) == everything(whole.valid)[: len(first.valid)]
+
+
+def counted(corpus: Corpus, read: list[str]) -> Corpus:
+    """A corpus that notes the names of the documents that are read from it."""
+
+    def documents_read():
+        for document in corpus.read():
+            read.append(document.name)
+            yield document
+
+    return Corpus(corpus.name, documents_read)
+
+
+def test_of_validation_text_of_its_own_only_the_beginning_is_read_and_no_training_text(
+    source, tmp_path, monkeypatch, tokenized
+):
+    config = config_of("/nowhere", tmp_path, valid_data=str(source))
+    whole = prepare(config_of(source, tmp_path, valid_data=str(source)), seed=0)
+    tokenized.clear()
+    read: list[str] = []
+    open_corpus = prepare_module.open_corpus
+    monkeypatch.setattr(prepare_module, "open_corpus", lambda *a, **options: counted(open_corpus(*a, **options), read))
+    data = prepare_validation(config, whole.tokenizer, 0, 30)
+    assert everything(data.valid)[:31] == everything(whole.valid)[:31]
+    assert tokenized == [path.read_text() for path in sorted(source.iterdir())][: len(tokenized)]
+    assert 1 < len(tokenized) < 8
+    assert [read.count(name) for name in dict.fromkeys(read)] == [2] * len(tokenized)  # a digest first, then tokens
+    (source / "39.txt").write_text("What is not scored may change.")
+    assert prepare_validation(config, whole.tokenizer, 0, 30).corpus_hash == data.corpus_hash
+    (source / "00.txt").write_text("What is scored may not.")
+    assert prepare_validation(config, whole.tokenizer, 0, 30).corpus_hash != data.corpus_hash
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_more_is_read_where_tokens_are_long(tmp_path, split):
+    word = "abcdefghijklmnopqrstuvwxyz" * 2
+    tokenizer = train_tokenizer([f" {word}"] * 9, 400)
+    (tmp_path / "text.jsonl").write_text("\n".join([json.dumps({"text": f" {word}" * 20})] * 30))
+    text = str(tmp_path / "text.jsonl")
+    config = config_of(text, tmp_path, valid_fraction=0.5, valid_data=None if split else text)
+    tokens = everything(prepare_validation(config, tokenizer, 0, 200).valid)
+    assert len(tokens) > 200
+    assert tokens[:21] == [*tokenizer.encode(f" {word}" * 20), tokenizer.eos_id]
+    whole = prepare_validation(config, tokenizer, 0, 10**6).valid
+    assert len(whole) == 21 * (15 if split else 30)
 
 
 def test_progress_tells_each_stage_up_to_all_bytes(source, tmp_path):

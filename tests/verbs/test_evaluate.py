@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from longreach.data.prepare import DataConfig
-from longreach.data.tokenizer import load_tokenizer, train_tokenizer
+from longreach.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from longreach.measure.plan import EvaluateConfig
 from longreach.models.config import Architecture
 from longreach.reading import read_file
@@ -85,6 +85,24 @@ def test_without_data_runs_are_tested_on_their_own_validation_text(comparison):
     ]
 
 
+@pytest.mark.parametrize("given", [True, False])
+def test_only_what_is_scored_is_tokenized_and_once_for_all_runs(comparison, corpus, tmp_path, monkeypatch, given):
+    tokenized = []
+    encode = Tokenizer.encode_batch
+    monkeypatch.setattr(
+        Tokenizer, "encode_batch", lambda tokenizer, texts: tokenized.extend(texts) or encode(tokenizer, texts)
+    )
+    monkeypatch.setattr(DataConfig, "cache_folder", lambda config: tmp_path / "cache")  # the tokens are not there
+    config = EvaluationConfig(
+        models=(str(comparison / "alibi"), str(comparison / "none")),
+        evaluate=replace(EVALUATE, valid_tokens=64),
+        data=str(corpus) if given else None,
+    )
+    evaluate_models(config, None, silent)
+    texts = [path.read_text() for path in sorted(corpus.iterdir())]
+    assert tokenized == texts[:1] if given else len(tokenized) == 1 and tokenized[0] in texts
+
+
 def test_interrupted_it_goes_on_and_nothing_is_measured_twice(comparison, tmp_path):
     config = EvaluationConfig(
         models=(str(comparison / "alibi"), str(comparison / "none")),
@@ -139,7 +157,7 @@ def test_models_that_a_table_cannot_tell_apart_are_refused(comparison, tmp_path)
 
 
 def test_retrieval_needs_no_text(comparison, monkeypatch):
-    monkeypatch.setattr("longreach.verbs.evaluate.prepare", lambda *_: pytest.fail("text was read"))
+    monkeypatch.setattr("longreach.verbs.evaluate.prepare_validation", lambda *_: pytest.fail("text was read"))
     asked = EvaluateConfig(tasks=("retrieval",), valid_lengths=(64,), cases_per_depth=1, num_depths=2)
     results = evaluate_models(EvaluationConfig(models=(str(comparison / "alibi"),), evaluate=asked), None, silent)
     assert [record.depth for record in results.retrieval] == [0.0, 1.0]

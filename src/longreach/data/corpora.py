@@ -160,6 +160,32 @@ def reread(corpus: Corpus, expected: Scan, progress: ReadProgress = lambda bytes
         raise ValueError(f"the text of {corpus.name!r} changed while it was read; run again once it rests")
 
 
+def beginning(corpus: Corpus, num_bytes: int) -> Corpus:
+    """The first documents of `corpus`, the last one cut off, up to about `num_bytes` of text. No more is read."""
+
+    def read() -> Iterator[Document]:
+        left = num_bytes
+        for document in corpus.read():
+            kept = first_pieces(document.pieces, left)
+            left -= sum(len(piece.encode()) for piece in kept)
+            yield Document(document.name, iter(kept))
+            if left <= 0:
+                return
+
+    return Corpus(corpus.name, read)
+
+
+def first_pieces(pieces: Iterator[str], num_bytes: int) -> list[str]:
+    """The pieces up to the one that reaches `num_bytes` of text, at least one where there is one."""
+    kept = []
+    for piece in pieces:
+        kept.append(piece)
+        num_bytes -= len(piece.encode())
+        if num_bytes <= 0:
+            break
+    return kept
+
+
 def cut_pieces(texts: Iterable[str], limit: int = PIECE_CHARS) -> Iterator[str]:
     """Regroup a text into pieces of at most `limit` characters that tokenize as the whole does.
 

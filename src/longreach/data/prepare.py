@@ -2,7 +2,7 @@
 
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +11,9 @@ import numpy as np
 import tokenizers
 
 from longreach.data.cache import cached
-from longreach.data.corpora import Corpus, Scan, open_corpus, reread, scan
+from longreach.data.corpora import Corpus, Document, Scan, beginning, first_pieces, open_corpus, reread, scan
 from longreach.data.tokenizer import MIN_VOCAB_SIZE, Tokenizer, load_tokenizer, train_tokenizer
-from longreach.data.tokens import TokenStream, split_documents, tokenize
+from longreach.data.tokens import TokenStream, find_tokens, split_documents, tokenize, tokenize_in_memory
 from longreach.files import digest_of
 
 Progress = Callable[[str, int, int | None], None]
@@ -21,6 +21,9 @@ Progress = Callable[[str, int, int | None], None]
 
 # A vocabulary learns nothing more from more text, while the memory of training it keeps growing.
 TOKENIZER_TRAINING_BYTES = 128 << 20
+
+# How much text is read for each token that is wanted of it, several times what a token of any language holds.
+EXCERPT_BYTES_PER_TOKEN = 16
 
 
 @dataclass(frozen=True)
@@ -63,17 +66,23 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class PreparedData:
-    """All that training and evaluation need to know of the text."""
+class ValidationData:
+    """What evaluation needs to know of the text."""
 
     tokenizer: Tokenizer
-    train: TokenStream
-    """The training documents in an order shuffled by the seed."""
     valid: TokenStream
     """The validation documents: shuffled where they were split off, else in the order of their source."""
     corpus_name: str
     corpus_hash: str
-    """SHA-256 (hex) over the text of all documents, those for validation included."""
+    """SHA-256 (hex) over the text that decides on these tokens."""
+
+
+@dataclass(frozen=True)
+class PreparedData(ValidationData):
+    """What training needs to know of the text, too; the hash is over all documents, those for validation included."""
+
+    train: TokenStream
+    """The training documents in an order shuffled by the seed."""
 
 
 def prepare(config: DataConfig, seed: int, progress: Progress = lambda stage, done, total: None) -> PreparedData:
@@ -114,7 +123,91 @@ def prepare(config: DataConfig, seed: int, progress: Progress = lambda stage, do
         TokenStream(tokenize(part.corpus, part.scan, tokenizer, cache, part.progress("tokenizing", progress)), ids)
         for part, ids in ((text, train_ids), (valid_text, valid_ids))
     )
-    return PreparedData(tokenizer, train, valid, text.corpus.name, corpus_hash)
+    return PreparedData(tokenizer, valid, text.corpus.name, corpus_hash, train)
+
+
+def prepare_validation(
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    seed: int,
+    num_tokens: int,
+    progress: Progress = lambda stage, done, total: None,
+) -> ValidationData:
+    """The first tokens of the validation text that `prepare` gives, without a look at what does not decide on them.
+
+    Of a validation text of its own only the beginning is read, and no training text. Where the validation documents are
+    split off, all text is read once, for the sizes of its documents decide on the split, and once more for those that
+    are wanted if the cache has not their tokens. Nothing is written.
+
+    Args:
+        config: the sources; its tokenizer is not looked at.
+        tokenizer: the tokenizer.
+        seed: of the split.
+        num_tokens: how many tokens are wanted at least, if there are so many.
+        progress: told of each stage as it goes on.
+
+    Raises:
+        ValueError: the text cannot be found, read or split.
+    """
+    valid_corpus = None if config.valid_data is None else _open("valid_data", config.valid_data, config)
+    if valid_corpus is None:
+        corpus = _open("data", config.data, config)
+        if corpus.validation is None:
+            return _split_off(corpus, config, tokenizer, seed, num_tokens, progress)
+        valid_corpus = corpus.validation
+
+    def within(num_bytes: int) -> tuple[ValidationData, bool]:
+        text = _scan("valid_data", beginning(valid_corpus, num_bytes), progress)
+        valid = _tokens_of(reread(text.corpus, text.scan, text.progress("tokenizing", progress)), tokenizer)
+        data = ValidationData(tokenizer, valid, valid_corpus.name, text.scan.fingerprint)
+        return data, bool(text.scan.sizes.sum() < num_bytes)
+
+    return _enough(num_tokens, within)
+
+
+def _split_off(
+    corpus: Corpus, config: DataConfig, tokenizer: Tokenizer, seed: int, num_tokens: int, progress: Progress
+) -> ValidationData:
+    text = _scan("data", corpus, progress)
+    with _naming("data"):
+        _, ids = split_documents(text.scan.sizes, config.valid_fraction, seed)
+
+    def data_of(valid: TokenStream) -> ValidationData:
+        return ValidationData(tokenizer, valid, corpus.name, text.scan.fingerprint)
+
+    def within(num_bytes: int) -> tuple[ValidationData, bool]:
+        valid = _tokens_of(_excerpt(text, ids, num_bytes, progress), tokenizer)
+        return data_of(valid), bool(text.scan.sizes[ids].sum() <= num_bytes)
+
+    store = find_tokens(text.scan, tokenizer, config.cache_folder())
+    return _enough(num_tokens, within) if store is None else data_of(TokenStream(store, ids))
+
+
+def _enough(num_tokens: int, within: Callable[[int], tuple[ValidationData, bool]]) -> ValidationData:
+    """What `within` makes of as many bytes of text as hold that many tokens; it says, too, whether that is all text."""
+    num_bytes = num_tokens * EXCERPT_BYTES_PER_TOKEN
+    data, is_all = within(num_bytes)
+    while len(data.valid) <= num_tokens and not is_all:  # a cut text ends in an eos that is not its own
+        num_bytes *= 2
+        data, is_all = within(num_bytes)
+    return data
+
+
+def _excerpt(text: "_Text", ids: np.ndarray, num_bytes: int, progress: Progress) -> list[Document]:
+    """The first of the documents `ids`, in that order, up to about `num_bytes` of text."""
+    ends = np.cumsum(text.scan.sizes[ids])
+    places = {int(document): place for place, document in enumerate(ids[: np.searchsorted(ends, num_bytes) + 1])}
+    kept: dict[int, Document] = {}
+    for number, document in enumerate(reread(text.corpus, text.scan, text.progress("tokenizing", progress))):
+        if number in places:
+            pieces = first_pieces(document.pieces, num_bytes)
+            kept[places[number]] = Document(document.name, iter(pieces))
+    return [kept[place] for place in range(len(places))]
+
+
+def _tokens_of(documents: Iterable[Document], tokenizer: Tokenizer) -> TokenStream:
+    store = tokenize_in_memory(documents, tokenizer)
+    return TokenStream(store, np.arange(len(store.offsets) - 1))
 
 
 @dataclass(frozen=True)

@@ -57,40 +57,71 @@ def tokenize(
         ValueError: the text changed since it was scanned.
         OSError: `cache` cannot be written or its disk is full.
     """
-    dtype = np.dtype("uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32")
-    meta = {
-        "version": STORE_VERSION,
-        "corpus": scan.fingerprint,
-        "tokenizer": tokenizer.fingerprint,
-        "dtype": dtype.name,
-        "documents": len(scan.sizes),
-    }
+    meta = _meta(scan, tokenizer)
 
     def build(folder: Path) -> None:
         documents = reread(corpus, scan, progress)
-        offsets = _write_tokens(folder / "tokens.bin", documents, tokenizer, dtype)
+        offsets = _write_tokens(folder / "tokens.bin", documents, tokenizer)
         np.save(folder / "offsets.npy", offsets)
         (folder / "meta.json").write_text(json.dumps(meta))
 
-    entry = cache / f"tokens-{scan.fingerprint[:16]}-{tokenizer.fingerprint[:16]}"
-    return cached(entry, functools.partial(_open_store, meta=meta), build)
+    return cached(_entry(scan, tokenizer, cache), functools.partial(_open_store, meta=meta), build)
 
 
-def _write_tokens(path: Path, documents: Iterable[Document], tokenizer: Tokenizer, dtype: np.dtype) -> np.ndarray:
+def find_tokens(scan: Scan, tokenizer: Tokenizer, cache: Path) -> TokenStore | None:
+    """What `tokenize` gives, if the folder `cache` has it."""
+    return _open_store(_entry(scan, tokenizer, cache), _meta(scan, tokenizer))
+
+
+def tokenize_in_memory(documents: Iterable[Document], tokenizer: Tokenizer) -> TokenStore:
+    """The tokens of a few documents."""
+    tokens = array("q")
+    offsets = array("q", [0])
+    for ids, ends_document in _encode(documents, tokenizer):
+        tokens.extend(ids)
+        if ends_document:
+            offsets.append(len(tokens))
+    return TokenStore(np.array(tokens, dtype=_dtype(tokenizer)), np.array(offsets, dtype=np.int64))
+
+
+def _entry(scan: Scan, tokenizer: Tokenizer, cache: Path) -> Path:
+    return cache / f"tokens-{scan.fingerprint[:16]}-{tokenizer.fingerprint[:16]}"
+
+
+def _meta(scan: Scan, tokenizer: Tokenizer) -> dict[str, Any]:
+    """All that an entry must agree with."""
+    return {
+        "version": STORE_VERSION,
+        "corpus": scan.fingerprint,
+        "tokenizer": tokenizer.fingerprint,
+        "dtype": _dtype(tokenizer).name,
+        "documents": len(scan.sizes),
+    }
+
+
+def _dtype(tokenizer: Tokenizer) -> np.dtype:
+    return np.dtype("uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32")
+
+
+def _write_tokens(path: Path, documents: Iterable[Document], tokenizer: Tokenizer) -> np.ndarray:
     """Write the tokens of all documents to `path`; returns their offsets."""
     offsets = array("q", [0])
     written = 0
     with open(path, "wb") as file:
-        for batch in _batches_of_pieces(documents):
-            encoded = tokenizer.encode_batch([piece for piece, _ in batch])
-            for ids, (_, ends_document) in zip(encoded, batch, strict=True):
-                if ends_document:
-                    ids.append(tokenizer.eos_id)
-                file.write(np.array(ids, dtype=dtype).tobytes())
-                written += len(ids)
-                if ends_document:
-                    offsets.append(written)
+        for ids, ends_document in _encode(documents, tokenizer):
+            file.write(np.array(ids, dtype=_dtype(tokenizer)).tobytes())
+            written += len(ids)
+            if ends_document:
+                offsets.append(written)
     return np.array(offsets, dtype=np.int64)
+
+
+def _encode(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tuple[list[int], bool]]:
+    """The tokens of each piece, and whether it ends its document, which eos then follows."""
+    for batch in _batches_of_pieces(documents):
+        encoded = tokenizer.encode_batch([piece for piece, _ in batch])
+        for ids, (_, ends_document) in zip(encoded, batch, strict=True):
+            yield [*ids, tokenizer.eos_id] if ends_document else ids, ends_document
 
 
 def _batches_of_pieces(documents: Iterable[Document]) -> Iterator[list[tuple[str, bool]]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from longreach.data.prepare import DataConfig, PreparedData, prepare
+from longreach.data.prepare import DataConfig, ValidationData, prepare_validation
 from longreach.data.tokenizer import Tokenizer, load_tokenizer
 from longreach.files import digest
 from longreach.measure.perplexity import Text
@@ -27,7 +27,9 @@ from longreach.report.page import write_report
 from longreach.results import Model, Provenance, Results, TrainingRecord
 from longreach.train.config import RunConfig, check_folder, claim_folder
 from longreach.train.loop import read_training_record, resolve_device
-from longreach.verbs.train import Progress, open_run, provenance, read_run, text_of
+from longreach.verbs.train import Progress, num_read, open_run, provenance, read_run, text_of
+
+_Split = tuple[DataConfig, str, int]
 
 
 @dataclass(frozen=True)
@@ -92,9 +94,9 @@ class _Model:
     """Loads it."""
 
     @property
-    def split(self) -> tuple[DataConfig, int]:
-        """What decides on the validation text."""
-        return self.data, self.seed
+    def split(self) -> _Split:
+        """What decides on the validation text and its tokens."""
+        return replace(self.data, tokenizer=None), self.tokenizer.fingerprint, self.seed
 
 
 def evaluate_models(
@@ -248,7 +250,7 @@ def _check_told_apart(models: Sequence[_Model]) -> None:
 
 def _read_texts(
     models: Sequence[_Model], config: EvaluateConfig, progress: Progress
-) -> tuple[dict[tuple[DataConfig, int], PreparedData], dict[tuple[DataConfig, int], Text]]:
+) -> tuple[dict[_Split, ValidationData], dict[_Split, Text]]:
     """The data of each split, and the one text that all models are scored on, in the tokens of each.
 
     Both are empty where no text is scored.
@@ -259,7 +261,12 @@ def _read_texts(
     longest = max(config.longest_window(model.identity.train_length) for model in models)
     if not longest:
         return {}, {}
-    prepared = {split: prepare(*split, progress) for split in dict.fromkeys(model.split for model in models)}
+    prepared: dict[_Split, ValidationData] = {}
+    for model in models:
+        if model.split not in prepared:
+            prepared[model.split] = prepare_validation(
+                model.data, model.tokenizer, model.seed, num_read(config, longest), progress
+            )
     first = models[0]
     for model in models:
         if (prepared[model.split].corpus_hash, model.seed) != (prepared[first.split].corpus_hash, first.seed):
@@ -270,7 +277,7 @@ def _read_texts(
 
 
 def _provenance(
-    config: EvaluationConfig, models: Sequence[_Model], prepared: Mapping[tuple[DataConfig, int], PreparedData]
+    config: EvaluationConfig, models: Sequence[_Model], prepared: Mapping[_Split, ValidationData]
 ) -> Provenance:
     """That of the first model, with the tokenizers and the files of all."""
     first = models[0]

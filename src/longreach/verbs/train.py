@@ -12,7 +12,7 @@ import torch
 
 import longreach
 from longreach.data.mix import MixedBatches
-from longreach.data.prepare import PreparedData
+from longreach.data.prepare import PreparedData, ValidationData
 from longreach.data.tokenizer import Tokenizer, load_tokenizer
 from longreach.data.tokens import Batches
 from longreach.measure.bootstrap import units
@@ -132,7 +132,12 @@ def read_run(folder: Path) -> RunConfig:
     return config
 
 
-def text_of(prepared: PreparedData, config: EvaluateConfig, longest: int) -> Text:
+def num_read(config: EvaluateConfig, longest: int) -> int:
+    """How many tokens of a text are read if it has them: those that are scored, and one before them to start from."""
+    return 1 + max(config.valid_tokens, longest)
+
+
+def text_of(prepared: ValidationData, config: EvaluateConfig, longest: int) -> Text:
     """The tokens that are scored, the same for every method and length, with one before them to start from.
 
     Args:
@@ -149,7 +154,7 @@ def text_of(prepared: PreparedData, config: EvaluateConfig, longest: int) -> Tex
             f"valid_lengths up to {longest}: the validation text has {available} tokens to score; give shorter "
             "lengths, more text, or a larger valid_fraction"
         )
-    tokens = prepared.valid.read(0, 1 + min(available, max(config.valid_tokens, longest)))
+    tokens = prepared.valid.read(0, min(len(prepared.valid), num_read(config, longest)))
     words = None
     if config.word_level:  # document by document, for decoding drops the eos that keeps their words apart
         documents = np.split(tokens[1:], np.flatnonzero(tokens[1:] == prepared.tokenizer.eos_id) + 1)
@@ -167,7 +172,7 @@ def provenance(
     device: str,
     split_seed: int,
     tokenizer: Tokenizer,
-    prepared: PreparedData | None,
+    prepared: ValidationData | None,
     sources: dict[str, str],
 ) -> Provenance:
     """What it takes to get the same results again.
