@@ -247,10 +247,15 @@ def test_train_from_a_pretrained_model_and_evaluate_it(capsys, trained, small, t
     assert "holds a Hugging Face model" in refused(capsys, "generate", str(tmp_path / "run"), "--prompt", "a")
 
 
-def test_compare_prints_the_table_and_report_rebuilds_it(capsys, small, tmp_path):
+def test_compare_prints_rows_then_the_table_and_report_rebuilds_it(capsys, small, tmp_path):
     output = tmp_path / "out"
     main(["compare", "--output", str(output), *small, "--methods", "alibi,none", "--valid-lengths", "16,32"])
-    table = capsys.readouterr().out
+    table, progress = capsys.readouterr()
+    stages = [line.partition(":")[0] for line in progress.splitlines()]
+    first = stages.index("alibi trained at 16, seed 0")  # its row stands before the next method begins
+    assert first < stages.index("training none") < stages.index("none trained at 16, seed 0")
+    perplexity = Results.read(output / "results.json").records[0].perplexity
+    assert f"perplexity {perplexity:.2f} at 16" in progress.splitlines()[first]
     assert "alibi" in table
     assert "none" in table
     assert str(output / "report.html") in table

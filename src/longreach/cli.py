@@ -24,7 +24,7 @@ from longreach.pretrained.export import export_mpt
 from longreach.reading import read_file
 from longreach.report.grid import to_markdown
 from longreach.report.page import print_tables, write_report
-from longreach.report.subjects.perplexity import main_grid
+from longreach.report.subjects.perplexity import in_one_line, main_grid
 from longreach.results import Model, Results
 from longreach.terminal import TerminalProgress
 from longreach.train.config import PRESETS, RunConfig, check_folder
@@ -168,7 +168,12 @@ class ReportArguments:
 def compare_command(arguments: CompareArguments) -> None:
     """`longreach compare`."""
     with TerminalProgress() as progress:
-        results = compare(arguments.config, arguments.output, progress)
+
+        def show(results: Results, model: Model) -> None:
+            if line := in_one_line(results, model):
+                progress.say(line)
+
+        results = compare(arguments.config, arguments.output, progress, show)
     console = Console()
     print_tables(results, console)
     console.print(f"Report: {arguments.output / 'report.html'}", markup=False, highlight=False, soft_wrap=True)

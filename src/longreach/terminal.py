@@ -47,11 +47,18 @@ class TerminalProgress:
             self._stage, self._task = stage, self._bars.add_task(stage, note=note)
         self._bars.update(self._task, completed=done, total=total, note=note)
 
+    def say(self, line: str) -> None:
+        """Print a line that stays, after that of the stage at work, which ends."""
+        self._end_stage()
+        self._print(line)
+
     def _end_stage(self) -> None:
         if self._stage is not None:
             (task,) = self._bars.tasks
             took = timedelta(seconds=round(task.elapsed or 0.0))
-            line = f"{self._stage}: {took}  {task.fields['note']}"
-            self._bars.console.print(line.rstrip(), markup=False, highlight=False)
+            self._print(f"{self._stage}: {took}  {task.fields['note']}".rstrip())
             self._bars.remove_task(self._task)
             self._stage = None
+
+    def _print(self, line: str) -> None:
+        self._bars.console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -102,6 +102,17 @@ def test_same_seed_same_numbers_and_another_seed_others(config, tmp_path):
     assert other.training[0].final_loss != first.training[0].final_loss
 
 
+def test_each_model_is_told_of_as_soon_as_it_is_measured(config, tmp_path):
+    stages, told = [], []
+
+    def note(results, model):
+        lengths = [record.valid_length for record in results.records if record.model == model]
+        told.append((model.method, lengths, f"training {config.methods[-1]}" in stages))
+
+    compare(config, tmp_path / "out", lambda stage, *_: stages.append(stage), note)
+    assert told == [("alibi", [16, 64], False), ("rotary:base=500", [16, 64], False), ("learned", [16], True)]
+
+
 def test_run_again_skips_what_is_finished(config, tmp_path):
     first = compare(config, tmp_path / "out", silent)
     stages = []

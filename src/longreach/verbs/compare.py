@@ -1,6 +1,7 @@
 """The main job: train position methods side by side on identical batches, test each at many lengths, report."""
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from longreach.data.prepare import DataConfig, prepare
 from longreach.measure.plan import EvaluateConfig
 from longreach.models.config import ARCHITECTURES, Architecture
 from longreach.report.page import write_report
-from longreach.results import Results
+from longreach.results import Model, Results
 from longreach.train.config import RunConfig, TrainConfig, check_folder, claim_folder
 from longreach.train.loop import resolve_device
 from longreach.verbs.evaluate import begin, case_sources, measure, read_material
@@ -77,11 +78,22 @@ class CompareConfig:
         return f"{run_name(method)}-{train_length}" if len(self.lengths) > 1 else run_name(method)
 
 
-def compare(config: CompareConfig, output: Path, progress: Progress) -> Results:
+def compare(
+    config: CompareConfig,
+    output: Path,
+    progress: Progress,
+    on_model: Callable[[Results, Model], None] = lambda results, model: None,
+) -> Results:
     """Run a comparison into a folder, or go on with what is there, and write its report.
 
     The folder gets config.toml, a folder for each trained model, results.json, figures/ and report.html. What is
     finished is not done again; an interrupted comparison run again gives the numbers of an uninterrupted one.
+
+    Args:
+        config: what is compared.
+        output: the folder.
+        progress: told of each stage as it goes on.
+        on_model: told of each model, and of all results so far, as soon as it is trained and measured.
 
     Raises:
         ValueError: the folder holds another comparison, the data changed since it began, or too little data.
@@ -106,6 +118,7 @@ def compare(config: CompareConfig, output: Path, progress: Progress) -> Results:
         subject = open_run(folder).subject()
         for grown in measure(subject, material, config.evaluate, results, path, progress):
             results = grown
+        on_model(results, subject.identity)
     write_report(results, output)
     return results
 

@@ -9,6 +9,7 @@ from longreach.report.drawing import to_svg
 from longreach.report.subjects.perplexity import (
     bits_per_byte_grid,
     extrapolation,
+    in_one_line,
     main_grid,
     perplexity_figure,
     word_grid,
@@ -140,3 +141,16 @@ def test_infinite_perplexity_is_marked_at_the_upper_edge(empty, record):
     results = empty.add(record("t5", 128, 70.0), record("t5", 256, math.inf))
     (axes,) = perplexity_figure(results).axes
     assert ([256], [axes.get_ylim()[1]]) in [tuple(map(list, line.get_data())) for line in axes.lines]
+
+
+def test_a_model_in_one_line_has_what_its_row_has(empty, record, strided):
+    records = [record("alibi", length, value) for length, value in ((128, 74.98), (2048, 73.5))]
+    results = empty.add(*records, record("t5", 128, 80.0), strided("alibi", 256, 60.0))
+    model = records[0].model
+    row = main_grid(results, 128).rows[0]
+    assert row[1:4] == ("74.98", "73.50", "0.98x")
+    assert in_one_line(results, model) == f"{model}: perplexity 74.98 at 128, 73.50 at 2,048; 16x / 1x 0.98x"
+    assert in_one_line(results, records[0].model) != in_one_line(results, results.records[2].model)
+    assert in_one_line(empty.add(records[1]), model) == f"{model}: perplexity 73.50 at 2,048"
+    assert in_one_line(empty.add(records[0]), model) == f"{model}: perplexity 74.98 at 128"
+    assert in_one_line(empty, model) is None

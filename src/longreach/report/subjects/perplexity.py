@@ -18,6 +18,7 @@ from longreach.report.entries import (
     grid_by_length,
     growth,
     longest_past,
+    loss_ratio,
     measured,
     perplexity_lengths,
     perplexity_methods,
@@ -35,7 +36,7 @@ from longreach.report.grid import (
 )
 from longreach.report.section import Finding, Picture, Section, at_each, listed
 from longreach.report.subjects.cost import training_advantage
-from longreach.results import Record, Results
+from longreach.results import Model, Record, Results
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -145,6 +146,23 @@ def main_grid(results: Results, train_length: int) -> Grid:
     ends = ((past, "/ 1x"), ("training", "tokens/s"), ("training", "memory"))
     whole = replace(grid, columns=(*grid.columns, *ends), rows=tuple(rows), best=frozenset(best))
     return without_empty_columns(whole, first=len(grid.columns))
+
+
+def in_one_line(results: Results, model: Model) -> str | None:
+    """The perplexities of one model, as the main table has them, to be read while others train; None without any."""
+    own = sorted(
+        (record for record in results.records if record.model == model and record.protocol == "nonoverlapping"),
+        key=lambda record: record.valid_length,
+    )
+    if not own:
+        return None
+    cells = ", ".join(f"{_perplexity(record)} at {record.valid_length:,}" for record in own)
+    growths = [
+        f"; {format_multiple(own[-1].valid_length, model.train_length)} / 1x {format_ratio(loss_ratio(own[-1], near))}"
+        for near in own[:-1]
+        if near.valid_length == model.train_length
+    ]
+    return f"{model}: perplexity {cells}{''.join(growths)}"
 
 
 def _perplexity(record: Record) -> str:
