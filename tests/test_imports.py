@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "ops": set(),
     "files": set(),
     "reading": set(),
+    "options": {"reading"},
     "positions": {"ops", "reading"},
     "models": {"positions", "ops", "files", "reading"},
     "data": {"files"},
@@ -124,6 +125,13 @@ def loaded_after(statement):
 
 def test_importing_longreach_loads_nothing_heavy():
     assert not (HEAVY | {"torch"}) & loaded_after("import longreach; dir(longreach)")
+
+
+@pytest.mark.parametrize("word", ["--help", "--version"])
+def test_the_command_line_answers_without_torch(word):
+    quiet = "import contextlib, io, longreach.cli\nwith contextlib.redirect_stdout(io.StringIO()):"
+    loaded = loaded_after(f"{quiet}\n with contextlib.suppress(SystemExit): longreach.cli.main([{word!r}])")
+    assert not {"torch", "pydantic", "rich", *HEAVY} & loaded
 
 
 def test_using_attention_and_models_loads_nothing_optional():

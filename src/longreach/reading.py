@@ -107,13 +107,14 @@ def read_words(
     Raises:
         ValueError: a word is unknown, or not of its field's type, or contradicts another.
     """
-    values: dict[str, Any] = {} if start is None else dataclasses.asdict(start)  # type: ignore[call-overload]
-    fields = leaves(kind)
-    for name, word in words.items():
-        section = values
-        for part in fields[name].path[:-1]:
-            section = section.setdefault(part, {})
-        section[name] = _plain(word, fields[name].type)
+    values: dict[str, Any] = {}
+    for name, leaf in leaves(kind, start).items():
+        value = _plain(words[name], leaf.type) if name in words else leaf.default
+        if value is not dataclasses.MISSING:
+            section = values
+            for part in leaf.path[:-1]:
+                section = section.setdefault(part, {})
+            section[name] = value
     return read_values(kind, values, lambda path: spell(next((p for p in path[::-1] if isinstance(p, str)), "")))
 
 
@@ -125,19 +126,30 @@ class Leaf:
     """The sections, and its name."""
     type: Any
     """As it is declared."""
+    default: Any
+    """What it is when nothing is given; `dataclasses.MISSING` where something must be."""
     owner: type[Any]
-    """The dataclass that declares it."""
+    """The dataclass that has it."""
 
 
-def leaves(kind: type[Any]) -> dict[str, Leaf]:
-    """Name -> field, of a dataclass and its sections, in which no name may come twice."""
+def leaves(kind: type[Any], start: Any = None) -> dict[str, Leaf]:
+    """Name -> field, of a dataclass and its sections, in which no name may come twice.
+
+    Defaults are those of the dataclass, or what start, an instance of it, has.
+    """
     found: dict[str, Leaf] = {}
-    for name, annotation in get_type_hints(kind).items():
-        inner = {name: Leaf((name,), annotation, kind)}
+    types = get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        name, annotation = field.name, types[field.name]
+        if start is not None:
+            default = getattr(start, name)
+        else:
+            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        inner = {name: Leaf((name,), annotation, default, kind)}
         if dataclasses.is_dataclass(annotation):
             inner = {
                 key: dataclasses.replace(leaf, path=(name, *leaf.path))
-                for key, leaf in leaves(annotation).items()  # type: ignore[arg-type]
+                for key, leaf in leaves(annotation, default).items()  # type: ignore[arg-type]
             }
         if both := sorted(found.keys() & inner.keys()):
             raise TypeError(f"{kind.__name__} and its sections have two fields named {both[0]}: rename one")
@@ -148,7 +160,7 @@ def leaves(kind: type[Any]) -> dict[str, Leaf]:
 def _plain(word: Any, annotation: Any) -> Any:
     """What a word stands for, as JSON has it; one that does not fit stays as it is, for `read_values` to refuse."""
     parts = get_args(annotation)
-    if not isinstance(word, str):
+    if isinstance(word, list):
         return [_plain(item, parts[0]) for item in word]
     if get_origin(annotation) is tuple:
         if word == "none" and parts[0] is not str:  # among names, none is a method
@@ -180,7 +192,7 @@ def read_values(kind: type[Kind], values: Any, spell: Callable[[Place], str] = d
     """
     try:
         _check_plain(values, (), spell)
-        text = json.dumps(values, default=str)
+        text = json.dumps(values, default=_encoded)
     except RecursionError as error:
         raise ValueError("the values are nested too deeply; mend them") from error
     try:
@@ -188,6 +200,11 @@ def read_values(kind: type[Kind], values: Any, spell: Callable[[Place], str] = d
         return _adapter(kind).validate_json(text, strict=True, extra="forbid")  # type: ignore[arg-type]
     except ValidationError as error:
         raise ValueError(_refusal(kind, error, spell)) from error
+
+
+def _encoded(value: Any) -> Any:
+    """What JSON has for a value that a dataclass may hold."""
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else str(value)  # type: ignore[arg-type]
 
 
 @cache

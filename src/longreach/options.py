@@ -1,0 +1,150 @@
+"""The fields of dataclasses as options of the command line: their names, their types, and their docstrings as help.
+
+Nothing is converted here: words go to `longreach.reading` as they were typed.
+"""
+
+import argparse
+import ast
+import difflib
+import inspect
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, is_dataclass
+from itertools import pairwise
+from pathlib import Path
+from types import NoneType
+from typing import Any, Literal, NoReturn, get_args, get_origin
+
+from longreach.reading import Leaf, leaves, read_words
+
+SHORT_NAMES = {"tasks": "--task", "valid_lengths": "--lengths", "start_from": "--from", "scalings": "--scaling"}
+"""Name of a field that is typed often -> a second name of its option."""
+
+_METAVARS = {int: "INT", float: "NUMBER", str: "TEXT", Path: "PATH"}
+
+
+def parse(
+    program: str,
+    about: str,
+    words: Sequence[str],
+    kinds: Sequence[type[Any]],
+    positional: str = "",
+    start: Callable[[Mapping[str, Any]], Any] = lambda given: None,
+) -> list[Any]:
+    """Read a command's words into dataclasses, or print its help and exit.
+
+    Args:
+        program: as the user calls it.
+        about: what it does.
+        words: what the user typed after that.
+        kinds: the dataclasses. The fields of all and of their sections become options, which stand beside each other.
+        positional: the field whose words need no name before them.
+        start: given field -> word, the values that the last dataclass starts from; None for its defaults.
+
+    Raises:
+        ValueError: an option is unknown or without its word, and as `read_words`.
+    """
+    given = _split(_parser(program, "", kinds, positional), words)
+    started = start(given)
+    if given.pop("help", False):
+        print(_parser(program, about, kinds, positional, started).format_help(), end="")
+        raise SystemExit(0)
+
+    def spell(name: str) -> str:
+        return name.upper() if name == positional else _option(name)
+
+    starts = [*[None] * (len(kinds) - 1), started]
+    return [
+        read_words(kind, {name: given[name] for name in leaves(kind) if name in given}, spell, values)
+        for kind, values in zip(kinds, starts, strict=True)
+    ]
+
+
+def _split(parser: argparse.ArgumentParser, words: Sequence[str]) -> dict[str, Any]:
+    """Name of a field -> the word that was typed for it."""
+    given, rest = parser.parse_known_intermixed_args(words)
+    options = [word.partition("=")[0] for word in rest if word.startswith("-")]
+    if options:
+        near = difflib.get_close_matches(options[0], parser._option_string_actions, n=1)
+        raise ValueError(f"unknown option {options[0]}: {f'did you mean {near[0]}?' if near else 'see --help'}")
+    if rest:
+        raise ValueError(f"{rest[0]!r} stands alone: give the option that it is for before it, see --help")
+    return vars(given)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message.removeprefix("argument "))
+
+
+def _parser(
+    program: str, about: str, kinds: Sequence[type[Any]], positional: str, started: Any = None
+) -> argparse.ArgumentParser:
+    """The options of all fields, in the sections that they stand in; started has what those of the last begin with."""
+    parser = _Parser(
+        prog=program,
+        usage=" ".join(["%(prog)s", *([positional.upper()] if positional else []), "[options]"]),
+        description=about,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30),
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+        add_help=False,
+    )
+    parser.add_argument("-h", "--help", action="store_true", help="Show this page.")
+    groups: dict[str, Any] = {}
+    for kind in kinds:
+        for name, leaf in leaves(kind, started if kind is kinds[-1] else None).items():
+            section = leaf.path[0]
+            if len(leaf.path) > 1 and section not in groups:
+                groups[section] = parser.add_argument_group(documentation(kind)[section].rstrip("."))
+            _add(groups.get(section, parser), name, leaf, positional)
+    return parser
+
+
+def _add(group: Any, name: str, leaf: Leaf, positional: str) -> None:
+    """Add a field to a group of options."""
+    text = _explained(leaf)
+    if name == positional:
+        many = get_origin(leaf.type) is tuple
+        group.add_argument(name, metavar=name.upper(), nargs="*" if many else "?", help=text)
+    elif leaf.type is bool:
+        group.add_argument(_option(name), action=argparse.BooleanOptionalAction, help=text)
+    else:
+        names = [_option(name), *([SHORT_NAMES[name]] if name in SHORT_NAMES else [])]
+        group.add_argument(*names, dest=name, metavar=_metavar(leaf.type), help=text)
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _metavar(annotation: Any) -> str:
+    parts = [part for part in get_args(annotation) if part not in (NoneType, Ellipsis)]
+    if get_origin(annotation) is Literal:
+        return "|".join(parts)
+    if get_origin(annotation) is tuple:
+        return ",".join([_metavar(part) for part in parts] if len(parts) > 1 else [_metavar(parts[0]), "..."])
+    return _METAVARS[parts[0] if parts else annotation]
+
+
+def _explained(leaf: Leaf) -> str:
+    """The help of an option: what its field's docstring says, and its default, unless that is nothing."""
+    text, default = documentation(leaf.owner)[leaf.path[-1]], leaf.default
+    if default is MISSING:
+        text += " (required)"
+    elif default is not None and default != ():
+        shown = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+        text += f" (default: {shown.lower() if isinstance(default, bool) else shown})"
+    return text.replace("%", "%%")
+
+
+def documentation(kind: type[Any]) -> dict[str, str]:
+    """Name of a field -> its docstring, from the source: Python keeps none of them, and under -OO no others either."""
+    texts: dict[str, str] = {}
+    for base in reversed([base for base in kind.__mro__ if is_dataclass(base)]):
+        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+        for field, below in pairwise(definition.body if isinstance(definition, ast.ClassDef) else []):
+            match field, below:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                    texts[name] = " ".join(text.split())
+    return texts

@@ -1,0 +1,68 @@
+"""A trained run as a model that stock transformers loads: `export`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from longreach.pretrained.export import export_mpt
+from longreach.report.grid import to_markdown
+from longreach.report.subjects.perplexity import main_grid
+from longreach.results import Model, Results
+from longreach.train.loop import read_training_record
+from longreach.verbs.train import open_run
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """What is to be exported, and as what."""
+
+    run: Path
+    """Folder of a trained run."""
+    output: Path
+    """Folder to write to; new or empty."""
+    to: Literal["mpt"] = "mpt"
+    """The architecture: MPT is the published one that holds ALiBi without loss."""
+    max_length: int | None = None
+    """The longest input in tokens that the exported model is to take; 16 times the training length by default."""
+    results: Path | None = None
+    """A results.json whose perplexities of this run go into the model card; by default that of the comparison that
+    the run belongs to."""
+
+
+def export(config: ExportConfig) -> None:
+    """Write a run's model, tokenizer and model card.
+
+    Raises:
+        FileNotFoundError: the folder holds no finished run.
+        ValueError: its files are damaged, or the architecture cannot hold what it is; and as `export_mpt`.
+        OSError: the folder cannot be written.
+    """
+    run = open_run(config.run, "cpu")
+    train_length = run.model.config.train_length
+    results = _of_comparison(config.run) if config.results is None else Results.read(config.results)
+    export_mpt(
+        run.model,
+        config.output,
+        max_length=16 * train_length if config.max_length is None else config.max_length,
+        tokenizer=config.run,
+        card_table=None if results is None else _card_table(results, run.config.identity),
+    )
+
+
+def _of_comparison(run: Path) -> Results | None:
+    """The results of the comparison that trained a run; None where it was trained alone, whatever lies beside it."""
+    path = run.resolve().parent / "results.json"
+    if not path.exists():
+        return None
+    results = Results.read(path)
+    return results if read_training_record(run / "training.json") in results.training else None
+
+
+def _card_table(results: Results, model: Model) -> str | None:
+    """The perplexities of one model as Markdown; None where there are none."""
+    alone = Results(
+        provenance=results.provenance,
+        training=tuple(entry for entry in results.training if entry.model == model),
+        records=tuple(entry for entry in results.records if entry.model == model),
+    )
+    return to_markdown(main_grid(alone, model.train_length)) if alone.records else None
