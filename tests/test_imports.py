@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "pretrained": {"ops", "models", "positions", "files", "reading"},
     "conformance": {"ops"},
     "report": {"results", "files"},
+    "folder": {"files", "reading", "results", "train"},
 }
 """Part of longreach -> the other parts that it may import, DESIGN.md's table."""
 

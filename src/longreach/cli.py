@@ -74,17 +74,13 @@ def compare(parse: Parse) -> None:
 
 def train(parse: Parse) -> None:
     """`longreach train`."""
-    from longreach.data.prepare import prepare
     from longreach.terminal import TerminalProgress
-    from longreach.train.config import RunConfig, check_folder
-    from longreach.verbs.start import check_start
+    from longreach.train.config import RunConfig
     from longreach.verbs.train import train_run
 
     to, _, config = parse(TrainOutput, Start, RunConfig, start=partial(_starting_values, RunConfig))
-    check_folder(to.output, config)
-    check_start(config)
     with TerminalProgress() as progress:
-        record = train_run(config, to.output, prepare(config.data, config.train.seed, progress), progress)
+        record = train_run(config, to.output, progress)
     print(
         f"{record.method}: {record.steps} steps, {record.tokens:,} tokens, {record.tokens_per_second:,.0f} tokens/s, "
         f"loss {record.final_loss:.3f} nats per token; model in {to.output}"

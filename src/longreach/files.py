@@ -1,4 +1,4 @@
-"""Files that are whole or absent, whatever kills the process or the machine, and digests of what was read."""
+"""Files that are whole or absent, whatever kills the process or the machine, locks, and digests of what was read."""
 
 import contextlib
 import hashlib
@@ -8,7 +8,12 @@ import secrets
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
+
+try:
+    import fcntl
+except ImportError:  # a system without POSIX locks
+    fcntl = None  # type: ignore[assignment]
 
 MODEL_FILES = (".safetensors", ".bin", ".json", ".py")
 """Suffixes of the files that a model is made from: weights, configuration, tokenizer, and code that comes with it."""
@@ -65,6 +70,17 @@ def sync(path: Path) -> None:
 def is_leftover(path: Path) -> bool:
     """Whether a file is one that `replacing` writes to, which nobody does any more when its folder is ours alone."""
     return _TEMPORARY.fullmatch(path.name) is not None and path.is_file()
+
+
+def lock(file: IO[bytes], *, wait: bool) -> None:
+    """Keep an open file from everyone else until it is closed or its process dies, where the system has such locks.
+
+    Raises:
+        BlockingIOError: somebody else keeps it, and `wait` is false.
+        OSError: its file system has no locks.
+    """
+    if fcntl is not None:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def digest(path: Path) -> str:

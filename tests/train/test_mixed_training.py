@@ -32,7 +32,7 @@ def losses(config, folder, prepared, stop_after=None):
         if done == stop_after:
             raise Interrupted
 
-    train_run(config, folder, prepared, progress)
+    train_run(config, folder, progress, prepared)
     return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 

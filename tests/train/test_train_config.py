@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from longreach.data.prepare import DataConfig
 from longreach.models.config import Architecture
 from longreach.reading import read_file
-from longreach.train.config import PRESETS, RunConfig, TrainConfig, claim_folder, save_config
+from longreach.train.config import PRESETS, RunConfig, TrainConfig, save_config
 from longreach.verbs.compare import CompareConfig
 
 
@@ -76,20 +76,3 @@ def test_mistakes_in_a_file_are_named(tmp_path, text, message):
 def test_contradictions_are_named(values, name):
     with pytest.raises(ValueError, match=f"^{name}="):
         TrainConfig(**{"steps": 150, **values})
-
-
-def test_a_folder_belongs_to_one_configuration(tmp_path):
-    folder = tmp_path / "run"
-    claim_folder(folder, RunConfig())
-    claim_folder(folder, RunConfig())
-    other = RunConfig(method="rotary", train=TrainConfig(steps=7, warmup_steps=0))
-    with pytest.raises(ValueError, match=r"holds a run with another method, steps, warmup_steps: give a new folder"):
-        claim_folder(folder, other)
-    assert read_file(RunConfig, folder / "config.toml") == RunConfig()
-
-
-def test_a_folder_of_something_else_is_left_alone(tmp_path):
-    (tmp_path / "thesis.tex").write_text("")
-    with pytest.raises(ValueError, match=r"is not empty and holds no config\.toml"):
-        claim_folder(tmp_path, RunConfig())
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]

@@ -136,7 +136,7 @@ def test_the_folder_of_another_evaluation_is_refused(comparison, tmp_path):
     config = EvaluationConfig(models=(str(comparison / "alibi"),), evaluate=EVALUATE)
     evaluate_models(config, tmp_path / "out", silent)
     other = replace(config, evaluate=replace(EVALUATE, strides=(2,)))
-    with pytest.raises(ValueError, match="holds a run with another strides: give a new folder"):
+    with pytest.raises(ValueError, match="was begun with another strides: give a new folder"):
         evaluate_models(other, tmp_path / "out", silent)
 
 
@@ -235,13 +235,14 @@ def test_models_that_changed_since_are_not_taken_for_those_that_were_measured(co
     run, model = copy_of(comparison / "alibi", tmp_path / "run"), copy_of(elsewhere, tmp_path / "model")
     config = EvaluationConfig(models=(str(run), str(model)), evaluate=EVALUATE, data=str(corpus))
     results = evaluate_models(config, tmp_path / "out", silent)
-    assert set(results.provenance.sources) == {str(run), str(model)}
+    assert set(results.provenance.sources) == {f"weights of {run}", f"weights of {model}"}
     assert numbers(evaluate_models(config, tmp_path / "out", silent)) == numbers(results)
     for folder, other in ((model, "config.json"), (run, "model.safetensors")):
         before = (folder / other).read_bytes()
         (folder / other).write_bytes(before + b" ")
         with pytest.raises(
-            ValueError, match=rf"^{re.escape(str(folder))} has changed since .*: give a new output folder"
+            ValueError,
+            match=rf"out was begun with another weights of {re.escape(str(folder))}: give a new folder, or what",
         ):
             evaluate_models(config, tmp_path / "out", silent)
         (folder / other).write_bytes(before)
@@ -253,10 +254,10 @@ def test_cases_that_changed_since_are_refused(comparison, tmp_path):
     asked = EvaluateConfig(tasks=("passkey",), cases=str(cases), valid_lengths=(64,))
     config = EvaluationConfig(models=(str(comparison / "alibi"),), evaluate=asked)
     results = evaluate_models(config, tmp_path / "out", silent)
-    assert results.provenance.sources[str(cases)] == hashlib.sha256(cases.read_bytes()).hexdigest()
+    assert results.provenance.sources[f"cases {cases}"] == hashlib.sha256(cases.read_bytes()).hexdigest()
     cases.write_text('{"prompt": "a 2 b", "answer": "2"}\n')
     with pytest.raises(
-        ValueError, match=r"cases\.jsonl has changed since .*results\.json was begun: give a new output"
+        ValueError, match=r"out was begun with another cases .*cases\.jsonl: give a new folder, or what was read then$"
     ):
         evaluate_models(config, tmp_path / "out", silent)
 

@@ -1,7 +1,6 @@
 """Cache entries that are either whole or absent, however many processes build them at once."""
 
 import errno
-import fcntl
 import shutil
 import tempfile
 import time
@@ -9,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from longreach.files import sync
+from longreach.files import lock, sync
 
 T = TypeVar("T")
 
@@ -61,8 +60,8 @@ def cached(entry: Path, load: Callable[[Path], T | None], build: Callable[[Path]
 
 def _publish(temporary: Path, entry: Path, load: Callable[[Path], object | None]) -> None:
     """Rename `temporary` to `entry`, unless another process has put a good one there meanwhile."""
-    with open(entry.parent / ".lock", "w") as lock:  # the system releases it even if we are killed
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with open(entry.parent / ".lock", "wb") as file:
+        lock(file, wait=True)
         if load(entry) is not None:
             return
         if entry.exists():  # damaged: moved aside whole, so that no one opens it half-deleted

@@ -4,7 +4,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +38,7 @@ class DataConfig:
     its documents."""
     text_field: str = "text"
     """Field of a .jsonl line, or column of a Hugging Face data set, that holds the text."""
-    streaming: bool = False
+    streaming: bool = field(default=False, metadata={"may_differ": True})
     """Read Hugging Face data sets from their server instead of downloading them first."""
     tokenizer: str | None = None
     """A tokenizer.json, a folder with one, or a name on the Hugging Face hub; by default a byte-level BPE is
@@ -47,7 +47,7 @@ class DataConfig:
     """Tokens of the BPE that is trained where no tokenizer is given."""
     valid_fraction: float = 0.05
     """Share of the text, in whole documents, that is kept for validation where none is given."""
-    cache: str | None = None
+    cache: str | None = field(default=None, metadata={"may_differ": True})
     """Folder for tokens and trained tokenizers; by default longreach in the user's cache folder."""
 
     def __post_init__(self) -> None:
@@ -75,6 +75,13 @@ class ValidationData:
     corpus_name: str
     corpus_hash: str
     """SHA-256 (hex) over the text that decides on these tokens."""
+    split_off: bool
+    """Whether the validation documents were split off from the others, by the seed, or are a text of their own."""
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """What was read, as `longreach.folder.begin` takes it."""
+        return {"text": self.corpus_hash, "tokenizer": self.tokenizer.fingerprint}
 
 
 @dataclass(frozen=True)
@@ -123,7 +130,7 @@ def prepare(config: DataConfig, seed: int, progress: Progress = lambda stage, do
         TokenStream(tokenize(part.corpus, part.scan, tokenizer, cache, part.progress("tokenizing", progress)), ids)
         for part, ids in ((text, train_ids), (valid_text, valid_ids))
     )
-    return PreparedData(tokenizer, valid, text.corpus.name, corpus_hash, train)
+    return PreparedData(tokenizer, valid, text.corpus.name, corpus_hash, valid_corpus is None, train)
 
 
 def prepare_validation(
@@ -159,7 +166,7 @@ def prepare_validation(
     def within(num_bytes: int) -> tuple[ValidationData, bool]:
         text = _scan("valid_data", beginning(valid_corpus, num_bytes), progress)
         valid = _tokens_of(reread(text.corpus, text.scan, text.progress("tokenizing", progress)), tokenizer)
-        data = ValidationData(tokenizer, valid, valid_corpus.name, text.scan.fingerprint)
+        data = ValidationData(tokenizer, valid, valid_corpus.name, text.scan.fingerprint, split_off=False)
         return data, bool(text.scan.sizes.sum() < num_bytes)
 
     return _enough(num_tokens, within)
@@ -173,7 +180,7 @@ def _split_off(
         _, ids = split_documents(text.scan.sizes, config.valid_fraction, seed)
 
     def data_of(valid: TokenStream) -> ValidationData:
-        return ValidationData(tokenizer, valid, corpus.name, text.scan.fingerprint)
+        return ValidationData(tokenizer, valid, corpus.name, text.scan.fingerprint, split_off=True)
 
     def within(num_bytes: int) -> tuple[ValidationData, bool]:
         valid = _tokens_of(_excerpt(text, ids, num_bytes, progress), tokenizer)

@@ -18,6 +18,7 @@ from longreach.results.records import (
     TrainingRecord,
 )
 from longreach.results.seeds import OverSeeds, loss_difference, over_seeds, perplexity_over_seeds
+from longreach.results.start import Start
 
 __all__ = [
     "PROTOCOLS",
@@ -34,6 +35,7 @@ __all__ = [
     "RetrievalRecord",
     "Scored",
     "Skipped",
+    "Start",
     "SummaryRecord",
     "TrainingRecord",
     "loss_difference",

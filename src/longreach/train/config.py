@@ -2,8 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,13 +12,12 @@ from longreach.data.mix import parse_mix
 from longreach.data.prepare import DataConfig
 from longreach.files import write_atomically
 from longreach.models.config import ARCHITECTURES, Architecture, ModelConfig
-from longreach.reading import read_file
 from longreach.results import Model
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How a model is trained."""
+    """How a model is trained. What `may_differ` from one start of a run to the next changes no result."""
 
     train_length: int = 128
     """L, the length in tokens of the training sequences."""
@@ -43,11 +41,11 @@ class TrainConfig:
     """Largest norm of the gradient."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """bf16 runs under autocast, weights staying in fp32; auto is bf16 on CUDA devices that have it, else fp32."""
-    compile: bool = False
+    compile: bool = field(default=False, metadata={"may_differ": True})
     """Whether to run the model through torch.compile."""
-    checkpoint_every: int = 50
+    checkpoint_every: int = field(default=50, metadata={"may_differ": True})
     """Steps between checkpoints."""
-    device: str = "auto"
+    device: str = field(default="auto", metadata={"may_differ": True})
     """Where to run: cpu, cuda, cuda:1, ...; auto is cuda where there is one."""
     seed: int = 0
     """Seed of the weights, the split, the order of batches, what is mixed in and dropout."""
@@ -145,54 +143,13 @@ def save_config(config: Any, path: Path) -> None:
     write_atomically(path, tomli_w.dumps(to_toml_values(config)).encode())
 
 
-def check_folder(folder: Path, config: Any) -> None:
-    """Check that folder is free for this configuration: new, empty, or its own already.
-
-    Raises:
-        ValueError: the folder holds another run's configuration, or files of something else.
-    """
-    path = folder / "config.toml"
-    if path.exists():
-        there = read_file(type(config), path)
-        if there != config:
-            names = ", ".join(_differences(to_toml_values(there), to_toml_values(config)))
-            raise ValueError(f"output {folder} holds a run with another {names}: give a new folder, or the same values")
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"output {folder} is not empty and holds no config.toml: give a new or an empty folder")
-
-
-def claim_folder(folder: Path, config: Any) -> None:
-    """Make folder this configuration's own by its config.toml, after `check_folder`.
-
-    Raises:
-        ValueError: as `check_folder`.
-        OSError: the folder cannot be written.
-    """
-    check_folder(folder, config)
-    if not (folder / "config.toml").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        save_config(config, folder / "config.toml")
-
-
 def to_toml_values(config: Any) -> dict[str, Any]:
     """The fields of nested configuration dataclasses as TOML and JSON can hold them, without those that are None."""
     values: dict[str, Any] = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
+    for entry in dataclasses.fields(config):
+        value = getattr(config, entry.name)
         if dataclasses.is_dataclass(value):
-            values[field.name] = to_toml_values(value)
+            values[entry.name] = to_toml_values(value)
         elif value is not None:
-            values[field.name] = list(value) if isinstance(value, tuple) else value
+            values[entry.name] = list(value) if isinstance(value, tuple) else value
     return values
-
-
-def _differences(there: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
-    """Names of the fields that differ, sections opened."""
-    names = []
-    for key in sorted({*there, *asked}):
-        one, other = there.get(key), asked.get(key)
-        if isinstance(one, dict) and isinstance(other, dict):
-            names += _differences(one, other)
-        elif one != other:
-            names.append(key)
-    return names

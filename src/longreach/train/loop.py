@@ -19,7 +19,7 @@ from longreach.models.files import save_model
 from longreach.results import Model, TrainingRecord, read_training, write_training
 from longreach.train.checkpoint import load_checkpoint, save_checkpoint
 from longreach.train.config import TrainConfig
-from longreach.train.optim import build_optimizer, learning_rate
+from longreach.train.optim import build_optimizer, independent_of_steps, learning_rate
 
 FINAL_STEPS = 20
 """Over how many of the last steps `final_loss` is the mean."""
@@ -91,8 +91,9 @@ def train(
 ) -> TrainingRecord:
     """Train a model into a folder: metrics.jsonl, then the files of the model and training.json.
 
-    A folder that has training.json is finished, and its record is returned. A folder that has checkpoint.pt is
-    gone on with, to the same numbers that an uninterrupted run gives.
+    A folder that has training.json of as many steps is finished, and its record is returned. A folder that has
+    checkpoint.pt is gone on with, to the same numbers that an uninterrupted run gives. A finished run keeps it where
+    more steps would go on from there, as `independent_of_steps` says.
 
     Args:
         build: makes what is trained, on a device; random weights are drawn after torch was seeded for the run.
@@ -107,8 +108,8 @@ def train(
         OSError: the disk is full; likewise.
     """
     finished = folder / "training.json"
-    if finished.exists():
-        return read_training_record(finished)
+    if finished.exists() and (record := read_training_record(finished)).steps >= config.steps:
+        return record
     folder.mkdir(parents=True, exist_ok=True)
     run = _Run(build, config, folder)
     with Cost(run.device) as cost, open(folder / "metrics.jsonl", "a", encoding="utf-8") as metrics:
@@ -119,6 +120,9 @@ def train(
             on_step(step)
             if run.step % config.checkpoint_every == 0 and run.step < config.steps:
                 run.save()
+    if independent_of_steps(config, config.steps):
+        run.save()  # to go on from, should it be made longer
+    finished.unlink(missing_ok=True)  # that of the shorter run
     run.trainee.save(folder)
     tokens = config.steps * config.batch_size * config.train_length
     record = TrainingRecord(
@@ -132,8 +136,21 @@ def train(
         attention=run.trainee.attention,
     )
     write_training(record, finished)
-    (folder / "checkpoint.pt").unlink(missing_ok=True)
+    if not independent_of_steps(config, config.steps):
+        (folder / "checkpoint.pt").unlink(missing_ok=True)
     return record
+
+
+def steps_done(folder: Path) -> int:
+    """How many steps of a run are done and kept, by its record or its checkpoint.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    checkpoint, finished = folder / "checkpoint.pt", folder / "training.json"
+    if checkpoint.exists():
+        return int(load_checkpoint(checkpoint)["step"])
+    return read_training_record(finished).steps if finished.exists() else 0
 
 
 def read_training_record(path: Path) -> TrainingRecord:
@@ -222,7 +239,7 @@ class _Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.seconds = state["step"], state["seconds"]
         torch.set_rng_state(state["random_state"])
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and "cuda_random_state" in state:  # the start before may have been on the CPU
             torch.cuda.set_rng_state(state["cuda_random_state"], self.device)
 
     def _positions(self, sequences: Tensor) -> Tensor:

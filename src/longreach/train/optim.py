@@ -31,3 +31,8 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
     floor = config.final_learning_rate
     return config.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def independent_of_steps(config: TrainConfig, done: int) -> bool:
+    """Whether the learning rates of the first `done` steps are the same in a longer run: warm-up, or no cosine."""
+    return done <= config.warmup_steps or config.final_learning_rate == 1

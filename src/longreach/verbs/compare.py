@@ -6,13 +6,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from longreach.data.prepare import DataConfig, prepare
+from longreach.folder import begin, hold
 from longreach.measure.plan import EvaluateConfig
 from longreach.models.config import ARCHITECTURES, Architecture
 from longreach.report.page import write_report
 from longreach.results import Model, Results
-from longreach.train.config import RunConfig, TrainConfig, check_folder, claim_folder
+from longreach.train.config import RunConfig, TrainConfig
 from longreach.train.loop import resolve_device
-from longreach.verbs.evaluate import begin, case_sources, measure, read_material
+from longreach.verbs.evaluate import case_sources, measure, read_material, read_results
 from longreach.verbs.train import Progress, open_run, provenance, text_of, train_run
 
 
@@ -97,29 +98,31 @@ def compare(
 
     Raises:
         ValueError: the folder holds another comparison, the data changed since it began, or too little data.
+        BlockingIOError: another process works in the folder.
         FloatingPointError: training diverged.
         OSError: a file cannot be read or written.
     """
-    check_folder(output, config)  # before the time that reading the data takes
-    resolve_device(config.train.device)
-    prepared = prepare(config.data, config.train.seed, progress)
-    longest_window = max(map(config.evaluate.longest_window, config.lengths))
-    material = read_material(config.evaluate, text_of(prepared, config.evaluate, longest_window))
-    claim_folder(output, config)
-    path = output / "results.json"
-    sources = case_sources(config.evaluate)  # what the models are made of is all in the configuration
-    now = provenance(config, config.train.device, config.train.seed, prepared.tokenizer, prepared, sources)
-    results = begin(path, now)
-    for train_length, method in itertools.product(config.lengths, config.methods):
-        folder = output / config.folder(method, train_length)
-        training = train_run(config.run(method, train_length), folder, prepared, progress)
-        if training not in results.training:
-            results = results.add(training)
-        subject = open_run(folder).subject()
-        for grown in measure(subject, material, config.evaluate, results, path, progress):
-            results = grown
-        on_model(results, subject.identity)
-    write_report(results, output)
+    device = resolve_device(config.train.device)
+    with hold(output, config):
+        prepared = prepare(config.data, config.train.seed, progress)
+        longest_window = max(map(config.evaluate.longest_window, config.lengths))
+        material = read_material(config.evaluate, text_of(prepared, config.evaluate, longest_window))
+        sources = case_sources(config.evaluate)
+        starts = begin(output, config, prepared.digests | sources, device)
+        path = output / "results.json"
+        results = read_results(
+            path, provenance(config, starts[0], config.train.seed, prepared.tokenizer, prepared, sources)
+        )
+        for train_length, method in itertools.product(config.lengths, config.methods):
+            folder = output / config.folder(method, train_length)
+            training = train_run(config.run(method, train_length), folder, progress, prepared)
+            if training not in results.training:
+                results = results.add(training)
+            subject = open_run(folder).subject()
+            for grown in measure(subject, material, config.evaluate, results, path, progress):
+                results = grown
+            on_model(results, subject.identity)
+        write_report(results, output)
     return results
 
 

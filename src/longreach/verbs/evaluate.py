@@ -2,7 +2,8 @@
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from longreach.data.prepare import DataConfig, ValidationData, prepare_validation
 from longreach.data.tokenizer import Tokenizer, load_tokenizer
 from longreach.files import digest
+from longreach.folder import begin, begun_with, hold, this_start
 from longreach.measure.perplexity import Text
 from longreach.measure.plan import RETRIEVAL_TASKS, EvaluateConfig
 from longreach.measure.retrieval import read_cases
@@ -24,9 +26,10 @@ from longreach.pretrained.interpolation import SCALINGS
 from longreach.pretrained.save import adapt, holds_pretrained
 from longreach.reading import read_file
 from longreach.report.page import write_report
-from longreach.results import Model, Provenance, Results, TrainingRecord
-from longreach.train.config import RunConfig, check_folder, claim_folder
+from longreach.results import Model, Provenance, Results, Start, TrainingRecord
+from longreach.train.config import RunConfig
 from longreach.train.loop import read_training_record, resolve_device
+from longreach.verbs.start import digest_of_weights
 from longreach.verbs.train import Progress, num_read, open_run, provenance, read_run, text_of
 
 _Split = tuple[DataConfig, str, int]
@@ -44,7 +47,7 @@ class EvaluationConfig:
     data: str | None = None
     """Text to test on: file, folder, glob or hf:NAME[:CONFIG]; by default the validation text of each run, and for
     models trained elsewhere the source code of Python's standard library."""
-    device: str | None = None
+    device: str | None = field(default=None, metadata={"may_differ": True})
     """Where to run; by default where a run was trained, and cuda for other models where there is one."""
     train_length: int | None = None
     """L in tokens of Hugging Face models, where their configuration does not tell it."""
@@ -119,36 +122,36 @@ def evaluate_models(
     Raises:
         ValueError: there is no such model, the folder holds another evaluation, what is read has changed since it was
             begun, or the text does not serve.
-        OSError: a file cannot be read or written.
+        OSError: another process works in the folder, or a file cannot be read or written.
     """
-    if output is not None:
-        check_folder(output, config)
-    material = read_material(config.evaluate, None)
     models = [
         _find(name, config, scaling) for name, scaling in itertools.product(config.models, config.scalings or (None,))
     ]
     _check_told_apart(models)
-    prepared, texts = _read_texts(models, config.evaluate, progress)
-    now = _provenance(config, models, prepared)
-    if output is not None:
-        claim_folder(output, config)
-    path = None if output is None else output / "results.json"
-    results = begin(path, now)
-    try:
-        for model in models:
-            if model.training is not None and model.training not in results.training:
-                results = results.add(model.training)
-            on_text = replace(material, text=texts.get(model.split))
-            for grown in measure(model.load(), on_text, config.evaluate, results, path, progress):
-                results = grown
-                on_results(results)
-    except Exception:
-        if output is not None and results.entries():
+    with nullcontext() if output is None else hold(output, config):
+        material = read_material(config.evaluate, None)
+        prepared, texts = _read_texts(models, config, progress)
+        sources = _weights(config) | case_sources(config.evaluate)
+        digests = _digests(models, prepared) | sources
+        device = models[0].device
+        starts = (this_start(config, device),) if output is None else begin(output, config, digests, device)
+        path = None if output is None else output / "results.json"
+        results = read_results(path, _provenance(config, starts[0], models, prepared, sources))
+        try:
+            for model in models:
+                if model.training is not None and model.training not in results.training:
+                    results = results.add(model.training)
+                on_text = replace(material, text=texts.get(model.split))
+                for grown in measure(model.load(), on_text, config.evaluate, results, path, progress):
+                    results = grown
+                    on_results(results)
+        except Exception:
+            if output is not None and results.entries():
+                write_report(results, output)
+            raise
+        on_results(results)  # where nothing was left to do, too
+        if output is not None:
             write_report(results, output)
-        raise
-    on_results(results)  # where nothing was left to do, too
-    if output is not None:
-        write_report(results, output)
     return results
 
 
@@ -249,23 +252,24 @@ def _check_told_apart(models: Sequence[_Model]) -> None:
 
 
 def _read_texts(
-    models: Sequence[_Model], config: EvaluateConfig, progress: Progress
+    models: Sequence[_Model], config: EvaluationConfig, progress: Progress
 ) -> tuple[dict[_Split, ValidationData], dict[_Split, Text]]:
     """The data of each split, and the one text that all models are scored on, in the tokens of each.
 
     Both are empty where no text is scored.
 
     Raises:
-        ValueError: the text is too short for one of the models, or a model was trained on another text than the first.
+        ValueError: the text is too short for one of the models, a model was trained on another text than the first, or
+            it may have been trained on what would be scored.
     """
-    longest = max(config.longest_window(model.identity.train_length) for model in models)
+    longest = max(config.evaluate.longest_window(model.identity.train_length) for model in models)
     if not longest:
         return {}, {}
     prepared: dict[_Split, ValidationData] = {}
     for model in models:
         if model.split not in prepared:
             prepared[model.split] = prepare_validation(
-                model.data, model.tokenizer, model.seed, num_read(config, longest), progress
+                model.data, model.tokenizer, model.seed, num_read(config.evaluate, longest), progress
             )
     first = models[0]
     for model in models:
@@ -273,18 +277,38 @@ def _read_texts(
             raise ValueError(
                 f"MODELS: {model.name} was not trained on the text of the first one: give the text by data"
             )
-    return prepared, {split: text_of(data, config, longest) for split, data in prepared.items()}
+        if config.data is None:
+            _check_held_out(Path(model.name), prepared[model.split])
+    return prepared, {split: text_of(data, config.evaluate, longest) for split, data in prepared.items()}
+
+
+def _check_held_out(folder: Path, prepared: ValidationData) -> None:
+    """Check that what is held out of the text of a run was held out when it was trained."""
+    trained_here = (folder / "config.toml").exists()
+    if trained_here and prepared.split_off and begun_with(folder)["text"] != prepared.corpus_hash:
+        raise ValueError(
+            f"MODELS: the text of {folder} has changed since that was trained on it, so that it may have seen what is "
+            "held out now: give the text as it was, or another to test on by --data"
+        )
+
+
+def _digests(models: Sequence[_Model], prepared: Mapping[_Split, ValidationData]) -> dict[str, str]:
+    """Of the text, where one is scored, and of the tokenizers."""
+    text = {"text": prepared[models[0].split].corpus_hash} if prepared else {}
+    return text | {"tokenizer": " ".join(dict.fromkeys(model.tokenizer.fingerprint for model in models))}
 
 
 def _provenance(
-    config: EvaluationConfig, models: Sequence[_Model], prepared: Mapping[_Split, ValidationData]
+    config: EvaluationConfig,
+    start: Start,
+    models: Sequence[_Model],
+    prepared: Mapping[_Split, ValidationData],
+    sources: dict[str, str],
 ) -> Provenance:
     """That of the first model, with the tokenizers and the files of all."""
     first = models[0]
-    sources = _model_sources(config) | case_sources(config.evaluate)
-    own = provenance(config, str(first.device), first.seed, first.tokenizer, prepared.get(first.split), sources)
-    hashes = dict.fromkeys(model.tokenizer.fingerprint for model in models)
-    return replace(own, tokenizer_hash=" ".join(hashes))
+    own = provenance(config, start, first.seed, first.tokenizer, prepared.get(first.split), sources)
+    return replace(own, tokenizer_hash=_digests(models, prepared)["tokenizer"])
 
 
 def _adapt_by(scaling: str, train_length: int | None, model: Any) -> StateLength | None:
@@ -337,40 +361,21 @@ def _existing(argument: str, path: str) -> Path:
 
 def case_sources(config: EvaluateConfig) -> dict[str, str]:
     """The files of a configuration, as `Provenance.sources` has them."""
-    return {path: digest(Path(path)) for path in (config.cases, config.meetings) if path is not None}
+    named = {"cases": config.cases, "meetings": config.meetings}
+    return {f"{name} {path}": digest(Path(path)) for name, path in named.items() if path is not None}
 
 
-def _model_sources(config: EvaluationConfig) -> dict[str, str]:
+def _weights(config: EvaluationConfig) -> dict[str, str]:
     """The models, as `Provenance.sources` has them."""
-    sources = {}
+    digests: dict[str, str] = {}
     for name in config.models:
-        if Path(name).is_dir():
-            sources[name] = digest(Path(name))
-        elif commit := load_configuration(name, trust_remote_code=config.trust_remote_code)._commit_hash:
-            sources[name] = commit
-    return sources
+        digests |= digest_of_weights(name, trust_remote_code=config.trust_remote_code)
+    return digests
 
 
-def begin(path: Path | None, now: Provenance) -> Results:
-    """The results that a file holds so far, or new ones.
-
-    Raises:
-        ValueError: the file is damaged, or what it holds was measured on another text, or from other files.
-    """
-    if path is None or not path.exists():
-        return Results(provenance=now)
-    results = Results.read(path)
-    before = results.provenance
-    if before.corpus_hash != now.corpus_hash:
-        raise ValueError(
-            f"data {now.corpus!r} has changed since {path} was begun: give a new output folder, or the text as it was"
-        )
-    for name, source in now.sources.items():
-        if before.sources.get(name) != source:
-            raise ValueError(
-                f"{name} has changed since {path} was begun: give a new output folder, or its files as they were"
-            )
-    return results
+def read_results(path: Path | None, provenance: Provenance) -> Results:
+    """The results that a file holds so far, or new ones with their provenance. ValueError where it is damaged."""
+    return Results.read(path) if path is not None and path.exists() else Results(provenance=provenance)
 
 
 def measure(

@@ -1,5 +1,6 @@
 """Training that starts from a model that is there: a run of our own, or a pretrained one of Hugging Face."""
 
+import os
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -10,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from longreach.data.prepare import DataConfig
+from longreach.data.prepare import DataConfig, PreparedData
 from longreach.data.tokenizer import Tokenizer, load_tokenizer
+from longreach.files import digest
+from longreach.folder import begun_with
 from longreach.measure.transformers import load_causal_model, load_configuration
 from longreach.models.config import Architecture
 from longreach.models.decoder import Decoder
@@ -103,6 +106,47 @@ def check_start(config: RunConfig) -> None:
         )
 
 
+def check_held_out(config: RunConfig, prepared: PreparedData) -> None:
+    """Check that no document that a run starts from was trained on is among those that are held out now.
+
+    Args:
+        config: of the run.
+        prepared: its text.
+
+    Raises:
+        ValueError: the text that the other run was trained on has changed since, or is split in another way.
+    """
+    if config.start_from is None or not prepared.split_off or not (Path(config.start_from) / "config.toml").exists():
+        return
+    before = read_file(RunConfig, Path(config.start_from) / "config.toml")
+    same_text = begun_with(Path(config.start_from))["text"] == prepared.corpus_hash
+    mend = "or text of its own for validation (--valid-data)"
+    if not same_text and _same_source(config.data.data, before.data.data):
+        raise ValueError(
+            f"data={config.data.data!r} has changed since start_from={config.start_from!r} was trained on it, which "
+            f"may have seen what is held out now: give it as it was, {mend}"
+        )
+    if same_text:
+        for name, asked, own in (
+            ("seed", config.train.seed, before.train.seed),
+            ("valid_fraction", config.data.valid_fraction, before.data.valid_fraction),
+        ):
+            if asked != own:
+                raise ValueError(
+                    f"{name}={asked}: start_from={config.start_from!r} was trained on the same text with {own} and saw "
+                    f"some of what is held out now: give {own}, {mend}"
+                )
+
+
+def digest_of_weights(source: str, *, trust_remote_code: bool = False) -> dict[str, str]:
+    """What a model is made from, as `longreach.folder.begin` takes it: a folder's digest, a commit of the hub."""
+    name = f"weights of {source}"
+    if Path(source).is_dir():
+        return {name: digest(Path(source))}
+    commit = load_configuration(source, trust_remote_code=trust_remote_code)._commit_hash
+    return {name: commit} if commit else {}
+
+
 def build_trainee(config: RunConfig, tokenizer: Tokenizer, device: torch.device) -> Trainee:
     """What a run trains: new weights, or those of the model that it starts from, which `check_start` found to fit.
 
@@ -171,6 +215,10 @@ def next_token_loss(model: Any) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
 def _nll(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), targets)
+
+
+def _same_source(one: str | None, other: str | None) -> bool:
+    return one == other or (None not in (one, other) and os.path.abspath(str(one)) == os.path.abspath(str(other)))
 
 
 def _is_pretrained(source: str) -> bool:

@@ -1,20 +1,17 @@
 """A run: one trained model in its folder, with the configuration it came from."""
 
-import subprocess
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
-from platform import platform, python_version
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-import longreach
 from longreach.data.mix import MixedBatches
-from longreach.data.prepare import PreparedData, ValidationData
+from longreach.data.prepare import PreparedData, ValidationData, prepare
 from longreach.data.tokenizer import Tokenizer, load_tokenizer
 from longreach.data.tokens import Batches
+from longreach.folder import begin, hold
 from longreach.measure.bootstrap import units
 from longreach.measure.perplexity import Text
 from longreach.measure.plan import EvaluateConfig
@@ -24,10 +21,11 @@ from longreach.models.decoder import Decoder
 from longreach.models.files import load_model
 from longreach.pretrained.save import holds_pretrained
 from longreach.reading import read_file
-from longreach.results import Provenance, TrainingRecord
-from longreach.train.config import RunConfig, TrainConfig, claim_folder, to_toml_values
-from longreach.train.loop import BatchSource, Step, Trainee, resolve_device, train
-from longreach.verbs.start import build_trainee, check_start
+from longreach.results import Provenance, Start, TrainingRecord
+from longreach.train.config import RunConfig, TrainConfig, to_toml_values
+from longreach.train.loop import BatchSource, Step, Trainee, resolve_device, steps_done, train
+from longreach.train.optim import independent_of_steps
+from longreach.verbs.start import build_trainee, check_held_out, check_start, digest_of_weights
 
 
 class Progress(Protocol):
@@ -60,27 +58,69 @@ class Run:
         )
 
 
-def train_run(config: RunConfig, folder: Path, prepared: PreparedData, progress: Progress) -> TrainingRecord:
+def train_run(
+    config: RunConfig, folder: Path, progress: Progress, prepared: PreparedData | None = None
+) -> TrainingRecord:
     """Train into a folder, or go on with what is there; the record of a finished run is returned at once.
 
-    Raises:
-        ValueError: the folder holds another run, too few tokens to train on, or the model to start from does not fit;
-            and as `train`.
-    """
-    batches = _batches(config.train, prepared)
-    check_start(config)
-    claim_folder(folder, config)
-    if not (folder / "tokenizer.json").exists():
-        prepared.tokenizer.save(folder / "tokenizer.json")
+    Args:
+        config: what to train, on what, and how.
+        folder: where to.
+        progress: told of each stage as it goes on.
+        prepared: the text of `config`, where it has been read already.
 
+    Raises:
+        ValueError: the folder holds another run, what was read for it has changed since, too few tokens to train on,
+            or the model to start from does not fit; and as `train`.
+        OSError: another process works in the folder; and as `train`.
+    """
+    device = resolve_device(config.train.device)
+    check_start(config)
+    with hold(folder, config, besides=("steps",)) as before:
+        if before is not None:
+            _check_steps(folder, before.train, config.train)
+        prepared = prepared or prepare(config.data, config.train.seed, progress)
+        check_held_out(config, prepared)
+        batches = _batches(config.train, prepared)
+        weights = {} if config.start_from is None else digest_of_weights(config.start_from)
+        begin(folder, config, prepared.digests | weights, device)
+        if not (folder / "tokenizer.json").exists():
+            prepared.tokenizer.save(folder / "tokenizer.json")
+        return _train(config, folder, prepared.tokenizer, batches, progress)
+
+
+def _train(
+    config: RunConfig, folder: Path, tokenizer: Tokenizer, batches: BatchSource, progress: Progress
+) -> TrainingRecord:
     def on_step(step: Step) -> None:
         note = f"{step.tokens / step.seconds:,.0f} tokens/s  loss {step.loss:.3f}"
         progress(f"training {config.method}", step.step, config.train.steps, note)
 
     def build(device: torch.device) -> Trainee:
-        return build_trainee(config, prepared.tokenizer, device)
+        return build_trainee(config, tokenizer, device)
 
     return train(build, config.train, batches, folder, on_step)
+
+
+def _check_steps(folder: Path, before: TrainConfig, now: TrainConfig) -> None:
+    """Check that a run may have as many steps as are asked for now: those that it was begun with, or more.
+
+    More steps only where the learning rates of those that are done do not depend on how many follow.
+    """
+    if now.steps == before.steps:
+        return
+    asked = f"steps={now.steps}: output {folder} was begun with steps={before.steps}"
+    if now.steps < before.steps:
+        raise ValueError(f"{asked}: give as many, or a new folder")
+    finished = (folder / "training.json").exists()
+    if not independent_of_steps(before, steps_done(folder)):
+        first = "" if finished else f"finish it with steps={before.steps}, then "
+        raise ValueError(
+            f"{asked} and a learning rate that falls until then, so that a longer run differs from its first step "
+            f"after the warm-up on: {first}go on from it into a new folder (--from {folder})"
+        )
+    if finished and not (folder / "checkpoint.pt").exists():
+        raise ValueError(f"{asked}, and its checkpoint.pt is gone: go on from it into a new folder (--from {folder})")
 
 
 def _batches(config: TrainConfig, prepared: PreparedData) -> BatchSource:
@@ -169,7 +209,7 @@ def text_of(prepared: ValidationData, config: EvaluateConfig, longest: int) -> T
 
 def provenance(
     config: Any,
-    device: str,
+    start: Start,
     split_seed: int,
     tokenizer: Tokenizer,
     prepared: ValidationData | None,
@@ -181,33 +221,19 @@ def provenance(
     read.
     """
     return Provenance(
-        longreach=longreach.__version__,
-        torch=torch.__version__,
-        python=python_version(),
-        platform=platform(),
-        device=str(resolve_device(device)),
-        num_threads=torch.get_num_threads(),
-        git_commit=_git_commit(),
+        longreach=start.longreach,
+        torch=start.torch,
+        python=start.python,
+        platform=start.platform,
+        device=start.device,
+        num_threads=start.num_threads,
+        git_commit=start.git_commit,
         split_seed=split_seed,
         corpus="none" if prepared is None else prepared.corpus_name,
         corpus_hash="none" if prepared is None else prepared.corpus_hash,
         tokenizer_hash=tokenizer.fingerprint,
         vocab_size=tokenizer.vocab_size,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        created=start.time,
         sources=sources,
         config=to_toml_values(config),
     )
-
-
-def _git_commit() -> str | None:
-    """The commit of the checkout that this file is tracked in; None for an installed package."""
-    folder = Path(__file__).parent
-    try:
-        # Installed inside somebody else's checkout, the package is not tracked by it.
-        tracked = subprocess.run(["git", "ls-files", "--error-unmatch", __file__], cwd=folder, capture_output=True)
-        if tracked.returncode != 0:
-            return None
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True)
-    except OSError:
-        return None
-    return head.stdout.strip() or None

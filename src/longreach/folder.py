@@ -1,0 +1,243 @@
+"""What an output folder was begun with, and whether work may go on in it: one contract for every verb that writes.
+
+A verb first refuses all that can be refused cheaply, then works in three steps:
+
+    with hold(folder, config):                           # nobody else works there, and it is new or has this config
+        ...                                              # read text, tokenizer and weights
+        starts = begin(folder, config, digests, device)  # what was read is what was read before; from here on, write
+
+A folder is begun once it has its config.toml. Beside that lies folder.toml: the digests, and every start.
+"""
+
+import os
+import platform
+import socket
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+import tomli_w
+import torch
+
+import longreach
+from longreach.files import is_leftover, lock, write_atomically
+from longreach.reading import read_file
+from longreach.results import Start
+from longreach.train.config import save_config
+
+Config = TypeVar("Config")
+
+LOCK = ".lock"
+"""Name of the file that the process which works in a folder keeps locked; the system unlocks it when that dies."""
+
+WRITTEN_INTO = (".", "figures")
+"""Folders of an output folder whose leftovers are swept; those of runs inside it are output folders of their own."""
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """folder.toml."""
+
+    digests: dict[str, str]
+    starts: tuple[Start, ...]
+
+
+@contextmanager
+def hold(folder: Path, config: Config, besides: tuple[str, ...] = ()) -> Iterator[Config | None]:
+    """Keep a folder for this process, after checking that work on a configuration may begin or go on there.
+
+    What a killed process was writing there is removed. A new folder is made; if nothing is begun in it, it goes again.
+
+    Args:
+        folder: the folder.
+        config: the resolved configuration, a dataclass. Fields declared with metadata `may_differ` may differ.
+        besides: names of fields that the caller judges.
+
+    Yields:
+        The configuration that it was begun with, None if it is new.
+
+    Raises:
+        BlockingIOError: another process works there.
+        ValueError: it was begun with another configuration, the fields that differ are named; or it is no folder, or
+            holds what no verb of ours has begun.
+        OSError: it cannot be written, or its file system has no locks.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output {folder} is a file: give a folder")
+    made = not folder.exists()
+    _git_commit()  # asked before locking: a child process has our lock from its fork to its exec, even if we are killed
+    try:
+        with _locked(folder):
+            _sweep(folder)
+            yield _checked(folder, config, besides)
+    finally:
+        if made:
+            with suppress(OSError):  # it is not empty any more
+                folder.rmdir()
+
+
+def begin(folder: Path, config: Any, digests: Mapping[str, str], device: torch.device) -> tuple[Start, ...]:
+    """Note a start, after checking that what was read is what was read before; returns all starts until now.
+
+    Args:
+        folder: the folder, held for `config`.
+        config: the resolved configuration, a dataclass.
+        digests: of all that was read, by what a message is to call it: text, tokenizer, weights of X.
+        device: where it will be computed.
+
+    Raises:
+        ValueError: something that was read has changed since. It is named.
+        OSError: the folder cannot be written.
+    """
+    starts: tuple[Start, ...] = (this_start(config, device),)
+    if (folder / "config.toml").exists():
+        before = _read(folder)
+        names = [name for name in {**before.digests, **digests} if before.digests.get(name) != digests.get(name)]
+        if names:
+            raise ValueError(
+                f"output {folder} was begun with another {', '.join(names)}: give a new folder, or what was read then"
+            )
+        starts = (*before.starts, *starts)
+    table = {"digests": dict(digests), "starts": [_without_none(asdict(start)) for start in starts]}
+    write_atomically(folder / "folder.toml", tomli_w.dumps(table).encode())
+    save_config(config, folder / "config.toml")
+    return starts
+
+
+def begun_with(folder: Path) -> Mapping[str, str]:
+    """The digests of what was read for the work in a folder, as `begin` was given them.
+
+    Raises:
+        ValueError: they were not written down, or the file is damaged.
+    """
+    return _read(folder).digests
+
+
+def this_start(config: Any, device: torch.device) -> Start:
+    """What there is to know of the start of this process for a configuration on a device."""
+    return Start(
+        time=datetime.now(UTC).isoformat(timespec="seconds"),
+        longreach=longreach.__version__,
+        torch=torch.__version__,
+        python=platform.python_version(),
+        platform=platform.platform(),
+        device=str(device),
+        num_threads=torch.get_num_threads(),
+        git_commit=_git_commit(),
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        options=_without_none(dict(_leaves(config, may_differ=True))),
+    )
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Make a folder, if need be, and hold its lock file, which says by whom."""
+    with _lock_file(folder) as file:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+        file.flush()
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # gone already
+                (folder / LOCK).unlink()  # before it is unlocked, lest it be another's by then
+
+
+def _lock_file(folder: Path) -> BinaryIO:
+    """The lock file of a folder, open and locked. Its holder removes it, and a folder that it made, when letting go."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError), ExitStack() as stack:
+            file = stack.enter_context(open(folder / LOCK, "a+b"))
+            _lock(file, folder)
+            if os.path.samestat(os.fstat(file.fileno()), (folder / LOCK).stat()):
+                stack.pop_all()
+                return file
+
+
+def _lock(file: BinaryIO, folder: Path) -> None:
+    try:
+        lock(file, wait=False)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().decode() or "another process"
+        raise BlockingIOError(
+            f"output {folder} is in use by {holder}: wait until that has ended, or give another folder"
+        ) from None
+    except OSError as error:
+        message = f"output {folder} cannot be locked ({error.strerror}): give a folder on another file system"
+        raise OSError(error.errno, message) from error
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what a killed process was writing."""
+    for part in WRITTEN_INTO:
+        if (folder / part).is_dir():
+            for path in (folder / part).iterdir():
+                if is_leftover(path):
+                    path.unlink()
+
+
+def _checked(folder: Path, config: Config, besides: tuple[str, ...]) -> Config | None:
+    """The configuration that a folder was begun with, None if it is new, after checking that config may go on in it."""
+    path = folder / "config.toml"
+    if not path.exists():
+        if any(other.name not in (LOCK, "folder.toml") for other in folder.iterdir()):
+            raise ValueError(f"output {folder} is not empty and holds no config.toml: give a new or an empty folder")
+        return None
+    try:
+        before = read_file(type(config), path)
+    except ValueError as error:
+        raise ValueError(f"output {folder} holds work of another verb ({error}): give a new folder") from error
+    _read(folder)  # damage comes out before anything is read that takes long
+    pairs = zip(_leaves(before, may_differ=False), _leaves(config, may_differ=False), strict=True)
+    names = [name for (name, there), (_, asked) in pairs if there != asked and name not in besides]
+    if names:
+        raise ValueError(
+            f"output {folder} was begun with another {', '.join(names)}: give a new folder, or the same values"
+        )
+    return before
+
+
+def _read(folder: Path) -> _Begun:
+    try:
+        return read_file(_Begun, folder / "folder.toml")
+    except FileNotFoundError:
+        raise ValueError(f"{folder} has no folder.toml, which says what it was begun with: make it anew") from None
+    except ValueError as error:
+        raise ValueError(f"{error}; restore it from a backup, or make the folder anew") from error
+
+
+def _leaves(config: Any, *, may_differ: bool) -> Iterator[tuple[str, Any]]:
+    """Names and values of the fields of nested dataclasses, either those that may differ or those that may not."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if is_dataclass(value):
+            yield from _leaves(value, may_differ=may_differ)
+        elif field.metadata.get("may_differ", False) is may_differ:
+            yield field.name, value
+
+
+def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+@cache
+def _git_commit() -> str | None:
+    """The commit of the checkout that this file is tracked in; None for an installed package."""
+    folder = Path(__file__).parent
+    try:
+        # Installed inside somebody else's checkout, the package is not tracked by it.
+        tracked = subprocess.run(["git", "ls-files", "--error-unmatch", __file__], cwd=folder, capture_output=True)
+        if tracked.returncode != 0:
+            return None
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True)
+    except OSError:
+        return None
+    return head.stdout.strip() or None
