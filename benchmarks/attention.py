@@ -58,6 +58,12 @@ RESULTS = Path(__file__).parent / "results"
 LENGTHS = {"cpu": [1024, 2048, 8192, 32768, 65536], "cuda": [2048, 8192, 32768]}
 """What is measured unless asked otherwise; on a GPU, all of it within ten minutes, compiling included."""
 
+CROSSOVER_LENGTHS = {
+    "cpu": ((64, 128, 256, 512, 1024), (1024, 2048, 4096, 8192, 16384, 32768)),
+    "cuda": ((256, 512, 1024, 2048, 4096), (4096, 16384, 65536)),
+}
+"""Lengths of whole sequences, and of caches, that --crossover measures."""
+
 DENSE_LIMIT = 32768
 """Above this length dense attention takes minutes a call on a CPU: what counts there is how our own time grows."""
 
@@ -263,15 +269,16 @@ def cuda_workloads(lengths: list[int]) -> list[Workload]:
     return everything + [Workload("decode", "bfloat16", 65536, **shape) for shape in shapes]
 
 
-def crossover_workloads() -> list[Workload]:
+def crossover_workloads(device: str) -> list[Workload]:
     """Lengths around the points where `choose_impl` changes over."""
-    shapes = [(1, 8, 64), (8, 8, 32)]
+    shapes = [(1, 8, 64), (8, 8, 32)] if device == "cpu" else [(1, 16, 64), (8, 16, 128)]
+    whole, cached = CROSSOVER_LENGTHS[device]
     return [
         Workload(mode, dtype, length, batch=batch, heads=heads, head_dim=head_dim)
         for mode, lengths in (
-            ("forward", (64, 128, 256, 512, 1024)),
-            ("training", (64, 128, 256, 512, 1024)),
-            ("decode", (1024, 2048, 4096, 8192, 16384, 32768)),
+            ("forward", whole),
+            ("training", whole),
+            ("decode", cached),
         )
         for dtype in ("float32", "bfloat16")
         for batch, heads, head_dim in shapes
@@ -361,7 +368,7 @@ def main() -> None:
     document: dict[str, Any] = {"benchmark": "attention", "machine": machine(arguments.machine, device), "records": []}
     if arguments.resume and path.exists():
         document["records"] = measured(path, document["machine"])
-    work = crossover_workloads() if arguments.crossover else workloads(device, lengths)
+    work = crossover_workloads(device) if arguments.crossover else workloads(device, lengths)
     choose = functools.partial(chosen, device=device, skip=skip, crossover=arguments.crossover)
     run(document, path, work, device, rounds, choose)
 

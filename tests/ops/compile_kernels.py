@@ -15,6 +15,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from longreach.ops.triton import launch as kernels
+from longreach.ops.triton import ranges
 from longreach.ops.triton.plans import DECODE_ROWS, REACH_M, REACH_N
 
 capability, itemsize, head_dim = map(int, sys.argv[1:4])
@@ -55,7 +56,10 @@ if sys.argv[4:] == ["everything"]:  # all zones, masks and gradients
     options |= {"causal": False, "window_size": 100}
     padding = torch.zeros(1, length, dtype=torch.bool)
     documents = torch.tensor([0, length], dtype=torch.int32)
-arguments = (q, k, v, slopes, slopes, padding, documents, starts, ends)
+ranges.key_ranges(
+    q, k, slopes, slopes, documents, None, **options, tolerance=1e-6, block_m=REACH_M, block_n=REACH_N, tiles=plan.bound
+)
+arguments = (q, k, v, slopes, slopes, padding, documents, starts, ends, kernels.work_order(starts, ends))
 out, log2_lse = kernels.forward(*arguments, **options)
 kernels.backward(out, log2_lse, *arguments, out, log2_lse, **options, slopes_gradient=documents is not None)
 for rows in (1, DECODE_ROWS):

@@ -35,20 +35,18 @@ def operator_arguments(**options: Any) -> dict[str, tuple[Any, ...]]:
     left = right = slopes.detach()[None]
     padding = (torch.arange(30, device=DEVICE) < 4)[None]
     bounds = (0.25, True, options.get("window_size"))
-    starts, ends = OPERATORS.key_ranges(q, k, left, right, padding, None, None, *bounds, 1e-6)
-    out, lse = OPERATORS.triton_forward(q, k, v, left, right, padding, None, starts, ends, *bounds)
+    out, lse, *ranges = OPERATORS.triton_forward(q, k, v, left, right, padding, None, *bounds, 1e-6)
     grads = torch.ones_like(out), torch.ones_like(lse)
     x = [t.detach() for t in (q, k, v)]
-    saved = (left, right, padding, None, starts, ends, out.detach(), lse.detach())
+    saved = (left, right, padding, None, out.detach(), lse.detach(), *ranges)
     return {
-        "key_ranges": (*x[:2], left, right, padding, None, None, *bounds, 1e-6),
-        "triton_forward": (q, k, v, left.clone().requires_grad_(), right, padding, None, starts, ends, *bounds),
-        "triton_decode": (*x, left, right, padding, starts, ends, *bounds),
+        "triton_forward": (q, k, v, left.clone().requires_grad_(), right, padding, None, *bounds, 1e-6),
+        "triton_decode": (*x, left, right, padding, None, *bounds, 1e-6),
         "triton_backward": (*grads, *x, *saved, *bounds, True),
     }
 
 
-@pytest.mark.parametrize("name", ["key_ranges", "triton_forward", "triton_decode", "triton_backward"])
+@pytest.mark.parametrize("name", ["triton_forward", "triton_decode", "triton_backward"])
 def test_operators_keep_the_rules_of_torch_library(name: str) -> None:
     """Schema, aliasing, fake tensors, autograd registration and tracing with dynamic shapes, by torch's own checks."""
     operator = getattr(OPERATORS, name).default
@@ -125,7 +123,7 @@ def test_decoding_only_where_few_queries_need_no_gradient() -> None:
             triton_attention(q, k, v, slopes=slopes, **options)
         return calls.copy()
 
-    forward, decode = ["key_ranges", "triton_forward"], ["key_ranges", "triton_decode"]
+    forward, decode = ["triton_forward"], ["triton_decode"]
     assert called(4, (4, 2)) == forward
     with torch.no_grad():
         assert called(4, (4, 2)) == decode

@@ -203,10 +203,10 @@ def key_ranges(
 
     key_hidden = None if key_padding_mask is None else ~_block_any(~key_padding_mask, block_n)  # [B, NK]
     norm = _norms(q) * scale  # [B, H, Tq]
-    log_tolerance = _log_tolerance(tolerance, norm.dtype, key_length)
-    sides = [_Side(left, 1, log_tolerance)]
+    log_mass = log_tolerance(tolerance, norm.dtype, key_length)
+    sides = [_Side(left, 1, log_mass)]
     if not causal:
-        half = log_tolerance - math.log(2.0)
+        half = log_mass - math.log(2.0)
         sides = [_Side(left, 1, half), _Side(right, -1, half)]
     if key_norms is None:
         centre, lengths = _centred_lengths(k, key_padding_mask)
@@ -262,7 +262,7 @@ def _decoding_ranges(
     norms = per_query_head(key_norms, num_heads)[:, :, None]  # [B, H, 1, NK]
     lse = last_lse(q, k, slope, slope, None, scale, masks)[..., None]
     lse = lse - norm * norms.amax(dim=-1, keepdim=True) * LSE_ROUNDING - 2.0**-12
-    log_weight = _log_geometric_sum(slope, block_n) - _log_tolerance(tolerance, norm.dtype, key_length)
+    log_weight = _log_geometric_sum(slope, block_n) - log_tolerance(tolerance, norm.dtype, key_length)
     row_terms = log_weight[..., None, None] - lse + ROUNDING * lse.abs()  # [B, H, Tq, 1]
     first_key = torch.arange(0, key_length, block_n, device=q.device)  # of each block
     position = torch.arange(query_length, device=q.device)[:, None] + (key_length - query_length)
@@ -369,7 +369,7 @@ def _lowered_slopes(q: Tensor, slopes: Tensor | tuple[Tensor, Tensor] | None) ->
     return left, right
 
 
-def _log_tolerance(tolerance: float, dtype: torch.dtype, key_length: int) -> float:
+def log_tolerance(tolerance: float, dtype: torch.dtype, key_length: int) -> float:
     """Log of the mass that may go, less the rounding of the sums that are compared with it."""
     if tolerance > 0.0:
         return math.log(tolerance) - 2.0**-8

@@ -126,9 +126,8 @@ def _logits(
 @triton.jit
 def _work_item(order, num_blocks, num_heads):
     """Batch row, head and block of this program; int64 where it is to be multiplied by a stride."""
-    item = tl.load(order + tl.program_id(0))
-    row = item // num_blocks
-    return tl.cast(row // num_heads, tl.int64), tl.cast(row % num_heads, tl.int64), item % num_blocks
+    pair = tl.load(order + tl.program_id(0) // num_blocks)
+    return tl.cast(pair // num_heads, tl.int64), tl.cast(pair % num_heads, tl.int64), tl.program_id(0) % num_blocks
 
 
 @triton.jit
@@ -181,7 +180,9 @@ def forward_kernel(
     BLOCK_N: tl.constexpr, REACH_M: tl.constexpr, REACH_N: tl.constexpr, SPLIT_BIAS: tl.constexpr,
 ):  # fmt: skip
     """One block of queries against its range of keys."""
-    batch, head, block = _work_item(order, tl.cdiv(query_length, BLOCK_M), num_heads)
+    num_blocks = tl.cdiv(query_length, BLOCK_M)
+    batch, head, block = _work_item(order, num_blocks, num_heads)
+    block = num_blocks - 1 - block  # causal queries at the end see the most keys
     pair = batch * num_heads + head
     q += batch * stride_qb + head * stride_qh
     k += batch * stride_kb + head // group * stride_kh
@@ -271,7 +272,9 @@ def query_gradient_kernel(
     BLOCK_N: tl.constexpr, REACH_M: tl.constexpr, REACH_N: tl.constexpr, SPLIT_BIAS: tl.constexpr,
 ):  # fmt: skip
     """One block of queries against its range of keys. Stores LSE and delta for the kernel of dK and dV."""
-    batch, head, block = _work_item(order, tl.cdiv(query_length, BLOCK_M), num_heads)
+    num_blocks = tl.cdiv(query_length, BLOCK_M)
+    batch, head, block = _work_item(order, num_blocks, num_heads)
+    block = num_blocks - 1 - block  # causal queries at the end see the most keys
     pair = batch * num_heads + head
     q += batch * stride_qb + head * stride_qh
     k += batch * stride_kb + head // group * stride_kh
@@ -355,9 +358,28 @@ def _key_gradient_tiles(
     return dk, dv
 
 
+@triton.jit
+def _queries_that_need(
+    starts, ends, pair, query_length, first_key, BLOCK_N: tl.constexpr, REACH_M: tl.constexpr, REACH_N: tl.constexpr
+):
+    """The range of queries from the first to the last block whose range holds any of BLOCK_N keys."""
+    num_blocks = tl.cdiv(query_length, REACH_M)
+    first = num_blocks
+    last = 0
+    for step in tl.range(0, num_blocks, 128):
+        block = step + tl.arange(0, 128)
+        inside = block < num_blocks
+        start = tl.load(starts + pair * num_blocks + block, mask=inside, other=0) * REACH_N
+        end = tl.load(ends + pair * num_blocks + block, mask=inside, other=0) * REACH_N
+        needs = (start < end) & (start < first_key + BLOCK_N) & (end > first_key)
+        first = tl.minimum(first, tl.min(tl.where(needs, block, num_blocks)))
+        last = tl.maximum(last, tl.max(tl.where(needs, block + 1, 0)))
+    return first * REACH_M, tl.maximum(first, last) * REACH_M
+
+
 @triton.jit(do_not_specialize=["query_length", "key_length"])
 def key_gradient_kernel(
-    q, k, v, grad_out, dk, dv, padded_lse, delta, order, firsts, lasts,
+    q, k, v, grad_out, dk, dv, padded_lse, delta, order, starts, ends,
     left, right, padding, window_size, document_start, document_end,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_gb, stride_gh, stride_gt, stride_dkb, stride_dkh, stride_dkt, stride_dvb, stride_dvh, stride_dvt,
@@ -394,10 +416,8 @@ def key_gradient_kernel(
             left_slope = tl.load(left + pair) * _LOG2E
             right_slope = tl.load(right + pair) * _LOG2E
         padded = pair * tl.cdiv(query_length, REACH_M) * REACH_M
-        part = pair * num_blocks + block
-        borders = _zones(
-            tl.load(firsts + part) * REACH_M, tl.load(lasts + part) * REACH_M, key, lo, hi, BLOCK_M, left is not None
-        )
+        first, last = _queries_that_need(starts, ends, pair, query_length, block * BLOCK_N, BLOCK_N, REACH_M, REACH_N)
+        borders = _zones(first, last, key, lo, hi, BLOCK_M, left is not None)
         for zone in tl.static_range(5):
             if (ZONES >> zone) & 1:
                 dk_tile, dv_tile = _key_gradient_tiles(
@@ -509,3 +529,19 @@ def combine_kernel(
     tl.store(out + columns[None, :], acc.to(out.dtype.element_ty), mask=(columns < HEAD_DIM)[None, :])
     position = (batch * num_kv_heads * group + head) * query_length + step
     tl.store(lse + position + tl.arange(0, 1), _log2_sum(peak, total) * _LN2)
+
+
+@triton.jit(do_not_specialize=["length"])
+def work_order_kernel(counts, order, length):
+    """Where each of 64 numbers stands among all when they descend, equal ones in their own order."""
+    index = tl.program_id(0) * 64 + tl.arange(0, 64)
+    count = tl.load(counts + index, mask=index < length, other=0)
+    rank = tl.zeros([64], tl.int32)
+    for step in tl.range(0, length, 64):
+        other_index = step + tl.arange(0, 64)
+        other = tl.load(counts + other_index, mask=other_index < length, other=-1)
+        before = (other[None, :] > count[:, None]) | (
+            (other[None, :] == count[:, None]) & (other_index[None, :] < index[:, None])
+        )
+        rank += tl.sum(before.to(tl.int32), 1)
+    tl.store(order + rank, index, mask=index < length)

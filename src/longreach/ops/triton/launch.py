@@ -14,7 +14,7 @@ one sign of the distance, one slope, no mask. Key padding is a -inf in a vector 
 The first and the last tile are known before the loop, from the key ranges of `reach` and from the intervals, so
 every loop is a counted one, which Triton can pipeline.
 
-The work per batch row, head and block differs by 100x between heads: programs start in decreasing order of it.
+The work per block differs by 100x between heads: their programs start in decreasing order of it.
 
 Nothing is summed by atomics: two runs give the same bits.
 
@@ -34,8 +34,10 @@ from longreach.ops.triton.kernels import (
     forward_kernel,
     key_gradient_kernel,
     query_gradient_kernel,
+    work_order_kernel,
 )
 from longreach.ops.triton.plans import PLANS, REACH_M, REACH_N, Plan, Tiles, empty_output
+from longreach.ops.triton.ranges import block_d, documents, int32_window, unit_stride
 
 _MAX_SPLITS = 128
 _LOG2E = math.log2(math.e)
@@ -49,7 +51,7 @@ def plan(q: Tensor) -> Plan:
     """
     if not (q.is_cuda or triton.knobs.runtime.interpret):
         raise ValueError(f'q is on {q.device} with impl="triton": move it to a GPU, or choose another impl')
-    return PLANS[q.dtype.itemsize, max(64, _block_d(q))]
+    return PLANS[q.dtype.itemsize, max(64, block_d(q))]
 
 
 def forward(
@@ -62,6 +64,7 @@ def forward(
     cu_seqlens: Tensor | None,
     starts: Tensor,
     ends: Tensor,
+    order: Tensor,
     *,
     causal: bool,
     scale: float,
@@ -81,6 +84,7 @@ def forward(
         cu_seqlens: (N + 1,) int borders of packed documents; Tq = Tk.
         starts: (B, H, ceil(Tq / REACH_M)) int32, the first key block of REACH_N keys that a query block needs.
         ends: likewise, one past the last.
+        order: `work_order(starts, ends)`.
         causal: whether a query sees only keys at or before its position i = r + Tk - Tq.
         scale: factor of q . k.
         window_size: see only keys with |i - j| < window_size.
@@ -95,11 +99,10 @@ def forward(
     log2_lse = torch.empty(batch, num_heads, query_length, dtype=torch.float32, device=q.device)
     if not (q.numel() and k.numel()):
         return out.zero_(), log2_lse.fill_(-math.inf)
-    q, k, v = (_unit_stride(x) for x in (q, k, v))
+    q, k, v = (unit_stride(x) for x in (q, k, v))
     tiles = plan(q).forward
-    order = work_list(_split_blocks(ends - starts, REACH_M // tiles.block_m, triton.cdiv(query_length, tiles.block_m)))
     with torch.cuda.device_of(q):
-        forward_kernel[(order.numel(),)](
+        forward_kernel[(order.numel() * triton.cdiv(query_length, tiles.block_m),)](
             q,
             k,
             v,
@@ -134,6 +137,7 @@ def backward(
     cu_seqlens: Tensor | None,
     starts: Tensor,
     ends: Tensor,
+    order: Tensor,
     out: Tensor,
     log2_lse: Tensor,
     *,
@@ -160,6 +164,7 @@ def backward(
         cu_seqlens: as in `forward`.
         starts: as in `forward`.
         ends: as in `forward`.
+        order: as in `forward`.
         out: (B, H, Tq, D), what `forward` returned.
         log2_lse: (B, H, Tq) float32, likewise.
         causal: as in `forward`.
@@ -177,7 +182,7 @@ def backward(
     dleft, dright = (torch.zeros(slopes_shape, dtype=torch.float32, device=q.device) for _ in range(2))
     if not (q.numel() and k.numel()):
         return dq.zero_(), dk.zero_(), dv.zero_(), dleft, dright
-    q, k, v, out, grad_out = (_unit_stride(x) for x in (q, k, v, out, grad_out))
+    q, k, v, out, grad_out = (unit_stride(x) for x in (q, k, v, out, grad_out))
     masks = _masks(left, right, key_padding_mask, cu_seqlens, key_length, window_size)
     sizes = (num_heads, num_heads // num_kv_heads, query_length, key_length, scale, scale * _LOG2E)
     # The LSE and delta: what the second kernel needs of each query, in rows that its tiles do not pass.
@@ -186,12 +191,11 @@ def backward(
 
     tiles = plan(q).query_gradient
     num_blocks = triton.cdiv(query_length, tiles.block_m)
-    order = work_list(_split_blocks(ends - starts, REACH_M // tiles.block_m, num_blocks))
     partial: Tensor | tuple[None, None] = (None, None)
     if slopes_gradient:
         partial = torch.empty(2, batch, num_heads, num_blocks, dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):
-        query_gradient_kernel[(order.numel(),)](
+        query_gradient_kernel[(order.numel() * num_blocks,)](
             q,
             k,
             v,
@@ -214,12 +218,10 @@ def backward(
         )
 
     tiles = plan(q).key_gradient
-    num_blocks = triton.cdiv(key_length, tiles.block_n)
-    ratio = tiles.block_n // REACH_N
-    firsts, lasts = transposed_ranges(starts // ratio, (ends + (ratio - 1)) // ratio, num_blocks)
-    order = work_list((lasts - firsts).unflatten(1, (num_kv_heads, -1)).sum(dim=2))
+    if num_heads != num_kv_heads:
+        order = work_order(starts, ends, num_heads // num_kv_heads)
     with torch.cuda.device_of(q):
-        key_gradient_kernel[(order.numel(),)](
+        key_gradient_kernel[(order.numel() * triton.cdiv(key_length, tiles.block_n),)](
             q,
             k,
             v,
@@ -228,8 +230,8 @@ def backward(
             dv,
             *statistics,
             order,
-            firsts,
-            lasts,
+            starts,
+            ends,
             *masks,
             *_strides(q, k, v, grad_out, dk, dv),
             *sizes,
@@ -284,7 +286,7 @@ def decode(
     lse = torch.empty(batch, num_heads, query_length, dtype=torch.float32, device=q.device)
     if not (q.numel() and k.numel()):
         return out.zero_(), lse.fill_(-math.inf)
-    q, k, v = (_unit_stride(x) for x in (q, k, v))
+    q, k, v = (unit_stride(x) for x in (q, k, v))
     group = num_heads // num_kv_heads
     rows = group * query_length
     tiles = plan(q).decode if rows <= plan(q).decode.block_m else plan(q).decode_rows
@@ -316,7 +318,7 @@ def decode(
             BLOCK_R=tiles.block_m,
             BLOCK_N=tiles.block_n,
             HEAD_DIM=head_dim,
-            BLOCK_D=_block_d(q),
+            BLOCK_D=block_d(q),
             CAUSAL=causal,
             num_warps=tiles.num_warps,
             num_stages=tiles.num_stages,
@@ -338,60 +340,33 @@ def decode(
             BLOCK_G=triton.next_power_of_2(group),
             BLOCK_S=16,
             HEAD_DIM=head_dim,
-            BLOCK_D=_block_d(q),
+            BLOCK_D=block_d(q),
             num_warps=4,
         )
     return out, lse
 
 
-def work_list(counts: Tensor) -> Tensor:
-    """Order in which programs start: indices into the flattened counts, most work first, int32.
+def work_order(starts: Tensor, ends: Tensor, group: int = 1) -> Tensor:
+    """In which order the pairs of a batch row and a head start: those with the most key blocks first.
 
-    The GPU starts programs in the order of their number, each on the first free multiprocessor, so that this is
-    list scheduling, longest first.
-    """
-    return counts.flatten().argsort(descending=True).to(torch.int32)
-
-
-def transposed_ranges(starts: Tensor, ends: Tensor, num_key_blocks: int) -> tuple[Tensor, Tensor]:
-    """For each key block, a half-open range of query blocks that holds all that need it.
-
-    Key block c is needed by query block r when starts[r] <= c < ends[r]. Its range runs from the first r with
-    ends[r] > c to the last with starts[r] <= c. That is exactly the hull of the blocks that need c where each
-    query block's range holds its own position, as in self-attention, and may hold more elsewhere. The running
-    extremes of starts and ends are monotone whatever these are, which makes both a binary search.
+    The GPU starts programs in the order of their number, each on the first free multiprocessor. The heads that see far
+    come first, and what is left for the end are the small pieces of the steepest.
 
     Args:
         starts: (B, H, NQ) int32.
         ends: (B, H, NQ) int32.
-        num_key_blocks: NK.
+        group: heads that count as one.
 
     Returns:
-        firsts, lasts: (B, H, NK) int32, firsts <= lasts.
+        (B H / group,) int32, numbers of pairs.
     """
-    empty = starts >= ends
-    starts = starts.masked_fill(empty, num_key_blocks)
-    ends = ends.masked_fill(empty, 0)
-    reached = ends.cummax(dim=-1).values  # how far query blocks up to this one reach
-    needed = starts.flip(-1).cummin(dim=-1).values.flip(-1).contiguous()  # the least that blocks from this one on need
-    blocks = torch.arange(num_key_blocks, dtype=torch.int32, device=starts.device)
-    blocks = blocks.expand(*starts.shape[:-1], -1).contiguous()  # [B, H, NK]
-    firsts = torch.searchsorted(reached, blocks, right=True, out_int32=True)
-    lasts = torch.searchsorted(needed, blocks, right=True, out_int32=True)
-    return firsts, torch.maximum(firsts, lasts)
-
-
-def _split_blocks(counts: Tensor, parts: int, num_blocks: int) -> Tensor:
-    """Counts of query blocks as counts of the kernel's blocks, each block being cut into equal parts."""
-    return counts if parts == 1 else counts.repeat_interleave(parts, dim=-1)[..., :num_blocks]
-
-
-def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _block_d(q: Tensor) -> int:
-    return max(16, triton.next_power_of_2(q.shape[3]))
+    counts = (ends - starts).sum(dim=-1, dtype=torch.int32).flatten()
+    if group > 1:
+        counts = counts.view(-1, group).sum(dim=1, dtype=torch.int32)
+    order = torch.empty_like(counts)
+    with torch.cuda.device_of(counts):
+        work_order_kernel[(triton.cdiv(counts.numel(), 64),)](counts, order, counts.numel(), num_warps=4)
+    return order
 
 
 def _strides(*tensors: Tensor) -> list[int]:
@@ -411,21 +386,13 @@ def _masks(
     if left is not None and right is not None:
         left, right = left.contiguous(), right.contiguous()
     padding = None if key_padding_mask is None else key_padding_mask.contiguous().view(torch.uint8)
-    document_start = document_end = None
-    if cu_seqlens is not None:
-        borders = cu_seqlens.to(torch.int32)
-        document = torch.bucketize(torch.arange(key_length, device=borders.device), cu_seqlens, right=True)
-        document = document.clamp(1, len(borders) - 1)  # borders on a GPU are not checked: no wrong index from them
-        document_start, document_end = borders[document - 1], borders[document]  # [T]
-    # A window beyond all distances is none, and its sum with a position must stay an int32.
-    window_size = None if window_size is None else min(window_size, 2**30)
-    return left, right, padding, window_size, document_start, document_end
+    return left, right, padding, int32_window(window_size), *documents(cu_seqlens, key_length)
 
 
 def _constants(q: Tensor, tiles: Tiles) -> dict[str, int | bool]:
     return {
         "HEAD_DIM": q.shape[3],
-        "BLOCK_D": _block_d(q),
+        "BLOCK_D": block_d(q),
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n,
         "REACH_M": REACH_M,

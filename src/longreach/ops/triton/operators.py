@@ -83,21 +83,19 @@ def triton_attention(
         )
     left = right = None
     if slopes is not None:
-        pair = slopes if isinstance(slopes, tuple) else (slopes, slopes)
-        left, right = (side.to(torch.float32).expand(batch, num_heads) for side in pair)
+        pair = slopes if isinstance(slopes, tuple) else (slopes,)
+        left, right = (2 * [side.to(torch.float32).expand(batch, num_heads).contiguous() for side in pair])[:2]
     scale = head_dim**-0.5 if scale is None else scale
     tolerance = default_tolerance(q.dtype) if tolerance is None else tolerance
-    bounds = (scale, causal, window_size)
-    starts, ends = _key_ranges(q, k, left, right, key_padding_mask, cu_seqlens, key_norms, *bounds, tolerance)
+    bounds = (scale, causal, window_size, tolerance)
     few = num_heads // k.shape[1] * query_length <= DECODE_ROWS
     learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, left, right))
     if few and not learns and cu_seqlens is None:
-        return _decode(q, k, v, left, right, key_padding_mask, starts, ends, *bounds)
-    out, log2_lse = _forward(q, k, v, left, right, key_padding_mask, cu_seqlens, starts, ends, *bounds)
+        return _decode(q, k, v, left, right, key_padding_mask, key_norms, *bounds)
+    out, log2_lse, *_ = _forward(q, k, v, left, right, key_padding_mask, cu_seqlens, *bounds)
     return out, log2_lse * math.log(2.0)
 
 
-@torch.library.custom_op("longreach::key_ranges", mutates_args=())
 def _key_ranges(
     q: Tensor,
     k: Tensor,
@@ -111,27 +109,25 @@ def _key_ranges(
     window_size: int | None,
     tolerance: float,
 ) -> tuple[Tensor, Tensor]:
+    """`key_ranges` by kernels, or where keys may be padding by tensor operations."""
+    from longreach.ops.triton import launch, ranges
+
+    bounds: dict[str, Any] = {"scale": scale, "causal": causal, "window_size": window_size, "tolerance": tolerance}
+    blocks: dict[str, Any] = {"block_m": REACH_M, "block_n": REACH_N}
+    if key_padding_mask is None:
+        return ranges.key_ranges(
+            q, k, left, right, cu_seqlens, key_norms, **bounds, **blocks, tiles=launch.plan(q).bound
+        )
     return key_ranges(
         q,
         k,
         None if left is None or right is None else (left, right),
-        scale=scale,
-        causal=causal,
-        tolerance=tolerance,
-        block_m=REACH_M,
-        block_n=REACH_N,
-        window_size=window_size,
+        **bounds,
+        **blocks,
         key_padding_mask=key_padding_mask,
         cu_seqlens=cu_seqlens,
         key_norms=key_norms,
     )
-
-
-@_key_ranges.register_fake
-def _(q: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    batch, num_heads, query_length = q.shape[:3]
-    shape = (batch, num_heads, (query_length + REACH_M - 1) // REACH_M)
-    return q.new_empty(shape, dtype=torch.int32), q.new_empty(shape, dtype=torch.int32)
 
 
 @torch.library.custom_op("longreach::triton_forward", mutates_args=())
@@ -143,16 +139,29 @@ def _forward(
     right: Tensor | None,
     key_padding_mask: Tensor | None,
     cu_seqlens: Tensor | None,
-    starts: Tensor,
-    ends: Tensor,
     scale: float,
     causal: bool,
     window_size: int | None,
-) -> tuple[Tensor, Tensor]:
-    from longreach.ops.triton import launch as triton
+    tolerance: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from longreach.ops.triton import launch
 
-    masks = (left, right, key_padding_mask, cu_seqlens, starts, ends)
-    return triton.forward(q, k, v, *masks, scale=scale, causal=causal, window_size=window_size)
+    masks = (left, right, key_padding_mask, cu_seqlens)
+    starts, ends = _key_ranges(q, k, *masks, None, scale, causal, window_size, tolerance)
+    order = launch.work_order(starts, ends)
+    out, log2_lse = launch.forward(
+        q, k, v, *masks, starts, ends, order, scale=scale, causal=causal, window_size=window_size
+    )
+    return out, log2_lse, starts, ends, order
+
+
+@_forward.register_fake
+def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    batch, num_heads, query_length = q.shape[:3]
+    shape = (batch, num_heads, (query_length + REACH_M - 1) // REACH_M)
+    starts, ends = (q.new_empty(shape, dtype=torch.int32) for _ in range(2))
+    order = q.new_empty(batch * num_heads, dtype=torch.int32)
+    return empty_output(q), q.new_empty(q.shape[:3], dtype=torch.float32), starts, ends, order
 
 
 @torch.library.custom_op("longreach::triton_decode", mutates_args=())
@@ -163,19 +172,21 @@ def _decode(
     left: Tensor | None,
     right: Tensor | None,
     key_padding_mask: Tensor | None,
-    starts: Tensor,
-    ends: Tensor,
+    key_norms: Tensor | None,
     scale: float,
     causal: bool,
     window_size: int | None,
+    tolerance: float,
 ) -> tuple[Tensor, Tensor]:
-    from longreach.ops.triton import launch as triton
+    from longreach.ops.triton import launch
 
-    masks = (left, right, key_padding_mask, starts, ends)
-    return triton.decode(q, k, v, *masks, scale=scale, causal=causal, window_size=window_size)
+    slopes = (left, right)
+    ranges = _key_ranges(q, k, *slopes, key_padding_mask, None, key_norms, scale, causal, window_size, tolerance)
+    return launch.decode(
+        q, k, v, *slopes, key_padding_mask, *ranges, scale=scale, causal=causal, window_size=window_size
+    )
 
 
-@_forward.register_fake
 @_decode.register_fake
 def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return empty_output(q), q.new_empty(q.shape[:3], dtype=torch.float32)
@@ -192,19 +203,20 @@ def _backward(
     right: Tensor | None,
     key_padding_mask: Tensor | None,
     cu_seqlens: Tensor | None,
-    starts: Tensor,
-    ends: Tensor,
     out: Tensor,
     log2_lse: Tensor,
+    starts: Tensor,
+    ends: Tensor,
+    order: Tensor,
     scale: float,
     causal: bool,
     window_size: int | None,
     slopes_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from longreach.ops.triton import launch as triton
+    from longreach.ops.triton import launch
 
-    saved = (q, k, v, left, right, key_padding_mask, cu_seqlens, starts, ends, out, log2_lse)
-    return triton.backward(
+    saved = (q, k, v, left, right, key_padding_mask, cu_seqlens, starts, ends, order, out, log2_lse)
+    return launch.backward(
         grad_out,
         grad_log2_lse,
         *saved,
@@ -225,19 +237,19 @@ def _(
     return empty_output(q), empty_output(k), empty_output(v), dleft, dright
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:9], *output)
-    ctx.scale, ctx.causal, ctx.window_size = inputs[9:]
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:7], *output)
+    ctx.scale, ctx.causal, ctx.window_size = inputs[7:10]
 
 
-def _differentiate(ctx: Any, grad_out: Tensor, grad_log2_lse: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, grad_out: Tensor, grad_log2_lse: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     slopes_gradient = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
     gradients = _backward(
         grad_out, grad_log2_lse, *ctx.saved_tensors, ctx.scale, ctx.causal, ctx.window_size, slopes_gradient
     )
     dq, dk, dv, dleft, dright = gradients
     slopes = (dleft, dright) if slopes_gradient else (None, None)
-    return dq, dk, dv, *slopes, *(None,) * 7
+    return dq, dk, dv, *slopes, *(None,) * 6
 
 
 _forward.register_autograd(_differentiate, setup_context=_save_for_backward)
