@@ -1,6 +1,6 @@
 """Fill the tables and figures of README.md and docs/attention.md from what was measured.
 
-make demo && python benchmarks/attention.py --machine cpu-2core && python docs/refresh.py runs/demo cpu-2core
+make demo && python benchmarks/attention.py --machine cpu-2core && python docs/refresh.py runs/demo cpu-2core h200
 """
 
 import re
@@ -27,7 +27,7 @@ def fill(page: Path, mark: str, content: str) -> None:
     page.write_text(filled, encoding="utf-8")
 
 
-def main(demo: str, machine: str) -> None:
+def main(demo: str, *machines: str) -> None:
     results = Results.read(Path(demo) / "results.json")
     (train_length,) = results.train_lengths()
     fill(ROOT / "README.md", "demo table", to_markdown(main_grid(results, train_length)).strip())
@@ -35,9 +35,10 @@ def main(demo: str, machine: str) -> None:
     assert split is not None, "a comparison without positions cannot fill the README"
     fill(ROOT / "README.md", "demo decomposition", f"> {split.sentence} {split.details}")
     shutil.copy(Path(demo) / "figures" / "perplexity.svg", ROOT / "docs" / "demo.svg")
-    plot = [sys.executable, ROOT / "benchmarks" / "plot.py", machine]
-    table = subprocess.run(plot, check=True, capture_output=True, text=True).stdout.strip()
-    fill(ROOT / "docs" / "attention.md", "benchmark table", table)
+    for machine in machines:
+        plot = [sys.executable, ROOT / "benchmarks" / "plot.py", machine]
+        table = subprocess.run(plot, check=True, capture_output=True, text=True).stdout.strip()
+        fill(ROOT / "docs" / "attention.md", f"benchmark table of {machine}", table)
 
 
 if __name__ == "__main__":
