@@ -460,6 +460,19 @@ def test_divergence_ends_with_one_line(capsys, small, tmp_path):
     assert "learning_rate" in line
 
 
+def test_a_comparison_of_which_models_failed_ends_with_status_1_and_names_them(capsys, small, tmp_path):
+    words = ["compare", "--output", str(tmp_path / "out"), *small, "--methods", "alibi,none", "--seeds", "3,4"]
+    with pytest.raises(SystemExit) as end:
+        main([*words, "--valid-lengths", "16", "--learning-rate", "1e30"])
+    assert end.value.code == 1
+    captured = capsys.readouterr()
+    line = captured.err.splitlines()[-1]
+    assert line.startswith("longreach compare: 4 of 4 models failed: alibi trained at 16, seed 3: step 2: loss=nan")
+    assert "; none trained at 16, seed 4: step 2" in line
+    assert "report.html" in captured.out
+    assert (tmp_path / "out" / "report.html").exists()
+
+
 def test_the_installed_command_runs():
     result = subprocess.run(
         [sys.executable, "-m", "longreach", "--version"], capture_output=True, text=True, check=True

@@ -70,6 +70,9 @@ def compare(parse: Parse) -> None:
         results = compare(config, to.output, progress, show)
     print_tables(results, Console())
     print(f"Report: {to.output / 'report.html'}")
+    if failures := results.failures():
+        named = "; ".join(f"{model}: {reason}" for model, reason in failures.items())
+        _fail("longreach compare", f"{len(failures)} of {len(config.runs())} models failed: {named}", status=1)
 
 
 def train(parse: Parse) -> None:
@@ -277,7 +280,7 @@ def _starting_values(kind: type[Any], given: Mapping[str, Any]) -> Any:
     return replace(kind(), **PRESETS[preset])
 
 
-def _fail(program: str, message: str) -> NoReturn:
-    """End the program with status 2 and one line."""
+def _fail(program: str, message: str, status: int = 2) -> NoReturn:
+    """End the program with one line."""
     print(f"{program}: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(status)

@@ -108,6 +108,28 @@ def test_a_given_tokenizer_is_used(source, tmp_path):
     assert given.tokenizer.fingerprint == first.tokenizer.fingerprint
 
 
+def test_the_split_has_the_seed_of_training_unless_it_has_its_own(source, tmp_path):
+    def held_out(seed, **options):
+        data = prepare(config_of(source, tmp_path, **options), seed=seed)
+        return data.split_seed, documents(data.valid, data.tokenizer), data.valid_hash, data.tokenizer.fingerprint
+
+    assert held_out(3) == held_out(7, split_seed=3)
+    assert held_out(3)[1] != held_out(7)[1]
+    assert held_out(3)[2] != held_out(7)[2]
+    assert held_out(3)[0] == 3
+    with pytest.raises(ValueError, match=r"^split_seed=-1; give at least 0"):
+        config_of(source, tmp_path, split_seed=-1)
+
+
+def test_validation_text_of_its_own_is_the_same_for_every_seed(source, tmp_path):
+    (tmp_path / "valid.txt").write_text("some text of its own")
+    options = {"valid_data": str(tmp_path / "valid.txt")}
+    first, second = (prepare(config_of(source, tmp_path, **options), seed=seed) for seed in (0, 1))
+    assert first.valid_hash == second.valid_hash
+    (tmp_path / "valid.txt").write_text("some other text")
+    assert prepare(config_of(source, tmp_path, **options), seed=0).valid_hash != first.valid_hash
+
+
 def test_given_validation_text_is_kept_apart_and_in_order(source, tmp_path):
     texts = ["z last", "a first", "m middle"]
     (tmp_path / "valid.jsonl").write_text("\n".join(json.dumps({"body": text}) for text in texts))

@@ -2,7 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longreach.measure.plan import EvaluateConfig
+from longreach.measure.plan import EvaluateConfig, planned
+from longreach.results import Cell, Model
 
 
 @given(st.integers(1, 10**6))
@@ -64,3 +65,31 @@ def test_a_stride_over_every_default_length_is_refused_once_they_are_known():
 )
 def test_the_longest_window_that_tasks_score(tasks, longest):
     assert EvaluateConfig(tasks=tasks, valid_lengths=(5, 7)).longest_window(9) == longest
+
+
+def test_every_piece_of_work_in_order_and_once():
+    model = Model("alibi", 8, seed=1)
+    config = EvaluateConfig(
+        tasks=("perplexity", "kv", "positions", "probes"),
+        valid_lengths=(8, 16),
+        strides=(8, 1),
+        capped_stride=1,
+        protocols=("nonoverlapping", "cached", "cached-unbounded"),
+    ).resolved(8)
+    assert planned(model, config, 100) == (
+        Cell("perplexity", model, 8, 8, "nonoverlapping"),
+        Cell("perplexity", model, 8, 1, "cached"),
+        Cell("perplexity", model, 8, 1, "sliding-window"),  # for the probes too
+        Cell("perplexity", model, 16, 16, "nonoverlapping"),
+        Cell("perplexity", model, 16, 1, "cached"),
+        Cell("perplexity", model, 16, 8, "sliding-window"),
+        Cell("perplexity", model, 16, 1, "sliding-window"),
+        Cell("perplexity", model, 100, 1, "cached-unbounded"),
+        Cell("positions", model, 8),
+        Cell("positions", model, 16),
+        Cell("decomposition", model, 16),
+        Cell("offsets", model, 8),
+        Cell("perplexity", model, 8, 1, "cached-shifted"),
+        Cell("kv", model, 8),
+        Cell("kv", model, 16),
+    )

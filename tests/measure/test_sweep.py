@@ -15,7 +15,7 @@ from longreach.measure.prompts import Case
 from longreach.measure.score import score
 from longreach.measure.subject import Subject
 from longreach.measure.summaries import MeetingCase
-from longreach.measure.sweep import Material, evaluate
+from longreach.measure.sweep import Material, evaluate, failures
 from longreach.results import Cell, Model, Skipped
 
 NUM_TARGETS = 160
@@ -175,6 +175,21 @@ def test_a_table_of_positions_skips_what_it_does_not_hold():
     assert "too few for windows from 4, 8, 16, 32, 64, 128, 256" in reasons["offsets", learned, 16, None, None]
     assert "a kv prompt of one record has" in reasons["kv", learned, 16, None, None]
     assert reasons["kv", learned, 32, None, None] == "its table holds 16 positions"
+
+
+def test_what_an_error_left_undone_is_listed_with_its_first_line():
+    config = EvaluateConfig(valid_lengths=(8, 16))
+    tokens = np.zeros(NUM_TARGETS + 1, dtype=np.int64)
+    material = Material(text_of(tokens))
+    done = {Cell("perplexity", ORACLE, 8, 8, "nonoverlapping"), Cell("positions", ORACLE, 8)}
+    left = failures(ORACLE, config, material, done, RuntimeError("it broke\nfor a reason"))
+    assert {entry.cell for entry in left} == {
+        Cell("perplexity", ORACLE, 16, 16, "nonoverlapping"),
+        Cell("positions", ORACLE, 16),
+        Cell("decomposition", ORACLE, 16),
+    }
+    assert {(entry.reason, entry.failed) for entry in left} == {("it broke", True)}
+    assert {entry.reason for entry in failures(ORACLE, config, material, done, MemoryError())} == {"MemoryError"}
 
 
 def test_what_a_model_of_transformers_cannot_do_is_skipped():

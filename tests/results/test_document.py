@@ -217,6 +217,14 @@ def test_one_method_at_several_seeds():
     assert results.find_seeds("alibi", 128, 512) == ()
 
 
+def test_failures_are_told_apart_from_what_cannot_be_done():
+    failed = [dataclasses.replace(skipped("t5", n), reason="loss=nan", failed=True) for n in (128, 256)]
+    results = RESULTS.add(*failed)
+    assert results.failures() == {Model("t5", 128, seed=0): "loss=nan"}
+    assert results.without_failures() == RESULTS
+    assert RESULTS.failures() == {}
+
+
 def test_other_skipped_tasks_are_no_perplexities():
     other = dataclasses.replace(skipped("alibi", 8192), task="lines")
     assert RESULTS.add(other).find("alibi", 128, 8192) is None

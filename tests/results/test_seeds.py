@@ -103,3 +103,5 @@ def test_what_is_not_of_the_same_seeds_and_tokens_is_refused():
         loss_difference(alibi, other)
     with pytest.raises(ValueError, match=r"^entries scored 99 and 100 tokens"):
         perplexity_over_seeds([*alibi, record(seed=1, tokens=99)])
+    with pytest.raises(ValueError, match=r"^entries scored 399 and 400 bytes"):
+        loss_difference(alibi, losses("rotary", {0: 1.0}, bytes=399))

@@ -13,9 +13,12 @@ import pytest
 from longreach.data.prepare import DataConfig
 from longreach.measure.plan import EvaluateConfig
 from longreach.models.config import Architecture
-from longreach.results import Results
-from longreach.train.config import TrainConfig
+from longreach.reading import read_file
+from longreach.results import Model, Results
+from longreach.train.config import RunConfig, TrainConfig
 from longreach.verbs.compare import CompareConfig, compare, run_name
+from longreach.verbs.evaluate import measure
+from longreach.verbs.train import train_run
 
 pytestmark = pytest.mark.usefixtures("unrendered")
 
@@ -176,6 +179,108 @@ def test_several_training_lengths_make_a_grid(config, tmp_path):
     assert by_length[16].tokens == by_length[32].tokens  # as many tokens in a batch
     assert {record.tokens for record in results.records} == {512}
     assert compare(config, tmp_path / "out", silent) == results
+
+
+def test_several_seeds_differ_in_weights_and_batches_alone(config, tmp_path):
+    config = replace(config, methods=("none", "rotary"), seeds=(0, 1))
+    results = compare(config, tmp_path / "out", silent)
+    names = ["none-seed0", "none-seed1", "rotary-seed0", "rotary-seed1"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir() if path.is_dir()) == ["figures", *names]
+    runs = {name: read_file(RunConfig, tmp_path / "out" / name / "config.toml") for name in names}
+    assert {run.data.split_seed for run in runs.values()} == {0}
+    assert [run.train.seed for run in runs.values()] == [0, 1, 0, 1]
+    tokenizers = {(tmp_path / "out" / name / "tokenizer.json").read_bytes() for name in names}
+    assert len(tokenizers) == 1
+    assert results.models() == tuple(Model(m, 16, seed) for seed in (0, 1) for m in ("none", "rotary"))
+    records = results.find_seeds("none", 16, 64)
+    assert len({(record.tokens, record.bytes) for record in records}) == 1
+    assert len({record.nll for record in records}) == 2
+    # At the start attention is nearly uniform: the first loss tells whether batch and initial weights are the same.
+    first = {
+        name: json.loads((tmp_path / "out" / name / "metrics.jsonl").read_text().splitlines()[0])["loss"]
+        for name in names
+    }
+    for seed in (0, 1):
+        assert first[f"rotary-seed{seed}"] == pytest.approx(first[f"none-seed{seed}"], abs=2e-3)
+    assert abs(first["none-seed0"] - first["none-seed1"]) > 1e-2
+    assert compare(config, tmp_path / "out", silent) == results
+
+
+def test_a_seed_among_several_gives_the_numbers_that_it_gives_alone(config, tmp_path):
+    config = replace(config, methods=("alibi",))
+    alone = compare(config, tmp_path / "alone", silent)
+    several = compare(replace(config, seeds=(4, 0)), tmp_path / "several", silent)
+    assert [r.nll for r in several.records if r.seed == 0] == [r.nll for r in alone.records]
+    other = compare(replace(config, seeds=(4,)), tmp_path / "other", silent)  # the split stays that of seed 0
+    assert (tmp_path / "other" / "alibi").is_dir()
+    assert [r.nll for r in several.records if r.seed == 4] == [r.nll for r in other.records]
+
+
+def test_seeds_are_given_once(config):
+    with pytest.raises(ValueError, match=r"^seeds=1,2,1: give each seed once"):
+        replace(config, seeds=(1, 2, 1))
+
+
+@pytest.mark.parametrize("error", [FloatingPointError("step 3: loss=nan; stopped"), RuntimeError("no kernel\nfor it")])
+def test_a_model_that_fails_leaves_the_others_and_is_tried_again(config, tmp_path, monkeypatch, error):
+    config = replace(config, methods=("none", "rotary"), seeds=(0, 1))
+    whole = compare(config, tmp_path / "whole", silent)
+
+    def failing(run, *arguments):
+        if run.identity == failed:
+            raise error
+        return train_run(run, *arguments)
+
+    failed = Model("none", 16, seed=1)
+    monkeypatch.setattr("longreach.verbs.compare.train_run", failing)
+    results = compare(config, tmp_path / "out", silent)
+    reason = str(error).splitlines()[0]
+    assert results.failures() == {failed: reason}
+    assert results == Results.read(tmp_path / "out" / "results.json")
+    assert [entry.model for entry in results.training] == [m for m in whole.models() if m != failed]
+    assert {(e.task, e.valid_length) for e in results.skipped} == {
+        *(("perplexity", 16), ("perplexity", 64), ("positions", 16), ("positions", 64), ("decomposition", 64)),
+    }
+    assert results.cells() == whole.cells()
+    assert reason in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    monkeypatch.undo()
+    again = compare(config, tmp_path / "out", silent)
+    assert not again.failures()
+    assert {r.key: r.nll for r in again.records} == {r.key: r.nll for r in whole.records}
+
+
+def test_a_failure_of_measuring_keeps_what_was_measured(config, tmp_path, monkeypatch):
+    config = replace(config, methods=("none", "rotary"))
+
+    def failing(subject, *arguments):
+        for number, results in enumerate(measure(subject, *arguments)):
+            if subject.name == "none" and number == 1:
+                raise RuntimeError("the device is gone")
+            yield results
+
+    monkeypatch.setattr("longreach.verbs.compare.measure", failing)
+    results = compare(config, tmp_path / "out", silent)
+    assert results.failures() == {Model("none", 16, seed=0): "the device is gone"}
+    assert [(r.method, r.valid_length) for r in results.records] == [("none", 16), ("rotary", 16), ("rotary", 64)]
+    assert [entry.method for entry in results.training] == ["none", "rotary"]
+
+
+def test_an_interrupt_is_no_failure_of_a_model(config, tmp_path, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("longreach.verbs.compare.train_run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        compare(config, tmp_path / "out", silent)
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
+def test_too_little_text_to_train_on_is_refused_before_anything_is_written(config, tmp_path):
+    config = replace(config, train_lengths=(16, 2**20), train=replace(config.train, batch_size=2**16))
+    config = replace(config, evaluate=replace(config.evaluate, tasks=("perplexity",)))
+    with pytest.raises(ValueError, match=r"^length=1048576 needs 1048577 tokens, the training text has \d+"):
+        compare(config, tmp_path / "out", silent)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

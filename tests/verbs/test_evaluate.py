@@ -12,10 +12,11 @@ from longreach.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from longreach.measure.plan import EvaluateConfig
 from longreach.models.config import Architecture
 from longreach.reading import read_file
-from longreach.results import Results
-from longreach.train.config import TrainConfig
+from longreach.results import Model, Results
+from longreach.train.config import RunConfig, TrainConfig
 from longreach.verbs.compare import CompareConfig, compare
 from longreach.verbs.evaluate import EvaluationConfig, evaluate_models
+from longreach.verbs.train import train_run
 
 EVALUATE = EvaluateConfig(valid_lengths=(16, 32), valid_tokens=256)
 
@@ -40,6 +41,18 @@ def comparison(corpus, tmp_path_factory):
     )
     compare(config, folder / "out", silent)
     return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def seeds(comparison, tmp_path_factory):
+    """Folders of two runs that differ in their seed, and so in the split of their text."""
+    folder = tmp_path_factory.mktemp("seeds")
+    config = read_file(RunConfig, comparison / "none" / "config.toml")
+    data = replace(config.data, tokenizer=str(comparison / "none" / "tokenizer.json"), split_seed=None)
+    for seed in (0, 1):
+        run = replace(config, data=data, train=replace(config.train, seed=seed))
+        train_run(run, folder / str(seed), silent)
+    return str(folder / "0"), str(folder / "1")
 
 
 @pytest.fixture(scope="module")
@@ -142,8 +155,22 @@ def test_the_folder_of_another_evaluation_is_refused(comparison, tmp_path):
 
 def test_models_on_different_texts_are_not_put_in_one_table(comparison, elsewhere):
     config = EvaluationConfig(models=(str(comparison / "alibi"), str(elsewhere)), evaluate=EVALUATE)
-    with pytest.raises(ValueError, match=r"^MODELS: .*tiny-llama was not trained on the text of the first one"):
+    with pytest.raises(ValueError, match=r"^MODELS: .*tiny-llama has not the validation text of the first one"):
         evaluate_models(config, None, silent)
+
+
+def test_runs_of_two_seeds_are_evaluated_together_on_a_given_text(seeds, corpus):
+    evaluated = EvaluationConfig(models=seeds, evaluate=EVALUATE, data=str(corpus))
+    results = evaluate_models(evaluated, None, silent)
+    assert results.models() == tuple(Model("none", 16, seed=seed) for seed in (0, 1))
+    assert len(results.find_seeds("none", 16, 32)) == 2
+    assert len({record.bytes for record in results.records}) == 1
+    assert len({record.nll for record in results.records if record.valid_length == 32}) == 2
+
+
+def test_runs_of_two_splits_are_not_evaluated_together_on_what_each_held_out(seeds):
+    with pytest.raises(ValueError, match=r"^MODELS: .*1 has not the validation text of the first one: give the text"):
+        evaluate_models(EvaluationConfig(models=seeds, evaluate=EVALUATE), None, silent)
 
 
 def test_models_that_a_table_cannot_tell_apart_are_refused(comparison, tmp_path):

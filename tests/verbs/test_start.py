@@ -130,7 +130,8 @@ def test_a_run_starts_where_the_other_ended(trained, data, tmp_path):
 def test_the_starting_values_are_the_run_s(trained, data):
     config = starting_config(trained("rotary:base=500"))
     assert (config.method, config.model) == ("rotary:base=500", SHAPE)
-    assert config.data == dataclasses.replace(data, tokenizer=f"{config.start_from}/tokenizer.json")
+    tokenizer = f"{config.start_from}/tokenizer.json"
+    assert config.data == dataclasses.replace(data, tokenizer=tokenizer, split_seed=5)  # held out whatever the seed
     assert config.train == TrainConfig(train_length=LENGTH, seed=5)
 
 
@@ -290,7 +291,8 @@ def test_fine_tuning_goes_on_from_what_was_fine_tuned(pretrained, data, tmp_path
     run(fine_tuning(pretrained("gpt2"), data, method=method), tmp_path / "first")
     again = starting_config(str(tmp_path / "first"))
     assert (again.method, again.train.train_length) == (method, LENGTH)
-    assert again.data == dataclasses.replace(data, tokenizer=str(tmp_path / "first" / "tokenizer.json"))
+    tokenizer = str(tmp_path / "first" / "tokenizer.json")
+    assert again.data == dataclasses.replace(data, tokenizer=tokenizer, split_seed=0)
     run(dataclasses.replace(again, train=TRAIN), tmp_path / "second")
     assert extension_of(load_pretrained(tmp_path / "second")).scaling == Scaling("linear-fixed", factor=2.0)
 

@@ -4,7 +4,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +47,9 @@ class DataConfig:
     """Tokens of the BPE that is trained where no tokenizer is given."""
     valid_fraction: float = 0.05
     """Share of the text, in whole documents, that is kept for validation where none is given."""
+    split_seed: int | None = None
+    """Seed of the choice of those documents and of the order of the others. When not given it is the seed of training,
+    so that one seed decides on all of a run; runs of several seeds share one split, that of the seed of training."""
     cache: str | None = field(default=None, metadata={"may_differ": True})
     """Folder for tokens and trained tokenizers; by default longreach in the user's cache folder."""
 
@@ -55,8 +58,14 @@ class DataConfig:
             raise ValueError(f"vocab_size={self.vocab_size!r}; give a whole number of at least {MIN_VOCAB_SIZE}")
         if not 0 < self.valid_fraction < 1:
             raise ValueError(f"valid_fraction={self.valid_fraction!r}; give a number above 0 and below 1")
+        if self.split_seed is not None and self.split_seed < 0:
+            raise ValueError(f"split_seed={self.split_seed}; give at least 0")
         if self.streaming and not any(source and source.startswith("hf:") for source in (self.data, self.valid_data)):
             raise ValueError("streaming=True is for Hugging Face data sets; give data=hf:NAME or leave it out")
+
+    def seed_of_split(self, training_seed: int) -> int:
+        """The seed of the split for a training of this seed."""
+        return training_seed if self.split_seed is None else self.split_seed
 
     def cache_folder(self) -> Path:
         """The folder `cache`, or the one that the XDG base directory rules give."""
@@ -75,8 +84,15 @@ class ValidationData:
     corpus_name: str
     corpus_hash: str
     """SHA-256 (hex) over the text that decides on these tokens."""
-    split_off: bool
-    """Whether the validation documents were split off from the others, by the seed, or are a text of their own."""
+    split_seed: int | None
+    """What the validation documents were split off with; None where they are a text of their own."""
+    valid_hash: str
+    """Equal where two read the same validation documents in the same order, whatever their tokenizers."""
+
+    @property
+    def split_off(self) -> bool:
+        """Whether the validation documents were split off from the others, or are a text of their own."""
+        return self.split_seed is not None
 
     @property
     def digests(self) -> dict[str, str]:
@@ -99,7 +115,7 @@ def prepare(config: DataConfig, seed: int, progress: Progress = lambda stage, do
 
     Args:
         config: the sources.
-        seed: of the split into training and validation and of the order of the training documents.
+        seed: of the training: that of the split too, where `config` gives none.
         progress: told of each stage as it goes on.
 
     Raises:
@@ -107,6 +123,7 @@ def prepare(config: DataConfig, seed: int, progress: Progress = lambda stage, do
         OSError: the cache cannot be written.
     """
     cache = config.cache_folder()
+    split_seed = config.seed_of_split(seed)
     # All that can be wrong with a name comes out before any text is read, which may take minutes.
     tokenizer = None if config.tokenizer is None else load_tokenizer(config.tokenizer)
     corpus = _open("data", config.data, config)
@@ -116,11 +133,11 @@ def prepare(config: DataConfig, seed: int, progress: Progress = lambda stage, do
     if valid_corpus is None:
         valid_text = text
         with _naming("data"):
-            train_ids, valid_ids = split_documents(text.scan.sizes, config.valid_fraction, seed)
+            train_ids, valid_ids = split_documents(text.scan.sizes, config.valid_fraction, split_seed)
         corpus_hash = text.scan.fingerprint
     else:
         valid_text = _scan("valid_data", valid_corpus, progress)
-        train_ids = np.random.default_rng([seed, 0]).permutation(len(text.scan.sizes))
+        train_ids = np.random.default_rng([split_seed, 0]).permutation(len(text.scan.sizes))
         valid_ids = np.arange(len(valid_text.scan.sizes))
         corpus_hash = digest_of(text.scan.fingerprint, valid_text.scan.fingerprint)
 
@@ -130,7 +147,15 @@ def prepare(config: DataConfig, seed: int, progress: Progress = lambda stage, do
         TokenStream(tokenize(part.corpus, part.scan, tokenizer, cache, part.progress("tokenizing", progress)), ids)
         for part, ids in ((text, train_ids), (valid_text, valid_ids))
     )
-    return PreparedData(tokenizer, valid, text.corpus.name, corpus_hash, valid_corpus is None, train)
+    return PreparedData(
+        tokenizer,
+        valid,
+        text.corpus.name,
+        corpus_hash,
+        split_seed=split_seed if valid_corpus is None else None,
+        valid_hash=digest_of(valid_text.scan.fingerprint, valid_ids.tobytes().hex()),
+        train=train,
+    )
 
 
 def prepare_validation(
@@ -149,7 +174,7 @@ def prepare_validation(
     Args:
         config: the sources; its tokenizer is not looked at.
         tokenizer: the tokenizer.
-        seed: of the split.
+        seed: of the training: that of the split too, where `config` gives none.
         num_tokens: how many tokens are wanted at least, if there are so many.
         progress: told of each stage as it goes on.
 
@@ -166,7 +191,8 @@ def prepare_validation(
     def within(num_bytes: int) -> tuple[ValidationData, bool]:
         text = _scan("valid_data", beginning(valid_corpus, num_bytes), progress)
         valid = _tokens_of(reread(text.corpus, text.scan, text.progress("tokenizing", progress)), tokenizer)
-        data = ValidationData(tokenizer, valid, valid_corpus.name, text.scan.fingerprint, split_off=False)
+        fingerprint = text.scan.fingerprint
+        data = ValidationData(tokenizer, valid, valid_corpus.name, fingerprint, split_seed=None, valid_hash=fingerprint)
         return data, bool(text.scan.sizes.sum() < num_bytes)
 
     return _enough(num_tokens, within)
@@ -176,11 +202,13 @@ def _split_off(
     corpus: Corpus, config: DataConfig, tokenizer: Tokenizer, seed: int, num_tokens: int, progress: Progress
 ) -> ValidationData:
     text = _scan("data", corpus, progress)
+    split_seed = config.seed_of_split(seed)
     with _naming("data"):
-        _, ids = split_documents(text.scan.sizes, config.valid_fraction, seed)
+        _, ids = split_documents(text.scan.sizes, config.valid_fraction, split_seed)
+    valid_hash = digest_of(text.scan.fingerprint, ids.tobytes().hex())
 
     def data_of(valid: TokenStream) -> ValidationData:
-        return ValidationData(tokenizer, valid, corpus.name, text.scan.fingerprint, split_off=True)
+        return ValidationData(tokenizer, valid, corpus.name, text.scan.fingerprint, split_seed, valid_hash)
 
     def within(num_bytes: int) -> tuple[ValidationData, bool]:
         valid = _tokens_of(_excerpt(text, ids, num_bytes, progress), tokenizer)
@@ -194,10 +222,11 @@ def _enough(num_tokens: int, within: Callable[[int], tuple[ValidationData, bool]
     """What `within` makes of as many bytes of text as hold that many tokens; it says, too, whether that is all text."""
     num_bytes = num_tokens * EXCERPT_BYTES_PER_TOKEN
     data, is_all = within(num_bytes)
+    valid_hash = data.valid_hash  # of as much text for every tokenizer
     while len(data.valid) <= num_tokens and not is_all:  # a cut text ends in an eos that is not its own
         num_bytes *= 2
         data, is_all = within(num_bytes)
-    return data
+    return replace(data, valid_hash=valid_hash)
 
 
 def _excerpt(text: "_Text", ids: np.ndarray, num_bytes: int, progress: Progress) -> list[Document]:

@@ -1,9 +1,10 @@
 """What is asked of a model."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from longreach.measure.retrieval import TASKS as RETRIEVAL_TASKS
-from longreach.results import PROTOCOLS
+from longreach.results import PROTOCOLS, Cell, Model
 
 TEXT_TASKS = ("perplexity", "positions", "probes")
 """Tasks that score a text."""
@@ -106,3 +107,45 @@ class EvaluateConfig:
             capped_stride=self.capped_stride or max(1, train_length // 8),
             offsets=self.offsets or tuple(dict.fromkeys(int(multiple * train_length) for multiple in OFFSETS)),
         )
+
+
+def planned(model: Model, config: EvaluateConfig, num_targets: int) -> tuple[Cell, ...]:
+    """The pieces of work that a configuration asks of a model, in the order in which they are done.
+
+    Args:
+        model: which.
+        config: resolved for its training length.
+        num_targets: how many tokens of text are scored.
+    """
+    text = {"perplexity": _perplexity_cells, "positions": _positions_cells, "probes": _probes_cells}
+    of_text = (cell for task in config.tasks if task in text for cell in text[task](model, config, num_targets))
+    others = (Cell(task, model, length) for task in config.tasks if task not in text for length in config.valid_lengths)
+    return tuple(dict.fromkeys((*of_text, *others)))
+
+
+def _perplexity_cells(model: Model, config: EvaluateConfig, num_targets: int) -> Iterator[Cell]:
+    for length in config.valid_lengths:
+        for protocol in config.protocols:
+            if protocol != "cached-unbounded":
+                stride = length if protocol == "nonoverlapping" else 1
+                yield Cell("perplexity", model, length, stride, protocol)
+        for stride in config.strides:
+            if stride != length:  # which is nonoverlapping
+                yield Cell("perplexity", model, length, stride, "sliding-window")
+    if "cached-unbounded" in config.protocols:
+        yield Cell("perplexity", model, num_targets, 1, "cached-unbounded")
+
+
+def _positions_cells(model: Model, config: EvaluateConfig, num_targets: int) -> Iterator[Cell]:
+    for length in config.valid_lengths:
+        yield Cell("positions", model, length)
+        if length > model.train_length:
+            yield Cell("decomposition", model, length)
+
+
+def _probes_cells(model: Model, config: EvaluateConfig, num_targets: int) -> Iterator[Cell]:
+    length = model.train_length
+    yield Cell("offsets", model, length)
+    yield Cell("perplexity", model, length, config.capped_stride, "sliding-window")
+    for protocol in ("cached", "cached-shifted"):
+        yield Cell("perplexity", model, length, 1, protocol)

@@ -1,20 +1,20 @@
 """All that is asked of one model, as pieces of work that are each done, skipped for a reason, or found done already."""
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 import torch
 
 from longreach.measure.generation import generate_greedily
 from longreach.measure.perplexity import Progress, Scorer, Text
-from longreach.measure.plan import RETRIEVAL_TASKS, EvaluateConfig
+from longreach.measure.plan import RETRIEVAL_TASKS, EvaluateConfig, planned
 from longreach.measure.retrieval import Case, bucket, generate_cases, max_new_tokens, measure_retrieval, possible_depths
 from longreach.measure.score import Unsupported
 from longreach.measure.subject import Subject
 from longreach.measure.summaries import MeetingCase, measure_summaries
-from longreach.results import Cell, Entry, Skipped
+from longreach.results import Cell, Entry, Model, Skipped
 
 
 @dataclass(frozen=True)
@@ -27,16 +27,6 @@ class Material:
     """For a retrieval task; None to generate them."""
     meetings: Sequence[MeetingCase] = ()
     """For qmsum."""
-
-
-@dataclass(frozen=True)
-class _Work:
-    """A piece of work."""
-
-    cell: Cell
-    measure: Callable[[], Sequence[Entry]]
-    hindrance: str | None = None
-    """Why it cannot be done, where that is known beforehand."""
 
 
 def evaluate(
@@ -61,182 +51,174 @@ def evaluate(
     Raises:
         ValueError: what is wrong with the material, as a text of too few tokens.
     """
-    finished = set(done)
-    for work in _plan(subject, material, config, progress):
-        if work.cell in finished:
-            continue
-        finished.add(work.cell)
-        if work.hindrance is not None:
-            yield [_skipped(work.cell, work.hindrance)]
-            continue
+    sweep = _Sweep(subject, material, config, progress)
+    for cell in planned(subject.identity, config, _num_targets(material)):
+        if cell not in done:
+            yield sweep.entries(cell)
+
+
+def failures(
+    model: Model, config: EvaluateConfig, material: Material, done: Collection[Cell], error: Exception
+) -> list[Skipped]:
+    """What an error left undone of all that a configuration asks of a model.
+
+    Args:
+        model: which.
+        config: as it was given.
+        material: what the tasks are measured on.
+        done: cells that are measured or skipped already.
+        error: what ended the work on the model; its first line becomes the reason.
+    """
+    reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+    cells = planned(model, config.resolved(model.train_length), _num_targets(material))
+    return [_skipped(cell, reason, failed=True) for cell in cells if cell not in done]
+
+
+class _Sweep:
+    """One subject, and what each piece of work gives."""
+
+    def __init__(self, subject: Subject, material: Material, config: EvaluateConfig, progress: Progress):
+        self._subject, self._material, self._config, self._progress = subject, material, config, progress
+        longest = config.longest_window(subject.train_length)
+        if longest and material.text is None:
+            raise ValueError(f"tasks={','.join(config.tasks)} without a text: give one in the material")
+        if longest > _num_targets(material):
+            raise ValueError(f"a length of {longest} with {_num_targets(material)} tokens to score: give more text")
+        if material.text is not None:
+            self._scorer = Scorer(subject, material.text, config.tokens_per_batch, progress)
+
+    def entries(self, cell: Cell) -> Sequence[Entry]:
+        """What was measured, or why it was not."""
+        hindrance = self._hindrance(cell)
+        if hindrance is not None:
+            return [_skipped(cell, hindrance)]
         try:
-            yield work.measure()
+            return self._measure(cell)
         except Unsupported as error:
-            yield [_skipped(work.cell, str(error))]
+            return [_skipped(cell, str(error))]
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
-            yield [_skipped(work.cell, "out of memory")]
+            return [_skipped(cell, "out of memory")]
 
+    def _hindrance(self, cell: Cell) -> str | None:
+        """Why it cannot be done, where that is known beforehand."""
+        config, length = self._config, cell.valid_length
+        if cell.task == "offsets":
+            return None  # those that the table holds are measured
+        if cell.task in RETRIEVAL_TASKS and self._material.cases is not None:
+            return self._without_cases(length)
+        if cell.task == "qmsum" and config.summary_tokens >= length:
+            return f"a summary of {config.summary_tokens} tokens leaves no room for a meeting"
+        if cell.stride is not None and cell.stride > length:
+            return f"a stride of {cell.stride} leaves gaps between windows of {length}"
+        reached = _num_targets(self._material) if cell.protocol in ("cached", "cached-unbounded") else length
+        past_table = self._past_table(reached)
+        if past_table is None and cell.task == "decomposition" and self._capped_stride > self._subject.train_length:
+            return f"capped_stride={self._capped_stride} leaves gaps between windows of L={self._subject.train_length}"
+        return past_table
 
-def _plan(subject: Subject, material: Material, config: EvaluateConfig, progress: Progress) -> Iterator[_Work]:
-    longest = config.longest_window(subject.train_length)
-    if longest:
-        text = material.text
-        if text is None:
-            raise ValueError(f"tasks={','.join(config.tasks)} without a text: give one in the material")
-        if text.num_targets < longest:
-            raise ValueError(f"a length of {longest} with {text.num_targets} tokens to score: give more text")
-        scorer = Scorer(subject, text, config.tokens_per_batch, progress)
-        for task in config.tasks:
-            if task in _TEXT_WORK:
-                yield from _TEXT_WORK[task](subject, scorer, config)
-    for task in config.tasks:
-        if task in RETRIEVAL_TASKS:
-            yield from _retrieval_work(task, subject, material.cases, config, progress)
-        elif task == "qmsum":
-            yield from _summary_work(subject, material.meetings, config, progress)
+    def _without_cases(self, length: int) -> str | None:
+        """As `_hindrance`, for the cases of a file."""
+        buckets, too_long = self._buckets
+        hindrance = self._past_table(length) if length in buckets else "no case of the file is of this length"
+        if hindrance is None or too_long is None or length < max(self._config.valid_lengths):
+            return hindrance
+        return f"{hindrance}; {too_long}"
 
+    def _past_table(self, length: int) -> str | None:
+        longest = self._subject.max_length
+        return None if longest is None or length <= longest else f"its table holds {longest} positions"
 
-def _perplexity_work(subject: Subject, scorer: Scorer, config: EvaluateConfig) -> Iterator[_Work]:
-    for length in config.valid_lengths:
-        for protocol in config.protocols:
-            if protocol != "cached-unbounded":
-                stride = length if protocol == "nonoverlapping" else 1
-                yield _perplexity_cell(subject, scorer, length, stride, protocol)
-        for stride in config.strides:
-            if stride != length:  # which is nonoverlapping
-                yield _perplexity_cell(subject, scorer, length, stride, "sliding-window")
-    if "cached-unbounded" in config.protocols:
-        yield _perplexity_cell(subject, scorer, scorer.num_targets, 1, "cached-unbounded")
+    def _measure(self, cell: Cell) -> Sequence[Entry]:
+        if cell.task in RETRIEVAL_TASKS:
+            return self._retrieve(cell)
+        if cell.task == "qmsum":
+            return [self._summarize(cell.valid_length)]
+        if cell.task == "offsets":
+            return self._at_offsets(cell)
+        if cell.task == "positions":
+            return self._scorer.by_context(cell.valid_length)
+        if cell.task == "decomposition":
+            return self._scorer.decomposition(cell.valid_length, self._capped_stride)
+        assert cell.stride is not None  # a perplexity has both
+        assert cell.protocol is not None
+        return self._scorer.perplexity(cell.valid_length, cell.stride, cell.protocol)
 
+    @property
+    def _capped_stride(self) -> int:
+        assert self._config.capped_stride is not None  # it is resolved
+        return self._config.capped_stride
 
-def _perplexity_cell(subject: Subject, scorer: Scorer, length: int, stride: int, protocol: str) -> _Work:
-    reached = scorer.num_targets if protocol in ("cached", "cached-unbounded") else length
-    hindrance = _past_table(subject, reached)
-    if stride > length:
-        hindrance = f"a stride of {stride} leaves gaps between windows of {length}"
-    cell = Cell("perplexity", subject.identity, length, stride, protocol)
-    return _Work(cell, partial(scorer.perplexity, length, stride, protocol), hindrance)
+    def _at_offsets(self, cell: Cell) -> Sequence[Entry]:
+        """Loss at the offsets that the model's table has room for, and which it has none for."""
+        length, longest = cell.valid_length, self._subject.max_length
+        fitting = [offset for offset in self._config.offsets if longest is None or offset + length <= longest]
+        beyond = [str(offset) for offset in self._config.offsets if offset not in fitting]
+        entries: list[Entry] = [*self._scorer.at_offsets(length, fitting)]
+        if beyond:
+            reason = f"its table holds {longest} positions, too few for windows from {', '.join(beyond)}"
+            entries.append(_skipped(cell, reason))
+        return entries
 
+    @cached_property
+    def _buckets(self) -> tuple[dict[int, list[Case]], str | None]:
+        """The cases of a file by length, and that some are too long for every length, where they are."""
+        cases, config = self._material.cases or (), self._config
+        buckets, left_out = bucket(cases, self._subject.tokenizer, config.valid_lengths, config.num_depths)
+        too_long = f"{left_out} of {len(cases)} cases of the file are too long for every length" if left_out else None
+        return buckets, too_long
 
-def _positions_work(subject: Subject, scorer: Scorer, config: EvaluateConfig) -> Iterator[_Work]:
-    assert config.capped_stride is not None  # it is resolved
-    gaps = None
-    if config.capped_stride > subject.train_length:
-        gaps = f"capped_stride={config.capped_stride} leaves gaps between windows of L={subject.train_length}"
-    for length in config.valid_lengths:
-        hindrance = _past_table(subject, length)
-        yield _Work(_cell("positions", subject, length), partial(scorer.by_context, length), hindrance)
-        if length > subject.train_length:
-            split = partial(scorer.decomposition, length, config.capped_stride)
-            yield _Work(_cell("decomposition", subject, length), split, hindrance or gaps)
+    def _retrieve(self, cell: Cell) -> Sequence[Entry]:
+        if self._material.cases is None:
+            return self._ask(cell, self._generated(cell))
+        buckets, too_long = self._buckets
+        entries = self._ask(cell, buckets[cell.valid_length])
+        if too_long is None or cell.valid_length < max(self._config.valid_lengths):
+            return entries
+        return [*entries, _skipped(cell, too_long)]
 
-
-def _probes_work(subject: Subject, scorer: Scorer, config: EvaluateConfig) -> Iterator[_Work]:
-    assert config.capped_stride is not None  # it is resolved
-    length = subject.train_length
-    yield _Work(_cell("offsets", subject, length), partial(_at_offsets, subject, scorer, config))
-    yield _perplexity_cell(subject, scorer, length, config.capped_stride, "sliding-window")
-    for protocol in ("cached", "cached-shifted"):
-        yield _perplexity_cell(subject, scorer, length, 1, protocol)
-
-
-def _at_offsets(subject: Subject, scorer: Scorer, config: EvaluateConfig) -> Sequence[Entry]:
-    """Loss at the offsets that the model's table has room for, and which it has none for."""
-    length, longest = subject.train_length, subject.max_length
-    fitting = [offset for offset in config.offsets if longest is None or offset + length <= longest]
-    beyond = [str(offset) for offset in config.offsets if offset not in fitting]
-    entries: list[Entry] = [*scorer.at_offsets(length, fitting)]
-    if beyond:
-        reason = f"its table holds {longest} positions, too few for windows from {', '.join(beyond)}"
-        entries.append(_skipped(_cell("offsets", subject, length), reason))
-    return entries
-
-
-def _retrieval_work(
-    task: str, subject: Subject, cases: Sequence[Case] | None, config: EvaluateConfig, progress: Progress
-) -> Iterator[_Work]:
-    by_length: dict[int, list[Case]] = {}
-    too_long = None
-    if cases is not None:
-        by_length, left_out = bucket(cases, subject.tokenizer, config.valid_lengths, config.num_depths)
-        if left_out:
-            too_long = f"{left_out} of {len(cases)} cases of the file are too long for every length"
-    for length in config.valid_lengths:
-        hindrance = _past_table(subject, length)
-        if cases is not None and length not in by_length:
-            hindrance = "no case of the file is of this length"
-        measure = partial(_retrieve, task, subject, length, by_length.get(length), config, progress)
-        if too_long is not None and length == max(config.valid_lengths):
-            note = _skipped(_cell(task, subject, length), too_long)
-            measure = partial(_with_note, measure, note)
-            hindrance = f"{hindrance}; {too_long}" if hindrance else None
-        yield _Work(_cell(task, subject, length), measure, hindrance)
-
-
-def _with_note(measure: Callable[[], Sequence[Entry]], note: Skipped) -> Sequence[Entry]:
-    """What was measured, and what was left out of it."""
-    return [*measure(), note]
-
-
-def _retrieve(
-    task: str, subject: Subject, length: int, cases: list[Case] | None, config: EvaluateConfig, progress: Progress
-) -> Sequence[Entry]:
-    if cases is None:
-        depths = possible_depths(
-            task, np.linspace(0, 1, config.num_depths).tolist() if config.num_depths > 1 else [0.5]
+    def _generated(self, cell: Cell) -> list[Case]:
+        config = self._config
+        wanted = np.linspace(0, 1, config.num_depths).tolist() if config.num_depths > 1 else [0.5]
+        depths = possible_depths(cell.task, wanted)
+        tokenizer = self._subject.tokenizer
+        return generate_cases(
+            cell.task, tokenizer, cell.valid_length, depths, config.cases_per_depth, config.cases_seed
         )
-        cases = generate_cases(task, subject.tokenizer, length, depths, config.cases_per_depth, config.cases_seed)
-    new_tokens = max_new_tokens(cases, subject.tokenizer)
-    if subject.max_length is not None and length + new_tokens > subject.max_length:
-        raise Unsupported(
-            f"its table holds {subject.max_length} positions, prompt and answer need {length + new_tokens}"
+
+    def _ask(self, cell: Cell, cases: Sequence[Case]) -> Sequence[Entry]:
+        subject, length = self._subject, cell.valid_length
+        new_tokens = max_new_tokens(cases, subject.tokenizer)
+        if subject.max_length is not None and length + new_tokens > subject.max_length:
+            raise Unsupported(
+                f"its table holds {subject.max_length} positions, prompt and answer need {length + new_tokens}"
+            )
+        stage = f"asking {subject.name} {cell.task} at {length}"
+        return measure_retrieval(
+            lambda prompt: generate_greedily(subject, prompt, new_tokens),
+            subject.tokenizer,
+            cases,
+            model=subject.identity,
+            valid_length=length,
+            on_case=lambda done: self._progress(stage, done, len(cases)),
         )
-    return measure_retrieval(
-        lambda prompt: generate_greedily(subject, prompt, new_tokens),
-        subject.tokenizer,
-        cases,
-        model=subject.identity,
-        valid_length=length,
-        on_case=lambda done: progress(f"asking {subject.name} {task} at {length}", done, len(cases)),
-    )
+
+    def _summarize(self, length: int) -> Entry:
+        subject, meetings = self._subject, self._material.meetings
+        return measure_summaries(
+            partial(generate_greedily, subject),
+            subject.tokenizer,
+            meetings,
+            model=subject.identity,
+            valid_length=length,
+            max_new_tokens=self._config.summary_tokens,
+            on_case=lambda done: self._progress(f"summaries by {subject.name} at {length}", done, len(meetings)),
+        )
 
 
-def _summary_work(
-    subject: Subject, meetings: Sequence[MeetingCase], config: EvaluateConfig, progress: Progress
-) -> Iterator[_Work]:
-    for length in config.valid_lengths:
-        hindrance = _past_table(subject, length)
-        if config.summary_tokens >= length:
-            hindrance = f"a summary of {config.summary_tokens} tokens leaves no room for a meeting"
-        measure = partial(_summarize, subject, length, meetings, config, progress)
-        yield _Work(_cell("qmsum", subject, length), measure, hindrance)
-
-
-def _summarize(
-    subject: Subject, length: int, meetings: Sequence[MeetingCase], config: EvaluateConfig, progress: Progress
-) -> Sequence[Entry]:
-    record = measure_summaries(
-        partial(generate_greedily, subject),
-        subject.tokenizer,
-        meetings,
-        model=subject.identity,
-        valid_length=length,
-        max_new_tokens=config.summary_tokens,
-        on_case=lambda done: progress(f"summaries by {subject.name} at {length}", done, len(meetings)),
-    )
-    return [record]
-
-
-_TEXT_WORK = {"perplexity": _perplexity_work, "positions": _positions_work, "probes": _probes_work}
-
-
-def _past_table(subject: Subject, length: int) -> str | None:
-    """Why a length cannot be measured, if it cannot."""
-    if subject.max_length is None or length <= subject.max_length:
-        return None
-    return f"its table holds {subject.max_length} positions"
+def _num_targets(material: Material) -> int:
+    return 0 if material.text is None else material.text.num_targets
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -244,9 +226,5 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
-def _cell(task: str, subject: Subject, length: int) -> Cell:
-    return Cell(task, subject.identity, length)
-
-
-def _skipped(cell: Cell, reason: str) -> Skipped:
-    return Skipped(**cell._asdict(), reason=reason)
+def _skipped(cell: Cell, reason: str, failed: bool = False) -> Skipped:
+    return Skipped(**cell._asdict(), reason=reason, failed=failed)

@@ -8,6 +8,7 @@ from typing import Any, get_type_hints
 _KINDS: dict[Any, tuple[str, tuple[type[Any], ...]]] = {
     int: ("an integer", (int,)),
     float: ("a number", (int, float)),
+    bool: ("true or false", (bool,)),
     str: ("a string", (str,)),
     int | None: ("an integer or null", (int, type(None))),
     str | None: ("a string or null", (str, type(None))),
@@ -24,7 +25,7 @@ def checked(value: Any, kind: Any, name: str) -> Any:
             raise ValueError(f"{name} must be a {kind.__name__}, got {value!r}: build one")  # type: ignore[union-attr]
         return value
     description, types = _KINDS[kind]
-    if not isinstance(value, types) or isinstance(value, bool):
+    if not isinstance(value, types) or (isinstance(value, bool) and kind is not bool):
         raise ValueError(f"{name} must be {description}, got {value!r}: correct the value or run again")
     if isinstance(value, int) and abs(value) >= 2**63:
         raise ValueError(f"{name} does not fit 64 bits: correct the value or run again")

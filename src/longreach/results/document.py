@@ -87,6 +87,14 @@ class Results:
         """The pieces of work that are finished, measured or skipped."""
         return {entry.cell for entry in self.entries()}
 
+    def failures(self) -> dict[Model, str]:
+        """The models that work broke off at with an error, and the error."""
+        return {entry.model: entry.reason for entry in self.skipped if entry.failed}
+
+    def without_failures(self) -> Results:
+        """A copy without what broke off with an error, to try it again."""
+        return dataclasses.replace(self, skipped=tuple(entry for entry in self.skipped if not entry.failed))
+
     def find(
         self,
         method: str,

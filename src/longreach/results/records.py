@@ -358,6 +358,8 @@ class Skipped(Entry):
     """Of the perplexity that was asked for; None for other tasks."""
     reason: str
     """Why, in one sentence for the reader of the report."""
+    failed: bool = False
+    """Whether work on the model broke off with an error, and will be tried again; else there is no doing it."""
 
     @property
     def cell(self) -> Cell:
@@ -415,8 +417,9 @@ class Provenance:
     """Threads that PyTorch computed with."""
     git_commit: str | None
     """Commit of the longreach checkout; None when it was installed as a package."""
-    split_seed: int
-    """Seed of the text's split into training and validation; those of models stand with them."""
+    split_seed: int | None
+    """Seed of the text's split into training and validation, None where no text was scored; those of models stand with
+    them."""
     corpus: str
     """The corpus as the user named it."""
     corpus_hash: str

@@ -121,6 +121,8 @@ def _by_seed(entries: Iterable[Scored]) -> dict[int | None, Scored]:
 
 
 def _check_tokens(*entries: Scored) -> None:
-    tokens = {entry.tokens for entry in entries}
-    if len(tokens) > 1:
-        raise ValueError(f"entries scored {' and '.join(map(str, sorted(tokens)))} tokens: give those of the same text")
+    for name in ("tokens", "bytes"):
+        amounts = {getattr(entry, name) for entry in entries if hasattr(entry, name)}
+        if len(amounts) > 1:
+            numbers = " and ".join(map(str, sorted(amounts)))
+            raise ValueError(f"entries scored {numbers} {name}: give those of the same text and tokenizer")

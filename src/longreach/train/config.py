@@ -48,7 +48,8 @@ class TrainConfig:
     device: str = field(default="auto", metadata={"may_differ": True})
     """Where to run: cpu, cuda, cuda:1, ...; auto is cuda where there is one."""
     seed: int = 0
-    """Seed of the weights, the split, the order of batches, what is mixed in and dropout."""
+    """Seed of the weights, the order of batches, what is mixed in and dropout; of the split of the text too, where
+    split_seed is not given."""
     mix: tuple[str, ...] = ()
     """Synthetic sequences among those of the text, as NAME=SHARE of all: retrieval=0.2."""
 

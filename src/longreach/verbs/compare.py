@@ -1,20 +1,24 @@
 """The main job: train position methods side by side on identical batches, test each at many lengths, report."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from longreach.data.prepare import DataConfig, prepare
 from longreach.folder import begin, hold
 from longreach.measure.plan import EvaluateConfig
+from longreach.measure.sweep import failures
 from longreach.models.config import ARCHITECTURES, Architecture
 from longreach.report.page import write_report
 from longreach.results import Model, Results
 from longreach.train.config import RunConfig, TrainConfig
 from longreach.train.loop import resolve_device
 from longreach.verbs.evaluate import case_sources, measure, read_material, read_results
-from longreach.verbs.train import Progress, open_run, provenance, text_of, train_run
+from longreach.verbs.train import Progress, open_run, provenance, text_of, train_run, training_batches
+
+FAILURES = (FloatingPointError, MemoryError, RuntimeError, ValueError)
+"""What ends one model and not the comparison. A disk that is full would end the others too."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,9 @@ class CompareConfig:
     train_lengths: tuple[int, ...] = ()
     """L: every method is trained at each of these lengths; at train_length alone when none are given. A batch holds as
     many tokens at each as batch_size sequences of train_length do."""
+    seeds: tuple[int, ...] = ()
+    """Every method is trained at each length with each of these seeds; with seed alone when none are given. All learn
+    from one split of the text, that of split_seed, or of seed."""
 
     def __post_init__(self) -> None:
         if not self.methods:
@@ -43,9 +50,9 @@ class CompareConfig:
             raise ValueError(f"methods={','.join(self.methods)}: give each method once")
         if len(set(self.train_lengths)) < len(self.train_lengths):
             raise ValueError(f"train_lengths={','.join(map(str, self.train_lengths))}: give each length once")
-        for train_length in self.lengths:
-            for method in self.methods:
-                self.run(method, train_length)  # refuses what does not fit together
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds={','.join(map(str, self.seeds))}: give each seed once")
+        self.runs()  # refuses what does not fit together
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -58,8 +65,16 @@ class CompareConfig:
         tested = [self.evaluate.resolved(train_length).valid_lengths for train_length in self.lengths]
         return max((*self.lengths, *itertools.chain(*tested)))
 
-    def run(self, method: str, train_length: int) -> RunConfig:
-        """The training run of one method at one length."""
+    def runs(self) -> tuple[RunConfig, ...]:
+        """All training runs: what one seed has to say is complete before the next begins."""
+        seeds = self.seeds or (self.train.seed,)
+        return tuple(
+            self.run(method, train_length, seed)
+            for seed, train_length, method in itertools.product(seeds, self.lengths, self.methods)
+        )
+
+    def run(self, method: str, train_length: int, seed: int) -> RunConfig:
+        """The training run of one method at one length with one seed."""
         batch_tokens = self.train.batch_size * self.train.train_length
         if train_length < 1 or batch_tokens % train_length:
             raise ValueError(
@@ -69,14 +84,16 @@ class CompareConfig:
         return RunConfig(
             method=method,
             longest_length=self.longest_length,
-            data=self.data,
+            data=replace(self.data, split_seed=self.data.seed_of_split(self.train.seed)),
             model=self.model,
-            train=replace(self.train, train_length=train_length, batch_size=batch_tokens // train_length),
+            train=replace(self.train, train_length=train_length, batch_size=batch_tokens // train_length, seed=seed),
         )
 
-    def folder(self, method: str, train_length: int) -> str:
-        """Name of a run's folder: that of its method, with the training length where there are several."""
-        return f"{run_name(method)}-{train_length}" if len(self.lengths) > 1 else run_name(method)
+    def folder(self, model: Model) -> str:
+        """Name of a run's folder: that of its method, with the training length and the seed where there are several."""
+        length = f"-{model.train_length}" if len(self.lengths) > 1 else ""
+        seed = f"-seed{model.seed}" if len(self.seeds) > 1 else ""
+        return run_name(model.method) + length + seed
 
 
 def compare(
@@ -90,16 +107,18 @@ def compare(
     The folder gets config.toml, a folder for each trained model, results.json, figures/ and report.html. What is
     finished is not done again; an interrupted comparison run again gives the numbers of an uninterrupted one.
 
+    A model that fails, as by a loss that diverges, leaves the others: what was asked of it is among the skipped entries
+    (`Results.failures`), and is tried again when the comparison is run again.
+
     Args:
         config: what is compared.
         output: the folder.
         progress: told of each stage as it goes on.
-        on_model: told of each model, and of all results so far, as soon as it is trained and measured.
+        on_model: told of each model, and of all results so far, as soon as it is trained and measured, or has failed.
 
     Raises:
         ValueError: the folder holds another comparison, the data changed since it began, or too little data.
         BlockingIOError: another process works in the folder.
-        FloatingPointError: training diverged.
         OSError: a file cannot be read or written.
     """
     device = resolve_device(config.train.device)
@@ -107,21 +126,30 @@ def compare(
         prepared = prepare(config.data, config.train.seed, progress)
         longest_window = max(map(config.evaluate.longest_window, config.lengths))
         material = read_material(config.evaluate, text_of(prepared, config.evaluate, longest_window))
+        for run in config.runs():
+            training_batches(run.train, prepared)  # refuses too little text
         sources = case_sources(config.evaluate)
         starts = begin(output, config, prepared.digests | sources, device)
         path = output / "results.json"
-        results = read_results(
-            path, provenance(config, starts[0], config.train.seed, prepared.tokenizer, prepared, sources)
-        )
-        for train_length, method in itertools.product(config.lengths, config.methods):
-            folder = output / config.folder(method, train_length)
-            training = train_run(config.run(method, train_length), folder, progress, prepared)
-            if training not in results.training:
-                results = results.add(training)
-            subject = open_run(folder).subject()
-            for grown in measure(subject, material, config.evaluate, results, path, progress):
-                results = grown
-            on_model(results, subject.identity)
+        results = read_results(path, provenance(config, starts[0], prepared.tokenizer, prepared, sources))
+        results = results.without_failures()
+
+        def finish(run: RunConfig) -> Iterator[Results]:
+            """Train and measure one model; the results after each step."""
+            folder = output / config.folder(run.identity)
+            training = train_run(run, folder, progress, prepared)
+            trained = results if training in results.training else results.add(training)
+            yield trained
+            yield from measure(open_run(folder).subject(), material, config.evaluate, trained, path, progress)
+
+        for run in config.runs():
+            try:
+                for grown in finish(run):
+                    results = grown
+            except FAILURES as error:
+                results = results.add(*failures(run.identity, config.evaluate, material, results.cells(), error))
+                results.write(path)
+            on_model(results, run.identity)
         write_report(results, output)
     return results
 

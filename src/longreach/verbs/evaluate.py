@@ -86,7 +86,7 @@ class _Model:
     data: DataConfig
     """Whose validation text it is tested on."""
     seed: int
-    """Of that data's split."""
+    """Of its training, which decides on the split where the data does not."""
     tokenizer: Tokenizer
     """Its own."""
     device: torch.device
@@ -99,7 +99,7 @@ class _Model:
     @property
     def split(self) -> _Split:
         """What decides on the validation text and its tokens."""
-        return replace(self.data, tokenizer=None), self.tokenizer.fingerprint, self.seed
+        return replace(self.data, tokenizer=None), self.tokenizer.fingerprint, self.data.seed_of_split(self.seed)
 
 
 def evaluate_models(
@@ -172,7 +172,10 @@ def _find(name: str, config: EvaluationConfig, scaling: str | None) -> _Model:
         model = _find_run(name, config)
     if config.data is None:
         return model
-    return replace(model, data=replace(model.data, data=config.data, valid_data=config.data, streaming=False))
+    return replace(
+        model,
+        data=replace(model.data, data=config.data, valid_data=config.data, streaming=False, split_seed=0),
+    )
 
 
 def _find_run(name: str, config: EvaluationConfig) -> _Model:
@@ -259,8 +262,8 @@ def _read_texts(
     Both are empty where no text is scored.
 
     Raises:
-        ValueError: the text is too short for one of the models, a model was trained on another text than the first, or
-            it may have been trained on what would be scored.
+        ValueError: the text is too short for one of the models, the validation text of one is not that of the first, or
+            a model may have been trained on what would be scored.
     """
     longest = max(config.evaluate.longest_window(model.identity.train_length) for model in models)
     if not longest:
@@ -273,9 +276,9 @@ def _read_texts(
             )
     first = models[0]
     for model in models:
-        if (prepared[model.split].corpus_hash, model.seed) != (prepared[first.split].corpus_hash, first.seed):
+        if prepared[model.split].valid_hash != prepared[first.split].valid_hash:
             raise ValueError(
-                f"MODELS: {model.name} was not trained on the text of the first one: give the text by data"
+                f"MODELS: {model.name} has not the validation text of the first one: give the text by data"
             )
         if config.data is None:
             _check_held_out(Path(model.name), prepared[model.split])
@@ -307,7 +310,7 @@ def _provenance(
 ) -> Provenance:
     """That of the first model, with the tokenizers and the files of all."""
     first = models[0]
-    own = provenance(config, start, first.seed, first.tokenizer, prepared.get(first.split), sources)
+    own = provenance(config, start, first.tokenizer, prepared.get(first.split), sources)
     return replace(own, tokenizer_hash=_digests(models, prepared)["tokenizer"])
 
 

@@ -35,8 +35,9 @@ from longreach.train.loop import Trainee, decoder_trainee
 def starting_config(source: str) -> RunConfig:
     """The run that starts from a model and changes nothing: its data, tokenizer, shape, method and training length.
 
-    The seed is a finished run's too, since it decides which of its text is held out; what else concerns training has
-    the defaults. A Hugging Face model says nothing of its data, which is then the default text.
+    What a finished run held out of its text is held out again, whatever the seed. The seed is the finished run's too,
+    and what else concerns training has the defaults. A Hugging Face model says nothing of its data, which is then the
+    default text.
 
     Args:
         source: the folder of a finished run, or a Hugging Face model as a folder or a name on the hub.
@@ -51,7 +52,11 @@ def starting_config(source: str) -> RunConfig:
             before,
             start_from=source,
             longest_length=None,  # that of a comparison may be below the length that is wanted now
-            data=replace(before.data, tokenizer=str(folder / "tokenizer.json")),
+            data=replace(
+                before.data,
+                tokenizer=str(folder / "tokenizer.json"),
+                split_seed=before.data.seed_of_split(before.train.seed),
+            ),
             train=TrainConfig(train_length=before.train.train_length, seed=before.train.seed),
         )
     if folder.is_dir() and ((folder / "config.toml").exists() or not holds_pretrained(folder)):
@@ -128,7 +133,7 @@ def check_held_out(config: RunConfig, prepared: PreparedData) -> None:
         )
     if same_text:
         for name, asked, own in (
-            ("seed", config.train.seed, before.train.seed),
+            ("split_seed", *(run.data.seed_of_split(run.train.seed) for run in (config, before))),
             ("valid_fraction", config.data.valid_fraction, before.data.valid_fraction),
         ):
             if asked != own:

@@ -81,7 +81,7 @@ def train_run(
             _check_steps(folder, before.train, config.train)
         prepared = prepared or prepare(config.data, config.train.seed, progress)
         check_held_out(config, prepared)
-        batches = _batches(config.train, prepared)
+        batches = training_batches(config.train, prepared)
         weights = {} if config.start_from is None else digest_of_weights(config.start_from)
         begin(folder, config, prepared.digests | weights, device)
         if not (folder / "tokenizer.json").exists():
@@ -123,7 +123,12 @@ def _check_steps(folder: Path, before: TrainConfig, now: TrainConfig) -> None:
         raise ValueError(f"{asked}, and its checkpoint.pt is gone: go on from it into a new folder (--from {folder})")
 
 
-def _batches(config: TrainConfig, prepared: PreparedData) -> BatchSource:
+def training_batches(config: TrainConfig, prepared: PreparedData) -> BatchSource:
+    """What a run is trained on.
+
+    Raises:
+        ValueError: the text is too short for one sequence, or sequences for what is mixed in.
+    """
     batches = Batches(prepared.train, config.train_length, config.batch_size, config.seed)
     return MixedBatches(batches, config.mix, prepared.tokenizer, config.seed) if config.mix else batches
 
@@ -210,7 +215,6 @@ def text_of(prepared: ValidationData, config: EvaluateConfig, longest: int) -> T
 def provenance(
     config: Any,
     start: Start,
-    split_seed: int,
     tokenizer: Tokenizer,
     prepared: ValidationData | None,
     sources: dict[str, str],
@@ -228,7 +232,7 @@ def provenance(
         device=start.device,
         num_threads=start.num_threads,
         git_commit=start.git_commit,
-        split_seed=split_seed,
+        split_seed=None if prepared is None else prepared.split_seed,
         corpus="none" if prepared is None else prepared.corpus_name,
         corpus_hash="none" if prepared is None else prepared.corpus_hash,
         tokenizer_hash=tokenizer.fingerprint,
