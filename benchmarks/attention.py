@@ -52,6 +52,7 @@ from longreach.ops.alibi import alibi_slopes
 from longreach.ops.attention import attention
 from longreach.ops.reach import reach
 from longreach.ops.reference import reference_attention
+from longreach.ops.visibility import Visibility
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -197,8 +198,8 @@ def check(name: str, attend: Attend, workload: Workload, tensors: list[Tensor]) 
     for past in {min(32, length), length // 2, length} if q.shape[2] > 1 else {length}:
         rows = slice(max(0, past - 32), past) if q.shape[2] > 1 else slice(0, 1)
         part = q[:1, :, rows], k[:1, :, :past], v[:1, :, :past]
-        golden, _ = reference_attention(*(x.double() for x in part), slopes=slopes)
-        plain, _ = reference_attention(*part, slopes=slopes)
+        golden = dense(*(x.double() for x in part), slopes)
+        plain = dense(*part, slopes)
         error = (out[:1, :, rows].double() - golden).abs().max().item()
         rounding = torch.finfo(q.dtype).eps * golden.abs().max().item()
         allowed = 2 * (plain.double() - golden).abs().max().item() + rounding
@@ -208,6 +209,11 @@ def check(name: str, attend: Attend, workload: Workload, tensors: list[Tensor]) 
             raise ValueError(f"off by {error:.2e}: it computes something else")
         worst = max(worst, error)
     return worst if name != CEILING else None
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
+    """The output by its definition, in the dtype of q."""
+    return reference_attention(q, k, v, Visibility(q.shape[2], k.shape[2]), slopes=slopes)[0]
 
 
 @functools.cache
@@ -225,10 +231,8 @@ def check_gradients(dtype: str, std: float, head_dim: int, device: str) -> None:
     if not kept[:3].max() < 0.5:
         raise SystemExit(f"{workload}: blocks kept {kept.tolist()}, too many to check the gradients of skipping")
     golden_inputs = [x.detach().double().requires_grad_() for x in tensors]
-    golden = torch.autograd.grad(
-        reference_attention(*golden_inputs, slopes=slopes)[0], golden_inputs, gradient.double()
-    )
-    plain = torch.autograd.grad(reference_attention(*tensors, slopes=slopes)[0], tensors, gradient)
+    golden = torch.autograd.grad(dense(*golden_inputs, slopes), golden_inputs, gradient.double())
+    plain = torch.autograd.grad(dense(*tensors, slopes), tensors, gradient)
     out = attention(*tensors, slopes=slopes, impl="triton" if device == "cuda" else "cpu")
     actual = torch.autograd.grad(out, tensors, gradient)
     for name, right, near, mine in zip("qkv", golden, plain, actual, strict=True):

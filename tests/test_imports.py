@@ -69,7 +69,7 @@ def ours(module):
 
 def test_there_is_something_to_read():
     assert {"longreach", "longreach.ops.attention", "longreach.positions", "longreach.models.decoder"} <= set(MODULES)
-    assert "longreach.ops.masks" in ours("longreach.ops.reference")
+    assert "longreach.ops.visibility" in ours("longreach.ops.reference")
     assert "longreach.ops.attention" in ours("longreach.models.decoder")
     assert "longreach.positions" in ours("longreach.models.config")  # a package
 

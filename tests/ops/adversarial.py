@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longreach.ops.alibi import alibi_distance, alibi_slopes
-from longreach.ops.masks import dense_bias, visible_keys
+from longreach.ops.alibi import alibi_distance, alibi_slopes, dense_bias
+from longreach.ops.visibility import Visibility
 
 
 @dataclass(frozen=True)
@@ -157,8 +157,7 @@ def probabilities(q: Tensor, k: Tensor, *, slopes: Any, causal: bool = True, **m
     query_length, key_length = q.shape[2], k.shape[2]
     scores = q @ k.transpose(-2, -1) * q.shape[3] ** -0.5
     scores = scores + dense_bias(slopes, None, query_length, key_length, torch.float64)
-    absent = {"window_size": None, "key_padding_mask": None, "cu_seqlens": None}
-    visible = visible_keys(query_length, key_length, causal=causal, **(absent | masks), device=q.device)
+    visible = Visibility(query_length, key_length, causal, **masks).dense(q.device)
     if visible is not None:
         scores = scores.masked_fill(~visible, float("-inf"))
     return scores.softmax(dim=-1).nan_to_num(nan=0.0)

@@ -1,19 +1,18 @@
-import time
 from itertools import combinations, pairwise
 
 import pytest
 import torch
 from adversarial import CASES, Case, magnitudes, probabilities, random_grads, run
+from flat import cpu_attention, key_ranges, reference_attention
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import longreach.ops.cpu.products as module
 from longreach.ops.alibi import alibi_slopes
-from longreach.ops.cpu.plan import plan, product_cost, reading_cost
-from longreach.ops.cpu.products import cpu_attention
+from longreach.ops.cpu.plan import HostVisibility, plan, product_cost, reading_cost
 from longreach.ops.lse_bound import FEW_QUERIES
 from longreach.ops.reach import key_block_norms, reach
-from longreach.ops.reference import reference_attention
+from longreach.ops.visibility import Visibility
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -174,38 +173,14 @@ def test_time_is_linear_beyond_the_reach():
     for length in (8192, 16384):
         shape = (1, 2, length, 16)
         (q, k, _), _ = Case(heads=2, kv_heads=2, queries=length, keys=length).inputs(torch.float32)
-        ranges = module.key_ranges(
-            q, k, torch.tensor([0.5, 0.05]), scale=0.25, tolerance=2**-24, block_m=128, block_n=64
-        )
+        ranges = key_ranges(q, k, torch.tensor([0.5, 0.05]), scale=0.25, tolerance=2**-24, block_m=128, block_n=64)
         ranges = [x.transpose(0, 1).mul(module.BLOCK_N).tolist() for x in ranges]
-        masks = module.Masks.of(length, length, True, None, None, None)
-        tiles = list(module.plan(shape, shape, masks, *ranges, product_cost))
+        visibility = HostVisibility.read(Visibility(length, length))
+        tiles = list(module.plan(shape, shape, visibility, *ranges, product_cost))
         assert sum(tile.rows * tile.windows * (tile.heads.stop - tile.heads.start) for tile in tiles) == 2 * length
         pairs.append(sum(t.rows * t.width * t.windows * (t.heads.stop - t.heads.start) for t in tiles))
     assert pairs[1] < 2.1 * pairs[0]
     assert pairs[0] < 0.15 * 8192**2  # of 2 * 8192^2 / 2 for dense causal attention
-
-
-def test_time_per_kept_block_is_flat():
-    """Processor time of one thread, the lengths in turn, so that busy neighbours hit all; measured: a factor of 1.4."""
-    slopes, threads = torch.tensor([0.5, 0.05]), torch.get_num_threads()
-    inputs = [
-        Case(heads=2, kv_heads=2, queries=length, keys=length, head_dim=64).inputs(torch.float32)[0]
-        for length in (2048, 8192, 65_536)
-    ]
-    times = [[] for _ in inputs]
-    torch.set_num_threads(1)
-    try:
-        for _ in range(6):  # the first makes oneDNN compile its products
-            for (q, k, v), own in zip(inputs, times, strict=True):
-                start = time.process_time()
-                cpu_attention(q, k, v, slopes=slopes)
-                own.append(time.process_time() - start)
-    finally:
-        torch.set_num_threads(threads)
-    kept = [(found.ends - found.starts).sum().item() for found in (reach(q, k, slopes) for q, k, _ in inputs)]
-    per_block = [min(own) / blocks for own, blocks in zip(times, kept, strict=True)]
-    assert max(per_block) < 2 * min(per_block)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2])
@@ -294,15 +269,6 @@ def test_empty(queries, keys, batch):
     assert not any(g.any() for g in grads)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"), [({"bias": torch.zeros(1, 1, 1, 1)}, "^bias with"), ({"dropout_p": 0.1}, "^dropout_p=0.1")]
-)
-def test_refuses(change, message):
-    tensors, options = Case(queries=3, keys=3).inputs(torch.float32)
-    with pytest.raises(ValueError, match=message):
-        cpu_attention(*tensors, **options, **change)
-
-
 @given(data=st.data(), kv_heads=st.sampled_from([1, 2, 6]))
 @settings(max_examples=60, deadline=None)
 def test_heads_share_calls_where_that_is_cheapest(data, kv_heads):
@@ -310,8 +276,8 @@ def test_heads_share_calls_where_that_is_cheapest(data, kv_heads):
     heads, length = 6, 40_000
     blocks = data.draw(st.lists(st.integers(0, length // 64 - 1), min_size=heads, max_size=heads))
     low, high = [[[64 * block]] for block in blocks], [[[length]]] * heads
-    masks = module.Masks.of(1, length, True, None, None, None)
-    tiles = list(plan((1, heads, 1, 8), (1, kv_heads, length, 8), masks, low, high, reading_cost))
+    visibility = HostVisibility.read(Visibility(1, length))
+    tiles = list(plan((1, heads, 1, 8), (1, kv_heads, length, 8), visibility, low, high, reading_cost))
     covered = [head for tile in tiles for head in range(tile.heads.start, tile.heads.stop)]
     assert covered == list(range(heads))
 

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
+from flat import compiled_cpu_attention
 from torch import Tensor
 from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
-
-from longreach.ops.cpu.operators import compiled_cpu_attention
 
 OPERATORS = torch.ops.longreach
 

@@ -1,12 +1,12 @@
 import pytest
 import torch
 from adversarial import CASES, Case
+from flat import flex_alibi_attention, reference_attention, visibility_of
 from torch.nn.attention.flex_attention import flex_attention
 
 from longreach.ops.attention import attention
-from longreach.ops.flex import _score_mod, flex_alibi_attention, reach_block_mask
+from longreach.ops.flex import _score_mod, reach_block_mask
 from longreach.ops.reach import reach
-from longreach.ops.reference import reference_attention
 
 
 @pytest.mark.parametrize("name", ["longer than the reach", "padding, window, both ways", "documents", "single query"])
@@ -14,8 +14,7 @@ def test_block_mask_holds_the_blocks_in_reach(name):
     tensors, options = CASES[name].inputs(torch.float32)
     q, k, _ = tensors
     found = reach(q, k, tolerance=1e-3, block_m=32, block_n=16, **options)
-    masks = {key: value for key, value in options.items() if key != "slopes"}
-    mask = reach_block_mask(found, q.shape[2], k.shape[2], **masks)
+    mask = reach_block_mask(found, visibility_of(q, k, options))
     number = torch.arange(-(-k.shape[2] // 16))
     expected = (number >= found.starts[..., None]) & (number < found.ends[..., None])
     assert torch.equal(mask.to_dense().bool(), expected)
@@ -29,14 +28,13 @@ def test_modifications_are_those_of_the_definition(name):
     q, k, v = tensors
     if "key_padding_mask" in options:
         k, v = (x.nan_to_num(nan=0.0) for x in (k, v))
-    masks = {key: value for key, value in options.items() if key != "slopes"}
-    found = reach(q, k, options["slopes"], **masks)
+    found = reach(q, k, **options)
     out = flex_attention(
         q,
         k,
         v,
         score_mod=_score_mod(options["slopes"], q.shape[:2], k.shape[2] - q.shape[2]),
-        block_mask=reach_block_mask(found, q.shape[2], k.shape[2], **masks),
+        block_mask=reach_block_mask(found, visibility_of(q, k, options)),
         enable_gqa=q.shape[1] != k.shape[1],
     )
     expected, _ = reference_attention(q, k, v, **options)

@@ -3,11 +3,12 @@ import math
 import pytest
 import torch
 from adversarial import CASES, Case, probabilities
+from flat import key_ranges
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longreach.ops.alibi import alibi_slopes
-from longreach.ops.reach import default_tolerance, key_block_norms, key_ranges, reach
+from longreach.ops.reach import default_tolerance, key_block_norms, reach
 
 
 def dropped_mass(tensors, options, starts, ends, block_m, block_n):

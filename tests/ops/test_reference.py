@@ -2,9 +2,8 @@ import math
 
 import pytest
 import torch
+from flat import reference_attention
 from slow_attention import CASES, TOLERANCE, slow_attention, with_gradients
-
-from longreach.ops.reference import reference_attention
 
 
 @pytest.mark.parametrize("name", CASES)

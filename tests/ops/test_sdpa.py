@@ -1,11 +1,10 @@
 import pytest
 import torch
+from flat import reference_attention, sdpa_attention
 from slow_attention import CASES, TOLERANCE, Case, slow_attention, with_gradients
 
 import longreach.ops.sdpa as module
 from longreach.ops.alibi import alibi_slopes
-from longreach.ops.reference import reference_attention
-from longreach.ops.sdpa import sdpa_attention
 
 
 @pytest.mark.parametrize("name", CASES)

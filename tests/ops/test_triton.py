@@ -15,6 +15,7 @@ import triton.language as tl
 from adversarial import CASES as SHARED_CASES
 from adversarial import Case, magnitudes, random_grads
 from adversarial import run as run_case
+from flat import key_ranges, reference_attention, triton_attention
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -22,12 +23,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton_interpreter import DEVICE
 
 from longreach.ops.alibi import alibi_distance
-from longreach.ops.reach import _sums_within_one, key_ranges
-from longreach.ops.reference import reference_attention
+from longreach.ops.reach import _sums_within_one
 from longreach.ops.triton import launch as kernels
 from longreach.ops.triton import ranges
 from longreach.ops.triton.kernels import _queries_that_need
-from longreach.ops.triton.operators import triton_attention
 from longreach.ops.triton.plans import COMMON_HEAD_DIM, DECODE_ROWS, REACH_M, REACH_N
 
 CASES: dict[str, dict[str, Any]] = {

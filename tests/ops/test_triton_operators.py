@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from flat import reference_attention, triton_attention
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 from triton_interpreter import DEVICE
 
-from longreach.ops.reference import reference_attention
-from longreach.ops.triton.operators import triton_attention
 from longreach.ops.triton.plans import DECODE_ROWS, REACH_M
 
 OPERATORS = torch.ops.longreach

@@ -5,14 +5,15 @@ from typing import Any
 
 import pytest
 import torch
+from flat import key_ranges as tensor_key_ranges
 from torch import Tensor
 from triton_interpreter import DEVICE
 
-from longreach.ops.masks import dense_bias, visible_keys
+from longreach.ops.alibi import dense_bias
 from longreach.ops.reach import key_block_norms
-from longreach.ops.reach import key_ranges as tensor_key_ranges
 from longreach.ops.triton import ranges
 from longreach.ops.triton.plans import PLANS
+from longreach.ops.visibility import Visibility
 
 BLOCKS = {"block_m": 128, "block_n": 64}
 
@@ -79,14 +80,7 @@ def weights(q: Tensor, k: Tensor, slopes: Tensor | None, bounds: Any, masks: Any
     scores = q.double() @ keys.transpose(2, 3) * bounds["scale"]
     bias = dense_bias(None if slopes is None else slopes.double(), None, *lengths, torch.float64)
     scores = scores if bias is None else scores + bias
-    visible = visible_keys(
-        *lengths,
-        causal=bounds["causal"],
-        window_size=bounds["window_size"],
-        key_padding_mask=None,
-        cu_seqlens=masks["cu_seqlens"],
-        device=q.device,
-    )
+    visible = Visibility(*lengths, bounds["causal"], bounds["window_size"], None, masks["cu_seqlens"]).dense(q.device)
     scores = scores if visible is None else scores.masked_fill(~visible, float("-inf"))
     return scores.softmax(dim=-1).nan_to_num(0.0)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from longreach.conformance.golden import Dialect, Reading, from_own_key, golden_slopes
 from longreach.conformance.mistakes import SLOPE_MISTAKES, attention_mistakes, bias_mistakes, group_mistakes
 from longreach.ops.alibi import alibi_distance
-from longreach.ops.masks import without_padding
+from longreach.ops.visibility import without_padding
 
 SlopesFunction = Callable[[int], Tensor | Sequence[float]]
 """num_heads -> slopes (H,), positive."""

@@ -86,3 +86,35 @@ def alibi_bias(slopes: Tensor, query_length: int, key_length: int | None = None)
         )
     distance = alibi_distance(query_length, key_length, device=slopes.device).abs()
     return -slopes[..., None, None] * distance.to(slopes.dtype)  # [H, Tq, Tk]
+
+
+def dense_bias(
+    slopes: Tensor | tuple[Tensor, Tensor] | None,
+    bias: Tensor | None,
+    query_length: int,
+    key_length: int,
+    dtype: torch.dtype,
+    *,
+    offset: int | None = None,
+) -> Tensor | None:
+    """What is added to the scaled scores, broadcastable to (B, H, Tq, Tk), or None when nothing is.
+
+    slopes m give -m |i - j|; a pair (left, right) gives -left (i - j) to keys in the past and -right (j - i) to
+    keys in the future. Query 0 stands `offset` after key 0, or the last query at the last key.
+    """
+    total = bias.to(dtype) if bias is not None else None
+    if slopes is not None:
+        left, right = slopes if isinstance(slopes, tuple) else (slopes, slopes)
+        # Distances in float16 overflow past 65504, where a slope of 0 would give NaN: round the product alone.
+        wide = torch.promote_types(dtype, torch.float32)
+        left = left.to(wide)[..., None, None]  # [(B,) H, 1, 1]
+        if query_length == 1 and offset is None:  # it has no future, and few operations make a decoding step fast
+            penalties = left * torch.arange(1 - key_length, 1, device=left.device, dtype=wide)
+        else:
+            right = right.to(wide)[..., None, None]
+            offset = key_length - query_length if offset is None else offset
+            positions = torch.arange(query_length, device=left.device) + offset
+            distance = (positions[:, None] - torch.arange(key_length, device=left.device)).to(wide)
+            penalties = -(left * distance.clamp(min=0) + right * (-distance).clamp(min=0))
+        total = penalties.to(dtype) if total is None else total + penalties.to(dtype)
+    return total

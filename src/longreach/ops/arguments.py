@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longreach.ops.visibility import Visibility
+
 
 def validate_types(**arguments: object) -> None:
     """Tensors."""
@@ -63,8 +65,15 @@ def validate_bias(bias: Tensor | None, q: Tensor, k: Tensor) -> None:
     _validate_float("bias", bias, q)
 
 
-def validate_masks(q: Tensor, k: Tensor, key_padding_mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
-    """A bool mask (B, Tk), and borders of packed documents (N + 1,), whose values are read on the CPU alone."""
+def validated_visibility(
+    q: Tensor,
+    k: Tensor,
+    causal: bool,
+    window_size: Any,
+    key_padding_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> Visibility:
+    """A window of at least 1, a bool mask (B, Tk), borders of documents (N + 1,), whose values only the CPU reads."""
     batch, query_length, key_length = q.shape[0], q.shape[2], k.shape[2]
     if key_padding_mask is not None:
         validate_types(key_padding_mask=key_padding_mask)
@@ -86,6 +95,7 @@ def validate_masks(q: Tensor, k: Tensor, key_padding_mask: Tensor | None, cu_seq
         # Elsewhere the host would wait for the device. What is traced has no values yet, nor has a fake tensor.
         if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling() and type(cu_seqlens) is Tensor:
             _validate_borders(cu_seqlens.tolist(), key_length)
+    return Visibility(query_length, key_length, causal, _window_as_int(window_size), key_padding_mask, cu_seqlens)
 
 
 def validate_scale(scale: float | None) -> None:
@@ -100,7 +110,7 @@ def validate_tolerance(tolerance: float | None) -> None:
         raise ValueError(f"tolerance={tolerance!r}: give at least 0 and below 1, or None for the default of the dtype")
 
 
-def window_as_int(window_size: Any) -> int | None:
+def _window_as_int(window_size: Any) -> int | None:
     """The window as an int, whatever integer type it has: NumPy's are none of Python's, and True is no number."""
     window = None if isinstance(window_size, bool) else window_size
     if window is not None and not isinstance(window, int):  # which a length under tracing is, and must stay

@@ -10,13 +10,12 @@ from torch.amp import is_autocast_available
 
 from longreach.ops.arguments import (
     validate_bias,
-    validate_masks,
     validate_scale,
     validate_slopes,
     validate_tensors,
     validate_tolerance,
     validate_types,
-    window_as_int,
+    validated_visibility,
 )
 from longreach.ops.cpu.operators import compiled_cpu_attention
 from longreach.ops.cpu.products import cpu_attention
@@ -106,8 +105,7 @@ def attention(
     validate_slopes(slopes, q)
     validate_bias(bias, q, k)
     validate_scale(scale)
-    window_size = window_as_int(window_size)
-    validate_masks(q, k, key_padding_mask, cu_seqlens)
+    visibility = validated_visibility(q, k, causal, window_size, key_padding_mask, cu_seqlens)
     validate_tolerance(tolerance)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p={dropout_p!r}: give at least 0 and below 1")
@@ -116,39 +114,31 @@ def attention(
     if key_norms is not None:
         _validate_key_norms(key_norms, k, impl)
     if impl == "auto":
-        masked = window_size is not None or key_padding_mask is not None or cu_seqlens is not None
         impl = choose_impl(
             q.device.type,
             q.shape[2],
             k.shape[2],
-            reaching=slopes is not None or masked,
+            reaching=slopes is not None or visibility.hides_past,
             dense=bias is not None or dropout_p > 0,
             return_lse=return_lse,
             has_key_norms=key_norms is not None,
             kernels=triton_runs(q.device, q.dtype, q.shape[3]),
         )
-    arguments: dict[str, Any] = {
-        "slopes": slopes,
-        "causal": causal,
-        "scale": scale,
-        "window_size": window_size,
-        "key_padding_mask": key_padding_mask,
-        "cu_seqlens": cu_seqlens,
-    }
+    arguments: dict[str, Any] = {"slopes": slopes, "scale": scale}
     with _without_autocast(q.device.type):
         if impl == "sdpa":
             if return_lse:
                 raise ValueError('return_lse=True with impl="sdpa", which has no LSE: use another impl or "auto"')
-            return sdpa_attention(q, k, v, **arguments, bias=bias, dropout_p=dropout_p)
+            return sdpa_attention(q, k, v, visibility, **arguments, bias=bias, dropout_p=dropout_p)
         if impl == "reference":
-            out, lse = reference_attention(q, k, v, **arguments, bias=bias, dropout_p=dropout_p)
+            out, lse = reference_attention(q, k, v, visibility, **arguments, bias=bias, dropout_p=dropout_p)
             lse = lse.to(torch.promote_types(lse.dtype, torch.float32))
         else:
             if bias is not None or dropout_p:
                 name = "bias" if bias is not None else f"dropout_p={dropout_p}"
                 raise ValueError(f'{name} with impl="{impl}", which has neither: use impl="sdpa" or "auto"')
             arguments |= {"return_lse": return_lse} if impl == "flex" else {"key_norms": key_norms}
-            out, lse = _reaching(impl, q)(q, k, v, **arguments, tolerance=tolerance)
+            out, lse = _reaching(impl, q)(q, k, v, visibility, **arguments, tolerance=tolerance)
     return (out, lse) if return_lse else out
 
 

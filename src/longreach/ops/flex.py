@@ -11,46 +11,31 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from longreach.ops.masks import without_padding
-from longreach.ops.reach import Reach, reach
+from longreach.ops.reach import Reach, find_reach
+from longreach.ops.visibility import Visibility, without_padding
 
 WHOLE_ROWS: Any = {"PARTITION_SIZE": 1}
 """Keeps FlexAttention on the CPU from splitting the keys of a single query, which it does by whole blocks or not: that
 code does not compile unless there are blocks that no mask touches, and takes a part without keys for a score of 0."""
 
 
-def reach_block_mask(
-    found: Reach,
-    query_length: int,
-    key_length: int,
-    *,
-    causal: bool = True,
-    window_size: int | None = None,
-    key_padding_mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-) -> BlockMask:
-    """Build the BlockMask of FlexAttention that computes the blocks in `found` and hides what the masks hide.
+def reach_block_mask(found: Reach, visibility: Visibility) -> BlockMask:
+    """Build the BlockMask of FlexAttention that computes the blocks in `found` and hides what is not visible.
 
     Its index table has one number for each pair of a query block and a key block, as every BlockMask has.
 
     Args:
         found: of `longreach.reach`, with the same masks.
-        query_length: Tq.
-        key_length: Tk.
-        causal: as given to `reach`.
-        window_size: as given to `reach`.
-        key_padding_mask: as given to `reach`.
-        cu_seqlens: as given to `reach`.
+        visibility: which keys each query sees, the arguments that `reach` was given.
     """
-    device = found.starts.device
-    num_key_blocks = -(-key_length // found.block_n)
-    numbers = torch.arange(num_key_blocks, dtype=torch.int32, device=device)
+    num_key_blocks = -(-visibility.key_length // found.block_n)
+    numbers = torch.arange(num_key_blocks, dtype=torch.int32, device=found.starts.device)
     return BlockMask.from_kv_blocks(
         found.ends - found.starts,
         (found.starts[..., None] + numbers).clamp(max=max(num_key_blocks - 1, 0)),  # the first `count` are read
         BLOCK_SIZE=(found.block_m, found.block_n),
-        mask_mod=_mask_mod(key_length - query_length, causal, window_size, key_padding_mask, cu_seqlens, key_length),
-        seq_lengths=(query_length, key_length),
+        mask_mod=_mask_mod(visibility),
+        seq_lengths=(visibility.query_length, visibility.key_length),
     )
 
 
@@ -58,13 +43,10 @@ def flex_alibi_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    visibility: Visibility,
     *,
     slopes: Tensor | tuple[Tensor, Tensor] | None = None,
-    causal: bool = True,
     scale: float | None = None,
-    window_size: int | None = None,
-    key_padding_mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
     tolerance: float | None = None,
     return_lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
@@ -87,20 +69,14 @@ def flex_alibi_attention(
         raise ValueError('q of float64 with impl="flex": give float32, bfloat16 or float16, or another impl')
     if not (q.numel() and k.numel()):
         raise ValueError(f'q {tuple(q.shape)} or k {tuple(k.shape)} is empty with impl="flex": use impl="auto"')
-    masks: dict[str, Any] = {
-        "causal": causal,
-        "window_size": window_size,
-        "key_padding_mask": key_padding_mask,
-        "cu_seqlens": cu_seqlens,
-    }
-    k, v = without_padding(k, v, key_padding_mask)
-    found = reach(q, k, slopes, scale=scale, tolerance=tolerance, **masks)
+    k, v = without_padding(k, v, visibility.key_padding_mask)
+    found = find_reach(q, k, slopes, visibility, scale=scale, tolerance=tolerance)
     out, aux = _compiled_flex_attention()(
         q,
         k,
         v,
-        score_mod=None if slopes is None else _score_mod(slopes, q.shape[:2], k.shape[2] - q.shape[2]),
-        block_mask=reach_block_mask(found, q.shape[2], k.shape[2], **masks),
+        score_mod=None if slopes is None else _score_mod(slopes, q.shape[:2], visibility.offset),
+        block_mask=reach_block_mask(found, visibility),
         scale=scale,
         enable_gqa=q.shape[1] != k.shape[1],
         return_aux=AuxRequest(lse=return_lse),
@@ -126,27 +102,12 @@ def _score_mod(slopes: Tensor | tuple[Tensor, Tensor], heads: torch.Size, offset
     return score_mod
 
 
-def _mask_mod(
-    offset: int,
-    causal: bool,
-    window_size: int | None,
-    key_padding_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    key_length: int,
-) -> Callable[..., Tensor]:
-    document = None
-    if cu_seqlens is not None:
-        document = torch.bucketize(torch.arange(key_length, device=cu_seqlens.device), cu_seqlens, right=True)
+def _mask_mod(visibility: Visibility) -> Callable[..., Tensor]:
+    padding, offset = visibility.key_padding_mask, visibility.offset
 
     def mask_mod(b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:
-        distance = row + offset - key
-        visible = distance >= 0 if causal else distance == distance
-        if window_size is not None:
-            visible = visible & (distance.abs() < window_size)
-        if key_padding_mask is not None:
-            visible = visible & ~key_padding_mask[b, key]
-        if document is not None:
-            visible = visible & (document[row] == document[key])
-        return visible
+        near = visibility.near(row + offset, key)
+        visible = key == key if near is None else near
+        return visible if padding is None else visible & ~padding[b, key]
 
     return mask_mod

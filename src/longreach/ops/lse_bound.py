@@ -6,11 +6,12 @@ whose time is that of many small operations, they are the last keys outright.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from longreach.ops.visibility import Visibility
 
 LINK = 16
 """Consecutive positions whose queries share one mean of the keys before, when their LSE is bounded from below."""
@@ -28,44 +29,8 @@ ROUNDING = 2.0**-20
 """Relative slack of every other term of the bound: at least 8 roundings of float32."""
 
 
-@dataclass(frozen=True)
-class Masks:
-    """What hides keys from queries."""
-
-    causal: bool
-    """Whether keys after the query are hidden."""
-    window_size: int | None = None
-    """Keys at this distance and beyond are hidden."""
-    key_padding_mask: Tensor | None = None
-    """(B, Tk), True where a key is hidden from all."""
-    document: Tensor | None = None
-    """(Tk,) number of each token's document; keys of other documents are hidden."""
-
-    @property
-    def hide_past(self) -> bool:
-        """Whether keys before the query may be hidden."""
-        return not (self.window_size is None and self.key_padding_mask is None and self.document is None)
-
-    def hide(self, query_positions: Tensor, key_positions: Tensor, key_length: int) -> Tensor:
-        """Whether each key is hidden from each query: (B or 1, 1, ...) of broadcast positions."""
-        distance = query_positions - key_positions
-        hidden = (key_positions < 0) | (key_positions >= key_length)
-        if self.causal:
-            hidden = hidden | (distance < 0)
-        if self.window_size is not None:
-            hidden = hidden | (distance.abs() >= self.window_size)
-        key_index = key_positions.clamp(0, key_length - 1)
-        if self.document is not None:
-            query_index = query_positions.clamp(0, key_length - 1)
-            hidden = hidden | (self.document[query_index] != self.document[key_index])
-        hidden = hidden[None, None]
-        if self.key_padding_mask is not None:
-            hidden = hidden | self.key_padding_mask[:, None, key_index]
-        return hidden
-
-
 def lse_lower_bound(
-    q: Tensor, k: Tensor, left: Tensor, right: Tensor, centre: Tensor | None, scale: float, masks: Masks
+    q: Tensor, k: Tensor, left: Tensor, right: Tensor, centre: Tensor | None, scale: float, visibility: Visibility
 ) -> tuple[Tensor, Tensor]:
     """Lower bound of each row's LSE over centred keys (B, H, Tq), and which rows see any key, (B or 1, 1, Tq) bool.
 
@@ -74,17 +39,18 @@ def lse_lower_bound(
     """
     query_length, key_length = q.shape[2], k.shape[2]
     positions = torch.arange(query_length, device=q.device) + (key_length - query_length)
-    nearest = [_nearest_visible(positions, key_length, masks.key_padding_mask, past=True)]
-    if not masks.causal:
-        nearest.append(_nearest_visible(positions, key_length, masks.key_padding_mask, past=False))
-    hidden = [_nearest_hidden(positions, index, key_length, masks) for index in nearest]  # each [B or 1, 1, Tq]
-    sees = ~hidden[0] if masks.causal else ~(hidden[0] & hidden[1])
+    nearest = [_nearest_visible(positions, key_length, visibility.key_padding_mask, past=True)]
+    if not visibility.causal:
+        nearest.append(_nearest_visible(positions, key_length, visibility.key_padding_mask, past=False))
+    found = (_hidden(positions, index, visibility, padding=False) for index in nearest)
+    hidden = [x[0].transpose(0, 1) for x in found]  # each [B or 1, 1, Tq]
+    sees = ~hidden[0] if visibility.causal else ~(hidden[0] & hidden[1])
 
     if query_length < FEW_QUERIES:
-        return last_lse(q, k, left, right, centre, scale, masks), sees
+        return last_lse(q, k, left, right, centre, scale, visibility), sees
     left, right = raised(left), raised(right)
-    earlier = _earlier_lse(q, k, left, centre, scale, masks)
-    if masks.key_padding_mask is None and query_length <= key_length:
+    earlier = _earlier_lse(q, k, left, centre, scale, visibility)
+    if visibility.key_padding_mask is None and query_length <= key_length:
         score = _products(q, k[:, :, key_length - query_length :], centre) * scale  # each query with its own key
         return torch.logaddexp(earlier, score.masked_fill(~sees, float("-inf"))), sees
     for index, unseen in zip(nearest, hidden, strict=True):
@@ -104,7 +70,7 @@ def raised(slope: Tensor) -> Tensor:
 
 
 def last_lse(
-    q: Tensor, k: Tensor, left: Tensor, right: Tensor, centre: Tensor | None, scale: float, masks: Masks
+    q: Tensor, k: Tensor, left: Tensor, right: Tensor, centre: Tensor | None, scale: float, visibility: Visibility
 ) -> Tensor:
     """Lower bound of the LSE: that over the visible ones of the LAST_KEYS last keys, (B, H, Tq), -inf for none."""
     first = max(0, k.shape[2] - LAST_KEYS)
@@ -115,17 +81,19 @@ def last_lse(
     key_positions = torch.arange(first, k.shape[2], device=q.device)
     positions = torch.arange(q.shape[2], device=q.device)[:, None] + (k.shape[2] - q.shape[2])
     distance = positions - key_positions  # [Tq, keys]
-    if masks.causal:  # which hides keys at negative distances
+    if visibility.causal:  # which hides keys at negative distances
         scores = scores - raised(left)[..., None, None] * distance
     else:
         left, right = raised(left)[..., None, None], raised(right)[..., None, None]
         scores = scores - left * distance.clamp(min=0) - right * (-distance).clamp(min=0)
-    if q.shape[2] > 1 or not masks.causal or masks.hide_past:  # a single query stands at the last key
-        scores = scores.masked_fill(masks.hide(positions, key_positions[None], k.shape[2]), float("-inf"))
+    if q.shape[2] > 1 or not visibility.causal or visibility.hides_past:  # a single query stands at the last key
+        scores = scores.masked_fill(_hidden(positions, key_positions[None], visibility), float("-inf"))
     return scores.logsumexp(dim=-1)
 
 
-def _earlier_lse(q: Tensor, k: Tensor, slope: Tensor, centre: Tensor | None, scale: float, masks: Masks) -> Tensor:
+def _earlier_lse(
+    q: Tensor, k: Tensor, slope: Tensor, centre: Tensor | None, scale: float, visibility: Visibility
+) -> Tensor:
     """Lower bound of the LSE over the visible keys in the links before each query's own: (B, H, Tq), -inf for none.
 
     By Jensen log sum_j w_j e^(x_j) >= log W + sum_j w_j x_j / W with W = sum_j w_j, so that one mean of keys serves all
@@ -133,7 +101,7 @@ def _earlier_lse(q: Tensor, k: Tensor, slope: Tensor, centre: Tensor | None, sca
     """
     query_length, offset = q.shape[2], k.shape[2] - q.shape[2]
     first, past = offset // LINK, -(-k.shape[2] // LINK)  # the links that hold queries
-    means, log_weights = _means_of_earlier_keys(k, slope, first, past, masks)  # [B, H, links, D], [B, H, links]
+    means, log_weights = _means_of_earlier_keys(k, slope, first, past, visibility)  # [B, H, links, D], [B, H, links]
     if centre is not None:
         means = means - per_query_head(centre, q.shape[1])
     front = offset - first * LINK
@@ -144,14 +112,16 @@ def _earlier_lse(q: Tensor, k: Tensor, slope: Tensor, centre: Tensor | None, sca
     from_end = torch.arange(1, LINK + 1, device=q.device)
     lse = torch.cat(parts, dim=2) * scale + (log_weights[..., None] - slope[..., None, None] * from_end)
     lse = lse.flatten(2)[:, :, front : front + query_length]
-    if masks.document is not None:
+    if visibility.document is not None:
         own_link = torch.arange(offset, k.shape[2], device=q.device) // LINK
-        foreign = masks.document[offset:] != masks.document[(own_link * LINK - 1).clamp(min=0)]
+        foreign = visibility.document[offset:] != visibility.document[(own_link * LINK - 1).clamp(min=0)]
         lse = lse.masked_fill(foreign, float("-inf"))
     return lse
 
 
-def _means_of_earlier_keys(k: Tensor, slope: Tensor, first: int, past: int, masks: Masks) -> tuple[Tensor, Tensor]:
+def _means_of_earlier_keys(
+    k: Tensor, slope: Tensor, first: int, past: int, visibility: Visibility
+) -> tuple[Tensor, Tensor]:
     """For links [first, past) the mean (B, H, links, D), so weighted, of the visible keys before each, and log W.
 
     At most CHAIN links are looked back on. Padding has weight 0, and so have other documents than the last key's.
@@ -161,15 +131,15 @@ def _means_of_earlier_keys(k: Tensor, slope: Tensor, first: int, past: int, mask
     index = torch.arange(oldest * LINK, (past - 1) * LINK, device=k.device).unflatten(0, (-1, LINK))  # [links, LINK]
     visible = torch.ones_like(index, dtype=torch.bool)[None]  # [B or 1, links, LINK]
     steps = [2**n for n in range(CHAIN.bit_length() - 1)]
-    if masks.window_size is not None:
-        visible = visible & (masks.window_size >= 2 * LINK)
-        steps = [step for step in steps if (2 * step + 1) * LINK <= masks.window_size]
-    if masks.key_padding_mask is not None:
-        visible = visible & ~masks.key_padding_mask[:, index]
-        keys = keys.masked_fill(masks.key_padding_mask[:, index][:, None, ..., None], 0.0)
-    if masks.document is not None:
-        last = masks.document[index[:, -1]]  # [links]
-        visible = visible & (masks.document[index] == last[:, None])
+    if visibility.window_size is not None:
+        visible = visible & (visibility.window_size >= 2 * LINK)
+        steps = [step for step in steps if (2 * step + 1) * LINK <= visibility.window_size]
+    if visibility.key_padding_mask is not None:
+        visible = visible & ~visibility.key_padding_mask[:, index]
+        keys = keys.masked_fill(visibility.key_padding_mask[:, index][:, None, ..., None], 0.0)
+    if visibility.document is not None:
+        last = visibility.document[index[:, -1]]  # [links]
+        visible = visible & (visibility.document[index] == last[:, None])
 
     to_end = torch.arange(LINK - 1, -1, -1, device=k.device)
     weights = (-slope[..., None] * to_end).exp()[:, :, None] * visible[:, None]  # [B, H, links, LINK]
@@ -180,7 +150,7 @@ def _means_of_earlier_keys(k: Tensor, slope: Tensor, first: int, past: int, mask
     sums = torch.cat([sums.transpose(2, 3).flatten(1, 2), weights.sum(dim=-1, keepdim=True)], dim=-1)
     for step in steps:  # each doubles the number of links that a sum covers
         before = sums[:, :, :-step] * (-slope[..., None, None] * (LINK * step)).exp()
-        if masks.document is not None:
+        if visibility.document is not None:
             before = before * (last[:-step] == last[step:])[:, None]
         sums[:, :, step:] = sums[:, :, step:] + before
     sums = _padded(sums, first - 1 - oldest, past - 1 - oldest)  # [B, H, past - first, D + 1], the last column being W
@@ -227,10 +197,17 @@ def _nearest_visible(positions: Tensor, key_length: int, key_padding_mask: Tenso
     return torch.where(positions >= key_length, key_length, found)
 
 
-def _nearest_hidden(positions: Tensor, index: Tensor, key_length: int, masks: Masks) -> Tensor:
-    """Whether the key at `index` (B or 1, Tq), known to be no padding, is hidden from each query: (B or 1, 1, Tq)."""
-    unpadded = Masks(masks.causal, masks.window_size, None, masks.document)
-    return unpadded.hide(positions, index, key_length)[0].transpose(0, 1)
+def _hidden(positions: Tensor, keys: Tensor, visibility: Visibility, *, padding: bool = True) -> Tensor:
+    """Whether each key is hidden from each query, or is none: (B or 1, 1, ...) of broadcast positions."""
+    index = keys.clamp(0, visibility.key_length - 1)
+    hidden = keys != index
+    near = visibility.near(positions, index)
+    if near is not None:
+        hidden = hidden | ~near
+    hidden = hidden[None, None]
+    if padding and visibility.key_padding_mask is not None:
+        hidden = hidden | visibility.key_padding_mask[:, None, index]
+    return hidden
 
 
 def chunks(length: int, width: int, device: torch.device) -> Iterator[slice]:

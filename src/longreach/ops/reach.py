@@ -15,15 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longreach.ops.arguments import (
-    validate_masks,
     validate_scale,
     validate_slopes,
     validate_tensors,
     validate_tolerance,
     validate_types,
-    window_as_int,
+    validated_visibility,
 )
-from longreach.ops.lse_bound import FEW_QUERIES, ROUNDING, Masks, chunks, last_lse, lse_lower_bound, per_query_head
+from longreach.ops.lse_bound import FEW_QUERIES, ROUNDING, chunks, last_lse, lse_lower_bound, per_query_head
+from longreach.ops.visibility import Visibility
 
 KEY_BLOCK = 64
 """Keys per block in what a KV cache keeps of their norms, and in the ranges of all implementations here."""
@@ -105,28 +105,32 @@ def reach(
     validate_tensors(q, k, k)  # keys stand in for the values, which do not matter here
     validate_slopes(slopes, q)
     validate_scale(scale)
-    window_size = window_as_int(window_size)
-    validate_masks(q, k, key_padding_mask, cu_seqlens)
+    visibility = validated_visibility(q, k, causal, window_size, key_padding_mask, cu_seqlens)
     validate_tolerance(tolerance)
     for name, size in (("block_m", block_m), ("block_n", block_n)):
         if size < 1:
             raise ValueError(f"{name}={size}: give at least 1")
+    return find_reach(q, k, slopes, visibility, scale=scale, tolerance=tolerance, block_m=block_m, block_n=block_n)
+
+
+def find_reach(
+    q: Tensor,
+    k: Tensor,
+    slopes: Tensor | tuple[Tensor, Tensor] | None,
+    visibility: Visibility,
+    *,
+    scale: float | None = None,
+    tolerance: float | None = None,
+    block_m: int = 128,
+    block_n: int = 128,
+) -> Reach:
+    """`reach` of valid arguments."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     tolerance = default_tolerance(q.dtype) if tolerance is None else tolerance
     starts, ends = key_ranges(
-        q,
-        k,
-        slopes,
-        scale=scale,
-        causal=causal,
-        tolerance=tolerance,
-        block_m=block_m,
-        block_n=block_n,
-        window_size=window_size,
-        key_padding_mask=key_padding_mask,
-        cu_seqlens=cu_seqlens,
+        q, k, slopes, visibility, scale=scale, tolerance=tolerance, block_m=block_m, block_n=block_n
     )
-    blocks = _Blocks(q.shape[2], k.shape[2], block_m, block_n, causal, None, None, q.device)
+    blocks = _Blocks(Visibility(q.shape[2], k.shape[2], visibility.causal), block_m, block_n, q.device)
     dense = (blocks.last - blocks.first).sum()
     kept = (ends - starts).sum(dim=-1) / dense.clamp(min=1)  # [B, H]
     return Reach(starts, ends, block_m, block_n, kept)
@@ -153,15 +157,12 @@ def key_ranges(
     q: Tensor,
     k: Tensor,
     slopes: Tensor | tuple[Tensor, Tensor] | None,
+    visibility: Visibility,
     *,
     scale: float,
-    causal: bool = True,
     tolerance: float,
     block_m: int,
     block_n: int,
-    window_size: int | None = None,
-    key_padding_mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
     key_norms: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Half-open range of key blocks that covers all but `tolerance` of the probability mass of each query's row.
@@ -174,14 +175,11 @@ def key_ranges(
         q: (B, H, Tq, D).
         k: (B, Hkv, Tk, D).
         slopes: (H,) or (B, H), a pair (left, right) of them, or None.
+        visibility: which keys each query sees.
         scale: factor of q . k.
-        causal: whether a query sees only keys at or before its position i = r + Tk - Tq.
         tolerance: probability mass per row that may be dropped, in [0, 1).
         block_m: queries per block.
         block_n: keys per block.
-        window_size: see only keys with |i - j| < window_size.
-        key_padding_mask: (B, Tk) bool, True where a key is padding.
-        cu_seqlens: (N + 1,) borders of packed documents.
         key_norms: `key_block_norms(k, block_n)` or any upper bounds on it. With it, of k only the keys nearest to the
             queries are read; without it, all keys are read and centred, which is tighter.
 
@@ -190,12 +188,12 @@ def key_ranges(
     """
     batch, num_heads, query_length, _ = q.shape
     key_length = k.shape[2]
+    causal, key_padding_mask = visibility.causal, visibility.key_padding_mask
     left, right = _lowered_slopes(q, slopes)
-    decoding = causal and cu_seqlens is None and 0 < query_length < FEW_QUERIES and query_length <= block_m
-    if decoding and key_length and key_norms is not None:
-        masks = Masks(causal, window_size, key_padding_mask)
-        return _decoding_ranges(q, k, left, key_norms, scale=scale, tolerance=tolerance, block_n=block_n, masks=masks)
-    blocks = _Blocks(query_length, key_length, block_m, block_n, causal, window_size, cu_seqlens, q.device)
+    few = 0 < query_length < FEW_QUERIES and query_length <= block_m
+    if few and causal and visibility.cu_seqlens is None and key_length and key_norms is not None:
+        return _decoding_ranges(q, k, left, key_norms, visibility, scale=scale, tolerance=tolerance, block_n=block_n)
+    blocks = _Blocks(visibility, block_m, block_n, q.device)
     num_query_blocks, num_key_blocks = len(blocks.first), len(blocks.key_first)
     if not (num_query_blocks and num_key_blocks):
         nothing = torch.zeros(batch, num_heads, num_query_blocks, dtype=torch.int32, device=q.device)
@@ -216,11 +214,7 @@ def key_ranges(
     else:
         centre, longest = None, key_norms.amax(dim=-1, keepdim=True)
         radii = [per_query_head(key_norms, num_heads)] * len(sides)
-    document = None
-    if cu_seqlens is not None:
-        document = torch.bucketize(torch.arange(key_length, device=q.device), cu_seqlens, right=True)
-    masks = Masks(causal, window_size, key_padding_mask, document)
-    lse, sees = lse_lower_bound(q, k, left, right, centre, scale, masks)
+    lse, sees = lse_lower_bound(q, k, left, right, centre, scale, visibility)
     lse = lse - norm * per_query_head(longest, num_heads) * LSE_ROUNDING - 2.0**-12
 
     dropped = []
@@ -247,11 +241,11 @@ def _decoding_ranges(
     k: Tensor,
     slope: Tensor,
     key_norms: Tensor,
+    visibility: Visibility,
     *,
     scale: float,
     tolerance: float,
     block_n: int,
-    masks: Masks,
 ) -> tuple[Tensor, Tensor]:
     """`key_ranges` of few causal queries whose keys have known norms: the same bound, of each row by itself.
 
@@ -260,7 +254,7 @@ def _decoding_ranges(
     num_heads, query_length, key_length = q.shape[1], q.shape[2], k.shape[2]
     norm = (_norms(q) * scale)[..., None]  # [B, H, Tq, 1]
     norms = per_query_head(key_norms, num_heads)[:, :, None]  # [B, H, 1, NK]
-    lse = last_lse(q, k, slope, slope, None, scale, masks)[..., None]
+    lse = last_lse(q, k, slope, slope, None, scale, visibility)[..., None]
     lse = lse - norm * norms.amax(dim=-1, keepdim=True) * LSE_ROUNDING - 2.0**-12
     log_weight = _log_geometric_sum(slope, block_n) - log_tolerance(tolerance, norm.dtype, key_length)
     row_terms = log_weight[..., None, None] - lse + ROUNDING * lse.abs()  # [B, H, Tq, 1]
@@ -271,10 +265,10 @@ def _decoding_ranges(
     bound = norm * norms * (1 + (q.shape[3] + 18) * ROUNDING)
     log_mass = bound + row_terms - slope[..., None, None] * gap  # [B, H, Tq, NK]
     mass = log_mass.mul_(LOG2_E).exp2_().masked_fill_(gap < 1, float("inf"))
-    if masks.window_size is not None:
-        mass.masked_fill_(gap >= masks.window_size, 0.0)
-    if masks.key_padding_mask is not None:
-        mass.masked_fill_(~_block_any(~masks.key_padding_mask, block_n)[:, None, None], 0.0)
+    if visibility.window_size is not None:
+        mass.masked_fill_(gap >= visibility.window_size, 0.0)
+    if visibility.key_padding_mask is not None:
+        mass.masked_fill_(~_block_any(~visibility.key_padding_mask, block_n)[:, None, None], 0.0)
     within = mass.cumsum(dim=-1) <= 1 if mass.is_cpu else _sums_within_one(mass)
     starts = within.sum(dim=-1).amin(dim=-1, keepdim=True).to(torch.int32)  # [B, H, 1]
     return starts, torch.full_like(starts, len(first_key))
@@ -302,21 +296,11 @@ class _Side:
 class _Blocks:
     """Positions of query and key blocks, and what the causal mask, the window and the documents leave of them."""
 
-    def __init__(
-        self,
-        query_length: int,
-        key_length: int,
-        block_m: int,
-        block_n: int,
-        causal: bool,
-        window_size: int | None,
-        cu_seqlens: Tensor | None,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, visibility: Visibility, block_m: int, block_n: int, device: torch.device) -> None:
+        query_length, key_length, offset = visibility.query_length, visibility.key_length, visibility.offset
         self.block_n, self.key_length = block_n, key_length
         first_row = torch.arange(0, query_length, block_m, device=device)
         last_row = (first_row + (block_m - 1)).clamp(max=query_length - 1)
-        offset = key_length - query_length
         self.positions = torch.arange(query_length, device=device) + offset  # [Tq]
         self.query_first, self.query_last = first_row + offset, last_row + offset  # [NQ] positions
         self.row_block = torch.div(self.positions - offset, block_m, rounding_mode="floor")  # [Tq]
@@ -324,13 +308,13 @@ class _Blocks:
         self.key_last = (self.key_first + (block_n - 1)).clamp(max=key_length - 1)
         first_key = torch.zeros_like(self.query_first)
         past_key = torch.full_like(self.query_last, key_length)  # one past the last visible key
-        if causal:
+        if visibility.causal:
             past_key = self.query_last + 1
-        if window_size is not None:
-            first_key = torch.maximum(first_key, self.query_first - (window_size - 1))
-            past_key = torch.minimum(past_key, self.query_last + window_size)
-        if cu_seqlens is not None:
-            borders = cu_seqlens.to(first_key.dtype)
+        if visibility.window_size is not None:
+            first_key = torch.maximum(first_key, self.query_first - (visibility.window_size - 1))
+            past_key = torch.minimum(past_key, self.query_last + visibility.window_size)
+        if visibility.cu_seqlens is not None:
+            borders = visibility.cu_seqlens.to(first_key.dtype)
             # Clamped, because borders on a GPU are not checked: wrong ones may give wrong ranges, but no wrong index.
             document = torch.bucketize(self.query_first, borders, right=True) - 1
             first_key = torch.maximum(first_key, borders[document.clamp(min=0)])

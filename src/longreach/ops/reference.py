@@ -3,21 +3,19 @@
 import torch
 from torch import Tensor
 
-from longreach.ops.masks import dense_bias, visible_keys, without_padding
+from longreach.ops.alibi import dense_bias
+from longreach.ops.visibility import Visibility, without_padding
 
 
 def reference_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    visibility: Visibility,
     *,
     slopes: Tensor | tuple[Tensor, Tensor] | None = None,
     bias: Tensor | None = None,
-    causal: bool = True,
     scale: float | None = None,
-    window_size: int | None = None,
-    key_padding_mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """softmax(scale q k^T - m |i - j| + bias) v over the visible keys, by its definition.
@@ -31,22 +29,14 @@ def reference_attention(
     """
     num_heads, query_length, head_dim = q.shape[1:]
     num_kv_heads, key_length = k.shape[1:3]
-    k, v = without_padding(k, v, key_padding_mask)
+    k, v = without_padding(k, v, visibility.key_padding_mask)
     k = k.repeat_interleave(num_heads // num_kv_heads, dim=1)
     v = v.repeat_interleave(num_heads // num_kv_heads, dim=1)
     scores = q @ k.transpose(-2, -1) * (head_dim**-0.5 if scale is None else scale)  # [B, H, Tq, Tk]
     added = dense_bias(slopes, bias, query_length, key_length, q.dtype)
     if added is not None:
         scores = scores + added
-    visible = visible_keys(
-        query_length,
-        key_length,
-        causal=causal,
-        window_size=window_size,
-        key_padding_mask=key_padding_mask,
-        cu_seqlens=cu_seqlens,
-        device=q.device,
-    )
+    visible = visibility.dense(q.device)
     if visible is not None:
         scores = scores.masked_fill(~visible, float("-inf"))
     if bias is not None:

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longreach.ops.masks import dense_bias, visible_keys, without_padding
+from longreach.ops.alibi import dense_bias
+from longreach.ops.visibility import Visibility, without_padding
 
 TAKES_WIDE_MASKS = ("cpu",)
 """Devices whose kernels add a float32 mask to the scores of half-type queries as it is."""
@@ -16,14 +17,11 @@ def sdpa_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    visibility: Visibility,
     *,
     slopes: Tensor | tuple[Tensor, Tensor] | None = None,
     bias: Tensor | None = None,
-    causal: bool = True,
     scale: float | None = None,
-    window_size: int | None = None,
-    key_padding_mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
     """Output (B, H, Tq, D) of `longreach.attention`, which documents and validates the arguments.
@@ -40,23 +38,15 @@ def sdpa_attention(
     options: dict[str, Any] = {"scale": scale, "dropout_p": dropout_p}
     if q.shape[1] != k.shape[1]:
         options["enable_gqa"] = True
-    plain = slopes is None and bias is None and window_size is None and key_padding_mask is None and cu_seqlens is None
+    causal, plain = visibility.causal, slopes is None and bias is None and not visibility.hides_past
     if plain and (not causal or query_length in (1, key_length)):
         if causal and query_length == key_length:
             options["is_causal"] = True  # but a single query stands at the last key and sees all of them
         return F.scaled_dot_product_attention(q, k, v, **options)
-    k, v = without_padding(k, v, key_padding_mask)
-    visible = visible_keys(
-        query_length,
-        key_length,
-        causal=causal,
-        window_size=window_size,
-        key_padding_mask=key_padding_mask,
-        cu_seqlens=cu_seqlens,
-        device=q.device,
-    )
+    k, v = without_padding(k, v, visibility.key_padding_mask)
+    visible = visibility.dense(q.device)
     # A row that sees no key would be a softmax over nothing: let it see all, then set its output to 0.
-    can_be_empty = key_padding_mask is not None or (visible is not None and query_length > key_length)
+    can_be_empty = visibility.key_padding_mask is not None or (visible is not None and query_length > key_length)
     empty = None
     if can_be_empty and visible is not None:
         empty = ~visible.any(dim=-1, keepdim=True)  # [B or 1, 1, Tq, 1] or [Tq, 1]

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from longreach.ops.alibi import dense_bias
 from longreach.ops.attention import attention, uses_key_norms
-from longreach.ops.masks import dense_bias
 from longreach.pretrained.caches import LEAST_ROOM, sink_window, streaming_attention
 from longreach.pretrained.interpolation import Scaling, logn_factor, read_alibi_scaling
 from longreach.pretrained.lengths import SCALING

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longreach.ops.cpu.plan import Masks, Tile
+from longreach.ops.cpu.plan import HostVisibility, Tile
 from longreach.ops.cpu.views import bias_at, bias_of, falloff, keys_of, rows_of
 
 SQUARE_KEYS = 2**14
@@ -47,7 +47,7 @@ class _Tiles:
     """(B, H, Tq) float32, or float64 where q is."""
     scale: float
     """Factor of q . k."""
-    masks: Masks
+    visibility: HostVisibility
     """What hides keys."""
 
     def _with_bias(self, rows: Tensor, bias: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
@@ -56,7 +56,7 @@ class _Tiles:
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             rows, *self._keys_and_values(tile), 0.0, False, attn_mask=bias, scale=self.scale
         )
-        if self.masks.may_leave_rows_empty:
+        if self.visibility.may_leave_rows_empty:
             lse = lse.masked_fill((bias == float("-inf")).all(dim=-1), float("-inf"))
         return out, lse
 
@@ -72,9 +72,9 @@ class FewQueries(_Tiles):
         """Compute a tile of one window."""
         distance = self._distances[tile.row : tile.row + tile.rows, tile.key : tile.key + tile.width]
         left, right = (side[tile.batch if len(side) > 1 else slice(None), tile.heads] for side in self._slopes)
-        bias = bias_at(distance, left, right, self.masks)
-        if self.masks.holes is not None:
-            hidden = self.masks.holes[tile.batch, tile.key : tile.key + tile.width]
+        bias = bias_at(distance, left, right, self.visibility)
+        if self.visibility.holes is not None:
+            hidden = self.visibility.holes[tile.batch, tile.key : tile.key + tile.width]
             bias = bias.masked_fill(hidden[:, None, None], float("-inf"))
         out, lse = self._with_bias(rows_of(self.q, tile), bias, tile)
         rows_of(self.out, tile).copy_(out)
@@ -83,9 +83,9 @@ class FewQueries(_Tiles):
     @cached_property
     def _distances(self) -> Tensor:
         """(Tq, Tk)."""
-        dtype, masks = self.lse.dtype, self.masks
-        positions = torch.arange(masks.offset, masks.key_length, dtype=dtype)
-        return positions[:, None] - torch.arange(masks.key_length, dtype=dtype)
+        dtype, visibility = self.lse.dtype, self.visibility
+        positions = torch.arange(visibility.offset, visibility.key_length, dtype=dtype)
+        return positions[:, None] - torch.arange(visibility.key_length, dtype=dtype)
 
     @cached_property
     def _slopes(self) -> tuple[Tensor, Tensor]:
@@ -100,14 +100,14 @@ class HalfTypes(_Tiles):
     @cached_property
     def falloff(self) -> Tensor:
         """The bias at each distance."""
-        return falloff(self.left, self.right, self.masks, self.lse.dtype)
+        return falloff(self.left, self.right, self.visibility, self.lse.dtype)
 
     def attend(self, tile: Tile) -> None:
         """Compute a tile, whole heads as squares that the kernel knows to be causal, others with their bias as mask."""
         if tile.square:
             self._attend_square(tile)
             return
-        bias = bias_of(self.falloff, tile, self.masks)
+        bias = bias_of(self.falloff, tile, self.visibility)
         out, lse = self._with_bias(rows_of(self.q, tile).flip(-2), bias, tile)
         rows_of(self.out, tile).copy_(out.flip(-2))
         rows_of(self.lse, tile).copy_(lse.flip(-1))

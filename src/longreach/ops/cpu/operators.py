@@ -9,19 +9,17 @@ import torch
 from torch import Tensor
 
 from longreach.ops.cpu.products import cpu_attention
+from longreach.ops.visibility import Visibility
 
 
 def compiled_cpu_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    visibility: Visibility,
     *,
     slopes: Tensor | tuple[Tensor, Tensor] | None = None,
-    causal: bool = True,
     scale: float | None = None,
-    window_size: int | None = None,
-    key_padding_mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
     tolerance: float | None = None,
     key_norms: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -30,8 +28,8 @@ def compiled_cpu_attention(
     A node's outputs are all that its backward pass knows, so that one computes the forward pass once more.
     """
     pair = slopes if isinstance(slopes, tuple) else (slopes, slopes)
-    bounds = (scale, causal, window_size, tolerance)
-    return _cpu_forward(q, k, v, *pair, key_padding_mask, cu_seqlens, key_norms, *bounds)
+    bounds = (scale, visibility.causal, visibility.window_size, tolerance)
+    return _cpu_forward(q, k, v, *pair, visibility.key_padding_mask, visibility.cu_seqlens, key_norms, *bounds)
 
 
 @torch.library.custom_op("longreach::cpu_forward", mutates_args=())
@@ -71,12 +69,9 @@ def _run_on_cpu(
         q,
         k,
         v,
+        Visibility(q.shape[2], k.shape[2], causal, window_size, key_padding_mask, cu_seqlens),
         slopes=None if left is None or right is None else (left, right),
-        causal=causal,
         scale=scale,
-        window_size=window_size,
-        key_padding_mask=key_padding_mask,
-        cu_seqlens=cu_seqlens,
         tolerance=tolerance,
         key_norms=key_norms,
     )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from longreach.ops.lse_bound import FEW_QUERIES
+from longreach.ops.visibility import Visibility
 
 Item = TypeVar("Item")
 
@@ -82,49 +83,33 @@ class Tile(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Masks:
-    """What hides keys from queries, as numbers on the host."""
+class HostVisibility(Visibility):
+    """Which keys each query sees, with what its tensors say as numbers, read back from them."""
 
-    query_length: int
-    """Tq."""
-    key_length: int
-    """Tk."""
-    causal: bool
-    """Whether keys after the query are hidden."""
-    window_size: int | None
-    """Keys at this distance and beyond are hidden."""
-    documents: tuple[int, ...]
+    documents: tuple[int, ...] = ()
     """Borders of documents, (0, Tk) when there is but one."""
-    spans: tuple[tuple[int, int], ...] | None
+    spans: tuple[tuple[int, int], ...] | None = None
     """For each sequence the range of keys outside of which all is padding; None without padding."""
-    holes: Tensor | None
+    holes: Tensor | None = None
     """(B, Tk) bool, True where a key is padding; None when the spans say it all."""
 
     @staticmethod
-    def of(
-        query_length: int,
-        key_length: int,
-        causal: bool,
-        window_size: int | None,
-        key_padding_mask: Tensor | None,
-        cu_seqlens: Tensor | None,
-    ) -> "Masks":
-        """From the arguments of `longreach.attention`, which are read back from tensors here."""
-        documents = (0, key_length) if cu_seqlens is None else tuple(cu_seqlens.tolist())
+    def read(seen: Visibility) -> "HostVisibility":
+        """From what knows tensors alone."""
+        length, padding, borders = seen.key_length, seen.key_padding_mask, seen.cu_seqlens
+        documents = (0, length) if borders is None else tuple(borders.tolist())
         spans, holes = None, None
-        if key_padding_mask is not None and key_length:
-            visible = ~key_padding_mask
+        if padding is not None and length:
+            visible = ~padding
             count = visible.sum(dim=-1)
             first = visible.byte().argmax(dim=-1)
-            past = torch.where(count > 0, key_length - visible.flip(-1).byte().argmax(dim=-1), first)
+            past = torch.where(count > 0, length - visible.flip(-1).byte().argmax(dim=-1), first)
             spans = tuple(zip(first.tolist(), past.tolist(), strict=True))
-            holes = key_padding_mask if bool((past - first != count).any()) else None
-        return Masks(query_length, key_length, causal, window_size, documents, spans, holes)
-
-    @property
-    def offset(self) -> int:
-        """Position of query 0."""
-        return self.key_length - self.query_length
+            holes = padding if bool((past - first != count).any()) else None
+        tensors = (padding, borders)
+        return HostVisibility(
+            seen.query_length, length, seen.causal, seen.window_size, *tensors, documents, spans, holes
+        )
 
     @property
     def may_hide_all_keys(self) -> bool:
@@ -142,17 +127,17 @@ def heads_worth_bounding(
     k: Tensor,
     left: Tensor,
     right: Tensor,
-    masks: Masks,
+    visibility: HostVisibility,
     tolerance: float,
     key_norms: Tensor | None,
     *,
     by_kernel: bool,
 ) -> slice:
     """The heads, in whole groups, whose reach can be expected to save more work than bounding it costs."""
-    query_length, key_length, group = masks.query_length, masks.key_length, q.shape[1] // k.shape[1]
-    dense = key_length - query_length / 2 if masks.causal else float(key_length)
-    if masks.window_size is not None:
-        dense = min(dense, masks.window_size)
+    query_length, key_length, group = visibility.query_length, visibility.key_length, q.shape[1] // k.shape[1]
+    dense = key_length - query_length / 2 if visibility.causal else float(key_length)
+    if visibility.window_size is not None:
+        dense = min(dense, visibility.window_size)
     exponent = -math.log(tolerance) if tolerance else 104.0
     # Every key that is read costs as much as 40 more queries; the bound reads k alone, and that not given its norms.
     dear = 5 if by_kernel else 1
@@ -211,44 +196,45 @@ class _Block:
 def plan(
     q_shape: Sequence[int],
     k_shape: Sequence[int],
-    masks: Masks,
+    visibility: HostVisibility,
     low: list[Ranges],
     high: list[Ranges],
     cost: Cost,
     *,
     square: bool = False,
 ) -> Iterator[Tile]:
-    """Cover by few tiles all keys from low to high; for a head without ranges, all that the masks leave.
+    """Cover by few tiles all keys from low to high; for a head without ranges, all that are visible.
 
-    With `square` those heads' tiles are square, where the masks permit it.
+    With `square` those heads' tiles are square, where visibility permits it.
     """
     batch, num_heads = q_shape[:2]
     group = num_heads // k_shape[1]
-    whole = [(slice(0, batch), (0, masks.key_length))]
-    spans = whole if masks.spans is None else [(slice(b, b + 1), span) for b, span in enumerate(masks.spans)]
+    whole = [(slice(0, batch), (0, visibility.key_length))]
+    spans = whole if visibility.spans is None else [(slice(b, b + 1), span) for b, span in enumerate(visibility.spans)]
     for sequences, span in spans:
         lowest = [_over_sequences(min, ranges, sequences) for ranges in low]  # [H][blocks]
         highest = [_over_sequences(max, ranges, sequences) for ranges in high]
-        for document in zip(masks.documents[:-1], masks.documents[1:], strict=True):
+        for document in zip(visibility.documents[:-1], visibility.documents[1:], strict=True):
             keys = max(span[0], document[0]), min(span[1], document[1])
-            rows = (0, masks.query_length) if len(masks.documents) == 2 else document
-            if masks.causal:
-                rows = max(rows[0], keys[0] - masks.offset), rows[1]
+            rows = (0, visibility.query_length) if len(visibility.documents) == 2 else document
+            if visibility.causal:
+                rows = max(rows[0], keys[0] - visibility.offset), rows[1]
             if keys[0] >= keys[1] or rows[0] >= rows[1]:
                 continue
             whole_heads: list[tuple[int, _Block]] = []
-            if square and masks.causal and masks.window_size is None and (rows, masks.holes) == (keys, None):
+            unbroken = visibility.causal and visibility.window_size is None and visibility.holes is None
+            if square and unbroken and rows == keys:
                 block = _Block(rows[0], rows[1] - rows[0], *keys)
                 whole_heads = [(head, block) for head in range(num_heads) if lowest[head] is None]
             for some in _calls(whole_heads, group, cost):
                 heads = slice(some[0][0], some[-1][0] + 1)
                 yield Tile(sequences, heads, rows[0], block.rows, 1, keys[0], block.rows, square=True)
-            unbounded = [] if whole_heads else _blocks(rows, keys, masks, None, None, cost)
+            unbounded = [] if whole_heads else _blocks(rows, keys, visibility, None, None, cost)
             blocks = [
-                unbounded if starts is None else _blocks(rows, keys, masks, starts, ends, cost)
+                unbounded if starts is None else _blocks(rows, keys, visibility, starts, ends, cost)
                 for starts, ends in zip(lowest, highest, strict=True)
             ]
-            yield from _tiles(sequences, blocks, group, keys, masks.offset, cost)
+            yield from _tiles(sequences, blocks, group, keys, visibility.offset, cost)
 
 
 def _over_sequences(extreme: Callable[..., int], ranges: Ranges, sequences: slice) -> list[int] | None:
@@ -259,7 +245,7 @@ def _over_sequences(extreme: Callable[..., int], ranges: Ranges, sequences: slic
 def _blocks(
     rows: tuple[int, int],
     keys: tuple[int, int],
-    masks: Masks,
+    visibility: HostVisibility,
     starts: list[int] | None,
     ends: list[int] | None,
     cost: Cost,
@@ -267,7 +253,7 @@ def _blocks(
     """Cut queries [rows) of one head into blocks, as many queries each as make the keys among [keys) cheapest."""
     steps = [step for step in BLOCK_ROWS if step < 2 * (rows[1] - rows[0])] or BLOCK_ROWS[:1]  # others make one block
     choices = [
-        [_block(row, min(row + step, rows[1]), keys, masks, starts, ends) for row in range(*rows, step)]
+        [_block(row, min(row + step, rows[1]), keys, visibility, starts, ends) for row in range(*rows, step)]
         for step in steps
     ]
     choices = [[block for block in blocks if block.low < block.high] for blocks in choices]
@@ -281,14 +267,19 @@ def _blocks(
 
 
 def _block(
-    row: int, past_row: int, keys: tuple[int, int], masks: Masks, starts: list[int] | None, ends: list[int] | None
+    row: int,
+    past_row: int,
+    keys: tuple[int, int],
+    visibility: HostVisibility,
+    starts: list[int] | None,
+    ends: list[int] | None,
 ) -> _Block:
     low, high = keys
-    first, last = row + masks.offset, past_row - 1 + masks.offset
-    if masks.causal:
+    first, last = row + visibility.offset, past_row - 1 + visibility.offset
+    if visibility.causal:
         high = min(high, last + 1)
-    if masks.window_size is not None:
-        low, high = max(low, first - masks.window_size + 1), min(high, last + masks.window_size)
+    if visibility.window_size is not None:
+        low, high = max(low, first - visibility.window_size + 1), min(high, last + visibility.window_size)
     if starts is not None and ends is not None:
         within = slice(row // BLOCK_M, (past_row - 1) // BLOCK_M + 1)
         low, high = max(low, min(starts[within])), min(high, max(ends[within]))

@@ -19,7 +19,7 @@ from longreach.ops.cpu.plan import (
     ALIGNED,
     BLOCK_M,
     BLOCK_N,
-    Masks,
+    HostVisibility,
     Ranges,
     Tile,
     heads_worth_bounding,
@@ -33,6 +33,7 @@ from longreach.ops.cpu.plan import (
 from longreach.ops.cpu.views import bias_of, distances, falloff, keys_of, kv_heads_of, lanes_of, rows_of
 from longreach.ops.lse_bound import FEW_QUERIES
 from longreach.ops.reach import default_tolerance, key_ranges
+from longreach.ops.visibility import Visibility
 
 LOG2_E = math.log2(math.e)
 """To exponentiate by base 2: exp is a hundred times slower where its result underflows."""
@@ -48,15 +49,10 @@ def cpu_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    visibility: Visibility,
     *,
     slopes: Tensor | tuple[Tensor, Tensor] | None = None,
-    bias: Tensor | None = None,
-    causal: bool = True,
     scale: float | None = None,
-    window_size: int | None = None,
-    key_padding_mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    dropout_p: float = 0.0,
     tolerance: float | None = None,
     key_norms: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -69,34 +65,22 @@ def cpu_attention(
         q: (B, H, Tq, D) float64, float32, bfloat16 or float16.
         k: (B, Hkv, Tk, D).
         v: (B, Hkv, Tk, D).
+        visibility: which keys each query sees. Padding at the ends costs nothing, documents are computed by themselves.
         slopes: (H,) or (B, H), a pair (left, right) of them, or None.
-        bias: refused.
-        causal: whether a query sees only keys at or before its position.
         scale: factor of q . k; D**-0.5 when None.
-        window_size: see only keys with |i - j| < window_size.
-        key_padding_mask: (B, Tk) bool, True where a key is padding. Padding at the ends costs nothing.
-        cu_seqlens: (N + 1,) borders of packed documents, each computed by itself.
-        dropout_p: refused unless 0.
         tolerance: probability mass per row that may be dropped; `default_tolerance` of the dtype when None.
         key_norms: `key_block_norms(k, BLOCK_N)`, kept by a cache so that decoding need not read all of k.
 
     Returns:
         The output (B, H, Tq, D) in the dtype of q, and the LSE (B, H, Tq) in float32, or float64 if q is.
-
-    Raises:
-        ValueError: a dense bias, or dropout.
     """
-    if bias is not None:
-        raise ValueError('bias with impl="cpu": a dense bias has no reach; use impl="sdpa" or "auto"')
-    if dropout_p:
-        raise ValueError(f'dropout_p={dropout_p} with impl="cpu": only 0 is supported; use impl="sdpa" or "auto"')
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     tolerance = default_tolerance(q.dtype) if tolerance is None else tolerance
     if slopes is None:
         slopes = torch.zeros(q.shape[1], dtype=torch.float32)
     left, right = slopes if isinstance(slopes, tuple) else (slopes, slopes)
-    masks = Masks.of(q.shape[2], k.shape[2], causal, window_size, key_padding_mask, cu_seqlens)
-    worth = heads_worth_bounding(q, k, left, right, masks, tolerance, key_norms, by_kernel=_by_kernel(q))
+    seen = HostVisibility.read(visibility)
+    worth = heads_worth_bounding(q, k, left, right, seen, tolerance, key_norms, by_kernel=_by_kernel(q))
     low: list[Ranges] = [None] * q.shape[1]
     high = low.copy()
     if worth.stop > worth.start:
@@ -107,19 +91,16 @@ def cpu_attention(
                 q[:, worth],
                 k[:, kv_heads],
                 (left[..., worth], right[..., worth]),
+                visibility,
                 scale=scale,
-                causal=causal,
                 tolerance=tolerance,
                 block_m=BLOCK_M,
                 block_n=BLOCK_N,
-                window_size=window_size,
-                key_padding_mask=key_padding_mask,
-                cu_seqlens=cu_seqlens,
                 key_norms=None if key_norms is None else key_norms[:, kv_heads],
             )
             low[worth] = starts.transpose(0, 1).mul(BLOCK_N).tolist()
             high[worth] = ends.transpose(0, 1).mul(BLOCK_N).tolist()
-    return _TiledAttention.apply(q, k, v, left, right, scale, masks, tolerance, low, high)
+    return _TiledAttention.apply(q, k, v, left, right, scale, seen, tolerance, low, high)
 
 
 class _TiledAttention(torch.autograd.Function):
@@ -134,34 +115,36 @@ class _TiledAttention(torch.autograd.Function):
         left: Tensor,
         right: Tensor,
         scale: float,
-        masks: Masks,
+        visibility: HostVisibility,
         tolerance: float,
         low: list[Ranges],
         high: list[Ranges],
     ) -> tuple[Tensor, Tensor]:
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-        if masks.holes is not None:  # so that what lies in padding, NaN maybe, meets weights of 0 as 0
-            k, v = (x.masked_fill(masks.holes[:, None, :, None], 0.0) for x in (k, v))
+        if visibility.holes is not None:  # so that what lies in padding, NaN maybe, meets weights of 0 as 0
+            k, v = (x.masked_fill(visibility.holes[:, None, :, None], 0.0) for x in (k, v))
         out = torch.empty(q.shape, dtype=q.dtype)
         lse = torch.empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
-        if masks.may_hide_all_keys:
+        if visibility.may_hide_all_keys:
             out.zero_()
             lse.fill_(float("-inf"))
-        if masks.query_length < FEW_QUERIES:
-            few = FewQueries(q, k, v, left, right, out, lse, scale, masks)
-            for tile in plan(q.shape, k.shape, masks, low, high, reading_cost):
+        if visibility.query_length < FEW_QUERIES:
+            few = FewQueries(q, k, v, left, right, out, lse, scale, visibility)
+            for tile in plan(q.shape, k.shape, visibility, low, high, reading_cost):
                 few.attend(tile)
             lse2 = lse * LOG2_E
         elif _by_kernel(q):
-            half = HalfTypes(q, k, v, left, right, out, lse, scale, masks)
-            for tile in plan(q.shape, k.shape, masks, low, high, kernel_cost, square=fits_squares(left, k.shape[2])):
+            half = HalfTypes(q, k, v, left, right, out, lse, scale, visibility)
+            for tile in plan(
+                q.shape, k.shape, visibility, low, high, kernel_cost, square=fits_squares(left, k.shape[2])
+            ):
                 half.attend(tile)
             lse2 = lse * LOG2_E
         else:
             lse2 = lse
-            products = _Products(q, k, v, left, right, scale, masks)
-            found = _FoundRanges(q, masks, tolerance) if any(ctx.needs_input_grad) else None
-            for tile in plan(q.shape, k.shape, masks, low, high, product_cost):
+            products = _Products(q, k, v, left, right, scale, visibility)
+            found = _FoundRanges(q, visibility, tolerance) if any(ctx.needs_input_grad) else None
+            for tile in plan(q.shape, k.shape, visibility, low, high, product_cost):
                 for piece in pieces(tile):
                     products.attend(piece, out, lse2, found)
             if found is not None:
@@ -169,7 +152,7 @@ class _TiledAttention(torch.autograd.Function):
             lse = lse2 * (1 / LOG2_E)
         # The backward pass takes the LSE by base 2: converted from what is returned, it would be rounded once more.
         ctx.save_for_backward(q, k, v, left, right, out, lse2)
-        ctx.scale, ctx.masks, ctx.low, ctx.high = scale, masks, low, high
+        ctx.scale, ctx.visibility, ctx.low, ctx.high = scale, visibility, low, high
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -177,9 +160,9 @@ class _TiledAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, left, right, out, lse2 = ctx.saved_tensors
-        products = _Products(q, k, v, left, right, ctx.scale, ctx.masks)
+        products = _Products(q, k, v, left, right, ctx.scale, ctx.visibility)
         gradients = _Gradients(products, out, lse2, grad_out, grad_lse)
-        for tile in plan(q.shape, k.shape, ctx.masks, ctx.low, ctx.high, product_cost):
+        for tile in plan(q.shape, k.shape, ctx.visibility, ctx.low, ctx.high, product_cost):
             for piece in pieces(tile):
                 gradients.add(piece)
         return *gradients.of_inputs(), None, None, None, None, None
@@ -206,11 +189,11 @@ class _Products:
     """Attention over tiles of one sequence by matrix products, in float32 or, for float64 inputs, in float64."""
 
     def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, left: Tensor, right: Tensor, scale: float, masks: Masks
+        self, q: Tensor, k: Tensor, v: Tensor, left: Tensor, right: Tensor, scale: float, visibility: HostVisibility
     ) -> None:
         self.q, self.k, self.v, self.left, self.right = q, k, v, left, right
-        self.scale, self.masks, self.dtype = scale, masks, torch.promote_types(q.dtype, torch.float32)
-        self.falloff = falloff(left, right, masks, self.dtype) * LOG2_E
+        self.scale, self.visibility, self.dtype = scale, visibility, torch.promote_types(q.dtype, torch.float32)
+        self.falloff = falloff(left, right, visibility, self.dtype) * LOG2_E
 
     def attend(self, tile: Tile, out: Tensor, lse2: Tensor, found: "_FoundRanges | None") -> None:
         """Write the output and, by base 2, the LSE of the queries of a tile, from a strip of its keys at a time."""
@@ -247,7 +230,7 @@ class _Products:
 
     def bias(self, tile: Tile) -> Tensor:
         """The bias of a tile by base 2, rows in reverse: (1 or lanes, rows, width)."""
-        return bias_of(self.falloff, tile, self.masks)[0]
+        return bias_of(self.falloff, tile, self.visibility)[0]
 
 
 def _block_sums(weights: Tensor) -> Tensor:
@@ -275,14 +258,14 @@ class _FoundRanges:
     out (docs/reach.md).
     """
 
-    def __init__(self, q: Tensor, masks: Masks, tolerance: float) -> None:
-        self.causal = masks.causal
-        self.limit = tolerance * (1 - 2**-8) / (1 if masks.causal else 2)  # less what sums of weights round by
+    def __init__(self, q: Tensor, visibility: HostVisibility, tolerance: float) -> None:
+        self.causal = visibility.causal
+        self.limit = tolerance * (1 - 2**-8) / (1 if visibility.causal else 2)  # less what sums of weights round by
         batch, num_heads, query_length = q.shape[:3]
         rows = -(-query_length // BLOCK_M) * BLOCK_M
-        # Rows that no tile holds need no keys; the masks alone say where causal rows end.
-        self.low = torch.full((batch, num_heads, rows), masks.key_length, dtype=torch.int32)
-        self.high = torch.full_like(self.low, masks.key_length if masks.causal else 0)
+        # Rows that no tile holds need no keys; visibility alone says where causal rows end.
+        self.low = torch.full((batch, num_heads, rows), visibility.key_length, dtype=torch.int32)
+        self.high = torch.full_like(self.low, visibility.key_length if visibility.causal else 0)
 
     def note(self, tile: Tile, by_block: Tensor, total: Tensor) -> None:
         """Keep what the rows of a tile, in reverse, need by their weights in each block of keys and in total."""
@@ -349,7 +332,7 @@ class _Gradients:
             self._add_to_keys(strip, of_keys, _product(weights, grad.transpose(1, 2)))
             of_rows += _product(keys.transpose(1, 2).contiguous(), grad_scores.transpose(1, 2))
             if slopes_learn:
-                past, future = (x.T for x in distances(strip, own.masks, self.dtype))
+                past, future = (x.T for x in distances(strip, own.visibility, self.dtype))
                 moments += _moments(weights, grad_scores, past, future)
         if slopes_learn:
             self._add_to_slopes(tile, moments, grad_lse[:, 0])

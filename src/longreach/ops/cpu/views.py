@@ -9,44 +9,44 @@ level of cache.
 import torch
 from torch import Tensor
 
-from longreach.ops.cpu.plan import Masks, Tile
+from longreach.ops.cpu.plan import HostVisibility, Tile
 
 
-def falloff(left: Tensor, right: Tensor, masks: Masks, dtype: torch.dtype) -> Tensor:
+def falloff(left: Tensor, right: Tensor, visibility: HostVisibility, dtype: torch.dtype) -> Tensor:
     """The bias at each distance of `_all_distances`, -inf where causality or the window hide: (1 or B, H, n)."""
     left, right = (m.detach().to(dtype)[..., None] for m in (left, right))
-    bias = bias_at(_all_distances(masks, dtype), left, right, masks)  # [(B,) H, n]
+    bias = bias_at(_all_distances(visibility, dtype), left, right, visibility)  # [(B,) H, n]
     return bias if bias.dim() == 3 else bias[None]
 
 
-def bias_at(distance: Tensor, left: Tensor, right: Tensor, masks: Masks) -> Tensor:
+def bias_at(distance: Tensor, left: Tensor, right: Tensor, visibility: HostVisibility) -> Tensor:
     """The bias at distances to keys, positive for past ones, -inf where causality or the window hide."""
-    if masks.causal:
+    if visibility.causal:
         bias = -left * distance
-        if masks.query_length > 1:  # a single query stands at the last key
+        if visibility.query_length > 1:  # a single query stands at the last key
             bias.masked_fill_(distance < 0, float("-inf"))
     else:
         bias = -(left * distance.clamp(min=0) + right * (-distance).clamp(min=0))
-    if masks.window_size is not None:
-        bias.masked_fill_(distance.abs() >= masks.window_size, float("-inf"))
+    if visibility.window_size is not None:
+        bias.masked_fill_(distance.abs() >= visibility.window_size, float("-inf"))
     return bias
 
 
-def bias_of(falloff: Tensor, tile: Tile, masks: Masks) -> Tensor:
+def bias_of(falloff: Tensor, tile: Tile, visibility: HostVisibility) -> Tensor:
     """The bias of a tile, (1 or B, 1 or lanes, rows, width), its rows in reverse; a view unless padding has holes."""
     by_batch = falloff[tile.batch] if falloff.shape[0] > 1 else falloff
-    bias = _diagonals(by_batch[:, tile.heads], tile, masks)
-    if masks.holes is None:
+    bias = _diagonals(by_batch[:, tile.heads], tile, visibility)
+    if visibility.holes is None:
         return bias
     past = tile.key + tile.width + (tile.windows - 1) * tile.rows
-    hidden = masks.holes[tile.batch, tile.key : past].unfold(-1, tile.width, tile.rows)  # [B, count, width]
+    hidden = visibility.holes[tile.batch, tile.key : past].unfold(-1, tile.width, tile.rows)  # [B, count, width]
     return bias.masked_fill(hidden[:, :, None], float("-inf"))
 
 
-def distances(tile: Tile, masks: Masks, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def distances(tile: Tile, visibility: HostVisibility, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Distances to past and to future keys in a tile, rows in reverse, 0 for the other kind: 2 x (rows, width)."""
-    distance = _all_distances(masks, dtype)
-    return _diagonals(distance.clamp(min=0), tile, masks), _diagonals((-distance).clamp(min=0), tile, masks)
+    distance = _all_distances(visibility, dtype)
+    return _diagonals(distance.clamp(min=0), tile, visibility), _diagonals((-distance).clamp(min=0), tile, visibility)
 
 
 def rows_of(x: Tensor, tile: Tile) -> Tensor:
@@ -75,13 +75,17 @@ def kv_heads_of(x: Tensor, num_heads: int, tile: Tile) -> slice:
     return slice(tile.heads.start // group, (tile.heads.stop - 1) // group + 1)
 
 
-def _all_distances(masks: Masks, dtype: torch.dtype) -> Tensor:
+def _all_distances(visibility: HostVisibility, dtype: torch.dtype) -> Tensor:
     """Every distance from a query to a key: Tk - 1, Tk - 2, ..., 1 - Tq."""
-    return masks.key_length - 1 - torch.arange(max(0, masks.key_length + masks.query_length - 1), dtype=dtype)
+    return (
+        visibility.key_length
+        - 1
+        - torch.arange(max(0, visibility.key_length + visibility.query_length - 1), dtype=dtype)
+    )
 
 
-def _diagonals(vector: Tensor, tile: Tile, masks: Masks) -> Tensor:
+def _diagonals(vector: Tensor, tile: Tile, visibility: HostVisibility) -> Tensor:
     """View a vector over `_all_distances` as a tile with its rows in reverse: (..., rows, width)."""
-    last_position = tile.row + tile.rows - 1 + masks.offset
-    start = masks.key_length - 1 - (last_position - tile.key)
+    last_position = tile.row + tile.rows - 1 + visibility.offset
+    start = visibility.key_length - 1 - (last_position - tile.key)
     return vector[..., start : start + tile.rows + tile.width - 1].unfold(-1, tile.width, 1)

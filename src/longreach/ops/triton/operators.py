@@ -20,6 +20,7 @@ from longreach.ops.triton.plans import (
     REACH_N,
     empty_output,
 )
+from longreach.ops.visibility import Visibility
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -38,13 +39,10 @@ def triton_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    visibility: Visibility,
     *,
     slopes: Tensor | tuple[Tensor, Tensor] | None = None,
-    causal: bool = True,
     scale: float | None = None,
-    window_size: int | None = None,
-    key_padding_mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
     tolerance: float | None = None,
     key_norms: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -57,12 +55,9 @@ def triton_attention(
         q: (B, H, Tq, D) float32, bfloat16 or float16, D at most MAX_HEAD_DIM; on a GPU.
         k: (B, Hkv, Tk, D).
         v: (B, Hkv, Tk, D).
+        visibility: which keys each query sees; what k and v hold where a key is padding is never read.
         slopes: (H,) or (B, H), a pair (left, right) of them, or None. May require a gradient.
-        causal: whether a query sees only keys at or before its position.
         scale: factor of q . k; D**-0.5 when None.
-        window_size: see only keys with |i - j| < window_size.
-        key_padding_mask: (B, Tk) bool, True where a key is padding; what k and v hold there is never read.
-        cu_seqlens: (N + 1,) borders of packed documents.
         tolerance: probability mass per row that may be dropped; `default_tolerance` of the dtype when None.
         key_norms: `key_block_norms(k, REACH_N)`, which spares decoding the reading of keys beyond reach.
 
@@ -87,7 +82,8 @@ def triton_attention(
         left, right = (2 * [side.to(torch.float32).expand(batch, num_heads).contiguous() for side in pair])[:2]
     scale = head_dim**-0.5 if scale is None else scale
     tolerance = default_tolerance(q.dtype) if tolerance is None else tolerance
-    bounds = (scale, causal, window_size, tolerance)
+    bounds = (scale, visibility.causal, visibility.window_size, tolerance)
+    key_padding_mask, cu_seqlens = visibility.key_padding_mask, visibility.cu_seqlens
     few = num_heads // k.shape[1] * query_length <= DECODE_ROWS
     learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, left, right))
     if few and not learns and cu_seqlens is None:
@@ -112,20 +108,30 @@ def _key_ranges(
     """`key_ranges` by kernels, or where keys may be padding by tensor operations."""
     from longreach.ops.triton import launch, ranges
 
-    bounds: dict[str, Any] = {"scale": scale, "causal": causal, "window_size": window_size, "tolerance": tolerance}
-    blocks: dict[str, Any] = {"block_m": REACH_M, "block_n": REACH_N}
+    blocks = {"block_m": REACH_M, "block_n": REACH_N}
     if key_padding_mask is None:
         return ranges.key_ranges(
-            q, k, left, right, cu_seqlens, key_norms, **bounds, **blocks, tiles=launch.plan(q).bound
+            q,
+            k,
+            left,
+            right,
+            cu_seqlens,
+            key_norms,
+            scale=scale,
+            causal=causal,
+            window_size=window_size,
+            tolerance=tolerance,
+            **blocks,
+            tiles=launch.plan(q).bound,
         )
     return key_ranges(
         q,
         k,
         None if left is None or right is None else (left, right),
-        **bounds,
+        Visibility(q.shape[2], k.shape[2], causal, window_size, key_padding_mask, cu_seqlens),
+        scale=scale,
+        tolerance=tolerance,
         **blocks,
-        key_padding_mask=key_padding_mask,
-        cu_seqlens=cu_seqlens,
         key_norms=key_norms,
     )
 

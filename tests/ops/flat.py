@@ -1,0 +1,46 @@
+"""Implementations under the flat signature of `longreach.attention`, so that tests call them all alike."""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from torch import Tensor
+
+from longreach.ops.cpu import operators, products
+from longreach.ops.flex import flex_alibi_attention as flex
+from longreach.ops.reach import key_ranges as ranges
+from longreach.ops.reference import reference_attention as reference
+from longreach.ops.sdpa import sdpa_attention as sdpa
+from longreach.ops.triton.operators import triton_attention as triton
+from longreach.ops.visibility import Visibility
+
+MASKS = ("causal", "window_size", "key_padding_mask", "cu_seqlens")
+
+
+def visibility_of(q: Tensor, k: Tensor, options: dict[str, Any]) -> Visibility:
+    """Who sees whom by the masks among the options."""
+    return Visibility(q.shape[2], k.shape[2], **{name: options[name] for name in MASKS if name in options})
+
+
+def flat(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function of tensors and a visibility as one of tensors and masks."""
+
+    @wraps(function)
+    def call(q: Tensor, k: Tensor, *tensors: Any, **options: Any) -> Any:
+        others = {name: option for name, option in options.items() if name not in MASKS}
+        return function(q, k, *tensors, visibility_of(q, k, options), **others)
+
+    return call
+
+
+reference_attention = flat(reference)
+sdpa_attention = flat(sdpa)
+cpu_attention = flat(products.cpu_attention)
+compiled_cpu_attention = flat(operators.compiled_cpu_attention)
+triton_attention = flat(triton)
+flex_alibi_attention = flat(flex)
+
+
+def key_ranges(q: Tensor, k: Tensor, slopes: Any = None, **options: Any) -> tuple[Tensor, Tensor]:
+    """`longreach.ops.reach.key_ranges` likewise."""
+    return flat(ranges)(q, k, slopes, **options)
