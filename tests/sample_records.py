@@ -1,5 +1,7 @@
 """One entry of each kind, with figures that agree, and functions that make more of them."""
 
+from dataclasses import replace
+
 from longreach.results import (
     ContextRecord,
     DecompositionRecord,
@@ -130,3 +132,8 @@ SUMMARY = SummaryRecord(
 )
 ENTRIES = (record(), CONTEXT, DECOMPOSITION, OFFSET, RETRIEVAL, SUMMARY, skipped())
 RESULTS = Results(provenance=PROVENANCE).add(TRAINING, *ENTRIES)
+
+
+def at_seed(entry, seed):
+    """The same, of a model of another seed."""
+    return replace(entry, model=replace(entry.model, seed=seed))

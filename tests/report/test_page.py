@@ -122,6 +122,17 @@ def test_page_of_everything_needs_nothing_but_itself(everything, tmp_path):
     assert all(attributes["alt"] for tag, attributes in page.tags if tag == "img")
 
 
+def test_page_over_seeds_does_not_speak_of_one_seed(everything, seeded, tmp_path):
+    page = Page(read(write_report(seeded(everything), tmp_path / "seeds")))
+    alone = Page(read(write_report(everything, tmp_path / "one")))
+    for disclaimer in ("one model from one seed", "Each model is one seed", "of one run on"):
+        assert disclaimer in alone.text
+        assert disclaimer not in page.text
+    for statement in ("Which differences hold over seeds?", "mean over 3 seeds", "Thin lines are single seeds"):
+        assert statement in page.text
+        assert statement not in alone.text
+
+
 def test_page_without_perplexity_leads_with_what_there_is(empty, found, tmp_path):
     page = Page(read(write_report(empty.add(found("alibi", 256, 0.5, 7)), tmp_path)))
     assert "alibi finds 7 of 10 answers of lines in prompts of 256 tokens" in page.text

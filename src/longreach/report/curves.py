@@ -45,6 +45,8 @@ class Curve:
     """What follows the name."""
     faint: bool = False
     """Whether it is there to compare another with: thin, dotted, and without a name."""
+    seeds: tuple[dict[float, float], ...] = ()
+    """x -> y of each seed that it is the mean of, drawn thin."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,8 @@ def _label(curve: Curve) -> str:
 
 
 def _heights(curve: Curve) -> list[float]:
-    return [*curve.points.values(), *(end for ends in curve.band.values() for end in ends)]
+    seeds = (y for points in curve.seeds for y in points.values())
+    return [*curve.points.values(), *(end for ends in curve.band.values() for end in ends), *seeds]
 
 
 def _draw_axes(axes: Axes, panel: Panel, scales: Scales, ylim: tuple[float, float], theme: Theme) -> None:
@@ -148,6 +151,9 @@ def _draw_curve(axes: Axes, curve: Curve, look: Look, ceiling: float) -> None:
         every = 0.12 if len(drawn) > 12 else 1
         style = {"linestyle": line, "linewidth": 1.6, "marker": marker, "markersize": 4.5, "markevery": every}
     axes.plot(*zip(*drawn, strict=True) if drawn else ([], []), color=colour, **style)
+    for points in curve.seeds:
+        within = [(x, y) for x, y in points.items() if y <= OFF_SCALE]
+        axes.plot(*zip(*within, strict=True) if within else ([], []), color=colour, linewidth=0.6, alpha=0.6)
     if curve.band:
         lows, highs = zip(*curve.band.values(), strict=True)
         axes.fill_between([*curve.band], lows, highs, color=colour, alpha=0.18, linewidth=0)

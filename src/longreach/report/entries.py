@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 from longreach.report.grid import MISSING, Grid, format_multiple, format_range
+from longreach.report.means import mean_over_seeds, with_spread
 from longreach.results import Entry, Record, Results, Scored, Skipped
+from longreach.results.seeds import OverSeeds, over_seeds
 
 LEVEL = 1.01
 """Perplexities nearer to each other than this are called unchanged."""
@@ -17,11 +19,13 @@ Kind = TypeVar("Kind", bound=Entry)
 
 
 def by_method(results: Results, entries: Iterable[Kind], train_length: int) -> dict[str, list[Kind]]:
-    """Method -> those of its entries that are of models trained at `train_length`, for every method that has any."""
+    """Method -> those of its entries that are of models trained at `train_length`, for every method that has any.
+
+    Of several seeds it is the mean.
+    """
     found: dict[str, list[Kind]] = {method: [] for method in results.methods(train_length)}
-    for entry in entries:
-        if entry.train_length == train_length:
-            found[entry.method].append(entry)
+    for entry in mean_over_seeds(entry for entry in entries if entry.train_length == train_length):
+        found[entry.method].append(entry)
     return {method: chosen for method, chosen in found.items() if chosen}
 
 
@@ -48,16 +52,26 @@ def longest_past(results: Results, train_length: int) -> int | None:
     return longest if longest > train_length else None
 
 
+def measured_seeds(results: Results, method: str, train_length: int, valid_length: int) -> list[Record]:
+    """The perplexity in nonoverlapping windows at each seed."""
+    return [entry for entry in results.find_seeds(method, train_length, valid_length) if isinstance(entry, Record)]
+
+
 def measured(results: Results, method: str, train_length: int, valid_length: int) -> Record | None:
-    """The perplexity in nonoverlapping windows; None where there is none."""
-    entry = results.find(method, train_length, valid_length)
-    return entry if isinstance(entry, Record) else None
+    """The perplexity in nonoverlapping windows, mean over seeds; None where there is none."""
+    return next(iter(mean_over_seeds(measured_seeds(results, method, train_length, valid_length))), None)
 
 
-def growth(results: Results, method: str, train_length: int, valid_length: int) -> float | None:
-    """Perplexity at `valid_length` over the method's own at `train_length`; None when it cannot be told."""
-    near, far = (measured(results, method, train_length, length) for length in (train_length, valid_length))
-    return None if near is None or far is None or math.isinf(near.perplexity) else loss_ratio(far, near)
+def growth(results: Results, method: str, train_length: int, valid_length: int) -> OverSeeds | None:
+    """Perplexity at `valid_length` over the model's own at `train_length`; None when it cannot be told."""
+    near, far = (
+        {entry.seed: entry for entry in measured_seeds(results, method, train_length, length)}
+        for length in (train_length, valid_length)
+    )
+    shared = [seed for seed in near if seed in far]
+    if not shared or any(math.isinf(near[seed].perplexity) for seed in shared):
+        return None
+    return over_seeds([far[seed].loss - near[seed].loss for seed in shared]).exponentiated()
 
 
 def loss_ratio(over: Scored, under: Scored) -> float:
@@ -66,17 +80,27 @@ def loss_ratio(over: Scored, under: Scored) -> float:
     return math.exp(difference) if difference < 709 else math.inf
 
 
-def grid_by_length(title: str, note: str, results: Results, train_length: int, text: Callable[[Record], str]) -> Grid:
-    """A table of method by validation length; `text` says what stands in a cell."""
-    methods, lengths = perplexity_methods(results, train_length), results.valid_lengths(train_length)
+def grid_by_length(
+    title: str,
+    note: str,
+    results: Results,
+    train_length: int,
+    value: Callable[[Record], float | None],
+    text: Callable[[float], str],
+    spread: bool = True,
+) -> Grid:
+    """A table of method by validation length: the text of a value, where there is one, and its spread over seeds."""
     columns: list[tuple[str, ...]] = [("method",)]
-    rows = [[method] for method in methods]
-    for length in lengths:
-        entries = [measured(results, method, train_length, length) for method in methods]
-        contexts = (entry.mean_context for entry in entries if entry is not None)
+    rows = [[method] for method in perplexity_methods(results, train_length)]
+    for length in results.valid_lengths(train_length):
+        contexts = []
+        for row in rows:
+            seeds = measured_seeds(results, row[0], train_length, length)
+            contexts += [entry.mean_context for entry in seeds]
+            mean = value(mean_over_seeds(seeds)[0]) if seeds else None
+            values = [found for entry in seeds if (found := value(entry)) is not None]
+            row.append(MISSING if mean is None else with_spread(mean, values, text) if spread else text(mean))
         columns.append((f"{length:,}", format_multiple(length, train_length), format_range(contexts, _context)))
-        for row, entry in zip(rows, entries, strict=True):
-            row.append(MISSING if entry is None else text(entry))
     return Grid(f"{title}, trained at {train_length:,} tokens", note, tuple(columns), tuple(map(tuple, rows)))
 
 

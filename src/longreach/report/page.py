@@ -19,6 +19,7 @@ from longreach.report.subjects import (
     context,
     cost,
     decomposition,
+    differences,
     offsets,
     paper,
     perplexity,
@@ -32,7 +33,10 @@ from longreach.results import Provenance, Results
 if TYPE_CHECKING:
     from rich.console import Console
 
-SUBJECTS = (perplexity, paper, context, decomposition, strides, offsets, caches, cost, retrieval, summaries, skipped)
+SUBJECTS = (
+    *(perplexity, differences, paper, context, decomposition, strides, offsets, caches),
+    *(cost, retrieval, summaries, skipped),
+)
 """What the page is about, from top to bottom."""
 
 

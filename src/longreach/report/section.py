@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
 NAMED = 6
 """So many methods are named one by one in a sentence; the rest are counted."""
-ONE_SEED = "Each figure is of one model from one seed: a difference of a percent or two may be chance."
-"""What is said where there are no intervals."""
 
 
 @dataclass(frozen=True)

@@ -1,3 +1,5 @@
+from sample_records import at_seed
+
 from longreach.report.subjects.caches import ways, ways_grid, ways_of
 
 
@@ -53,3 +55,12 @@ def test_ways_by_hand(empty, strided):
         ("sinusoidal", "shifted", "128", "1", "400.00", "20.00x", "9,000"),
         ("alibi", "unbounded", "4,096", "1", "18.00", "-", "4,000"),
     )
+
+
+def test_over_seeds_the_disclaimer_is_of_the_mean(empty, strided):
+    entries = [strided("alibi", 128, 9.0), strided("alibi", 128, 9.0, protocol="cached")]
+    alone, both = (empty.add(*(at_seed(e, s) for s in range(seeds) for e in entries)) for seeds in (1, 2))
+    assert "of one run on this machine" in ways(alone, 128).certainty
+    assert "Speeds are of this machine." in ways(both, 128).certainty
+    assert "mean over 2 seeds" in ways(both, 128).certainty
+    assert ways_grid(both, 128) == ways_grid(alone, 128)

@@ -1,3 +1,5 @@
+from sample_records import at_seed
+
 from longreach.report.subjects.context import context_figure, loss_by_context
 
 
@@ -39,3 +41,19 @@ def test_loss_is_drawn_at_the_middle_of_its_bin_with_its_band(empty, context):
     assert len(axes.collections) == 1  # neither faint curves nor figures without an interval have a band
     assert [text.get_text() for text in axes.texts] == ["alibi", "learned (windows of 128)"]
     assert axes.get_yscale() == "linear"
+
+
+def test_a_verdict_holds_for_every_seed_and_each_has_its_line(empty, context):
+    def curve(method, seed, far):
+        bins = [context(method, 512, 65, 128, 4.5), context(method, 512, 257, 512, far)]
+        return [at_seed(entry, seed) for entry in bins]
+
+    results = empty.add(*curve("alibi", 0, 4.3), *curve("alibi", 1, 4.2), *curve("t5", 0, 4.0), *curve("t5", 1, 4.6))
+    finding = loss_by_context(results, 128)
+    assert finding.sentence == (
+        "Past 128 tokens of context, loss falls further with alibi; differs between seeds with t5."
+    )
+    assert "alibi 4.500 at 65-128 and 4.250 at 257-512" in finding.details
+    assert "means over 2 seeds" in finding.certainty
+    (axes,) = context_figure(results).axes
+    assert [round(line.get_ydata()[-1], 9) for line in axes.lines if line.get_linewidth() < 1] == [4.3, 4.2, 4.0, 4.6]

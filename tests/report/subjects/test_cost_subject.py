@@ -2,6 +2,7 @@ import math
 from dataclasses import replace
 
 import pytest
+from sample_records import at_seed
 
 from longreach.report.subjects.cost import cost, cost_grid, memory_grid, ratio, training_advantage, training_grid
 from longreach.report.subjects.perplexity import (
@@ -157,3 +158,23 @@ def test_columns_of_what_nobody_measured_are_left_out(empty, record, training):
     unknown = [replace(entry, peak_memory=None) for entry in results.records]
     assert memory_grid(empty.add(*unknown), 128) is None
     assert memory_grid(empty.add(record("t5", 128, 70.0), *unknown[1:]), 128).rows[1][1:] == ("-", "-")
+
+
+def test_costs_are_means_over_seeds_and_each_training_has_its_row(empty, trained):
+    entries = [trained("sinusoidal", 128, 1000.0), trained("t5", 128, 400.0), at_seed(trained("t5", 128, 600.0), 1)]
+    results = empty.add(*entries)
+    # 1 / 480 is the mean of 1 / 400 and 1 / 600: times are averaged.
+    assert "t5 trains at 0.48x the speed" in cost(results).sentence
+    assert "means over 1-2 seeds" in cost(results).certainty
+    assert [row[0:3:2] for row in cost_grid(results).rows] == [("sinusoidal", "1,000"), ("t5", "480")]
+    grid = training_grid(results)
+    seeds = grid.columns.index(("seed",))
+    assert [(row[0], row[seeds]) for row in grid.rows] == [("sinusoidal", "0"), ("t5", "0"), ("t5", "1")]
+    assert ("seed",) not in training_grid(empty.add(*entries[:2])).columns
+
+
+def test_the_headline_over_seeds_does_not_speak_of_one(rivals):
+    one = rivals(18.4, 18.67)
+    both = one.add(*(at_seed(entry, 1) for entry in (*one.training, *one.records)))
+    assert "one seed" not in training_advantage(both).certainty
+    assert "means over 2 seeds" in training_advantage(both).certainty

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
+from sample_records import at_seed
 
 from longreach.report.drawing import DARK, LIGHT
 from longreach.report.heat_maps import contrast
@@ -143,3 +144,20 @@ def test_names_of_bars_neither_touch_nor_leave_the_figure(empty, decomposed):
     boxes.sort(key=lambda box: box.y0)
     assert all(below.y1 <= above.y0 for below, above in pairwise(boxes))
     assert all(box.x0 >= 0 for box in boxes)
+
+
+def test_a_verdict_holds_for_every_seed_and_each_has_its_dots(empty, decomposed):
+    beyond = {"alibi": (0.01, 0.02), "t5": (0.01, -0.02)}
+    entries = [at_seed(decomposed(m, 256, 0.04, b), s) for m, by_seed in beyond.items() for s, b in enumerate(by_seed)]
+    results = empty.add(*entries)
+    finding = decomposition(results, 128)
+    assert "context beyond 128 helps alibi; differs between seeds with t5." in finding.sentence
+    assert "means over 2 seeds" in finding.certainty
+    assert [row[0:3] for row in decomposition_grid(results, 128).rows] == [
+        ("alibi", "256", "+0.055"),
+        ("t5", "256", "+0.035"),
+    ]
+    (axes,) = decomposition_figure(results).axes
+    dots = [round(line.get_xdata()[0], 9) for line in axes.lines if line.get_marker() == "."]
+    assert dots == [0.04, 0.04, 0.01, 0.02, 0.04, 0.04, 0.01, -0.02]
+    assert "one seed" in [text.get_text() for text in axes.get_legend().get_texts()]

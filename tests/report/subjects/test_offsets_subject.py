@@ -1,4 +1,7 @@
+import math
+
 import pytest
+from sample_records import at_seed
 
 from longreach.report.subjects.offsets import offset_figure, offset_grid, offsets, offsets_of
 
@@ -33,3 +36,11 @@ def test_offsets_are_drawn_as_measured(empty, offset):
     (curve,) = [line for line in axes.lines if line.get_marker() == "o"]
     assert list(curve.get_xdata()) == [0, 64]
     assert list(curve.get_ydata()) == pytest.approx([9, 10])
+
+
+def test_single_seeds_are_thin_lines_at_their_positions(empty, offset):
+    entries = [at_seed(offset("a", n, p + s), s) for n, p in ((0, 9.0), (64, 10.0)) for s in (0, 1)]
+    (axes,) = offset_figure(empty.add(*entries)).axes
+    thin = [list(line.get_ydata()) for line in axes.lines if line.get_linewidth() < 1]
+    assert thin == [pytest.approx([9, 10]), pytest.approx([10, 11])]
+    assert offset_grid(empty.add(*entries), 128).rows == (("a", f"{math.sqrt(90):.2f}", f"{math.sqrt(110):.2f}"),)

@@ -4,6 +4,7 @@ from xml.etree import ElementTree
 
 import pytest
 from drawn_curves import curves
+from sample_records import at_seed
 
 from longreach.report.drawing import to_svg
 from longreach.report.subjects.perplexity import (
@@ -154,3 +155,35 @@ def test_a_model_in_one_line_has_what_its_row_has(empty, record, strided):
     assert in_one_line(empty.add(records[1]), model) == f"{model}: perplexity 73.50 at 2,048"
     assert in_one_line(empty.add(records[0]), model) == f"{model}: perplexity 74.98 at 128"
     assert in_one_line(empty, model) is None
+
+
+def test_seeds_are_averaged_counted_and_spread(empty, record):
+    curves = {0: (80.0, 60.0), 1: (90.0, 72.0)}
+    entries = [at_seed(record("alibi", n, p), s) for s, c in curves.items() for n, p in zip((128, 256), c, strict=True)]
+    results = empty.add(*entries, record("t5", 128, 70.0), record("t5", 256, 77.0))
+    grid = main_grid(results, 128)
+    assert ("seeds",) in grid.columns
+    assert grid.rows == (("alibi", "84.9 ± 7.1", "65.7 ± 8.5", "2", "0.77x"), ("t5", "70.00", "77.00", "1", "1.10x"))
+    assert "standard deviation over seeds" in grid.note
+    finding = extrapolation(results, 128)
+    assert finding.sentence.startswith("alibi (0.77x) extrapolates")
+    # Losses fall by log(80 / 60) and log(90 / 72), and t is 12.706 for one degree of freedom.
+    falls = math.log(60 / 80), math.log(72 / 90)
+    half = 12.7062 * abs(falls[0] - falls[1]) / 2
+    low, high = (math.exp(sum(falls) / 2 + sign * half) for sign in (-1, 1))
+    assert f"over 2 seeds; 95% t intervals: alibi [{low:.2f}x, {high:.2f}x]." in finding.details
+    assert "holds 1x leaves open" in finding.certainty
+
+
+def test_a_seed_that_lacks_a_length_is_left_out_there(empty, record, skipped):
+    entries = [record("alibi", 128, 80.0), record("alibi", 256, 60.0), at_seed(record("alibi", 128, 5.0), 1)]
+    results = empty.add(*entries, at_seed(skipped("alibi", 256, "out of memory"), 1))
+    assert main_grid(results, 128).rows[0][2:] == ("60.00", "1-2", "0.75x")
+
+
+def test_single_seeds_are_thin_lines(demo, seeded):
+    (axes,) = perplexity_figure(seeded(demo)).axes
+    thin = [line for line in axes.lines if line.get_linewidth() < 1 and len(line.get_xdata()) == 5]
+    assert len(thin) == 4 * 3
+    low, high = axes.get_ylim()
+    assert all(low < y < high for line in thin for y in line.get_ydata())

@@ -3,6 +3,7 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sample_records import at_seed
 
 from longreach.data.synthetic import WORDS
 from longreach.report.drawing import LIGHT
@@ -136,3 +137,12 @@ def test_retrieval_by_length_and_depth(empty, found):
     colours = {patch.get_facecolor()[:3] for patch in (first.patches[0], first.patches[1])}
     assert colours == {shade(1.0, LIGHT), shade(0.0, LIGHT)}
     assert first.get_title(loc="left") == "alibi\ntrained at 128"
+
+
+def test_answers_of_all_seeds_are_counted_together(empty, found):
+    results = empty.add(found("alibi", 512, 0.5, 3), at_seed(found("alibi", 512, 0.5, 8), 1))
+    finding = retrieval("lines", results, 128)
+    assert "finds 11 of 20 answers" in finding.sentence
+    assert "Answers of 2 seeds are counted together" in finding.certainty
+    (axes,) = retrieval_figure("lines", results).axes
+    assert cells(axes) == {(0, 0): "11/20"}

@@ -1,5 +1,7 @@
 from dataclasses import replace
 
+from sample_records import at_seed
+
 from longreach.report.subjects.skipped import skipped_grid
 
 
@@ -22,4 +24,14 @@ def test_what_was_skipped_for_one_reason_is_one_row_as_long_as_it_is_the_same(em
         ("too short", "a, b", "128, 256", "nonoverlapping at 64, 512; cached, offsets at 64"),
         ("too short", "c", "128", "nonoverlapping at 64, 512; cached at 64"),
         ("out of memory", "c", "128", "nonoverlapping at 128"),
+    )
+
+
+def test_seeds_are_named_where_the_method_has_others(empty, record, skipped):
+    entries = [at_seed(record("alibi", 128, 9.0), seed) for seed in (0, 1, 2)]
+    entries += [at_seed(skipped("alibi", 256, "loss is nan"), seed) for seed in (1, 2)]
+    entries += [at_seed(skipped("learned", 256, "its table ends"), seed) for seed in (0, 1, 2)]
+    assert skipped_grid(empty.add(*entries)).rows == (
+        ("loss is nan", "alibi (seeds 1 and 2)", "128", "nonoverlapping at 256"),
+        ("its table ends", "learned", "128", "nonoverlapping at 256"),
     )

@@ -1,6 +1,7 @@
 import math
 
 import pytest
+from sample_records import at_seed
 
 from longreach.report.drawing import LIGHT
 from longreach.report.heat_maps import shade
@@ -79,3 +80,11 @@ def test_strides_are_shaded_by_the_logarithm(empty, record, strided):
     assert shades["10.00"] == shade(0.0, LIGHT)
     assert shades["40.00"] == pytest.approx(shade(0.5, LIGHT))
     assert shades["160.00"] == shades["∞"] == shade(1.0, LIGHT)
+
+
+def test_over_seeds_the_disclaimer_is_of_the_mean(empty, record, strided):
+    entries = [entry for n in (128, 256) for entry in (record("alibi", n, 9.0), strided("alibi", n, 9.0))]
+    alone, both = (empty.add(*(at_seed(e, s) for s in range(seeds) for e in entries)) for seeds in (1, 2))
+    assert "one seed" in strides(alone, 128).certainty
+    assert strides(both, 128).certainty.endswith("Each figure is the mean over 2 seeds.")
+    assert stride_grid(both, 128) == stride_grid(alone, 128)

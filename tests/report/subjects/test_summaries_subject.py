@@ -1,5 +1,7 @@
 from dataclasses import replace
 
+from sample_records import at_seed
+
 from longreach.report.subjects.summaries import summaries, summary_grid
 
 
@@ -20,3 +22,9 @@ def test_summaries(empty, summary):
     assert "and 12-14 of 35 at 4,096 tokens." in summaries(results.add(other_tokenizer)).details
     alone = summaries(empty.add(summary("bloom", 2048, 0.073, half=None)))
     assert alone.sentence == "bloom (trained at 128, reading 2,048 tokens) has ROUGE-1 7.3."
+
+
+def test_scores_of_seeds_are_averaged(empty, summary):
+    results = empty.add(summary("bloom", 2048, 0.1), at_seed(summary("bloom", 2048, 0.2), 1))
+    assert summary_grid(results).rows[0][3:5] == ("15.0", "[13.0, 17.0]")
+    assert "ROUGE-1 15.0" in summaries(results).sentence

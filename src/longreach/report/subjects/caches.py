@@ -15,7 +15,8 @@ from longreach.report.grid import (
     format_speed,
     is_alike,
 )
-from longreach.report.section import ONE_SEED, Finding, Section, at_each, clauses, first
+from longreach.report.means import are_repeated, on_chance
+from longreach.report.section import Finding, Section, at_each, clauses, first
 from longreach.results import Record, Results
 
 WAYS = {
@@ -78,6 +79,7 @@ def ways(results: Results, train_length: int) -> Finding | None:
             named = f"{method} ({WAYS[protocol]}, {format_ratio(ratio)})"
             verdicts[_verdict_on_cache(ratio)].append(named)
             speeds.append(f"{method} ({WAYS[protocol]}) {'as fast' if is_alike(speed) else format_rough(speed)}")
+    chosen = [e for e in results.records if e.train_length == train_length and e.method in comparable]
     recomputed_by = format_range((by["sliding-window"].stride for by in comparable.values()), "{:,}".format)
     return Finding(
         f"In windows of {train_length:,} tokens, the training length, perplexity beside recomputing "
@@ -85,7 +87,8 @@ def ways(results: Results, train_length: int) -> Finding | None:
         f"Speed over that of recomputing with stride {recomputed_by}: {first(speeds)}.",
         "A recomputed window sees its own tokens alone; in a cache, deeper layers also keep something of what came "
         f"before it. With a stride above 1 a recomputed token sees less than its whole window. Within {_HOLDS:.0%} "
-        f"counts as holding. Speeds are of one run on this machine. {ALIKE} {ONE_SEED}",
+        f"counts as holding. Speeds are of {'' if are_repeated(chosen) else 'one run on '}this machine. {ALIKE} "
+        f"{on_chance(chosen)}",
     )
 
 

@@ -11,6 +11,7 @@ from longreach.report.curves import Curve, Panel, Scales, draw_panels
 from longreach.report.drawing import LIGHT, Theme
 from longreach.report.entries import by_method
 from longreach.report.grid import format_range
+from longreach.report.means import mean_of_intervals, one_by_one, thin_lines, unanimous
 from longreach.report.section import Finding, Picture, Section, at_each, clauses, first, intervals
 from longreach.results import ContextRecord, Results
 
@@ -32,17 +33,27 @@ def sections(results: Results) -> Iterator[Section]:
             reading=(
                 "Tokens at the start of a window have little context and a high loss: the early token curse. Thin "
                 "dotted curves are of windows of the training length. A curve that goes on falling past the dotted "
-                "line belongs to a model that uses longer context."
+                "line belongs to a model that uses longer context." + thin_lines(results.contexts)
             ),
         )
 
 
 def losses_of(results: Results, train_length: int) -> dict[str, dict[int, list[ContextRecord]]]:
     """Method -> validation length -> losses by context, both ascending."""
-    found: dict[str, dict[int, list[ContextRecord]]] = {}
-    for method, entries in by_method(results, results.contexts, train_length).items():
-        for entry in sorted(entries, key=lambda entry: (entry.valid_length, entry.first_context)):
-            found.setdefault(method, {}).setdefault(entry.valid_length, []).append(entry)
+    methods = by_method(results, results.contexts, train_length)
+    return {method: _by_window(entries) for method, entries in methods.items()}
+
+
+def _seeds_of(results: Results, train_length: int) -> dict[str, list[dict[int, list[ContextRecord]]]]:
+    """As `losses_of`, seed by seed, for methods of several."""
+    singles = one_by_one(entry for entry in results.contexts if entry.train_length == train_length)
+    return {method: list(map(_by_window, seeds)) for method, seeds in singles.items()}
+
+
+def _by_window(entries: list[ContextRecord]) -> dict[int, list[ContextRecord]]:
+    found: dict[int, list[ContextRecord]] = {}
+    for entry in sorted(entries, key=lambda entry: (entry.valid_length, entry.first_context)):
+        found.setdefault(entry.valid_length, []).append(entry)
     return found
 
 
@@ -55,16 +66,17 @@ def loss_by_context(results: Results, train_length: int) -> Finding | None:
     longest = {method: lengths[max(lengths)] for method, lengths in losses_of(results, train_length).items()}
     if not longest:
         return None
+    singles = _seeds_of(results, train_length)
     verdicts: dict[str, list[str]] = {"falls further with": [], "is level within the intervals with": []}
-    verdicts |= {"rises with": [], "cannot be judged with": []}
+    verdicts |= {"rises with": [], "differs between seeds with": [], "cannot be judged with": []}
     details = []
     for method, entries in longest.items():
-        within = [entry for entry in entries if entry.last_context <= train_length]
-        if not within or entries[-1].first_context <= train_length:
-            verdicts["cannot be judged with"].append(method)
+        window = entries[0].valid_length
+        seeds = [seed[window] for seed in singles.get(method, ()) if window in seed]
+        verdicts[unanimous(_verdict(bins, train_length) for bins in (entries, *seeds))].append(method)
+        if (ends := _ends(entries, train_length)) is None:
             continue
-        near, far = within[-1], entries[-1]
-        verdicts[_verdict_on_loss(near, far)].append(method)
+        near, far = ends
         details.append(f"{method} {near.loss:.3f} at {_context(near)} and {far.loss:.3f} at {_context(far)}")
     if not details:
         return Finding(f"Past {train_length:,} tokens of context nothing was measured.")
@@ -73,11 +85,21 @@ def loss_by_context(results: Results, train_length: int) -> Finding | None:
     return Finding(
         f"Past {train_length:,} tokens of context, loss {clauses(verdicts)}.",
         f"Nats per token: {first(details)} tokens of context.",
-        f"{interval} Each point is of other tokens of the same text; two whose bands overlap are not told apart.",
+        f"{interval} {mean_of_intervals(results.contexts)}Each point is of other tokens of the same text; two whose "
+        "bands overlap are not told apart.",
     )
 
 
-def _verdict_on_loss(near: ContextRecord, far: ContextRecord) -> str:
+def _ends(bins: list[ContextRecord], train_length: int) -> tuple[ContextRecord, ContextRecord] | None:
+    """The last bin within the training length and the last of all, where that is past it."""
+    within = [entry for entry in bins if entry.last_context <= train_length]
+    return (within[-1], bins[-1]) if within and bins[-1].first_context > train_length else None
+
+
+def _verdict(bins: list[ContextRecord], train_length: int) -> str:
+    if (ends := _ends(bins, train_length)) is None:
+        return "cannot be judged with"
+    near, far = ends
     if near.low is None or near.high is None or far.low is None or far.high is None:
         return "cannot be judged with"
     if far.high < near.low:
@@ -94,15 +116,16 @@ def context_figure(results: Results, theme: Theme = LIGHT) -> Figure:
     """Loss against tokens of context: in the longest windows, and faint in those of the training length."""
     panels = []
     for train_length in results.train_lengths():
-        losses = losses_of(results, train_length)
+        losses, singles = losses_of(results, train_length), _seeds_of(results, train_length)
         longest = max((length for lengths in losses.values() for length in lengths), default=0)
         curves = []
         for method, lengths in losses.items():
             window = max(lengths)
             remark = "" if window == longest else f" (windows of {window:,})"
-            curves.append(_loss_curve(method, lengths[window], remark=remark))
+            seeds = tuple(_points(seed[window]) for seed in singles.get(method, ()) if window in seed)
+            curves.append(Curve(method, _points(lengths[window]), _band(lengths[window]), remark, seeds=seeds))
             if window != train_length and train_length in lengths:
-                curves.append(_loss_curve(method, lengths[train_length], faint=True))
+                curves.append(Curve(method, _points(lengths[train_length]), faint=True))
         if curves:
             title = f"Trained at {train_length:,}, windows of {longest:,}"
             panels.append(Panel(title, train_length, tuple(curves)))
@@ -110,9 +133,13 @@ def context_figure(results: Results, theme: Theme = LIGHT) -> Figure:
     return draw_panels(panels, scales, theme)
 
 
-def _loss_curve(method: str, bins: list[ContextRecord], *, remark: str = "", faint: bool = False) -> Curve:
-    def middle(entry: ContextRecord) -> float:
-        return math.sqrt(entry.first_context * entry.last_context)
+def _middle(entry: ContextRecord) -> float:
+    return math.sqrt(entry.first_context * entry.last_context)
 
-    bands = {middle(e): (e.low, e.high) for e in bins if e.low is not None and e.high is not None and not faint}
-    return Curve(method, {middle(entry): entry.loss for entry in bins}, bands, remark, faint)
+
+def _points(bins: list[ContextRecord]) -> dict[float, float]:
+    return {_middle(entry): entry.loss for entry in bins}
+
+
+def _band(bins: list[ContextRecord]) -> dict[float, tuple[float, float]]:
+    return {_middle(e): (e.low, e.high) for e in bins if e.low is not None and e.high is not None}

@@ -17,6 +17,7 @@ from longreach.report.grid import (
     unless_empty,
     without_empty_columns,
 )
+from longreach.report.means import are_repeated, counted, mean_over_seeds
 from longreach.report.section import Finding, Section, listed
 from longreach.results import Record, Results, TrainingRecord
 
@@ -24,7 +25,7 @@ BASELINE = "sinusoidal"
 """The method that the paper sets the others beside."""
 OURS = "alibi"
 """The method that the paper sets against the baseline."""
-_MACHINE = f"Speed and memory are of one run on this machine. {ALIKE}"
+_ONE_SEED = "Each model is one seed: a difference of a percent or two in perplexity may be chance."
 _MEMORY = (
     "Peak memory: on CUDA what PyTorch's allocator held, on the CPU all that the process held, the interpreter and "
     "PyTorch included."
@@ -43,9 +44,10 @@ def sections(results: Results) -> Iterator[Section]:
 
 def cost(results: Results) -> Finding | None:
     """Speed and memory of training beside sinusoidal's at the same length; None where it was not trained."""
-    baselines = {entry.train_length: entry for entry in results.training if entry.method == BASELINE}
+    training = mean_over_seeds(results.training)
+    baselines = {entry.train_length: entry for entry in training if entry.method == BASELINE}
     compared = []
-    for entry in results.training:
+    for entry in training:
         baseline = baselines.get(entry.train_length)
         if baseline is not None and entry is not baseline:
             relative = entry.tokens_per_second / baseline.tokens_per_second
@@ -54,7 +56,12 @@ def cost(results: Results) -> Finding | None:
             compared.append(f"{entry.method}{at} trains {speed}{_used(entry, baseline)}")
     if not compared:
         return None
-    return Finding(f"Beside {BASELINE} at the same training length: {listed(compared)}.", "", _MACHINE)
+    return Finding(f"Beside {BASELINE} at the same training length: {listed(compared)}.", "", _on_runs(results))
+
+
+def _on_runs(results: Results) -> str:
+    of = f"means over {counted(results.training)} seeds" if are_repeated(results.training) else "of one run"
+    return f"Speed and memory are {of} on this machine. {ALIKE}"
 
 
 def _used(entry: TrainingRecord, baseline: TrainingRecord) -> str:
@@ -84,13 +91,13 @@ def training_advantage(results: Results) -> Finding | None:
     return Finding(
         sentences[0],
         " ".join([*sentences[1:], *distinct]),
-        f"{_MACHINE} Each model is one seed: a difference of a percent or two in perplexity may be chance.",
+        _on_runs(results) if are_repeated(results.training) else f"{_on_runs(results)} {_ONE_SEED}",
     )
 
 
 def _trained(results: Results, base: str) -> list[TrainingRecord]:
     """Trainings of a method and of its variants (`alibi:...`)."""
-    return [entry for entry in results.training if entry.method.partition(":")[0] == base]
+    return [entry for entry in mean_over_seeds(results.training) if entry.method.partition(":")[0] == base]
 
 
 def _rivals(results: Results, ours: TrainingRecord) -> list[TrainingRecord]:
@@ -141,9 +148,10 @@ def _efforts(ours: TrainingRecord, theirs: TrainingRecord) -> str:
 
 def cost_grid(results: Results) -> Grid:
     """The paper's Table 1: speed and memory by method and training length, and relative to sinusoidal where it is."""
-    baselines = {entry.train_length: entry for entry in results.training if entry.method == BASELINE}
+    training = mean_over_seeds(results.training)
+    baselines = {entry.train_length: entry for entry in training if entry.method == BASELINE}
     rows = []
-    for entry in sorted(results.training, key=lambda entry: entry.train_length):
+    for entry in sorted(training, key=lambda entry: entry.train_length):
         baseline = baselines.get(entry.train_length)
         others = (None, None, None) if baseline is None else _costs(results, baseline)
         row = [entry.method, f"{entry.train_length:,}"]
@@ -178,10 +186,12 @@ def ratio(value: float | None, other: float | None) -> float | None:
 
 def training_grid(results: Results) -> Grid:
     """What each training took and where it arrived."""
+    repeated = are_repeated(results.training)
     columns: dict[tuple[str, ...], Callable[[TrainingRecord], str]] = {
         ("method",): lambda entry: entry.method,
         ("attention",): lambda entry: entry.attention,
         ("train", "length"): lambda entry: f"{entry.train_length:,}",
+        ("seed",): lambda entry: str(entry.seed) if repeated else MISSING,
         ("steps",): lambda entry: f"{entry.steps:,}",
         ("tokens",): lambda entry: f"{entry.tokens:,}",
         ("parameters",): lambda entry: f"{entry.parameters:,}",
@@ -198,10 +208,14 @@ def training_grid(results: Results) -> Grid:
 def speed_grid(results: Results, train_length: int) -> Grid | None:
     """Scored tokens per second by method and validation length; None where nothing was measured."""
     title = "Evaluation speed in tokens per second"
-    return unless_empty(grid_by_length(title, "", results, train_length, lambda r: format_speed(r.tokens_per_second)))
+    return unless_empty(
+        grid_by_length(title, "", results, train_length, lambda record: record.tokens_per_second, format_speed, False)
+    )
 
 
 def memory_grid(results: Results, train_length: int) -> Grid | None:
     """Peak memory of evaluation by method and validation length; None where it could not be measured."""
     title = "Peak memory of evaluation"
-    return unless_empty(grid_by_length(title, _MEMORY, results, train_length, lambda r: format_memory(r.peak_memory)))
+    return unless_empty(
+        grid_by_length(title, _MEMORY, results, train_length, lambda record: record.peak_memory, format_memory, False)
+    )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from longreach.report.drawing import FONT_SIZE, LIGHT, Margins, Theme, axes_grid, set_title, settings, short, text_width
 from longreach.report.entries import by_method
 from longreach.report.grid import Grid, format_interval, format_multiple, format_range, format_signed
+from longreach.report.means import are_repeated, mean_of_intervals, one_by_one, unanimous
 from longreach.report.section import Finding, Picture, Section, at_each, clauses, first, intervals
 from longreach.results import DecompositionRecord, Results
 
@@ -60,9 +61,13 @@ def decomposition(results: Results, train_length: int) -> Finding | None:
     longest = max(entry.valid_length for entry in entries)
     entries = [entry for entry in entries if entry.valid_length == longest]
     verdicts: dict[str, list[str]] = {"helps": [], "may help": [], "makes no difference that can be told with": []}
-    verdicts |= {"harms": [], "cannot be judged, for want of intervals, with": []}
+    verdicts |= {"harms": [], "differs between seeds with": [], "cannot be judged, for want of intervals, with": []}
+    singles = one_by_one(
+        e for e in results.decompositions if (e.train_length, e.valid_length) == (train_length, longest)
+    )
     for entry in entries:
-        verdicts[_verdict_on_use(entry)].append(entry.method)
+        seeds = (single for seed in singles.get(entry.method, ()) for single in seed)
+        verdicts[unanimous(map(_verdict_on_use, (entry, *seeds)))].append(entry.method)
     span = f"From {train_length:,} to {longest:,} tokens ({format_multiple(longest, train_length)})"
     details = [
         f"{e.method} {format_signed(e.gain)} (relief {format_signed(e.relief)}, beyond {format_signed(e.beyond)})"
@@ -73,7 +78,7 @@ def decomposition(results: Results, train_length: int) -> Finding | None:
     return Finding(
         f"{span}, context beyond {train_length:,} {clauses(verdicts)}.",
         f"Gain in nats per token: {first(details)}.",
-        f"{interval} {_exactness(entries)}",
+        f"{interval} {mean_of_intervals(results.decompositions)}{_exactness(entries)}",
     )
 
 
@@ -141,7 +146,7 @@ def decomposition_figure(results: Results, theme: Theme = LIGHT) -> Figure:
     panels = {length: decompositions_of(results, length) for length in results.train_lengths()}
     panels = {length: entries for length, entries in panels.items() if entries}
     everything = [entry for entries in panels.values() for entry in entries]
-    low, high = decomposition_limits(everything)
+    low, high = decomposition_limits([*everything, *results.decompositions])
     labels = [short(entry.method) for entry in everything]
     labels += [_heading(entry.valid_length, entry.train_length) for entry in everything]
     rows = max((len(entries) + len({e.valid_length for e in entries}) for entries in panels.values()), default=1)
@@ -156,8 +161,9 @@ def decomposition_figure(results: Results, theme: Theme = LIGHT) -> Figure:
             axes.set_xlabel("Gain in nats per token", color=theme.ink)
             axes.xaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))
             set_title(axes, f"Trained at {train_length:,} tokens", theme, pad=26)
-            _draw_bars(axes, train_length, entries, theme)
-            _explain_bars(axes, theme, any(entry.relief_low is not None for entry in entries))
+            singles = [e for e in results.decompositions if e.train_length == train_length]
+            _draw_bars(axes, train_length, entries, singles if are_repeated(singles) else [], theme)
+            _explain_bars(axes, theme, any(e.relief_low is not None for e in entries), are_repeated(singles))
     return figure
 
 
@@ -178,13 +184,16 @@ def _ends(entry: DecompositionRecord) -> list[float]:
     return [0.0, *ends, *(end for end in intervals if end is not None)]
 
 
-def _draw_bars(axes: Axes, train_length: int, entries: list[DecompositionRecord], theme: Theme) -> None:
+def _draw_bars(
+    axes: Axes, train_length: int, entries: list[DecompositionRecord], singles: list[DecompositionRecord], theme: Theme
+) -> None:
     """Bars from top to bottom, each validation length under a heading of its own."""
     labels: list[tuple[str, str]] = []  # text and colour of each row
     for valid_length, group in groupby(entries, key=lambda entry: entry.valid_length):
         labels.append((_heading(valid_length, train_length), theme.muted))
         for entry in group:
-            _draw_method(axes, len(labels), entry, theme)
+            seeds = [one for one in singles if (one.method, one.valid_length) == (entry.method, valid_length)]
+            _draw_method(axes, len(labels), entry, seeds, theme)
             labels.append((short(entry.method), theme.ink))
     axes.set_yticks(range(len(labels)), [text for text, _ in labels])
     for label, (_, colour) in zip(axes.get_yticklabels(), labels, strict=True):
@@ -196,8 +205,14 @@ def _heading(valid_length: int, train_length: int) -> str:
     return f"{valid_length:,} tokens ({format_multiple(valid_length, train_length)})"
 
 
-def _draw_method(axes: Axes, y: float, entry: DecompositionRecord, theme: Theme) -> None:
+def _draw_method(
+    axes: Axes, y: float, entry: DecompositionRecord, seeds: list[DecompositionRecord], theme: Theme
+) -> None:
     """Relief above, beyond below, and between them the gain, which the table alone has where one is off the scale."""
+    dots = [(one.relief, y - 0.8 * _THICKNESS) for one in seeds] + [(one.beyond, y + 0.8 * _THICKNESS) for one in seeds]
+    for x, height in dots:
+        if x >= axes.get_xlim()[0]:
+            axes.plot([x], [height], marker=".", markersize=3, color=theme.ink, markeredgewidth=0, zorder=4)
     relief, beyond = (entry.relief_low, entry.relief_high), (entry.beyond_low, entry.beyond_high)
     _draw_bar(axes, y - _THICKNESS / 2, "relief", entry.relief, relief, _RELIEF[theme.shade], theme)
     _draw_bar(axes, y + _THICKNESS / 2, "beyond", entry.beyond, beyond, _BEYOND[theme.shade], theme)
@@ -232,7 +247,7 @@ def _draw_bar(
         )
 
 
-def _explain_bars(axes: Axes, theme: Theme, have_intervals: bool) -> None:
+def _explain_bars(axes: Axes, theme: Theme, have_intervals: bool, have_seeds: bool) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
@@ -244,11 +259,13 @@ def _explain_bars(axes: Axes, theme: Theme, have_intervals: bool) -> None:
     if have_intervals:
         interval = Line2D([], [], linewidth=0.9, marker="|", markersize=5, color=theme.ink, label="95% interval")
         handles.insert(2, interval)
+    if have_seeds:
+        handles.append(Line2D([], [], linestyle="", marker=".", markersize=3, color=theme.ink, label="one seed"))
     axes.legend(
         handles=handles,
         loc="lower left",
         bbox_to_anchor=(0, 1),
-        ncols=4,
+        ncols=len(handles),
         frameon=False,
         labelcolor=theme.ink,
         borderpad=0,

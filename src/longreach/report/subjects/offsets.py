@@ -10,6 +10,7 @@ from longreach.report.curves import Curve, Panel, Scales, draw_panels, off_scale
 from longreach.report.drawing import LIGHT, Theme
 from longreach.report.entries import LEVEL, by_method, loss_ratio
 from longreach.report.grid import MISSING, Grid, format_perplexity, format_range, format_ratio
+from longreach.report.means import one_by_one, thin_lines
 from longreach.report.section import Finding, Picture, Section, at_each, clauses, first, listed
 from longreach.results import OffsetRecord, Results
 
@@ -30,7 +31,9 @@ def sections(results: Results) -> Iterator[Section]:
             ),
             reading=(
                 "To the right of the dotted line whole windows lie at positions past the training length. A method "
-                "that sees distances alone is level." + off_scale_note(entry.perplexity for entry in results.offsets)
+                "that sees distances alone is level."
+                + thin_lines(results.offsets)
+                + off_scale_note(entry.perplexity for entry in results.offsets)
             ),
             further=at_each(offset_grid, results),
         )
@@ -38,9 +41,13 @@ def sections(results: Results) -> Iterator[Section]:
 
 def offsets_of(results: Results, train_length: int) -> dict[str, list[OffsetRecord]]:
     """Method -> its losses at shifted positions, ascending by offset, at the shortest validation length measured."""
-    lengths = {entry.valid_length for entry in results.offsets if entry.train_length == train_length}
-    found = [entry for entry in results.offsets if entry.valid_length == min(lengths, default=0)]
-    return by_method(results, sorted(found, key=lambda entry: entry.offset), train_length)
+    return by_method(results, _at_shortest(results, train_length), train_length)
+
+
+def _at_shortest(results: Results, train_length: int) -> list[OffsetRecord]:
+    found = [entry for entry in results.offsets if entry.train_length == train_length]
+    shortest = min((entry.valid_length for entry in found), default=0)
+    return sorted((entry for entry in found if entry.valid_length == shortest), key=lambda entry: entry.offset)
 
 
 def offsets(results: Results, train_length: int) -> Finding | None:
@@ -80,10 +87,18 @@ def offset_figure(results: Results, theme: Theme = LIGHT) -> Figure:
     for train_length in results.train_lengths():
         methods = offsets_of(results, train_length)
         if methods:
-            curves = (Curve(m, {float(e.offset): e.perplexity for e in entries}) for m, entries in methods.items())
-            panels.append(Panel(f"Trained at {train_length:,} tokens", train_length, tuple(curves)))
+            singles = one_by_one(_at_shortest(results, train_length))
+            curves = tuple(
+                Curve(method, _points(entries), seeds=tuple(map(_points, singles.get(method, ()))))
+                for method, entries in methods.items()
+            )
+            panels.append(Panel(f"Trained at {train_length:,} tokens", train_length, curves))
     scales = Scales("Position of the window's first token", "Perplexity per token", x="symlog")
     return draw_panels(panels, scales, theme)
+
+
+def _points(entries: list[OffsetRecord]) -> dict[float, float]:
+    return {float(entry.offset): entry.perplexity for entry in entries}
 
 
 def offset_grid(results: Results, train_length: int) -> Grid | None:

@@ -124,7 +124,7 @@ def agreement_with_paper(results: Results, train_length: int) -> Finding:
         multiple = valid_length / train_length
         ours = {method: growth(results, method, train_length, valid_length) for method in shared}
         theirs = {method: _growth_in_paper(method, paper_length, multiple) for method in shared}
-        pairs = {m: (a, b) for m in shared if (a := ours[m]) is not None and (b := theirs[m]) is not None}
+        pairs = {m: (a.mean, b) for m in shared if (a := ours[m]) is not None and (b := theirs[m]) is not None}
         if len(pairs) > 1:
             break
     else:

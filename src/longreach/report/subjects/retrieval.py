@@ -13,6 +13,7 @@ from longreach.report.drawing import LIGHT, Theme
 from longreach.report.entries import by_method
 from longreach.report.grid import MISSING, Grid, format_interval, format_multiple, format_percent, format_range
 from longreach.report.heat_maps import HeatMap, Scale, draw_heat_maps, model_title
+from longreach.report.means import are_repeated, counted
 from longreach.report.section import NAMED, Finding, Picture, Section, at_each, listed
 from longreach.results import Results, RetrievalRecord
 
@@ -117,8 +118,15 @@ def retrieval(task: str, results: Results, train_length: int) -> Finding | None:
         sentence + _reservation(found, order, task, train_length, longest),
         f"Accuracy: {'; '.join(details)}.",
         f"{min(cases)} cases or more at each length: the table has 95% intervals (Wilson); a single cell of the map "
-        "has fewer. Methods whose intervals overlap are not told apart.",
+        f"has fewer. Methods whose intervals overlap are not told apart.{_pooled(task, results, train_length)}",
     )
+
+
+def _pooled(task: str, results: Results, train_length: int) -> str:
+    chosen = [entry for entry in results.retrieval if (entry.task, entry.train_length) == (task, train_length)]
+    if not are_repeated(chosen):
+        return ""
+    return f" Answers of {counted(chosen)} seeds are counted together, and the intervals take them for independent."
 
 
 def _reservation(

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from longreach.report.grid import Grid
 from longreach.report.section import Section
-from longreach.results import Results
+from longreach.results import Model, Results
 
 Key = TypeVar("Key", bound=Hashable)
 Value = TypeVar("Value")
@@ -21,11 +21,14 @@ def sections(results: Results) -> Iterator[Section]:
 
 def skipped_grid(results: Results) -> Grid:
     """What could not be evaluated: a row for all models that lack the same measurements for the same reason."""
-    skipped: dict[tuple[str, str, int], dict[str, set[int]]] = {}
+    skipped: dict[tuple[str, Model], dict[str, set[int]]] = {}
     for entry in results.skipped:
-        lengths = skipped.setdefault((entry.reason, entry.method, entry.train_length), {})
+        lengths = skipped.setdefault((entry.reason, entry.model), {})
         lengths.setdefault(entry.protocol or entry.task, set()).add(entry.valid_length)
-    models = _together(((reason, _missed(by), n), method) for (reason, method, n), by in skipped.items())
+    alike = _together(
+        ((reason, _missed(by), model.train_length, model.method), model) for (reason, model), by in skipped.items()
+    )
+    models = _together(((reason, missed, n), _named(results, alone)) for (reason, missed, n, _), alone in alike.items())
     rows = _together(((reason, missed, tuple(methods)), n) for (reason, missed, n), methods in models.items())
     return Grid(
         title="Skipped",
@@ -37,6 +40,16 @@ def skipped_grid(results: Results) -> Grid:
         ),
         text_columns=4,
     )
+
+
+def _named(results: Results, models: list[Model]) -> str:
+    """The method of all models, and their seeds where the method has others."""
+    method, train_length = models[0].method, models[0].train_length
+    others = [model for model in results.models() if (model.method, model.train_length) == (method, train_length)]
+    if len(others) == len(models):
+        return method
+    seeds = " and ".join(str(model.seed) for model in models)
+    return f"{method} (seed{'s' if len(models) > 1 else ''} {seeds})"
 
 
 def _missed(by_measurement: dict[str, set[int]]) -> str:

@@ -11,7 +11,8 @@ from longreach.report.drawing import LIGHT, Theme
 from longreach.report.entries import LEVEL, by_method, loss_ratio
 from longreach.report.grid import MISSING, Grid, format_perplexity, format_ratio
 from longreach.report.heat_maps import HeatMap, Scale, draw_heat_maps, model_title
-from longreach.report.section import ONE_SEED, Finding, Picture, Section, at_each, clauses, first
+from longreach.report.means import on_chance
+from longreach.report.section import Finding, Picture, Section, at_each, clauses, first
 from longreach.results import Record, Results
 
 if TYPE_CHECKING:
@@ -85,12 +86,14 @@ def strides(results: Results, train_length: int) -> Finding | None:
         else:
             verdicts["still falls with" if sliding * LEVEL <= 1 else "no longer falls with"].append(method)
         details.append(f"{method} {format_ratio(plain)} in nonoverlapping windows, {format_ratio(sliding)} in sliding")
+    chosen = [entry for entry in results.records if entry.train_length == train_length and entry.method in methods]
     if not details:
         return Finding(f"No method was measured both ways at {near:,} and {far:,} tokens: no gain to compare.")
     return Finding(
         f"Where windows slide by {stride:,}, perplexity from {near:,} to {far:,} tokens {clauses(verdicts)}.",
         f"Perplexity at {far:,} over that at {near:,}: {first(details)}.",
-        f"A fall that goes away was relief from the early token curse. One below 1% counts as none. {ONE_SEED}",
+        "A fall that goes away was relief from the early token curse. One below 1% counts as none. "
+        f"{on_chance(chosen)}",
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from longreach.report.grid import Grid, format_interval, format_range
+from longreach.report.means import mean_over_seeds
 from longreach.report.section import Finding, Section, listed
 from longreach.results import Results, SummaryRecord
 
@@ -17,7 +18,7 @@ def sections(results: Results) -> Iterator[Section]:
 
 def summaries(results: Results) -> Finding:
     """Whose summaries overlap most with the references."""
-    best, *others = sorted(results.summaries, key=lambda entry: -entry.rouge1)
+    best, *others = sorted(mean_over_seeds(results.summaries), key=lambda entry: -entry.rouge1)
     alike = [
         _reader(entry)
         for entry in others
@@ -57,7 +58,7 @@ def summary_grid(results: Results) -> Grid:
             f"{entry.cases:,}",
             f"{entry.truncated:,}",
         )
-        for entry in results.summaries
+        for entry in mean_over_seeds(results.summaries)
     )
     return Grid(
         title="Summaries of meetings (QMSum), ROUGE F-measure x 100",
