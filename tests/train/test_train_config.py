@@ -60,6 +60,7 @@ def test_mistakes_in_a_file_are_named(tmp_path, text, message):
     [
         ({"train_length": 0}, "train_length"),
         ({"steps": -1}, "steps"),
+        ({"seed": -1}, "seed"),
         ({"batch_size": 6, "accumulation": 4}, "accumulation"),
         ({"learning_rate": 0.0}, "learning_rate"),
         ({"learning_rate": float("nan")}, "learning_rate"),

@@ -216,9 +216,11 @@ def test_a_seed_among_several_gives_the_numbers_that_it_gives_alone(config, tmp_
     assert [r.nll for r in several.records if r.seed == 4] == [r.nll for r in other.records]
 
 
-def test_seeds_are_given_once(config):
+def test_seeds_that_make_no_comparison(config):
     with pytest.raises(ValueError, match=r"^seeds=1,2,1: give each seed once"):
         replace(config, seeds=(1, 2, 1))
+    with pytest.raises(ValueError, match=r"^seed=-1: give at least 0"):
+        replace(config, seeds=(0, -1))
 
 
 @pytest.mark.parametrize("error", [FloatingPointError("step 3: loss=nan; stopped"), RuntimeError("no kernel\nfor it")])

@@ -135,6 +135,17 @@ def test_the_starting_values_are_the_run_s(trained, data):
     assert config.train == TrainConfig(train_length=LENGTH, seed=5)
 
 
+def test_what_a_run_held_out_stays_held_out_under_another_seed(trained, tmp_path):
+    start = starting_config(trained("alibi"))
+    assert run(dataclasses.replace(start, train=dataclasses.replace(TRAIN, seed=6)), tmp_path / "run").seed == 6
+    before, after = (starting_config(folder).data for folder in (trained("alibi"), str(tmp_path / "run")))
+    assert before.split_seed == after.split_seed == 5
+    elsewhere = dataclasses.replace(start, train=TRAIN, data=dataclasses.replace(start.data, split_seed=6))
+    with pytest.raises(ValueError, match=r"^split_seed=6: start_from=.* was trained on the same text with 5 and saw"):
+        run(elsewhere, tmp_path / "elsewhere")
+    assert not (tmp_path / "elsewhere").exists()
+
+
 @pytest.mark.parametrize(
     ("before", "after", "length"),
     [

@@ -57,6 +57,8 @@ class TrainConfig:
         for name in ("train_length", "steps", "batch_size", "accumulation", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: give a positive integer")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed}: give at least 0")
         if self.batch_size % self.accumulation:
             raise ValueError(
                 f"accumulation={self.accumulation} does not divide batch_size={self.batch_size}: change one"
