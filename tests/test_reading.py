@@ -3,11 +3,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longreach.reading import leaves, read_file, read_values, read_words
+from longreach.reading import check_fields, leaves, read_file, read_values, read_words
 
 
 @dataclass(frozen=True)
@@ -201,6 +202,43 @@ def test_words_change_what_they_start_from():
 def test_mistakes_in_words_name_the_option(words, message):
     with pytest.raises(ValueError) as raised:  # noqa: PT011 (the message is compared)
         read_words(Whole, words, spell)
+    assert str(raised.value) == message
+
+
+@dataclass(frozen=True)
+class Measured:
+    count: int
+    share: float = 0.0
+    section: Section = Section()
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+def test_what_is_measured_is_checked_as_what_is_read():
+    measured = Measured(3, 1)
+    assert (type(measured.share), measured) == (float, Measured(3, 1.0))
+    section = Section(2)
+    assert Measured(3, section=section).section is section
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"count": True}, "count=True: give an integer"),
+        ({"count": 3.0}, "count=3.0: give an integer"),
+        ({"count": np.int64(3)}, "count=np.int64(3): give text or a number"),
+        ({"count": 2**63}, "count does not fit 64 bits: give a smaller number"),
+        ({"share": float("nan")}, "share=nan: give a finite number"),
+        ({"section": {}}, "section={}: give an instance of Section"),
+        ({"extra": {"a": [object]}}, "extra.a[0]=<class 'object'>: give text or a number"),
+        ({"extra": {3: 4}}, "extra has the key 3: give text"),
+    ],
+)
+def test_mistakes_in_what_is_measured_name_the_field(changes, message):
+    with pytest.raises(ValueError) as raised:  # noqa: PT011 (the message is compared)
+        Measured(**{"count": 1, **changes})
     assert str(raised.value) == message
 
 

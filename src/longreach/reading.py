@@ -10,6 +10,7 @@ import json
 import math
 import tomllib
 from collections.abc import Callable, Mapping
+from datetime import date, time
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
@@ -44,6 +45,11 @@ def dotted(path: Place) -> str:
     return names.removeprefix(".") or "the whole"
 
 
+def below(name: str) -> Callable[[Place], str]:
+    """`dotted` for places in what stands below a field."""
+    return lambda path: dotted((name, *path))
+
+
 def read_file(kind: type[Kind], path: Path) -> Kind:
     """Read a dataclass from a .toml or a .json file; fields left out take their defaults.
 
@@ -64,7 +70,7 @@ def parse_file(path: Path) -> Any:
         FileNotFoundError: there is no such file.
         ValueError: it is neither, or holds a key twice.
     """
-    name = path.suffix.removeprefix(".").upper()
+    name = "TOML" if path.suffix == ".toml" else "JSON"
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -202,8 +208,27 @@ def read_values(kind: type[Kind], values: Any, spell: Callable[[Place], str] = d
         raise ValueError(_refusal(kind, error, spell)) from error
 
 
+def check_fields(entry: Any) -> None:
+    """Check what a dataclass was made of as what is read is checked; integers given for numbers become floats.
+
+    For `__post_init__` of those that are made of what was measured, which is known to no type checker.
+
+    Raises:
+        ValueError: a field is of the wrong type, or a number in it is not finite or does not fit 64 bits.
+    """
+    types = get_type_hints(type(entry))
+    for field in dataclasses.fields(entry):
+        value = getattr(entry, field.name)
+        _check_plain(value, (field.name,), dotted)
+        try:
+            read = _adapter(types[field.name]).validate_python(value, strict=True)
+        except ValidationError as error:
+            raise ValueError(_refusal(types[field.name], error, below(field.name))) from error
+        object.__setattr__(entry, field.name, read)
+
+
 def _encoded(value: Any) -> Any:
-    """What JSON has for a value that a dataclass may hold."""
+    """What JSON has for a value that TOML or a dataclass may hold."""
     return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else str(value)  # type: ignore[arg-type]
 
 
@@ -216,6 +241,8 @@ def _check_plain(value: Any, path: Place, spell: Callable[[Place], str]) -> None
     """Refuse numbers that are not finite or do not fit 64 bits, and text that UTF-8 has not, wherever they stand."""
     if isinstance(value, dict):
         for key, item in value.items():
+            if not isinstance(key, str):
+                raise ValueError(f"{spell(path)} has the key {key!r}: give text")
             _check_plain(item, (*path, key), spell)
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
@@ -226,6 +253,8 @@ def _check_plain(value: Any, path: Place, spell: Callable[[Place], str]) -> None
         raise ValueError(f"{spell(path)}={value}: give a finite number")
     elif isinstance(value, str) and not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
         raise ValueError(f"{spell(path)}={value!r}: give text that UTF-8 can hold")
+    elif not (isinstance(value, int | float | str | Path | date | time | NoneType) or dataclasses.is_dataclass(value)):
+        raise ValueError(f"{spell(path)}={value!r}: give text or a number")
 
 
 def _refusal(kind: type[Any], error: ValidationError, spell: Callable[[Place], str]) -> str:

@@ -53,11 +53,11 @@ def test_models_are_told_apart_by_all_three_fields():
     ("fields", "message"),
     [
         (("", 128, 0), "method must not be empty"),
-        ((7, 128, 0), "method must be a string"),
+        ((7, 128, 0), "method=7: give text"),
         (("alibi", 0, 0), "train_length must be positive"),
-        (("alibi", 128.0, 0), "train_length must be an integer"),
-        (("alibi", 128, "0"), "seed must be an integer or null"),
-        (("alibi", 128, True), "seed must be an integer or null"),
+        (("alibi", 128.0, 0), r"train_length=128\.0: give an integer"),
+        (("alibi", 128, "0"), "seed='0': give an integer"),
+        (("alibi", 128, True), "seed=True: give an integer"),
     ],
 )
 def test_a_model_refuses(fields, message):
@@ -133,14 +133,14 @@ def test_perplexity_refuses(changes):
 
 def test_integers_stand_for_numbers_but_not_the_other_way():
     assert type(record(nll=431).nll) is float
-    with pytest.raises(ValueError, match="valid_length must be an integer"):
+    with pytest.raises(ValueError, match=r"valid_length=128\.0: give an integer"):
         record(valid_length=128.0)
 
 
 @pytest.mark.parametrize("entry", [CONTEXT, DECOMPOSITION, OFFSET, RETRIEVAL, SUMMARY, skipped(), TRAINING])
 def test_every_field_is_checked(entry):
     for field in dataclasses.fields(entry):
-        with pytest.raises(ValueError, match=rf"^{field.name} must be"):
+        with pytest.raises(ValueError, match=rf"^{field.name}=\[1\]: give "):
             replace(entry, **{field.name: [1]})
 
 
@@ -206,7 +206,7 @@ def test_time_that_is_not_utc(created):
 
 def test_sources_are_names_with_hashes():
     assert replace(PROVENANCE, sources={"a/run": "ab12"}).sources == {"a/run": "ab12"}
-    with pytest.raises(ValueError, match=r"^sources.a/run must be a string, got 3"):
+    with pytest.raises(ValueError, match=r"^sources\.a/run=3: give text$"):
         replace(PROVENANCE, sources={"a/run": 3})
-    with pytest.raises(ValueError, match=r"^sources has the key 3, which is not a string"):
+    with pytest.raises(ValueError, match=r"^sources has the key 3: give text$"):
         replace(PROVENANCE, sources={3: "ab12"})

@@ -13,9 +13,10 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from longreach.files import write_atomically
+from longreach.reading import parse_file, read_file, read_values
 from longreach.results.checks import require_distinct
 from longreach.results.model import Model
 from longreach.results.records import (
@@ -167,25 +168,20 @@ class Results:
         Raises OSError when the file cannot be read, and ValueError, in one line that names the file, the field and
         the mend, when it is damaged, of another version, or holds missing, unknown, mistyped or contradictory values.
         """
+        path = Path(path)
         try:
-            document = _parse(Path(path).read_bytes())
+            document = parse_file(path)
             if not isinstance(document, dict) or type(document.get("version")) is not int:
                 raise ValueError("there is no version: this is not a longreach results file")
             if document["version"] != VERSION:
                 raise ValueError(
                     f"version {document['version']} is not {VERSION}: read it with the longreach that wrote it"
                 )
-            _check_keys(cls, document)
-            lists: dict[str, Any] = {}
-            for name, kind in _LISTS.items():
-                if not isinstance(document[name], list):
-                    raise ValueError(f"{name} must be a list: restore the file from a backup or run again")
-                lists[name] = tuple(
-                    _decode(kind, item, f"{name}[{index}]") for index, item in enumerate(document[name])
-                )
-            return cls(provenance=_decode(Provenance, document["provenance"], "provenance"), **lists)
+            if missing := [name for name in _LISTS if name not in document]:
+                raise ValueError(f"{missing[0]} is missing: restore the file from a backup or run again")
+            return read_values(cls, document)
         except ValueError as error:
-            raise ValueError(f"{os.fspath(path)}: {error}") from error
+            raise ValueError(f"{path}: {error}") from error
 
 
 _LISTS: dict[str, type[Any]] = {
@@ -201,52 +197,4 @@ def write_training(training: TrainingRecord, path: str | os.PathLike[str]) -> No
 
 def read_training(path: str | os.PathLike[str]) -> TrainingRecord:
     """Read what `write_training` wrote; ValueError when it is damaged or of another version, OSError when not there."""
-    return _decode(TrainingRecord, _parse(Path(path).read_bytes()), os.fspath(path))
-
-
-Decoded = TypeVar("Decoded")
-
-
-def _decode(cls: type[Decoded], value: Any, where: str) -> Decoded:
-    if not isinstance(value, dict):
-        raise ValueError(f"{where} must be an object: restore the file from a backup or run again")
-    try:
-        _check_keys(cls, value)
-        if "model" in value:
-            value = {**value, "model": _decode(Model, value["model"], "model")}
-        return cls(**value)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-
-
-def _check_keys(cls: type[Any], value: dict[str, Any]) -> None:
-    known = [field.name for field in dataclasses.fields(cls)]
-    for name in known:
-        if name not in value:
-            raise ValueError(f"{name} is missing: restore the file from a backup or run again")
-    for name in value:
-        if name not in known:
-            raise ValueError(f"{name!r} is not a known key: remove it, or choose from {', '.join(known)}")
-
-
-def _parse(data: bytes) -> Any:
-    try:
-        return json.loads(data.decode(), parse_constant=_refuse_constant, object_pairs_hook=_object_of_distinct_keys)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"damaged JSON ({error}): restore the file from a backup or run again") from error
-    except UnicodeDecodeError as error:
-        raise ValueError("not UTF-8 text: restore the file from a backup or run again") from error
-    except RecursionError as error:
-        raise ValueError("nested too deeply for a results file: restore the file or run again") from error
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is not JSON: no number may be infinite or none; restore the file or run again")
-
-
-def _object_of_distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = dict(pairs)
-    if len(keys) != len(pairs):
-        twice = next(key for index, (key, _) in enumerate(pairs) if key in dict(pairs[:index]))
-        raise ValueError(f"the key {twice!r} appears twice in one object: keep one of the two")
-    return keys
+    return read_file(TrainingRecord, Path(path))

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from longreach.results.checks import check_fields, require_positive
+from longreach.reading import check_fields
+from longreach.results.checks import require_positive
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from dataclasses import MISSING, dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
-from longreach.results.checks import check_fields, checked, plain, require_not_negative, require_positive
+from longreach.reading import below, check_fields, read_values
+from longreach.results.checks import require_not_negative, require_positive
 from longreach.results.model import Model
 
 PROTOCOLS = ("nonoverlapping", "sliding-window", "cached", "cached-unbounded", "cached-shifted")
@@ -439,9 +440,8 @@ class Provenance:
     def __post_init__(self) -> None:
         check_fields(self)
         require_positive(self, "num_threads", "vocab_size")
-        object.__setattr__(self, "config", plain(self.config, "config"))
-        for name, value in plain(self.sources, "sources").items():
-            checked(value, str, f"sources.{name}")
+        config: dict[str, Any] = read_values(dict, self.config, below("config"))
+        object.__setattr__(self, "config", config)
         try:
             offset = datetime.fromisoformat(self.created).utcoffset()
         except ValueError:
