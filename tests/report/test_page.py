@@ -187,7 +187,7 @@ def test_user_given_names_are_escaped(
         [],
         [("alibi", 256, 75.0)],
         [("alibi", 128, math.inf), ("alibi", 256, 80.0)],
-        [("caf\udce9 " + "very-long-name-" * 20, 128, 75.0), ("alibi", 128, 75.0, 64)],
+        [("caf\u00e9 " + "very-long-name-" * 20, 128, 75.0), ("alibi", 128, 75.0, 64)],
     ],
 )
 def test_odd_results_give_a_page(empty, record, cells, tmp_path):

@@ -192,6 +192,15 @@ def test_a_damaged_training_record_is_named(tmp_path):
         run(tmp_path)
 
 
+def test_damaged_metrics_are_named(tmp_path):
+    with pytest.raises(Interrupted):
+        run(tmp_path, stop_after=6)
+    lines = (tmp_path / "metrics.jsonl").read_text().replace('"loss": ', '"loss": "low", "lost": ', 1)
+    (tmp_path / "metrics.jsonl").write_text(lines)
+    with pytest.raises(ValueError, match=r"metrics\.jsonl is damaged \(unknown key 'lost': did you mean loss\?"):
+        run(tmp_path)
+
+
 def test_bf16_keeps_weights_in_fp32(tmp_path):
     run(tmp_path, config=dataclasses.replace(CONFIG, precision="bf16"))
     assert all(p.dtype == torch.float32 for p in load_model(tmp_path).parameters())

@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
-from longreach.results.checks import check_fields, plain, require_positive
+from longreach.reading import below, check_fields, read_values
+from longreach.results.checks import require_positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,8 @@ class Start:
     def __post_init__(self) -> None:
         check_fields(self)
         require_positive(self, "num_threads", "pid")
-        object.__setattr__(self, "options", plain(self.options, "options"))
+        options: dict[str, Any] = read_values(dict, self.options, below("options"))
+        object.__setattr__(self, "options", options)
         try:
             offset = datetime.fromisoformat(self.time).utcoffset()
         except ValueError:

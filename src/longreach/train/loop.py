@@ -16,6 +16,7 @@ from longreach.files import write_atomically
 from longreach.measure.cost import Cost
 from longreach.models.decoder import Decoder
 from longreach.models.files import save_model
+from longreach.reading import parse_json, read_values
 from longreach.results import Model, TrainingRecord, read_training, write_training
 from longreach.train.checkpoint import load_checkpoint, save_checkpoint
 from longreach.train.config import TrainConfig
@@ -261,4 +262,7 @@ def _keep_metrics(path: Path, steps: int) -> None:
 
 def _final_loss(metrics: Path) -> float:
     lines = metrics.read_text(encoding="utf-8").splitlines()[-FINAL_STEPS:]
-    return sum(json.loads(line)["loss"] for line in lines) / len(lines)
+    try:
+        return sum(read_values(Step, parse_json(line)).loss for line in lines) / len(lines)
+    except ValueError as error:
+        raise ValueError(f"{metrics} is damaged ({error}): delete its folder to train this run again") from error

@@ -127,7 +127,7 @@ def test_main_figure_draws_every_record_on_log_axes_and_marks_the_training_lengt
         [("alibi", 128, 75.0), ("alibi", 256, math.inf), ("rotary", 256, 1e300)],
         [("alibi", n, 1.0) for n in (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 10**6)],
         [(f"rotary:scaling=ntk,base={i},note=$x_{{<b>" + "y" * 90, n, 20.0 + i) for i in range(20) for n in (128, 256)],
-        [("caf\udce9", 128, 75.0), ("_hidden", 128, 75.0), ("x\ny", 128, 75.0)],
+        [("caf\u00e9", 128, 75.0), ("_hidden", 128, 75.0), ("x\ny", 128, 75.0)],
     ],
 )
 def test_odd_results_are_drawn(empty, record, cells):
