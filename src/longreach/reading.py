@@ -269,7 +269,10 @@ def _refusal(kind: type[Any], error: ValidationError, spell: Callable[[Place], s
         named = cause.partition("=")[0] in _fields_at(kind, path)
         return f"{dotted(path)}{'.' if named else ': '}{cause}"
     if mistake == "unexpected_keyword_argument":
-        return unknown("key", dotted(path), str(path[-1]), _fields_at(kind, path[:-1]))
+        known = _fields_at(kind, path[:-1])
+        near = difflib.get_close_matches(str(path[-1]), known, n=1)
+        mend = f"did you mean {near[0]}? Known" if near else "known"
+        return f"unknown key {dotted(path)!r}: {mend} are {', '.join(known)}"
     if mistake == "missing" and isinstance(path[-1], str):
         return f"{spell(path)} is missing: give it"
     if mistake == "missing":
@@ -286,10 +289,3 @@ def _fields_at(kind: Any, path: Place) -> list[str]:
             kind = get_type_hints(kind)[part]
         kind = next((inner for inner in get_args(kind) if dataclasses.is_dataclass(inner)), kind)
     return [field.name for field in dataclasses.fields(kind)]
-
-
-def unknown(what: str, whole: str, name: str, known: list[str]) -> str:
-    """The refusal of a name that is none of those known, with the nearest where there is one near."""
-    near = difflib.get_close_matches(name, known, n=1)
-    mend = f"did you mean {near[0]}? Known are" if near else "known are"
-    return f"unknown {what} {whole!r}: {mend} {', '.join(known) or 'none'}"

@@ -89,6 +89,8 @@ def test_contradictions_are_refused_in_one_line(changes, message):
 def test_asking_a_method_for_its_refusals_takes_no_memory_and_no_random_numbers():
     before = torch.get_rng_state()
     ModelConfig(vocab_size=10, train_length=2**40, method="learned")  # a table of a petabyte
+    with pytest.raises(ValueError, match=r"^method='learned' with .*train_length=4611686018427387904.*: its table is"):
+        ModelConfig(vocab_size=10, train_length=2**62, method="learned")
     assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -196,7 +196,8 @@ def test_a_full_disk_is_an_error_of_the_system(tmp_path, monkeypatch):
 def test_folders_of_pretrained_models_are_told_from_others(tmp_path):
     rotary().save_pretrained(tmp_path / "pretrained")
     save_model(Decoder(ModelConfig(vocab_size=20, train_length=8, d_model=16, num_heads=2)), tmp_path / "ours")
-    (tmp_path / "damaged").mkdir()
-    (tmp_path / "damaged" / "config.json").write_text("{")
-    told = {name: holds_pretrained(tmp_path / name) for name in ("pretrained", "ours", "damaged", "nowhere")}
-    assert told == {"pretrained": True, "ours": False, "damaged": False, "nowhere": False}
+    for name, text in (("damaged", "{"), ("deep", "[" * 5000)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(text)
+    told = [name for name in ("pretrained", "ours", "damaged", "deep", "nowhere") if holds_pretrained(tmp_path / name)]
+    assert told == ["pretrained"]

@@ -129,8 +129,14 @@ class ModelConfig(Architecture):
             raise ValueError(
                 f"adaptive_cutoffs={self.adaptive_cutoffs}: all must be below vocab_size={self.vocab_size}"
             )
-        with torch.device("meta"):  # what the method itself refuses, without memory for its tables
-            build_method(self.method, self.size)
+        try:
+            with torch.device("meta"):  # what the method itself refuses, without memory for its tables
+                build_method(self.method, self.size)
+        except RuntimeError as error:  # of a table whose size overflows
+            raise ValueError(
+                f"method={self.method!r} with d_model={self.d_model}, train_length={self.train_length}, "
+                f"longest_length={self.longest_length}: its table is too large for any machine; give smaller numbers"
+            ) from error
 
     @property
     def size(self) -> ModelSize:

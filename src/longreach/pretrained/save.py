@@ -1,6 +1,5 @@
 """Extended and converted models as files, and models made from files what their configuration says they are."""
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -18,6 +17,7 @@ from longreach.pretrained.interpolation import read_alibi_scaling, write_alibi_s
 from longreach.pretrained.lengths import SCALING
 from longreach.pretrained.mark import MARK
 from longreach.pretrained.state import Extension
+from longreach.reading import parse_file
 
 
 def save_pretrained(model: nn.Module, folder: str | os.PathLike[str], **options: Any) -> None:
@@ -98,7 +98,7 @@ def adapt(model: nn.Module) -> Callable[[int], AbstractContextManager[None]] | N
 def holds_pretrained(folder: Path) -> bool:
     """Whether a folder holds a model of transformers, and not one of our own or none at all."""
     try:
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        values = parse_file(folder / "config.json")
     except (OSError, ValueError):
         return False
     return isinstance(values, dict) and values.get("model_type") != MODEL_TYPE
