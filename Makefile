@@ -1,11 +1,12 @@
 # make demo: install what is pinned and run the main job. make test: what is run before every commit.
 # make test-all: make test, and what it leaves out (tests/which_tests.py).
 # make test-oldest: what depends on the version of transformers, with the oldest version supported.
+# make docs: the documentation site, in build/site.
 PYTHON ?= python3
 BIN := .venv/bin
 OLDEST := $(CURDIR)/.venv/oldest-transformers
 
-.PHONY: demo test test-all test-oldest format clean
+.PHONY: demo test types pytest test-all test-oldest docs format clean
 
 demo: .venv/run
 	$(BIN)/longreach compare --output runs/demo
@@ -13,9 +14,14 @@ demo: .venv/run
 test: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/pytest -n 2
+	$(MAKE) --jobs 2 types pytest
 	$(MAKE) test-oldest
+
+types: .venv/dev
+	$(BIN)/mypy
+
+pytest: .venv/dev
+	$(BIN)/pytest -n 2
 
 # Nothing is left out where what it depends on changed: pytest then says 5, for no tests.
 test-all: test
@@ -24,6 +30,9 @@ test-all: test
 test-oldest: .venv/oldest
 	PYTHONPATH="$(OLDEST)" $(BIN)/python -c "import transformers as t; print('transformers', t.__version__)"
 	PYTHONPATH="$(OLDEST)" $(BIN)/pytest -n 2 -m transformers
+
+docs: .venv/dev
+	$(BIN)/python docs/site.py build
 
 format: .venv/dev
 	$(BIN)/ruff check --fix .
@@ -34,8 +43,8 @@ format: .venv/dev
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt -e .
 	touch $@
 
-.venv/dev: .venv/run requirements-dev.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt -e '.[hf,eval,dev]'
+.venv/dev: .venv/run requirements-dev.txt requirements-docs.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt -e '.[hf,eval,dev,docs]'
 	touch $@
 
 .venv/oldest: .venv/dev requirements-oldest.txt
@@ -45,4 +54,4 @@ format: .venv/dev
 	touch $@
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv build runs

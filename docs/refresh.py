@@ -1,4 +1,4 @@
-"""Fill the tables and figures of README.md and docs/attention.md from what was measured.
+"""Fill the tables and figures of README.md, docs/attention.md and docs/context.md from what was measured.
 
 make demo && python benchmarks/attention.py --machine cpu-2core && python docs/refresh.py runs/demo cpu-2core h200
 """
@@ -35,6 +35,8 @@ def main(demo: str, *machines: str) -> None:
     assert split is not None, "a comparison without positions cannot fill the README"
     fill(ROOT / "README.md", "demo decomposition", f"> {split.sentence} {split.details}")
     shutil.copy(Path(demo) / "figures" / "perplexity.svg", ROOT / "docs" / "demo.svg")
+    notebook = [sys.executable, ROOT / "docs" / "notebook.py"]
+    subprocess.run(notebook, check=True, cwd=Path(demo).resolve().parents[1])  # it reads runs/demo
     for machine in machines:
         plot = [sys.executable, ROOT / "benchmarks" / "plot.py", machine]
         table = subprocess.run(plot, check=True, capture_output=True, text=True).stdout.strip()
