@@ -114,7 +114,7 @@ def losses_by_context(folder: Path, contexts: list[int]) -> torch.Tensor:
 
 
 contexts = sorted({max(1, train_length >> 3), train_length, *lengths})
-print(f"{'context':>40}" + "".join(f"{context:>9}" for context in contexts))
+print(f"{'context':>42}" + "".join(f"{context:>9}" for context in contexts))
 folders = sorted(path.parent for path in FOLDER.glob("*/model.safetensors"))
 for method in methods:
     folder = next(folder for folder in folders if load_model(folder).config.method == method)
@@ -125,9 +125,11 @@ for method in methods:
         continue
     difference = losses - losses[contexts.index(train_length)]
     error = difference.std(dim=1) / math.sqrt(TARGETS)
-    print(f"{method:>12} loss, nats per token       " + "".join(f"{loss:9.3f}" for loss in losses.mean(dim=1)))
-    print(f"{'':>12} less that at training length" + "".join(f"{mean:+9.3f}" for mean in difference.mean(dim=1)))
-    print(f"{'':>12} its standard error          " + "".join(f"{value:9.3f}" for value in error))
+    print(f"{method:>12} {'loss, nats per token':<29}" + "".join(f"{loss:9.3f}" for loss in losses.mean(dim=1)))
+    print(
+        f"{'':>12} {'minus that at training length':<29}" + "".join(f"{mean:+9.3f}" for mean in difference.mean(dim=1))
+    )
+    print(f"{'':>12} {'its standard error':<29}" + "".join(f"{value:9.3f}" for value in error))
 
 # %% [markdown]
 # ## And yours
