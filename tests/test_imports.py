@@ -1,4 +1,5 @@
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -6,6 +7,8 @@ from pathlib import Path
 import pytest
 
 import longreach
+import longreach.conformance
+import longreach.results
 
 ROOT = Path(longreach.__file__).parent
 MODULES = {
@@ -151,6 +154,14 @@ def test_type_checkers_see_what_is_public():
     assert ast.unparse(block.test) == "TYPE_CHECKING"
     assert seen == longreach._PUBLIC
     assert set(longreach.__all__) == {*seen, "__version__"}
+
+
+def test_every_public_name_is_in_the_reference():
+    page = Path(__file__).parents[1] / "docs" / "api.md"
+    told = re.findall(r"^::: (\S+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    modules = (longreach, longreach.conformance, longreach.results)
+    public = [f"{module.__name__}.{name}" for module in modules for name in module.__all__]
+    assert sorted([*told, "longreach.__version__"]) == sorted(public)
 
 
 def test_public_names_resolve_and_others_are_refused():
