@@ -29,9 +29,8 @@ lengths = results.valid_lengths(train_length)
 methods = results.methods(train_length)
 print(f"trained at {train_length} tokens, tested at {', '.join(map(str, lengths))}: {', '.join(methods)}")
 for training in results.training:
-    print(
-        f"{training.method:>12}: {training.parameters:,} parameters, {training.tokens:,} tokens in {training.steps} steps"
-    )
+    size, tokens = training.parameters, training.tokens
+    print(f"{training.method:>12}: {size:,} parameters, {tokens:,} tokens in {training.steps} steps")
 
 # %% [markdown]
 # ## 1. Perplexity against length: needed, and not enough

@@ -6,6 +6,7 @@ FOLDER gets `pages`, a copy of what is shown, laid out as in the repository so t
 be opened at index.html or served by anything.
 """
 
+import logging
 import re
 import shutil
 import sys
@@ -37,4 +38,5 @@ def build(folder: Path) -> Path:
 
 
 if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     print(build(Path(sys.argv[1])) / "index.html")
