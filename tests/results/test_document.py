@@ -188,7 +188,7 @@ def test_cells_are_pieces_of_work_of_which_one_may_give_several_entries():
     }
 
 
-def test_add_find_and_lists_in_order():
+def test_add_and_lists_in_order():
     results = Results(provenance=PROVENANCE)
     entries = [record("rotary", 256), record("alibi", 512), record("alibi", 128), skipped(), TRAINING]
     full = results.add(*entries[:2]).add(*entries[2:])
@@ -197,11 +197,6 @@ def test_add_find_and_lists_in_order():
     assert full.methods(64) == ()
     assert full.train_lengths() == (128,)
     assert full.valid_lengths(128) == (128, 256, 512)
-    assert full.valid_lengths(128, protocol="sliding") == ()
-    assert full.find("alibi", 128, 512) is entries[1]
-    assert full.find("learned", 128, 256) is entries[3]
-    assert full.find("alibi", 128, 512, stride=1) is None
-    assert full.find("alibi", 128, 512, protocol="sliding") is None
 
 
 @pytest.mark.parametrize("again", [*ENTRIES, record(nll=1.0), TRAINING, skipped("alibi", 128)])
@@ -215,10 +210,6 @@ def test_one_method_at_several_seeds():
     results = RESULTS.add(*again, dataclasses.replace(TRAINING, model=Model("alibi", 128, seed=2)))
     assert results.models()[:2] == (ALIBI, Model("alibi", 128, seed=2))
     assert results.methods() == ("alibi", "learned")
-    assert results.seeds() == (0, 2)
-    assert results.find("alibi", 128, 128) is RESULTS.records[0]
-    assert results.find_seeds("alibi", 128, 128) == (RESULTS.records[0], *again)
-    assert results.find_seeds("alibi", 128, 512) == ()
 
 
 def test_failures_are_told_apart_from_what_cannot_be_done():
@@ -231,7 +222,7 @@ def test_failures_are_told_apart_from_what_cannot_be_done():
 
 def test_other_skipped_tasks_are_no_perplexities():
     other = dataclasses.replace(skipped("alibi", 8192), task="lines")
-    assert RESULTS.add(other).find("alibi", 128, 8192) is None
+    assert RESULTS.add(other).valid_lengths(128) == RESULTS.valid_lengths(128)
 
 
 def test_the_record_of_a_training_in_a_file_of_its_own(tmp_path):

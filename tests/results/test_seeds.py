@@ -8,7 +8,6 @@ from longreach.results.seeds import (
     OverSeeds,
     loss_difference,
     over_seeds,
-    perplexity_over_seeds,
     t_quantile,
 )
 
@@ -64,12 +63,12 @@ def losses(method, values, **changes):
 
 
 def test_perplexities_are_averaged_as_losses():
-    found = perplexity_over_seeds(losses("alibi", {0: math.log(10), 1: math.log(1000)}))
+    found = over_seeds([math.log(10), math.log(1000)]).exponentiated()
     assert found.mean == pytest.approx(100)
     half = POINTS[1] * math.log(10)  # the standard deviation is ln(100) / sqrt(2)
     assert math.log(found.high) == pytest.approx(math.log(100) + half, abs=1e-6)
     assert math.log(found.low) == pytest.approx(math.log(100) - half, abs=1e-6)
-    assert perplexity_over_seeds(losses("alibi", {0: 700.0, 1: 800.0})).mean == math.inf
+    assert over_seeds([700.0, 800.0]).exponentiated().mean == math.inf
 
 
 def test_differences_are_paired_by_seed():
@@ -94,14 +93,14 @@ def test_models_trained_elsewhere_are_one_each():
     assert loss_difference(losses("bloom", {None: 2.0}), losses("mpt", {None: 1.5})) == OverSeeds(0.5, None, None, 1)
 
 
-def test_what_is_not_of_the_same_seeds_and_tokens_is_refused():
+def test_other_texts_have_no_difference():
+    alibi = losses("alibi", {0: 1.0, 1: 1.0})
+    assert loss_difference(alibi, [record("rotary", tokens=99)]) is None
+    assert loss_difference(alibi, losses("rotary", {0: 1.0}, bytes=399)) is None  # of another tokenizer
+    assert loss_difference(alibi, losses("rotary", {0: 1.0})).mean == 0
+
+
+def test_a_seed_given_twice_is_refused():
     alibi = losses("alibi", {0: 1.0})
     with pytest.raises(ValueError, match=r"^entries has seed 0 twice: give each seed once"):
-        perplexity_over_seeds(alibi * 2)
-    other = [record("rotary", tokens=99)]
-    with pytest.raises(ValueError, match=r"^entries scored 99 and 100 tokens: give those of the same text"):
-        loss_difference(alibi, other)
-    with pytest.raises(ValueError, match=r"^entries scored 99 and 100 tokens"):
-        perplexity_over_seeds([*alibi, record(seed=1, tokens=99)])
-    with pytest.raises(ValueError, match=r"^entries scored 399 and 400 bytes"):
-        loss_difference(alibi, losses("rotary", {0: 1.0}, bytes=399))
+        loss_difference(alibi * 2, alibi)

@@ -163,7 +163,7 @@ def test_runs_of_two_seeds_are_evaluated_together_on_a_given_text(seeds, corpus)
     evaluated = EvaluationConfig(models=seeds, evaluate=EVALUATE, data=str(corpus))
     results = evaluate_models(evaluated, None, silent)
     assert results.models() == tuple(Model("none", 16, seed=seed) for seed in (0, 1))
-    assert len(results.find_seeds("none", 16, 32)) == 2
+    assert [(r.seed, r.valid_length) for r in results.records] == [(0, 16), (0, 32), (1, 16), (1, 32)]
     assert len({record.bytes for record in results.records}) == 1
     assert len({record.nll for record in results.records if record.valid_length == 32}) == 2
 
@@ -335,11 +335,7 @@ def test_scalings_stand_side_by_side(bloom, corpus, tmp_path):
     config = EvaluationConfig(models=(bloom,), evaluate=asked, data=str(corpus), train_length=16, scalings=scalings)
     results = evaluate_models(config, tmp_path / "out", silent)
     assert results.methods() == tuple(f"{bloom}:{scaling}" for scaling in scalings)
-    nll = {
-        (scaling, length): results.find(f"{bloom}:{scaling}", 16, length).nll
-        for scaling in scalings
-        for length in (16, 64)
-    }
+    nll = {(record.method.removeprefix(f"{bloom}:"), record.valid_length): record.nll for record in results.records}
     assert nll["none", 64] == pytest.approx(nll["stock", 64], rel=1e-5)  # BLOOM's own code is right in float32
     for scaling in ("linear", "ntk", "none+logn"):
         assert nll[scaling, 16] == pytest.approx(nll["none", 16], rel=1e-6)

@@ -9,7 +9,8 @@ from typing import TypeVar
 from longreach.report.grid import MISSING, Grid, format_multiple, format_range
 from longreach.report.means import mean_over_seeds, with_spread
 from longreach.results import Entry, Record, Results, Scored, Skipped
-from longreach.results.seeds import OverSeeds, over_seeds
+from longreach.results.records import exponentiated
+from longreach.results.seeds import OverSeeds, loss_difference
 
 LEVEL = 1.01
 """Perplexities nearer to each other than this are called unchanged."""
@@ -54,7 +55,8 @@ def longest_past(results: Results, train_length: int) -> int | None:
 
 def measured_seeds(results: Results, method: str, train_length: int, valid_length: int) -> list[Record]:
     """The perplexity in nonoverlapping windows at each seed."""
-    return [entry for entry in results.find_seeds(method, train_length, valid_length) if isinstance(entry, Record)]
+    wanted = (method, train_length, valid_length, "nonoverlapping")
+    return [e for e in results.records if (e.method, e.train_length, e.valid_length, e.protocol) == wanted]
 
 
 def measured(results: Results, method: str, train_length: int, valid_length: int) -> Record | None:
@@ -64,20 +66,14 @@ def measured(results: Results, method: str, train_length: int, valid_length: int
 
 def growth(results: Results, method: str, train_length: int, valid_length: int) -> OverSeeds | None:
     """Perplexity at `valid_length` over the model's own at `train_length`; None when it cannot be told."""
-    near, far = (
-        {entry.seed: entry for entry in measured_seeds(results, method, train_length, length)}
-        for length in (train_length, valid_length)
-    )
-    shared = [seed for seed in near if seed in far]
-    if not shared or any(math.isinf(near[seed].perplexity) for seed in shared):
-        return None
-    return over_seeds([far[seed].loss - near[seed].loss for seed in shared]).exponentiated()
+    near, far = (measured_seeds(results, method, train_length, length) for length in (train_length, valid_length))
+    difference = loss_difference(far, [entry for entry in near if not math.isinf(entry.perplexity)])
+    return None if difference is None else difference.exponentiated()
 
 
 def loss_ratio(over: Scored, under: Scored) -> float:
     """Perplexity over perplexity, from the losses: defined where a perplexity itself would overflow."""
-    difference = over.loss - under.loss
-    return math.exp(difference) if difference < 709 else math.inf
+    return exponentiated(over.loss - under.loss)
 
 
 def grid_by_length(

@@ -72,8 +72,6 @@ def with_spread(mean: float, values: list[float], text: Callable[[float], str]) 
 
 def ratio_to(ours: list[Record], theirs: list[Record]) -> OverSeeds | None:
     """Perplexity over perplexity, paired by seed; None where they share fewer than two or scored other tokens."""
-    if len({entry.tokens for entry in (*ours, *theirs)}) != 1:
-        return None
     difference = loss_difference(ours, theirs)
     return None if difference is None or difference.n == 1 else difference.exponentiated()
 

@@ -17,7 +17,7 @@ from longreach.results.records import (
     SummaryRecord,
     TrainingRecord,
 )
-from longreach.results.seeds import OverSeeds, loss_difference, over_seeds, perplexity_over_seeds
+from longreach.results.seeds import OverSeeds, loss_difference, over_seeds
 from longreach.results.start import Start
 
 __all__ = [
@@ -40,7 +40,6 @@ __all__ = [
     "TrainingRecord",
     "loss_difference",
     "over_seeds",
-    "perplexity_over_seeds",
     "read_training",
     "write_training",
 ]

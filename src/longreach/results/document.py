@@ -96,39 +96,6 @@ class Results:
         """A copy without what broke off with an error, to try it again."""
         return dataclasses.replace(self, skipped=tuple(entry for entry in self.skipped if not entry.failed))
 
-    def find(
-        self,
-        method: str,
-        train_length: int,
-        valid_length: int,
-        *,
-        stride: int | None = None,
-        protocol: str = "nonoverlapping",
-    ) -> Record | Skipped | None:
-        """Perplexity of one cell at the first seed; None when it was never asked for.
-
-        `stride` is `valid_length` unless given.
-        """
-        found = self.find_seeds(method, train_length, valid_length, stride=stride, protocol=protocol)
-        return found[0] if found else None
-
-    def find_seeds(
-        self,
-        method: str,
-        train_length: int,
-        valid_length: int,
-        *,
-        stride: int | None = None,
-        protocol: str = "nonoverlapping",
-    ) -> tuple[Record | Skipped, ...]:
-        """As `find`, at each seed in order of appearance."""
-        wanted = (method, train_length, valid_length, valid_length if stride is None else stride, protocol)
-        return tuple(
-            entry
-            for entry in self._perplexities()
-            if (entry.method, entry.train_length, entry.valid_length, entry.stride, entry.protocol) == wanted
-        )
-
     def models(self) -> tuple[Model, ...]:
         """All models, in order of appearance."""
         return tuple(dict.fromkeys(entry.model for entry in (*self.training, *self.entries())))
@@ -142,17 +109,13 @@ class Results:
         """The training lengths, ascending."""
         return tuple(sorted({model.train_length for model in self.models()}))
 
-    def seeds(self) -> tuple[int, ...]:
-        """The seeds that models were trained with, ascending; none where all were trained elsewhere."""
-        return tuple(sorted({model.seed for model in self.models() if model.seed is not None}))
-
-    def valid_lengths(self, train_length: int, protocol: str = "nonoverlapping") -> tuple[int, ...]:
-        """The lengths at which perplexity of models trained at `train_length` was measured or skipped, ascending."""
-        wanted = (train_length, protocol)
-        return tuple(sorted({e.valid_length for e in self._perplexities() if (e.train_length, e.protocol) == wanted}))
-
-    def _perplexities(self) -> tuple[Record | Skipped, ...]:
-        return *self.records, *(entry for entry in self.skipped if entry.task == "perplexity")
+    def valid_lengths(self, train_length: int) -> tuple[int, ...]:
+        """The lengths at which perplexity in nonoverlapping windows of models trained at `train_length` was measured or
+        skipped, ascending.
+        """
+        wanted = ("perplexity", train_length, "nonoverlapping")
+        entries: tuple[Record | Skipped, ...] = (*self.records, *self.skipped)
+        return tuple(sorted({e.valid_length for e in entries if (e.task, e.train_length, e.protocol) == wanted}))
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write strict JSON, whole or not at all. Raises OSError where the system does (the old file then stays)."""

@@ -1,5 +1,6 @@
 """What is said over several seeds: derived from the entries of single seeds, and never stored.
 
+A perplexity over seeds is e to the mean of their losses, nll / tokens: perplexities are averaged in log space.
 A mean over n seeds comes with the 95% interval of Student's t for n values of unknown spread: mean -+ t s / sqrt(n),
 with s their standard deviation and t the quantile for n - 1 degrees of freedom. Two methods are compared by the
 differences at each seed that they share, where all that a seed brings to both (the order of batches, weights that both
@@ -32,7 +33,11 @@ class OverSeeds:
     """How many seeds."""
 
     def exponentiated(self) -> "OverSeeds":
-        """e to the power of each: a mean of losses becomes a perplexity, a difference of losses a ratio of them."""
+        """e to the power of each: a mean of losses becomes a perplexity, a difference of losses a ratio of them.
+
+        Averaged are losses, in nats per token, and never perplexities: of these one bad seed would outweigh all others,
+        and the ratio of two means would not be the mean of the ratios at each seed.
+        """
         low, high = (None if end is None else exponentiated(end) for end in (self.low, self.high))
         return OverSeeds(exponentiated(self.mean), low, high, self.n)
 
@@ -49,39 +54,24 @@ def over_seeds(values: Sequence[float]) -> OverSeeds:
     return OverSeeds(mean, mean - half, mean + half, n)
 
 
-def perplexity_over_seeds(entries: Iterable[Scored]) -> OverSeeds:
-    """Perplexity of one method over its seeds: exp of the mean of nll / tokens, and so the ends of the interval.
-
-    Averaged are losses, in nats per token, and not perplexities: of these one bad seed would outweigh all others, and
-    their mean, unlike this one, is not that of the ratios that methods are compared by.
-
-    Args:
-        entries: of one method and length on the same tokens, each of another seed.
-
-    Raises:
-        ValueError: there are none, two are of one seed, or they scored different numbers of tokens.
-    """
-    return over_seeds([entry.loss for entry in _by_seed(entries).values()]).exponentiated()
-
-
 def loss_difference(ours: Iterable[Scored], theirs: Iterable[Scored]) -> OverSeeds | None:
-    """The paired difference of two losses, ours - theirs, in nats per token; None where they share no seed.
+    """The paired difference of two losses, ours - theirs, in nats per token.
 
-    `exponentiated` it is a perplexity over the other. The two are of two methods at one length, or of one at two.
+    `exponentiated` it is a perplexity over the other. The two are of two methods at one length, or of one at two. None
+    where they share no seed, or did not score the same tokens at one that they share.
 
     Args:
         ours: each of another seed.
-        theirs: likewise, of the same tokens; seeds that the other has not are left out.
+        theirs: likewise; seeds that the other has not are left out.
 
     Raises:
-        ValueError: two of one side are of one seed, or the two scored different numbers of tokens.
+        ValueError: two of one side are of one seed.
     """
     own, other = _by_seed(ours), _by_seed(theirs)
-    shared = [seed for seed in own if seed in other]
-    if not shared:
+    pairs = [(own[seed], other[seed]) for seed in own if seed in other]
+    if not pairs or len({_text_of(entry) for pair in pairs for entry in pair}) > 1:
         return None
-    _check_tokens(*(side[seed] for side in (own, other) for seed in shared))
-    return over_seeds([own[seed].loss - other[seed].loss for seed in shared])
+    return over_seeds([one.loss - two.loss for one, two in pairs])
 
 
 def t_quantile(confidence: float, freedom: int) -> float:
@@ -116,13 +106,9 @@ def _by_seed(entries: Iterable[Scored]) -> dict[int | None, Scored]:
         if entry.seed in found:
             raise ValueError(f"entries has seed {entry.seed} twice: give each seed once")
         found[entry.seed] = entry
-    _check_tokens(*found.values())
     return found
 
 
-def _check_tokens(*entries: Scored) -> None:
-    for name in ("tokens", "bytes"):
-        amounts = {getattr(entry, name) for entry in entries if hasattr(entry, name)}
-        if len(amounts) > 1:
-            numbers = " and ".join(map(str, sorted(amounts)))
-            raise ValueError(f"entries scored {numbers} {name}: give those of the same text and tokenizer")
+def _text_of(entry: Scored) -> tuple[int, int | None]:
+    """What tells texts apart: the same number of tokens is more or fewer bytes to another tokenizer."""
+    return entry.tokens, getattr(entry, "bytes", None)
