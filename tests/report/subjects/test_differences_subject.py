@@ -25,7 +25,7 @@ def test_differences_are_paired_by_seed(three_seeds):
     ratio = ratios["t5"][256]
     expected = (math.exp(mean), math.exp(mean - half), math.exp(mean + half))
     assert (ratio.mean, ratio.low, ratio.high) == pytest.approx(expected, rel=1e-6)
-    text = "{:.2f} [{:.2f}, {:.2f}]".format(*expected)
+    text = "{:.3f} [{:.3f}, {:.3f}]".format(*expected)
     assert difference_grid(three_seeds, 128).rows[1] == ("t5", text, text)
 
 

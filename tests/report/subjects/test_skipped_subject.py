@@ -2,7 +2,7 @@ from dataclasses import replace
 
 from sample_records import at_seed
 
-from longreach.report.subjects.skipped import skipped_grid
+from longreach.report.subjects.skipped import sections, skipped_grid
 
 
 def test_skipped_cells_of_one_reason_stand_together(demo):
@@ -35,3 +35,13 @@ def test_seeds_are_named_where_the_method_has_others(empty, record, skipped):
         ("loss is nan", "alibi (seeds 1 and 2)", "128", "nonoverlapping at 256"),
         ("its table ends", "learned", "128", "nonoverlapping at 256"),
     )
+
+
+def test_models_that_work_broke_off_at_are_named_with_the_reason(empty, record, skipped):
+    broken = replace(at_seed(skipped("rotary", 128, "loss is nan: lower the rate."), 1), failed=True)
+    results = empty.add(record("rotary", 128, 9.0), broken, skipped("learned", 256, "its table ends"))
+    (section,) = sections(results)
+    (finding,) = section.findings
+    assert finding.sentence == "Work on rotary trained at 128, seed 1 broke off: loss is nan: lower the rate."
+    assert "tries it again" in finding.details
+    assert [row[1] for row in section.tables[0].rows] == ["rotary (seed 1)", "learned"]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 from longreach.report.entries import measured, measured_seeds, perplexity_lengths, perplexity_methods
-from longreach.report.grid import MISSING, Grid, format_interval, format_multiple, format_ratio, unless_empty
+from longreach.report.grid import MISSING, Grid, format_interval, format_multiple, format_perplexity, unless_empty
 from longreach.report.means import counted, ratio_to
 from longreach.report.section import Finding, Section, at_each, clauses
 from longreach.results import Results
@@ -99,4 +99,4 @@ def _ratio(ratio: OverSeeds | None) -> str:
 
 
 def _number(ratio: float) -> str:
-    return format_ratio(ratio).removesuffix("x")
+    return f"{ratio:.3f}" if ratio < 2 else format_perplexity(ratio)

@@ -6,7 +6,7 @@ from collections.abc import Hashable, Iterable, Iterator
 from typing import TypeVar
 
 from longreach.report.grid import Grid
-from longreach.report.section import Section
+from longreach.report.section import Finding, Section
 from longreach.results import Model, Results
 
 Key = TypeVar("Key", bound=Hashable)
@@ -16,7 +16,11 @@ Value = TypeVar("Value")
 def sections(results: Results) -> Iterator[Section]:
     """What was left out."""
     if results.skipped:
-        yield Section("What was left out", tables=(skipped_grid(results),))
+        failed = tuple(
+            Finding(f"Work on {model} broke off: {reason}", "The command that asked for it tries it again.")
+            for model, reason in results.failures().items()
+        )
+        yield Section("What was left out", failed, tables=(skipped_grid(results),))
 
 
 def skipped_grid(results: Results) -> Grid:
