@@ -160,4 +160,8 @@ def test_a_verdict_holds_for_every_seed_and_each_has_its_dots(empty, decomposed)
     (axes,) = decomposition_figure(results).axes
     dots = [round(line.get_xdata()[0], 9) for line in axes.lines if line.get_marker() == "."]
     assert dots == [0.04, 0.04, 0.01, 0.02, 0.04, 0.04, 0.01, -0.02]
-    assert "one seed" in [text.get_text() for text in axes.get_legend().get_texts()]
+    assert "seeds" in [text.get_text() for text in axes.get_legend().get_texts()]
+    FigureCanvasAgg(axes.figure).draw()
+    box = axes.get_legend().get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= axes.figure.bbox.x1

@@ -260,11 +260,12 @@ def _explain_bars(axes: Axes, theme: Theme, have_intervals: bool, have_seeds: bo
         interval = Line2D([], [], linewidth=0.9, marker="|", markersize=5, color=theme.ink, label="95% interval")
         handles.insert(2, interval)
     if have_seeds:
-        handles.append(Line2D([], [], linestyle="", marker=".", markersize=3, color=theme.ink, label="one seed"))
+        handles.append(Line2D([], [], linestyle="", marker=".", markersize=3, color=theme.ink, label="seeds"))
     axes.legend(
         handles=handles,
         loc="lower left",
-        bbox_to_anchor=(0, 1),
+        # A fifth word would leave the figure to the right: it begins over the names then, where nothing stands.
+        bbox_to_anchor=(-0.08 if have_seeds else 0, 1),
         ncols=len(handles),
         frameon=False,
         labelcolor=theme.ink,
