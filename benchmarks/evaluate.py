@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from longreach.measure.cost import Cost
+from longreach.cost import Cost
 from longreach.measure.plan import EvaluateConfig
 from longreach.measure.score import Scores, score
 from longreach.models.config import ARCHITECTURES, ModelConfig

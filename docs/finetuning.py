@@ -25,7 +25,8 @@ from longreach.data.tokens import Batches
 from longreach.measure.plan import EvaluateConfig
 from longreach.pretrained.convert import convert
 from longreach.pretrained.extend import extend
-from longreach.pretrained.save import load_pretrained, save_pretrained
+from longreach.pretrained.load import load_pretrained
+from longreach.pretrained.save import save_pretrained
 from longreach.train.config import TrainConfig
 from longreach.train.loop import Trainee, train
 from longreach.verbs.evaluate import EvaluationConfig, evaluate_models
@@ -162,8 +163,8 @@ def main(text: str, output: str, family: str) -> None:
     }
     fill(f"retrofitting {family}", [row(label, model, texts[1]) for label, model in retrofitting.items()])
 
-    longer, method = 4 * LENGTH, "alibi:interpolation_factor=0.25"
-    scaled = save(extend(load_pretrained(native), scaling="linear-fixed", factor=4.0), models / "scaled", prepared)
+    longer, method = 4 * LENGTH, "alibi:scaling=linear-fixed=4"
+    scaled = save(extend(load_pretrained(native), scaling="linear-fixed=4"), models / "scaled", prepared)
     lengthening = {
         f"ALiBi, trained at {LENGTH}": native,
         f"{FINE_TUNING} steps more at {LENGTH}": fine_tune(native, models / "native-further", texts),

@@ -10,7 +10,7 @@ import transformers
 from refresh import fill
 
 import longreach
-from longreach.pretrained.extend import fixed_length
+from longreach.pretrained.attend import fixed_length
 
 TRAIN_LENGTH, PROMPT, LENGTH, VOCABULARY = 32, 32, 128, 50
 FAMILIES = {

@@ -218,7 +218,7 @@ def test_train_goes_on_from_a_run_at_a_longer_length(capsys, trained, tmp_path):
         "--train-length",
         "32",
         "--method",
-        "alibi:interpolation_factor=0.5",
+        "alibi:scaling=linear-fixed=2",
         "--steps",
         "2",
         "--warmup-steps",
@@ -226,9 +226,9 @@ def test_train_goes_on_from_a_run_at_a_longer_length(capsys, trained, tmp_path):
     ]
     main(["train", "--from", str(trained), "--output", str(tmp_path / "longer"), *words])
     said = capsys.readouterr().out
-    assert said.startswith("alibi:interpolation_factor=0.5: 2 steps, 512 tokens, ")
+    assert said.startswith("alibi:scaling=linear-fixed=2: 2 steps, 512 tokens, ")
     before, after = load_model(trained), load_model(tmp_path / "longer")
-    assert after.config == replace(before.config, method="alibi:interpolation_factor=0.5", train_length=32)
+    assert after.config == replace(before.config, method="alibi:scaling=linear-fixed=2", train_length=32)
     first, second = before.state_dict(), after.state_dict()
     assert all((first[name] - second[name]).abs().max() < 0.01 for name in first)  # two steps of learning rate 2e-3
     main(["train", "--from", str(trained), "--output", str(tmp_path / "longer"), *words])  # finished: nothing is done

@@ -3,34 +3,41 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # what resolving on first use hides from type checkers and from the documentation
-    from longreach.ops.alibi import alibi_bias, alibi_slopes
-    from longreach.ops.attention import attention
-    from longreach.ops.reach import reach
-    from longreach.pretrained.convert import convert, unconvert
-    from longreach.pretrained.export import export_mpt
-    from longreach.pretrained.extend import extend, restore
-    from longreach.pretrained.save import load_pretrained, save_pretrained
-
 __version__ = "0.1.0"
 
 # Public name -> module that defines it. Resolved on first use, so that `import longreach` stays cheap and
 # loads none of the optional or heavy libraries.
 _PUBLIC = {
+    "Scaling": "longreach.positions.scaling",
     "alibi_bias": "longreach.ops.alibi",
     "alibi_slopes": "longreach.ops.alibi",
     "attention": "longreach.ops.attention",
     "convert": "longreach.pretrained.convert",
     "export_mpt": "longreach.pretrained.export",
     "extend": "longreach.pretrained.extend",
-    "load_pretrained": "longreach.pretrained.save",
+    "fixed_length": "longreach.pretrained.attend",
+    "load_pretrained": "longreach.pretrained.load",
     "reach": "longreach.ops.reach",
-    "restore": "longreach.pretrained.extend",
+    "restore": "longreach.pretrained.restore",
     "save_pretrained": "longreach.pretrained.save",
     "unconvert": "longreach.pretrained.convert",
 }
 
+if TYPE_CHECKING:  # the same for type checkers, which know of no `__getattr__` below
+    from longreach.ops.alibi import alibi_bias, alibi_slopes
+    from longreach.ops.attention import attention
+    from longreach.ops.reach import reach
+    from longreach.positions.scaling import Scaling
+    from longreach.pretrained.attend import fixed_length
+    from longreach.pretrained.convert import convert, unconvert
+    from longreach.pretrained.export import export_mpt
+    from longreach.pretrained.extend import extend
+    from longreach.pretrained.load import load_pretrained
+    from longreach.pretrained.restore import restore
+    from longreach.pretrained.save import save_pretrained
+
 __all__ = [
+    "Scaling",
     "__version__",
     "alibi_bias",
     "alibi_slopes",
@@ -38,6 +45,7 @@ __all__ = [
     "convert",
     "export_mpt",
     "extend",
+    "fixed_length",
     "load_pretrained",
     "reach",
     "restore",
@@ -46,10 +54,12 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> object:
-    if name not in _PUBLIC:
-        raise AttributeError(f"module 'longreach' has no attribute {name!r}; public names: {', '.join(__all__)}")
-    return getattr(import_module(_PUBLIC[name]), name)
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        if name not in _PUBLIC:
+            raise AttributeError(f"module 'longreach' has no attribute {name!r}; public names: {', '.join(__all__)}")
+        return getattr(import_module(_PUBLIC[name]), name)
 
 
 def __dir__() -> list[str]:

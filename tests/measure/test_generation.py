@@ -15,7 +15,7 @@ def ending_at(subject, eos_id):
     return dataclasses.replace(subject, tokenizer=SimpleNamespace(eos_id=eos_id))
 
 
-@pytest.mark.parametrize("method", ["alibi", "alibi:dynamic=true", "rotary", "t5", "sinusoidal"])
+@pytest.mark.parametrize("method", ["alibi", "alibi:scaling=linear", "rotary", "t5", "sinusoidal"])
 def test_equals_the_generation_of_our_own_decoder(method):
     subject = ending_at(decoder_subject(method), -1)
     (expected,) = generate(subject.model, [PROMPT], max_new_tokens=20)

@@ -150,7 +150,7 @@ def test_long_windows_with_a_large_vocabulary_take_bounded_memory():
     # All logits at once would be 8192 * 50257 * 4 bytes, 1.6 GB.
     script = """
 import numpy as np, torch
-from longreach.measure.cost import Cost
+from longreach.cost import Cost
 from longreach.measure.score import score, score_stream
 from longreach.models.config import ModelConfig
 from longreach.models.decoder import Decoder

@@ -8,7 +8,7 @@ import pytest
 from tiny_subjects import decoder_subject, tokenizer
 
 from longreach.measure.generation import generate_greedily
-from longreach.measure.score import Unsupported
+from longreach.measure.subject import Unsupported
 from longreach.measure.summaries import MeetingCase, measure_summaries, prompt_tokens, read_meetings
 from longreach.results import Model
 

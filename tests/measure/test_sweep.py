@@ -9,13 +9,13 @@ from ngram_oracle import VOCAB, NgramOracle, random_text
 from tiny_subjects import decoder_subject, tokenizer, transformers_subject
 
 from longreach.measure.bootstrap import units
-from longreach.measure.perplexity import Text
 from longreach.measure.plan import EvaluateConfig
 from longreach.measure.prompts import Case
 from longreach.measure.score import score
 from longreach.measure.subject import Subject
 from longreach.measure.summaries import MeetingCase
 from longreach.measure.sweep import Material, evaluate, failures
+from longreach.measure.text_tasks import Text
 from longreach.results import Cell, Model, Skipped
 
 NUM_TARGETS = 160
@@ -351,7 +351,7 @@ def test_the_same_scores_serve_perplexity_and_positions(monkeypatch):
         calls.append((options["valid_length"], options["stride"]))
         return score(*arguments, **options)
 
-    monkeypatch.setattr("longreach.measure.perplexity.score", counting)
+    monkeypatch.setattr("longreach.measure.text_tasks.score", counting)
     config = EvaluateConfig(tasks=("perplexity", "positions"), valid_lengths=(8, 16, 32), strides=(1,), capped_stride=1)
     measured(subject_of(NgramOracle(2)), config)
     assert sorted(calls) == sorted({(8, 8), (16, 16), (32, 32), (8, 1), (16, 1), (32, 1)})

@@ -10,9 +10,12 @@ import safetensors.torch
 import torch
 from tiny_subjects import CPU, LENGTH, tokenizer, transformers_model
 
-from longreach.measure.score import Unsupported, score, score_stream
-from longreach.measure.transformers import HuggingFaceModel, load_subject
-from longreach.pretrained.extend import extend, fixed_length
+from longreach.measure.score import score, score_stream
+from longreach.measure.subject import Unsupported
+from longreach.measure.transformers import HuggingFaceModel
+from longreach.pretrained.attend import fixed_length
+from longreach.pretrained.extend import extend
+from longreach.verbs.open import load_subject
 
 TOKENS = torch.tensor([[7, 3, 250, 9, 9, 30, 41, 2, 77, 5], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]])
 

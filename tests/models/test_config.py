@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from longreach.models.config import ARCHITECTURES, Architecture, ModelConfig
 from longreach.models.decoder import Decoder
 from longreach.reading import read_values
+from longreach.train.config import PRESETS
 
 DROPOUTS = [field.name for field in dataclasses.fields(Architecture) if field.name.endswith("_dropout")]
 
@@ -16,7 +17,6 @@ DROPOUTS = [field.name for field in dataclasses.fields(Architecture) if field.na
 @st.composite
 def configs(draw):
     heads = draw(st.sampled_from([1, 2, 4, 6]))
-    cutoffs = draw(st.sampled_from([(), (3,), (3, 7)]))
     train_length = draw(st.integers(1, 4096))
     return ModelConfig(
         num_layers=draw(st.integers(1, 100)),
@@ -27,10 +27,9 @@ def configs(draw):
         norm=draw(st.sampled_from(["layernorm", "rmsnorm"])),
         activation=draw(st.sampled_from(["gelu", "swiglu"])),
         bias=draw(st.booleans()),
-        tied_embeddings=draw(st.booleans()) or bool(cutoffs),
-        adaptive_cutoffs=cutoffs,
+        tied_embeddings=draw(st.booleans()),
         vocab_size=draw(st.integers(8, 10**6)),
-        method=draw(st.sampled_from(["alibi", "rotary:base=500000", "learned", "t5", "alibi:dynamic=true"])),
+        method=draw(st.sampled_from(["alibi", "rotary:base=500000", "learned", "t5", "alibi:scaling=linear"])),
         train_length=train_length,
         longest_length=draw(st.none() | st.integers(train_length, 10**6)),
         **{name: draw(st.floats(0, 1, exclude_max=True)) for name in DROPOUTS},
@@ -65,13 +64,6 @@ def test_survives_json(config):
         ({"tied_embeddings": 1}, "tied_embeddings=1: give true or false"),
         ({"norm": "batchnorm"}, "norm='batchnorm': give layernorm or rmsnorm"),
         ({"activation": "relu"}, "activation='relu': give gelu or swiglu"),
-        ({"adaptive_cutoffs": (5, 5)}, r"adaptive_cutoffs=\(5, 5\): give increasing"),
-        ({"adaptive_cutoffs": (0, 5)}, r"adaptive_cutoffs=\(0, 5\): give increasing"),
-        ({"adaptive_cutoffs": (1.5,)}, r"adaptive_cutoffs=\(1\.5,\): give increasing"),
-        ({"adaptive_cutoffs": ("a",)}, r"adaptive_cutoffs=\('a',\): give increasing"),
-        ({"adaptive_cutoffs": (5, 10)}, r"adaptive_cutoffs=\(5, 10\): all must be below vocab_size=10"),
-        ({"adaptive_cutoffs": (5,), "tied_embeddings": False}, "adaptive_cutoffs with tied_embeddings=False"),
-        ({"adaptive_cutoffs": (5,), "d_model": 50, "num_heads": 5}, "d_model=50: each of the 1 adaptive cutoffs"),
         ({"longest_length": 7}, "longest_length=7 is below train_length=8"),
         ({"method": "rope"}, "position method 'rope': give one of"),
         ({"method": None}, "position method None: give a string"),
@@ -107,7 +99,7 @@ def parameters(preset, vocab_size):
 
 
 def test_wikitext103_has_247m_parameters():
-    count = parameters("wikitext103-247m", 267744)  # fairseq's dictionary of WikiText-103
+    count = parameters("wikitext103-247m", PRESETS["wikitext103-247m"]["data"].vocab_size)
     assert abs(count / 247e6 - 1) < 0.01
 
 

@@ -2,24 +2,23 @@
 
 METHODS = (
     "alibi",
-    "alibi:interpolation_factor=0.5",
+    "alibi:scaling=linear-fixed=2",
     "alibi:learned=true",
     "learned:table_length=64",
     "none",
     "rotary",
-    "rotary:base=500:scaling=linear:interpolation_factor=0.5",
+    "rotary:base=500:scaling=linear-fixed=2",
     "sinusoidal",
     "sinusoidal-shifted",
     "t5:num_buckets=6:max_distance=12",
 )
 """Methods that do not look at the length of the whole sequence."""
 
-DYNAMIC = ("alibi:dynamic=true", "alibi:dynamic=true:learned=true", "rotary:scaling=linear", "rotary:scaling=ntk")
+DYNAMIC = ("alibi:scaling=linear", "alibi:scaling=linear:learned=true", "rotary:scaling=linear", "rotary:scaling=ntk")
 """Methods that do."""
 
 ARCHITECTURES = {
     "mpt": {},
     "llama": {"norm": "rmsnorm", "activation": "swiglu", "num_kv_heads": 2, "tied_embeddings": False},
     "biases, one key head": {"bias": True, "num_kv_heads": 1, "d_ff": 24},
-    "adaptive": {"adaptive_cutoffs": (20, 49), "bias": True},
 }

@@ -18,18 +18,18 @@ def test_gives_the_papers_slopes(size, length):
 
 @pytest.mark.parametrize("length", [1, 16, 64])
 def test_a_fixed_factor_multiplies_at_every_length(size, length):
-    assert torch.equal(slopes("alibi:interpolation_factor=0.25", size(), length), alibi_slopes(3) * 0.25)
+    assert torch.equal(slopes("alibi:scaling=linear-fixed=4", size(), length), alibi_slopes(3) * 0.25)
 
 
 @pytest.mark.parametrize(("length", "factor"), [(1, 1), (16, 1), (17, 16 / 17), (32, 0.5), (64, 0.25)])
 def test_a_dynamic_factor_comes_only_past_the_training_length(size, length, factor):
-    assert torch.equal(slopes("alibi:dynamic=true", size(), length), alibi_slopes(3) * factor)
-    assert build_method("alibi:dynamic=true", size()).depends_on_length
+    assert torch.equal(slopes("alibi:scaling=linear", size(), length), alibi_slopes(3) * factor)
+    assert build_method("alibi:scaling=linear", size()).depends_on_length
     assert not build_method("alibi", size()).depends_on_length
 
 
 def test_a_dynamic_factor_follows_the_given_length_not_the_keys(size):
-    method = build_method("alibi:dynamic=true", size())
+    method = build_method("alibi:scaling=linear", size())
     given = method.attend(torch.arange(3)[None], 3, 32).slopes
     assert torch.equal(given, alibi_slopes(3) * 0.5)
 
@@ -46,7 +46,7 @@ def test_learned_slopes_start_at_the_papers_and_stay_positive(size):
 
 
 def test_learned_and_dynamic_together(size):
-    given = slopes("alibi:learned=true:dynamic=true", size(), 64)
+    given = slopes("alibi:learned=true:scaling=linear", size(), 64)
     torch.testing.assert_close(given, alibi_slopes(3) * 0.25, rtol=1e-6, atol=0)
 
 
@@ -56,12 +56,15 @@ def test_fixed_slopes_are_no_weights(size):
     assert method.state_dict() == {}
 
 
-@pytest.mark.parametrize("factor", ["0", "-1", "1.5", "nan"])
+@pytest.mark.parametrize("factor", ["0", "-1", "0.5", "1", "nan"])
 def test_factor_out_of_range(size, factor):
-    with pytest.raises(ValueError, match=r"^interpolation_factor=.*: give more than 0 and at most 1$"):
-        build_method(f"alibi:interpolation_factor={factor}", size())
+    with pytest.raises(ValueError, match=r"^factor=.*: give a finite number above 1"):
+        build_method(f"alibi:scaling=linear-fixed={factor}", size())
 
 
-def test_factor_both_fixed_and_dynamic(size):
-    with pytest.raises(ValueError, match=r"^interpolation_factor=0\.5 with dynamic=true: give one of the two"):
-        build_method("alibi:interpolation_factor=0.5:dynamic=true", size())
+def test_logn_multiplies_the_logits_and_leaves_the_slopes(size):
+    method = build_method("alibi:scaling=none+logn", size())
+    given = method.attend(torch.arange(3)[None], 3, 256)
+    assert torch.equal(given.slopes, alibi_slopes(3))
+    assert given.logit_factor == pytest.approx(2.0)  # log 256 / log 16
+    assert method.depends_on_length

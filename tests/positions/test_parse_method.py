@@ -12,14 +12,12 @@ from longreach.positions.rotary import RotaryOptions
 from longreach.positions.sinusoidal import SinusoidalOptions
 from longreach.positions.t5 import T5Options
 
-FACTORS = st.floats(0, 1, exclude_min=True)
+SCALINGS = st.sampled_from(["none", "linear", "linear-fixed=2.5", "ntk", "ntk-fixed=4", "linear+logn"])
 OPTIONS = {
-    "alibi": st.builds(AlibiOptions, interpolation_factor=FACTORS, learned=st.booleans())
-    | st.builds(AlibiOptions, dynamic=st.just(True), learned=st.booleans()),
+    "alibi": st.builds(AlibiOptions, scaling=SCALINGS, learned=st.booleans()),
     "learned": st.builds(LearnedOptions, table_length=st.none() | st.integers(1, 10**6)),
     "none": st.just(NoneOptions()),
-    "rotary": st.builds(RotaryOptions, base=st.floats(1, 1e12, exclude_min=True))
-    | st.builds(RotaryOptions, scaling=st.sampled_from(["linear", "ntk"]), interpolation_factor=st.none() | FACTORS),
+    "rotary": st.builds(RotaryOptions, base=st.floats(1, 1e12, exclude_min=True), scaling=SCALINGS),
     "sinusoidal": st.just(SinusoidalOptions()),
     "sinusoidal-shifted": st.just(SinusoidalOptions()),
     "t5": st.builds(T5Options, num_buckets=st.integers(2, 64), max_distance=st.integers(33, 10**6)),
@@ -71,12 +69,13 @@ def test_any_text_is_read_or_refused_in_one_line(spec):
         (" alibi", "position method ' alibi': give one of alibi, "),
         (None, "position method None: give a string"),
         (7, "position method 7: give a string"),
-        ("alibi:", "option '' of position method alibi: give OPTION=VALUE with one of interpolation_factor, "),
-        ("alibi:dynamic", "option 'dynamic' of position method alibi: give OPTION=VALUE"),
+        ("alibi:", "option '' of position method alibi: give OPTION=VALUE with one of scaling, "),
+        ("alibi:learned", "option 'learned' of position method alibi: give OPTION=VALUE"),
         ("alibi:base=2", "option 'base=2' of position method alibi: give OPTION=VALUE"),
-        ("alibi:dynamic=yes", "alibi:dynamic='yes': give true or false"),
-        ("alibi:interpolation_factor=half", "alibi:interpolation_factor='half': give a number"),
-        ("alibi:interpolation_factor=", "alibi:interpolation_factor='': give a number"),
+        ("alibi:learned=yes", "alibi:learned='yes': give true or false"),
+        ("alibi:scaling=linear-fixed=half", "scaling='linear-fixed=half': 'half' is no number; give L'/L"),
+        ("rotary:base=half", r"rotary:base='half': give a number"),
+        ("rotary:base=", r"rotary:base='': give a number"),
         ("learned:table_length=1.5", r"learned:table_length='1\.5': give an integer"),
         ("t5:num_buckets=32:num_buckets=64", "option 'num_buckets' of position method t5 is given twice"),
     ],

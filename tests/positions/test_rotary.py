@@ -69,18 +69,18 @@ def test_rotation_shape_and_dtype():
     assert cos.dtype == sin.dtype == torch.float32
 
 
-@pytest.mark.parametrize("factor", [1.0, 0.5, 0.125])
-def test_linear_scaling_multiplies_positions(factor):
-    scaled = frequencies(f"rotary:scaling=linear:interpolation_factor={factor}")
-    torch.testing.assert_close(scaled, frequencies("rotary") * factor, rtol=8 * EPS, atol=0)
+@pytest.mark.parametrize("factor", [1.5, 2.0, 8.0])
+def test_linear_scaling_divides_positions(factor):
+    scaled = frequencies(f"rotary:scaling=linear-fixed={factor}")
+    torch.testing.assert_close(scaled, frequencies("rotary") / factor, rtol=8 * EPS, atol=0)
 
 
-@pytest.mark.parametrize("factor", [1.0, 0.5, 0.125])
+@pytest.mark.parametrize("factor", [1.5, 2.0, 8.0])
 def test_ntk_keeps_the_fastest_and_interpolates_the_slowest(factor):
     plain = frequencies("rotary")
-    scaled = frequencies(f"rotary:scaling=ntk:interpolation_factor={factor}")
+    scaled = frequencies(f"rotary:scaling=ntk-fixed={factor}")
     assert scaled[0] == plain[0]
-    torch.testing.assert_close(scaled[-1], plain[-1] * factor, rtol=16 * EPS, atol=0)
+    torch.testing.assert_close(scaled[-1], plain[-1] / factor, rtol=16 * EPS, atol=0)
     ratio = scaled / plain
     assert (ratio.diff() <= 0).all()  # and goes over from one to the other
 
@@ -89,16 +89,16 @@ def test_ntk_keeps_the_fastest_and_interpolates_the_slowest(factor):
 def test_without_a_factor_the_length_gives_it(scaling):
     spec = f"rotary:scaling={scaling}"
     assert build_method(spec, SIZE).depends_on_length
-    assert not build_method(f"{spec}:interpolation_factor=0.5", SIZE).depends_on_length
+    assert not build_method(f"{spec}-fixed=2", SIZE).depends_on_length
     assert not build_method("rotary", SIZE).depends_on_length
     plain = frequencies("rotary")
     assert torch.equal(frequencies(spec, length=3), plain)
     assert torch.equal(frequencies(spec, length=16), plain)
-    assert torch.equal(frequencies(spec, length=64), frequencies(f"{spec}:interpolation_factor=0.25"))
+    assert torch.equal(frequencies(spec, length=64), frequencies(f"{spec}-fixed=4"))
 
 
 def test_a_fixed_factor_holds_at_every_length():
-    spec = "rotary:scaling=linear:interpolation_factor=0.5"
+    spec = "rotary:scaling=linear-fixed=2"
     assert torch.equal(frequencies(spec, length=3), frequencies(spec, length=64))
 
 
@@ -106,13 +106,13 @@ def test_a_fixed_factor_holds_at_every_length():
     ("spec", "message"),
     [
         ("rotary:base=1", r"base=1\.0: "),
-        ("rotary:base=nan", "base=nan: "),
-        ("rotary:base=inf", "base=inf: "),
-        ("rotary:scaling=yarn", "scaling='yarn': give none, linear or ntk"),
-        ("rotary:interpolation_factor=0.5", r"interpolation_factor=0\.5: give scaling=linear or ntk"),
-        ("rotary:scaling=ntk:interpolation_factor=0", r"interpolation_factor=0\.0: "),
-        ("rotary:scaling=ntk:interpolation_factor=2", r"interpolation_factor=2\.0: "),
-        ("rotary:scaling=ntk:interpolation_factor=nan", "interpolation_factor=nan: "),
+        ("rotary:base=nan", "rotary:base=nan: "),
+        ("rotary:base=inf", "rotary:base=inf: "),
+        ("rotary:scaling=yarn", "scaling='yarn': give one of none, linear, "),
+        ("rotary:scaling=ntk=2", "scaling='ntk=2': give one of none, "),
+        ("rotary:scaling=ntk-fixed=0", r"factor=0\.0: "),
+        ("rotary:scaling=ntk-fixed=0.5", r"factor=0\.5: "),
+        ("rotary:scaling=ntk-fixed=nan", "factor=nan: "),
     ],
 )
 def test_options_out_of_range(spec, message):

@@ -10,8 +10,8 @@ from family_models import HEADS, VOCABULARY, bloom, mpt, oracle, paper_slopes, t
 from transformers import DynamicCache, GenerationConfig, StaticCache, StoppingCriteria
 
 import longreach
-from longreach.pretrained.extend import extension_of, fixed_length
-from longreach.pretrained.interpolation import linear
+from longreach.positions.scaling import Scaling
+from longreach.pretrained.attend import extension_of, fixed_length
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
 
@@ -19,10 +19,10 @@ CLOSE = {"rtol": 0, "atol": 2e-5}
 SCALINGS = {
     "none": {"scaling": "none"},
     "linear": {"scaling": "linear"},
-    "linear-fixed": {"scaling": "linear-fixed", "factor": 2.0},
+    "linear-fixed": {"scaling": "linear-fixed=2"},
     "ntk": {"scaling": "ntk"},
-    "logn": {"scaling": "none", "logn": True},
-    "linear with logn": {"scaling": "linear", "logn": True},
+    "logn": {"scaling": "none+logn"},
+    "linear with logn": {"scaling": "linear+logn"},
 }
 
 
@@ -52,7 +52,7 @@ def test_equals_the_full_forward_pass_of_its_length(model, name, cache):
 def test_equals_the_oracle(model):
     longreach.extend(model, scaling="linear", train_length=16)
     sequences, logits = generated(model, tokens(1, 20), 12)
-    slopes = linear(torch.tensor(paper_slopes(HEADS)), 16, 32)
+    slopes = Scaling("linear", 16)(torch.tensor(paper_slopes(HEADS)), 32)
     expected = oracle(model, sequences[0], slopes)[19:-1]
     torch.testing.assert_close(logits[0].double(), expected, **CLOSE)
 
@@ -106,7 +106,7 @@ def test_a_padded_row_decodes_as_it_does_alone(model, stated):
         alone, expected = generated(model, ids[row : row + 1, padding:], 12)
         assert torch.equal(sequences[row, padding:], alone[0])
         torch.testing.assert_close(logits[row], expected[0], **CLOSE)
-        slopes = linear(torch.tensor(paper_slopes(HEADS)), 16, length)
+        slopes = Scaling("linear", 16)(torch.tensor(paper_slopes(HEADS)), length)
         expected = oracle(model, alone[0], slopes)[39 - padding : -1]
         torch.testing.assert_close(logits[row].double(), expected, **CLOSE)
 
@@ -185,12 +185,12 @@ def test_a_loop_of_ones_own_under_a_stated_length(model, static):
 
 def test_a_cached_pass_without_a_stated_length_is_refused(model):
     ids = tokens(1, 12)
-    for arguments in ({"scaling": "linear"}, {"scaling": "ntk"}, {"scaling": "none", "logn": True}):
+    for arguments in ({"scaling": "linear"}, {"scaling": "ntk"}, {"scaling": "none+logn"}):
         longreach.extend(model, **arguments, train_length=8)
         cache = model(ids, use_cache=True).past_key_values
         with pytest.raises(ValueError, match="length L' of a cached forward pass is not stated"):
             model(ids[:, :1], past_key_values=cache)
-    for arguments in ({"scaling": "none"}, {"scaling": "linear-fixed", "factor": 2.0}):
+    for arguments in ({"scaling": "none"}, {"scaling": "linear-fixed=2"}):
         longreach.extend(model, **arguments)
         cache = model(ids[:, :7], use_cache=True).past_key_values
         rest = model(ids[:, 7:], past_key_values=cache).logits

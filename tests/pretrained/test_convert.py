@@ -7,7 +7,8 @@ import torch.nn.functional as F
 import transformers
 
 from longreach.pretrained.convert import convert, unconvert
-from longreach.pretrained.extend import extend, restore
+from longreach.pretrained.extend import extend
+from longreach.pretrained.restore import restore
 
 HEADS, WIDTH, VOCABULARY, TRAINED = 6, 48, 50, 32
 
@@ -126,7 +127,7 @@ def golden(model, tokens):
 @pytest.mark.parametrize("length", [1, 7, TRAINED, 3 * TRAINED, 520])
 def test_logits_are_those_of_the_definition(model, length):
     tokens = tokens_of(2, length)
-    convert(model, "alibi")
+    convert(model)
     expected = golden(model, tokens)
     assert (model(tokens).logits - expected).abs().max() < 1e-5 * expected.abs().max()
 
@@ -142,14 +143,14 @@ def test_gpt2s_other_scales_are_kept(options):
             stock.attn.c_attn.weight[:, :WIDTH] = block.attn.c_attn.weight[:, :WIDTH] * factor
             stock.attn.c_attn.bias[:WIDTH] = block.attn.c_attn.bias[:WIDTH] * factor
     expected = golden(plain, tokens)
-    assert (convert(model, "alibi")(tokens).logits - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert (convert(model)(tokens).logits - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 def test_conversion_changes_outputs_but_no_weight(model):
     tokens = tokens_of(2, 20)
     before = model(tokens).logits
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert convert(model, "alibi") is model
+    assert convert(model) is model
     assert list(model.state_dict()) == list(state)
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     assert (model(tokens).logits - before).abs().max() > 0.1
@@ -160,7 +161,7 @@ def test_conversion_changes_outputs_but_no_weight(model):
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_cached_generation_is_the_full_forward(model, cache):
-    convert(model, "alibi")
+    convert(model)
     prompt = tokens_of(1, TRAINED - 4)
     out = model.generate(prompt, max_new_tokens=20, do_sample=False, cache_implementation=cache)
     expected = prompt
@@ -171,7 +172,7 @@ def test_cached_generation_is_the_full_forward(model, cache):
 
 
 def test_decoding_in_chunks_is_the_full_forward(model):
-    convert(model, "alibi")
+    convert(model)
     tokens = tokens_of(2, 50)
     cache, pieces = transformers.DynamicCache(config=model.config), []
     for chunk in tokens.split([20, 1, 1, 17, 11], dim=1):
@@ -180,7 +181,7 @@ def test_decoding_in_chunks_is_the_full_forward(model):
 
 
 def test_left_padding_changes_nothing(model):
-    convert(model, "alibi")
+    convert(model)
     tokens, pads = tokens_of(1, 20), 13
     padded = torch.cat((torch.zeros(1, pads, dtype=torch.int64), tokens), dim=1)
     mask = (torch.arange(pads + 20) >= pads).long()[None]
@@ -194,7 +195,7 @@ def test_left_padding_changes_nothing(model):
 
 
 def test_gradients_are_those_of_the_definition(model):
-    convert(model, "alibi")
+    convert(model)
     tokens = tokens_of(1, 40)
     with torch.enable_grad():
         model(tokens, labels=tokens).loss.backward()
@@ -216,7 +217,7 @@ def test_gradients_are_those_of_the_definition(model):
 
 
 def test_fine_tuning_lowers_the_loss(model):
-    convert(model, "alibi").train()
+    convert(model).train()
     tokens = torch.arange(96).remainder(7)[None] + 5  # past the length trained at, too
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
@@ -233,7 +234,7 @@ def test_fine_tuning_lowers_the_loss(model):
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # the name in every version of today
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_gradient_checkpointing_gives_the_same_gradients(kind):
-    model = convert(MODELS[kind](), "alibi").train()
+    model = convert(MODELS[kind]()).train()
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -251,21 +252,21 @@ def test_gradient_checkpointing_gives_the_same_gradients(kind):
 
 def test_saved_and_loaded_again_a_model_says_what_it_is(model, tmp_path):
     tokens = tokens_of(1, 20)
-    expected = convert(model, "alibi")(tokens).logits
+    expected = convert(model)(tokens).logits
     model.save_pretrained(tmp_path)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert loaded.config.longreach_positions == "alibi"
     assert type(loaded).__name__ == type(model).__name__
-    assert torch.equal(convert(loaded, "alibi")(tokens).logits, expected)
+    assert torch.equal(convert(loaded)(tokens).logits, expected)
 
 
 def test_a_converted_model_can_be_extended(model):
     tokens = tokens_of(1, 3 * TRAINED)
-    plain = convert(model, "alibi")(tokens).logits
+    plain = convert(model)(tokens).logits
     longer = extend(model, scaling="linear", train_length=TRAINED)(tokens).logits
     assert (longer - plain).abs().max() > 1e-3
-    assert torch.equal(convert(model, "alibi", scaling="linear", train_length=TRAINED)(tokens).logits, longer)
-    assert torch.equal(convert(model, "alibi")(tokens).logits, plain)
+    assert torch.equal(convert(model, scaling="linear", train_length=TRAINED)(tokens).logits, longer)
+    assert torch.equal(convert(model)(tokens).logits, plain)
     restore(model)
     assert unconvert(model) is model
 
@@ -275,7 +276,7 @@ def test_a_peft_model_is_converted_through_its_wrapping():
     model, tokens = gpt2(), tokens_of(1, 20)
     wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True))
     expected = golden(gpt2(), tokens)
-    assert (convert(wrapped, "alibi")(tokens).logits - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert (convert(wrapped)(tokens).logits - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize(
@@ -307,33 +308,31 @@ def test_models_that_are_refused_are_untouched(build, message):
     model = build()
     classes = [type(module) for module in model.modules()]
     with pytest.raises(ValueError, match=message):
-        convert(model, "alibi")
+        convert(model)
     assert [type(module) for module in model.modules()] == classes
     assert not hasattr(getattr(model, "config", None), "longreach_positions")
 
 
-@pytest.mark.parametrize("options", [{"scaling": "cubic"}, {"bias": "faithful"}, {"length": 0}])
+@pytest.mark.parametrize("options", [{"scaling": "cubic"}, {"sinks": 4}, {"length": 0}])
 def test_wrong_options_leave_the_model_untouched(model, options):
     tokens = tokens_of(1, 9)
     before = model(tokens).logits
     with pytest.raises(ValueError, match=next(iter(options))):
-        convert(model, "alibi", **options)
+        convert(model, **options)
     assert torch.equal(model(tokens).logits, before)
     assert not hasattr(model.config, "longreach_positions")
 
 
 def test_a_wrong_option_leaves_a_converted_model_converted(model):
     tokens = tokens_of(1, 9)
-    expected = convert(model, "alibi")(tokens).logits
+    expected = convert(model)(tokens).logits
     with pytest.raises(ValueError, match="scaling"):
-        convert(model, "alibi", scaling="cubic")
+        convert(model, scaling="cubic")
     assert torch.equal(model(tokens).logits, expected)
     assert model.config.longreach_positions == "alibi"
 
 
-def test_other_methods_and_undoing_nothing_are_refused(model):
-    with pytest.raises(ValueError, match="method='rotary': give \"alibi\""):
-        convert(model, "rotary")
+def test_undoing_nothing_is_refused(model):
     with pytest.raises(ValueError, match=r"ForCausalLM is not converted|LMHeadModel is not converted"):
         unconvert(model)
 
@@ -344,6 +343,6 @@ def test_a_model_with_its_own_positions_is_not_extended(model):
 
 
 def test_attention_weights_are_refused(model):
-    convert(model, "alibi")
+    convert(model)
     with pytest.raises(ValueError, match="output_attentions=True"):
         model(tokens_of(1, 5), output_attentions=True)

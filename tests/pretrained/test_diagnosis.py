@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from family_models import FAMILIES, bloom, falcon, mpt, tokens
+from family_models import FAMILIES, HEADS, bloom, falcon, mpt, tokens
 
 import longreach
 from longreach.pretrained.diagnosis import _kl, diagnose, stock_bytes
@@ -24,8 +24,8 @@ def test_stock_code_is_right_at_the_length_that_it_is_made_for(family):
     assert [(run.length, run.outcome, run.mistake) for run in found.runs] == [(2, "right", ""), (32, "right", "")]
     assert all(run.kl < 1e-9 and run.difference < 1e-4 and run.exact_kl is None for run in found.runs)
     assert found.causal
-    assert found.dialect.deviation < 1e-4
-    assert (found.dialect.family, found.dtype) == (family, "float32")
+    assert found.form.deviation < 1e-4
+    assert (found.form.family, found.dtype) == (family, "float32")
     assert found.attention == ("sdpa" if family == "falcon" else "eager")
 
 
@@ -52,10 +52,10 @@ def test_mpt_is_seen_to_crash_past_its_configured_length():
 def test_falcon_eager_is_seen_to_add_its_bias_twice(dtype):
     found = diagnose(falcon(implementation="eager").to(dtype), tokens(1, 32)[0], [32])
     assert found.runs[0].mistake == "the bias is added twice"
-    assert found.dialect.deviation > 0.1
+    assert found.form.deviation > 0.1
     found = diagnose(falcon().to(dtype), tokens(1, 32)[0], [32])
     assert found.runs[0].outcome == "right"
-    assert found.dialect.deviation < 1e-4
+    assert found.form.deviation < 1e-4
 
 
 @pytest.mark.parametrize(("family", "crashes"), [("bloom", False), ("mpt", False), ("falcon", True)])
@@ -103,13 +103,24 @@ def test_bloom_under_an_attention_of_ones_own_is_seen_to_look_ahead():
 def test_mpt_is_seen_to_ignore_its_alibi_bias_max():
     found = diagnose(mpt(attn_config={"alibi_bias_max": 16}), tokens(1, 32)[0], [32])
     assert found.runs[0].mistake == "alibi_bias_max is ignored"
-    assert found.dialect.rule == "the paper's rule with alibi_bias_max=16"
+    assert found.form.rule == "the paper's rule with alibi_bias_max=16"
 
 
-@pytest.mark.parametrize(("factor", "mistake"), [(0, "the bias is missing"), (-1, "of a kind that is not known")])
+@pytest.mark.parametrize(
+    ("factor", "mistake"),
+    [(0, "the bias is missing"), (-1, "the bias has the wrong sign"), (-3, "of a kind that is not known")],
+)
 def test_a_mistake_of_another_version_is_named_where_it_can_be(factor, mistake, scale_bloom_bias):
     scale_bloom_bias(factor)
     assert the_run(bloom(), 64).mistake == mistake
+
+
+def test_slopes_by_another_rule_are_named(scale_bloom_bias):
+    """The kit's mistakes are the doctor's too."""
+    closed = torch.exp2(-8 * torch.arange(1, HEADS + 1) / HEADS)
+    scale_bloom_bias(closed / longreach.alibi_slopes(HEADS))
+    run = the_run(bloom(), 64)
+    assert run.mistake == "closed-form slopes 2^(-8 h / H), where the paper's code interleaves"
 
 
 def test_logits_that_are_not_finite_are_wrong(scale_bloom_bias):
@@ -123,8 +134,8 @@ def test_stock_code_is_seen_to_ignore_an_alibi_scaling(family):
     model = FAMILIES[family](alibi_scaling={"type": "linear", "factor": 2.5})
     found = diagnose(model, tokens(1, 32)[0], [32])
     assert [(run.outcome, run.mistake) for run in found.runs] == [("wrong", "alibi_scaling is ignored")]
-    assert found.dialect.deviation > 0.01
-    assert found.dialect.rule.endswith("to be scaled as alibi_scaling says: {'type': 'linear', 'factor': 2.5}")
+    assert found.form.deviation > 0.01
+    assert found.form.rule.endswith("to be scaled as alibi_scaling says: {'type': 'linear', 'factor': 2.5}")
 
 
 def test_an_alibi_scaling_that_changes_little_is_seen_to_be_ignored():
@@ -160,11 +171,13 @@ def test_what_would_take_too_much_memory_is_not_run():
 @pytest.mark.parametrize(("build", "rounded"), [(bloom, False), (falcon, True), (mpt, False)])
 def test_the_rule_of_the_slopes_is_told(build, rounded):
     options = {"heads": 12} if build is falcon else {}
-    dialect = diagnose(build(**options), tokens(1, 16)[0], [16]).dialect
-    assert dialect.rule.startswith("the paper's rule")
-    assert ("rounded to bfloat16" in dialect.rule) == rounded
-    assert dialect.slopes == tuple(longreach.alibi_slopes(len(dialect.slopes)).tolist())
-    assert ("(q.k + bias)" in dialect.score) == rounded  # Falcon alone
+    form = diagnose(build(**options), tokens(1, 16)[0], [16]).form
+    assert form.rule.startswith("the paper's rule")
+    assert ("rounded to bfloat16" in form.rule) == rounded
+    assert form.slopes == tuple(longreach.alibi_slopes(len(form.slopes)).tolist())
+    assert ("(q.k + bias)" in form.score) == rounded  # Falcon alone
+    assert form.bias.startswith("slope * ")
+    assert form.bias.endswith(", in bfloat16") == rounded
 
 
 def test_beyond_its_reach_a_head_holds_less_than_the_tolerance():

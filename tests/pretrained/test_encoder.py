@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from longreach import alibi_slopes
+from longreach.positions.scaling import Scaling
 from longreach.pretrained.encoder import symmetric_attention
-from longreach.pretrained.interpolation import Scaling
 
 
 def inputs(length=40, heads=6):

@@ -159,14 +159,13 @@ def test_writing_imports_no_transformers():
     [
         ({"method": "rotary"}, "its position method is rotary, MPT has ALiBi"),
         ({"method": "none"}, "its position method is none"),
-        ({"method": "alibi:interpolation_factor=0.5"}, "its slopes are scaled"),
-        ({"method": "alibi:dynamic=true"}, "its slopes are scaled"),
+        ({"method": "alibi:scaling=linear-fixed=2"}, "its slopes are scaled"),
+        ({"method": "alibi:scaling=linear"}, "its slopes are scaled"),
         ({"method": "alibi:learned=true"}, "its slopes are learned"),
         ({"norm": "rmsnorm"}, "its norm is rmsnorm, MPT's is layernorm"),
         ({"activation": "swiglu"}, "its activation is swiglu, MPT's is gelu"),
         ({"bias": True}, "it has biases"),
         ({"tied_embeddings": False}, "embeddings are not tied"),
-        ({"adaptive_cutoffs": (100,)}, "its vocabulary is adaptive"),
         ({"num_kv_heads": 2}, "4 query heads share 2 key heads"),
         ({"d_ff": 100}, "its d_ff is 100, MPT's is 4 d_model = 192"),
     ],
@@ -184,7 +183,7 @@ def test_every_obstacle_is_named_at_once(tmp_path):
 
 
 def test_what_says_the_default_outright_is_held(tmp_path):
-    model = build(method="alibi:interpolation_factor=1.0:dynamic=false", num_kv_heads=4, d_ff=192)
+    model = build(method="alibi:scaling=none:learned=false", num_kv_heads=4, d_ff=192)
     export_mpt(model, tmp_path / "mpt", max_length=TRAIN_LENGTH)
     assert load(tmp_path / "mpt").config.max_seq_len == TRAIN_LENGTH
 

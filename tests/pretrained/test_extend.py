@@ -13,8 +13,10 @@ import transformers
 from family_models import FAMILIES, HEADS, VOCABULARY, bloom, falcon, mpt, oracle, paper_slopes, tokens
 
 import longreach
-from longreach.pretrained.extend import OLDEST_TRANSFORMERS, extension_of, find_layout, fixed_length
-from longreach.pretrained.interpolation import Scaling
+from longreach.conformance.golden import Reading
+from longreach.positions.scaling import Scaling
+from longreach.pretrained.attend import extension_of, fixed_length
+from longreach.pretrained.families import OLDEST_TRANSFORMERS, find_layout
 from longreach.pretrained.lengths import declared_length
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
@@ -52,7 +54,7 @@ def test_equals_the_oracle_at_any_length(model, scaling, length):
 
 def test_a_fixed_factor_and_a_stated_length_hold_at_any_length(model):
     ids = tokens(1, 40)
-    longreach.extend(model, scaling="linear-fixed", factor=2.5)
+    longreach.extend(model, scaling="linear-fixed=2.5")
     expected = oracle(model, ids[0], [slope / 2.5 for slope in paper_slopes(HEADS)])
     torch.testing.assert_close(model(ids).logits[0].double(), expected, **CLOSE)
     longreach.extend(model, scaling="linear", train_length=32, length=80)
@@ -60,7 +62,7 @@ def test_a_fixed_factor_and_a_stated_length_hold_at_any_length(model):
 
 
 def test_logn_multiplies_the_logits_and_not_the_bias(model):
-    longreach.extend(model, scaling="none", train_length=32, logn=True)
+    longreach.extend(model, scaling="none+logn", train_length=32)
     ids = tokens(1, 70)
     expected = oracle(model, ids[0], paper_slopes(HEADS), logit_factor=math.log(70) / math.log(32))
     torch.testing.assert_close(model(ids).logits[0].double(), expected, **CLOSE)
@@ -121,9 +123,9 @@ def test_a_stated_length_is_that_of_a_padded_row_too(model):
         torch.testing.assert_close(logits[0, 15:], expected[0], **CLOSE)
         torch.testing.assert_close(logits[1], expected[1], **CLOSE)
 
-    longreach.extend(model, scaling="linear", train_length=24, logn=True, length=96)
+    longreach.extend(model, scaling="linear+logn", train_length=24, length=96)
     check()
-    longreach.extend(model, scaling="linear", train_length=24, logn=True)
+    longreach.extend(model, scaling="linear+logn", train_length=24)
     with fixed_length(model, 96):
         check()
 
@@ -142,58 +144,51 @@ def test_packed_documents_fare_as_they_do_alone(model, scaling, by):
     torch.testing.assert_close(logits, torch.cat(alone), **CLOSE)
 
 
-def test_faithful_bias_equals_stock(model):
+def stock_reading(model, dtype):
+    """How the stock code of a family computes ALiBi in a dtype."""
+    layout = find_layout(model)
+    return Reading(layout.dialect(dtype), slopes=lambda num_heads: layout.slopes)
+
+
+def test_the_dialect_of_a_family_gives_what_its_stock_code_gives(model):
     ids, mask = tokens(2, 32), torch.ones(2, 32, dtype=torch.long)
     mask[0, :9] = 0
     stock = model(ids, attention_mask=mask).logits
-    longreach.extend(model, scaling="none", bias="faithful")
+    extension_of(longreach.extend(model, scaling="none")).reading = stock_reading(model, torch.float32)
     ours = model(ids, attention_mask=mask).logits
     torch.testing.assert_close(ours[0, 9:], stock[0, 9:], rtol=0, atol=1e-5)
     torch.testing.assert_close(ours[1], stock[1], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["bloom", "falcon"])
-def test_faithful_bias_is_rounded_as_stock_rounds_it(family):
+def test_the_dialect_of_a_family_rounds_as_its_stock_code_does(family):
     """Past position 256 bfloat16 has no odd integers: neighbouring keys share a bias, bit for bit the stock one."""
     model = FAMILIES[family]()
     module = transformers.models.bloom.modeling_bloom if family == "bloom" else None
     module = module or transformers.models.falcon.modeling_falcon
     mask = torch.ones(1, 600, dtype=torch.long)
     stock = module.build_alibi_tensor(mask, HEADS, torch.bfloat16).view(1, HEADS, 1, 600)
-    if family == "falcon":
-        stock = stock / math.sqrt(8)  # as its sdpa path has it, in bfloat16
-    layout = find_layout(model)
-    ours = layout.faithful(layout.slopes, torch.arange(600)[None], torch.bfloat16)
-    assert torch.equal(ours, stock)
+    ours = stock_reading(model, torch.bfloat16).bias(HEADS, 1, 600, None)
+    assert torch.equal(ours, stock.double())
     assert ours[0, 0, 0, 256:].unique().numel() < 344
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_faithful_bias_gives_the_very_outputs_of_falcon(dtype):
-    model, ids = falcon().to(dtype), tokens(2, 300)
-    stock = model(ids).logits
-    longreach.extend(model, bias="faithful", impl="sdpa")
-    assert torch.equal(model(ids).logits, stock)
-
-
-def test_faithful_bias_is_nearer_to_stock_in_bfloat16():
+def test_the_dialect_of_bloom_is_nearer_to_stock_in_bfloat16():
     model = bloom().bfloat16()
     ids = tokens(1, 700)
     stock = model(ids).logits.float()
-    distance = {}
-    for bias in ("exact", "faithful"):
-        longreach.extend(model, scaling="none", train_length=2048, bias=bias)
-        distance[bias] = (model(ids).logits.float() - stock)[0, 300:].square().mean()
-    assert distance["faithful"] < 0.5 * distance["exact"]
+    distance = []
+    for reading in (None, stock_reading(model, torch.bfloat16)):
+        extension_of(longreach.extend(model, scaling="none", train_length=2048)).reading = reading
+        distance.append((model(ids).logits.float() - stock)[0, 300:].square().mean())
+    assert distance[1] < 0.5 * distance[0]
 
 
-def test_gelu_of_bloom_is_the_stock_one_if_faithful_and_rounded_once_if_exact():
+def test_gelu_of_bloom_is_rounded_once():
     model, x = bloom().bfloat16(), torch.linspace(-3, 9, 2001, dtype=torch.bfloat16)
     gelu = model.transformer.h[0].mlp.gelu_impl
     stock = gelu(x)
     rounded_once = F.gelu(x.double(), approximate="tanh").bfloat16()
-    longreach.extend(model, bias="faithful", scaling="none", train_length=2048)
-    assert torch.equal(gelu(x), stock)
     longreach.extend(model, scaling="none", train_length=2048)
     # In between it is float32, whose last bit may tip the rounding over.
     assert (gelu(x) != rounded_once).float().mean() < 0.01 < (stock != rounded_once).float().mean()
@@ -332,16 +327,13 @@ def test_saved_under_its_own_name(model, tmp_path):
     ("arguments", "told"),
     [
         ({"scaling": "yarn"}, "scaling='yarn'"),
-        ({"scaling": "linear-fixed"}, "factor=None"),
-        ({"scaling": "linear-fixed", "factor": 1.0}, "factor=1.0"),
-        ({"scaling": "linear", "factor": 2.0}, "factor=2.0"),
+        ({"scaling": "linear-fixed"}, "scaling='linear-fixed'"),
+        ({"scaling": "linear-fixed=1"}, "factor=1.0"),
+        ({"scaling": "linear=2"}, "scaling='linear=2'"),
         ({"train_length": 0}, "train_length=0"),
-        ({"scaling": Scaling("linear", 32), "train_length": 64}, "train_length or factor beside"),
+        ({"scaling": Scaling("linear", 32), "train_length": 64}, "train_length=64 beside"),
         ({"length": 0}, "length=0"),
         ({"length": 64.0}, "length=64.0"),
-        ({"bias": "rounded"}, "bias='rounded'"),
-        ({"bias": "faithful", "impl": "cpu"}, 'impl="cpu"'),
-        ({"bias": "faithful", "sinks": 4, "window": 4}, "sinks"),
         ({"per_step": True, "length": 64}, "per_step=True with length=64"),
         ({"per_step": True, "scaling": "none"}, 'per_step=True with scaling="none"'),
         ({"sinks": 4}, "sinks=4 and window=None"),
@@ -365,7 +357,7 @@ def test_a_refusal_leaves_an_earlier_extension_in_place():
     longreach.extend(model, scaling="linear", train_length=16)
     extension = extension_of(model)
     with pytest.raises(ValueError, match="factor=0"):
-        longreach.extend(model, scaling="linear-fixed", factor=0)
+        longreach.extend(model, scaling="linear-fixed=0")
     assert extension_of(model) is extension
 
 
@@ -381,8 +373,8 @@ def test_train_length_comes_from_the_configuration_or_must_be_given():
         assert declared_length(model.config) == length  # which evaluate and doctor take
     with pytest.raises(ValueError, match="train_length=None"):
         longreach.extend(bloom(), scaling="linear")
-    with pytest.raises(ValueError, match="train_length=None with logn=True"):
-        longreach.extend(bloom(), scaling="none", logn=True)
+    with pytest.raises(ValueError, match=r'train_length=None with scaling="none\+logn"'):
+        longreach.extend(bloom(), scaling="none+logn")
 
 
 def test_without_a_scaling_it_is_the_configuration_s():

@@ -85,7 +85,7 @@ def test_decoding_through_its_norms_gives_the_same(model, monkeypatch):
         asked.append(arguments)
         return True
 
-    monkeypatch.setattr("longreach.pretrained.state.uses_key_norms", uses_key_norms)
+    monkeypatch.setattr("longreach.pretrained.attend.uses_key_norms", uses_key_norms)
     monkeypatch.setattr("longreach.ops.attention.CPU_DECODE_CROSSOVER", 1)
     growing = growing_cache()
     model(ids[:, :100], past_key_values=growing, use_cache=True)

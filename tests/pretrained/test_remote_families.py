@@ -14,8 +14,8 @@ from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import longreach
-from longreach.pretrained.extend import extension_of, fixed_length
-from longreach.pretrained.interpolation import Scaling
+from longreach.positions.scaling import Scaling
+from longreach.pretrained.attend import extension_of, fixed_length
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
 
@@ -282,7 +282,7 @@ def test_scales_of_jais(options):
 @pytest.mark.parametrize(
     ("alibi_scaling", "arguments"),
     [
-        ({"type": "linear", "factor": 3.0}, {"scaling": "linear-fixed", "factor": 3.0}),
+        ({"type": "linear", "factor": 3.0}, {"scaling": "linear-fixed=3"}),
         ({"type": "linear", "train_seq_len": 16}, {"scaling": "linear"}),
     ],
 )
@@ -345,8 +345,6 @@ def test_training_sees_the_padding_of_each_batch():
 def test_what_is_not_known_is_refused():
     with pytest.raises(ValueError, match="position_embedding_type='learned': this model has no ALiBi"):
         longreach.extend(jais(position_embedding_type="learned"))
-    with pytest.raises(ValueError, match='bias="faithful": how jais rounds'):
-        longreach.extend(jais(), bias="faithful")
     model = jais()
     del model.h[1].attn.split_size
     with pytest.raises(ValueError, match="JAISAttention has no 'split_size'"):

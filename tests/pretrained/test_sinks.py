@@ -72,12 +72,6 @@ def test_beams_and_their_sinks(model):
     assert torch.equal(model.generate(ids, max_new_tokens=10, num_beams=3, do_sample=False), expected)
 
 
-def test_a_cache_of_sinks_takes_no_rounded_bias(model):
-    longreach.extend(model, scaling="none", train_length=32, bias="faithful")
-    with pytest.raises(ValueError, match='bias="faithful" with sinks, which takes no dense bias: use bias="exact"'):
-        model(tokens(1, 10), past_key_values=sink_cache(2, 4), use_cache=True)
-
-
 def test_padding_cannot_become_a_sink(model):
     longreach.extend(model, scaling="none", train_length=32, sinks=2, window=8)
     with pytest.raises(ValueError, match="padding, which would become sinks"):

@@ -9,7 +9,7 @@ from family_models import FAMILIES, HEADS, bloom, oracle, paper_slopes, tokens
 from transformers import DynamicCache
 
 import longreach
-from longreach.pretrained.extend import extension_of, fixed_length
+from longreach.pretrained.attend import extension_of, fixed_length
 
 CLOSE = {"rtol": 0, "atol": 2e-5}
 
@@ -30,7 +30,7 @@ def test_gradients_equal_those_of_stock(model):
 
 def test_gradients_under_a_fixed_factor_equal_finite_differences():
     model, ids = bloom().double(), tokens(1, 40)
-    longreach.extend(model, scaling="linear-fixed", factor=3.0)
+    longreach.extend(model, scaling="linear-fixed=3")
     weight = model.transformer.h[0].self_attention.query_key_value.weight
     direction = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     model(ids).logits.square().mean().backward()

@@ -28,7 +28,7 @@ def test_presets_survive_their_file(tmp_path, kind, preset):
 def test_any_configuration_survives_its_file(tmp_path_factory, steps, rate, text, heads):
     config = RunConfig(
         data=DataConfig(data=text),
-        model=Architecture(num_heads=heads, adaptive_cutoffs=(10, 20)),
+        model=Architecture(num_heads=heads),
         train=TrainConfig(steps=steps, warmup_steps=0, learning_rate=rate, mix=("retrieval=0.2",)),
     )
     path = tmp_path_factory.mktemp("config") / "config.toml"

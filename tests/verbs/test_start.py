@@ -10,17 +10,19 @@ from longreach.data.prepare import DataConfig, prepare
 from longreach.data.tokenizer import load_tokenizer
 from longreach.data.tokens import Batches
 from longreach.measure.plan import EvaluateConfig
-from longreach.measure.score import Unsupported
-from longreach.measure.transformers import load_subject
+from longreach.measure.subject import Unsupported
 from longreach.models.config import Architecture
 from longreach.models.files import load_model
+from longreach.positions.scaling import Scaling
+from longreach.pretrained.attend import extension_of
 from longreach.pretrained.convert import convert
-from longreach.pretrained.extend import extend, extension_of
-from longreach.pretrained.interpolation import Scaling
-from longreach.pretrained.save import adapt, load_pretrained, save_pretrained
+from longreach.pretrained.extend import extend
+from longreach.pretrained.load import adapt, load_pretrained
+from longreach.pretrained.save import save_pretrained
 from longreach.reading import read_file
 from longreach.train.config import RunConfig, TrainConfig, save_config
 from longreach.verbs.evaluate import EvaluationConfig, evaluate_models
+from longreach.verbs.open import load_subject
 from longreach.verbs.start import check_start, next_token_loss, starting_config
 from longreach.verbs.train import open_run, train_run
 
@@ -149,11 +151,11 @@ def test_what_a_run_held_out_stays_held_out_under_another_seed(trained, tmp_path
 @pytest.mark.parametrize(
     ("before", "after", "length"),
     [
-        ("alibi", "alibi:interpolation_factor=0.25", 4 * LENGTH),
+        ("alibi", "alibi:scaling=linear-fixed=4", 4 * LENGTH),
         ("rotary", "alibi", LENGTH),
         ("sinusoidal", "none", 2 * LENGTH),
         ("t5", "t5", 2 * LENGTH),
-        ("alibi:learned=true", "alibi:learned=true:interpolation_factor=0.5", 2 * LENGTH),
+        ("alibi:learned=true", "alibi:learned=true:scaling=linear-fixed=2", 2 * LENGTH),
     ],
 )
 def test_methods_that_fit_go_on_at_any_length(trained, data, before, after, length, tmp_path):
@@ -272,10 +274,10 @@ def loss_of(model, batch):
 
 @pytest.mark.parametrize("family", ["gpt2", "bloom"])
 def test_the_first_loss_is_that_of_the_model_with_scaled_slopes(pretrained, data, family, tmp_path):
-    config = fine_tuning(pretrained(family), data, method="alibi:interpolation_factor=0.25")
+    config = fine_tuning(pretrained(family), data, method="alibi:scaling=linear-fixed=4")
     run(config, tmp_path / "run")
     model = transformers.AutoModelForCausalLM.from_pretrained(pretrained(family), dtype=torch.float32)
-    (convert if family == "gpt2" else extend)(model, scaling="linear-fixed", factor=4.0)
+    (convert if family == "gpt2" else extend)(model, scaling="linear-fixed=4")
     prepared = prepare(config.data, config.train.seed)
     batch = torch.from_numpy(Batches(prepared.train, LENGTH, 4, config.train.seed)[0])
     expected = loss_of(model, batch)
@@ -298,7 +300,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(pretrained, data, family, 
 
 
 def test_fine_tuning_goes_on_from_what_was_fine_tuned(pretrained, data, tmp_path):
-    method = "alibi:interpolation_factor=0.5"
+    method = "alibi:scaling=linear-fixed=2"
     run(fine_tuning(pretrained("gpt2"), data, method=method), tmp_path / "first")
     again = starting_config(str(tmp_path / "first"))
     assert (again.method, again.train.train_length) == (method, LENGTH)
@@ -316,11 +318,9 @@ def test_the_starting_values_are_the_model_s(pretrained, tmp_path):
         train=TrainConfig(train_length=LENGTH),
     )
     assert starting_config(pretrained("bloom")).train.train_length == TrainConfig().train_length  # it tells none
-    scaled = extend(
-        transformers.AutoModelForCausalLM.from_pretrained(pretrained("mpt")), scaling="linear-fixed", factor=4
-    )
+    scaled = extend(transformers.AutoModelForCausalLM.from_pretrained(pretrained("mpt")), scaling="linear-fixed=4")
     save_pretrained(scaled, tmp_path)
-    assert starting_config(str(tmp_path)).method == "alibi:interpolation_factor=0.25"
+    assert starting_config(str(tmp_path)).method == "alibi:scaling=linear-fixed=4"
 
 
 def test_the_configuration_survives_its_file(pretrained, tmp_path):
@@ -329,7 +329,7 @@ def test_the_configuration_survives_its_file(pretrained, tmp_path):
     assert read_file(RunConfig, tmp_path / "config.toml") == config
 
 
-@pytest.mark.parametrize("method", ["rotary", "none", "alibi:dynamic=true", "alibi:learned=true"])
+@pytest.mark.parametrize("method", ["rotary", "none", "alibi:scaling=linear", "alibi:learned=true"])
 def test_other_methods_are_refused(pretrained, method):
     config = dataclasses.replace(starting_config(pretrained("gpt2")), method=method)
     with pytest.raises(ValueError, match=rf"^method='{method}': a Hugging Face model is given alibi or alibi:"):
@@ -419,7 +419,7 @@ def perplexities(folder, corpus, **options):
 
 @pytest.mark.parametrize("family", ["gpt2", "mpt"])
 def test_a_fine_tuned_model_is_measured_as_it_was_trained(pretrained, data, corpus, family, tmp_path):
-    run(fine_tuning(pretrained(family), data, method="alibi:interpolation_factor=0.5"), tmp_path / "run")
+    run(fine_tuning(pretrained(family), data, method="alibi:scaling=linear-fixed=2"), tmp_path / "run")
     results = perplexities(tmp_path / "run", corpus)
     record = next(r for r in results.records if r.valid_length == 4 * LENGTH and r.stride == 4 * LENGTH)
     assert (record.train_length, record.attention) == (LENGTH, "longreach")

@@ -190,13 +190,13 @@ def check_bias(
         )
         compared = shape.visible(golden.dialect.causal) & shape.real_queries()
 
-        def error(actual: Tensor, other: Tensor) -> float:
+        def error(actual: Tensor, wanted: Tensor) -> float:
             if golden.dialect.rounded:
                 near = (torch.minimum(below, above) <= actual) & (actual <= torch.maximum(below, above))
                 actual = torch.where(near, expected, actual)
             elif golden.dialect.positions != "relative":
-                actual, other = from_own_key(actual), from_own_key(other)
-            return _largest(actual - other, compared)
+                actual, wanted = from_own_key(actual), from_own_key(wanted)
+            return _largest(actual - wanted, compared)
 
         mistakes = [(words, partial(reading.bias, *arguments)) for words, reading in bias_mistakes(golden)]
         tolerance = 0.0 if golden.dialect.rounded else _SLOPE_ERROR * float(expected.abs().max())
@@ -251,7 +251,7 @@ def check_attention(
             expected,
             tolerance,
             mistakes,
-            lambda actual, other: _largest(actual - other, compared),
+            lambda actual, wanted: _largest(actual - wanted, compared),
         )
 
     cases = []
@@ -385,13 +385,15 @@ def _judge(
 
 def _report(judged: Sequence[_Judged]) -> Report:
     """Where several mistakes explain a failure, name the one that explains most failures."""
-    counts = Counter(words for one in judged for words in one.explanations)
-    sure = {words for one in judged for words, fully in one.explanations.items() if fully}
+    counts = Counter(words for judgement in judged for words in judgement.explanations)
+    sure = {words for judgement in judged for words, fully in judgement.explanations.items() if fully}
     cases = []
-    for one in judged:
-        case = one.case
+    for judgement in judged:
+        case = judgement.case
         if case.outcome == "failed" and not case.diagnosis:
-            found = sorted(one.explanations, key=lambda words: (not one.explanations[words], -counts[words]))
+            found = sorted(
+                judgement.explanations, key=lambda words: (not judgement.explanations[words], -counts[words])
+            )
             words = found[0] if found else "no known mistake gives these numbers"
             # Roundings do not repeat exactly, so a mistake that is sure elsewhere need not explain all of it here.
             case = replace(case, diagnosis=words if words in sure or not found else f"perhaps {words}")

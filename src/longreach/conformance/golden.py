@@ -46,6 +46,23 @@ class Dialect:
         """Whether the bias is rounded below float32."""
         return not {self.factors_dtype, self.bias_dtype} <= {None, torch.float32}
 
+    @property
+    def score(self) -> str:
+        """What the bias is added to, in words."""
+        root = "D" if self.mup_scale else "sqrt(D)"
+        return f"(q.k + bias) / {root}" if self.bias_before_scale else f"q.k / {root} + bias"
+
+    @property
+    def bias(self) -> str:
+        """What the bias is made from, in words, and what it is rounded to."""
+        made = {
+            "relative": "-slope * distance",
+            "first": "slope * position of the key",
+            "last": "slope * (position of the key - the last one)",
+        }[self.positions]
+        dtype = self.factors_dtype or self.bias_dtype
+        return made if dtype is None else f"{made}, in {str(dtype).removeprefix('torch.')}"
+
     def scale(self, head_dim: int) -> float:
         """The factor of the scores."""
         return 1.0 / head_dim if self.mup_scale else head_dim**-0.5
@@ -181,7 +198,7 @@ class Reading:
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, bias: Tensor) -> Tensor:
         scale = self.dialect.scale(q.shape[3])
-        out: Tensor = attention(  # type: ignore[assignment]  # a tensor, since no LSE is asked for
+        out: Tensor = attention(
             q,
             k,
             v,

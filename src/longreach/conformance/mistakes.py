@@ -46,15 +46,32 @@ SLOPE_MISTAKES: tuple[tuple[str, Callable[[int], Tensor]], ...] = (
 def bias_mistakes(golden: Reading) -> Iterator[tuple[str, Reading]]:
     """What biases are known to be instead. Where that is the golden bias itself, it explains no error."""
     dialect = golden.dialect
-    yield "the bias is missing", replace(golden, strength=0.0)
-    yield "the bias is added twice", replace(golden, strength=2.0)
-    yield "the bias has the wrong sign", replace(golden, strength=-1.0)
-    for words, rule in SLOPE_MISTAKES:
-        yield words, replace(golden, slopes=rule)
+    yield from strength_mistakes(golden)
+    yield from slope_mistakes(golden)
     if dialect.positions == "relative":
         yield "queries are aligned with the first keys", replace(golden, top_left=True)
     if not dialect.causal:
         yield "the bias is not symmetric: it favours keys after the query", replace(golden, sees_future=True)
+    yield from rounding_mistakes(golden)
+
+
+def strength_mistakes(golden: Reading) -> Iterator[tuple[str, Reading]]:
+    """The right bias too often, or not at all."""
+    yield "the bias is missing", replace(golden, strength=0.0)
+    yield "the bias is added twice", replace(golden, strength=2.0)
+    yield "the bias has the wrong sign", replace(golden, strength=-1.0)
+
+
+def slope_mistakes(golden: Reading) -> Iterator[tuple[str, Reading]]:
+    """Other slopes; first the paper's, where a model has others."""
+    yield "alibi_bias_max is ignored", replace(golden, slopes=golden_slopes)
+    for words, rule in SLOPE_MISTAKES:
+        yield words, replace(golden, slopes=rule)
+
+
+def rounding_mistakes(golden: Reading) -> Iterator[tuple[str, Reading]]:
+    """A bias made from other numbers, and rounded."""
+    dialect = golden.dialect
     for positions in ("relative", "first", "last") if dialect.causal else ("relative",):
         form = replace(dialect, positions=positions, factors_dtype=None, bias_dtype=None)
         made = "distances" if positions == "relative" else f"absolute positions from the {positions} key"

@@ -106,8 +106,8 @@ def intervals(sums: np.ndarray, counts: np.ndarray, seed: int) -> list[Interval]
 
 def _ends(totals: np.ndarray, weights: np.ndarray) -> Interval:
     """The middle LEVEL of the means totals / weights of the draws that have any weight."""
-    some = weights > 0
-    low, high = np.quantile(totals[some] / weights[some], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    weighed = weights > 0
+    low, high = np.quantile(totals[weighed] / weights[weighed], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
 

@@ -1,29 +1,20 @@
 """Text from any model that evaluation knows, the likeliest token at a time."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
-from longreach.measure.score import Unsupported
-from longreach.measure.subject import Subject
+from longreach.measure.subject import Subject, Unsupported
 
 
 def generate_greedily(
     subject: Subject,
     prompt: Sequence[int],
     max_new_tokens: int,
-    on_token: Callable[[int], None] = lambda token: None,
 ) -> list[int]:
-    """Continue a prompt; see `stream_greedily`, which this collects.
-
-    on_token is called with each new token's id as it comes.
-    """
-    continuation = []
-    for token in stream_greedily(subject, prompt, max_new_tokens):
-        continuation.append(token)
-        on_token(token)
-    return continuation
+    """Continue a prompt; see `stream_greedily`, which this collects."""
+    return list(stream_greedily(subject, prompt, max_new_tokens))
 
 
 def stream_greedily(subject: Subject, prompt: Sequence[int], max_new_tokens: int) -> Iterator[int]:

@@ -16,7 +16,7 @@ from uuid import UUID
 
 from longreach.data.synthetic import FILLER as RETRIEVAL_FILLER
 from longreach.data.synthetic import QUESTION, WORDS, telling
-from longreach.measure.score import Unsupported
+from longreach.measure.subject import Unsupported
 
 
 class TooFewNames(Unsupported):

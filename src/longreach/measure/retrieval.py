@@ -21,7 +21,7 @@ from longreach.measure.prompts import (
     random_retrieval,
     random_topics,
 )
-from longreach.measure.score import Unsupported
+from longreach.measure.subject import Unsupported
 from longreach.results import Model, RetrievalRecord
 
 PROMPTS_PER_BATCH = 16
@@ -121,7 +121,7 @@ def bucket(
             else:
                 part = min(int(case.depth * num_depths), num_depths - 1)
                 buckets[length].append(replace(case, depth=(part + 0.5) / num_depths))
-    return {length: some for length, some in buckets.items() if some}, left_out
+    return {length: cases for length, cases in buckets.items() if cases}, left_out
 
 
 def is_correct(case: Case, output: str) -> bool:

@@ -1,13 +1,49 @@
-"""A model under test."""
+"""All that measurement knows of a model: that it gives logits, and what belongs to it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from longreach.data.tokenizer import Tokenizer
-from longreach.measure.score import LanguageModel
 from longreach.results import Model
+
+
+class Unsupported(ValueError):
+    """What is asked cannot be done with this model or at this length; other things can."""
+
+
+class LanguageModel(Protocol):
+    """All that evaluation knows of a model."""
+
+    def logits(
+        self,
+        tokens: Tensor,
+        chunk_size: int,
+        *,
+        last: int | None = None,
+        positions: Tensor | None = None,
+        cache: Any = None,
+    ) -> Iterator[Tensor]:
+        """Logits after each of tokens (B, T), as consecutive stretches (B, at most chunk_size, V).
+
+        Args:
+            tokens: (B, T) int64 ids; with a cache, those that follow what it holds.
+            chunk_size: the most positions of a stretch.
+            last: give the logits of that many last tokens alone.
+            positions: (B, T) or (1, T) int64 absolute positions; `Unsupported` where a model takes none.
+            cache: from `new_cache`, appended to in place.
+        """
+        ...
+
+    def new_cache(self, length: int, max_context: int | None = None) -> Any:
+        """An empty cache for a stream that will have `length` tokens.
+
+        With max_context each token sees at most that many tokens, itself included; `Unsupported` where a model cannot.
+        """
+        ...
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import numpy as np
 from longreach.data.corpora import checked_text, read_json_lines
 from longreach.data.tokenizer import Tokenizer
 from longreach.measure.bootstrap import intervals
-from longreach.measure.score import Unsupported
+from longreach.measure.subject import Unsupported
 from longreach.results import Model, SummaryRecord
 
 PROMPT = "{transcript}\n\nQuery: {query}\nSummary:"

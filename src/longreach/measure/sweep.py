@@ -8,12 +8,11 @@ import numpy as np
 import torch
 
 from longreach.measure.generation import generate_greedily
-from longreach.measure.perplexity import Progress, Scorer, Text
 from longreach.measure.plan import RETRIEVAL_TASKS, EvaluateConfig, planned
 from longreach.measure.retrieval import Case, bucket, generate_cases, max_new_tokens, measure_retrieval, possible_depths
-from longreach.measure.score import Unsupported
-from longreach.measure.subject import Subject
+from longreach.measure.subject import Subject, Unsupported
 from longreach.measure.summaries import MeetingCase, measure_summaries
+from longreach.measure.text_tasks import Progress, Text, TextTasks
 from longreach.results import Cell, Entry, Model, Skipped
 
 
@@ -85,7 +84,7 @@ class _Sweep:
         if longest > _num_targets(material):
             raise ValueError(f"a length of {longest} with {_num_targets(material)} tokens to score: give more text")
         if material.text is not None:
-            self._scorer = Scorer(subject, material.text, config.tokens_per_batch, progress)
+            self._text_tasks = TextTasks(subject, material.text, config.tokens_per_batch, progress)
 
     def entries(self, cell: Cell) -> Sequence[Entry]:
         """What was measured, or why it was not."""
@@ -138,12 +137,12 @@ class _Sweep:
         if cell.task == "offsets":
             return self._at_offsets(cell)
         if cell.task == "positions":
-            return self._scorer.by_context(cell.valid_length)
+            return self._text_tasks.by_context(cell.valid_length)
         if cell.task == "decomposition":
-            return self._scorer.decomposition(cell.valid_length, self._capped_stride)
+            return self._text_tasks.decomposition(cell.valid_length, self._capped_stride)
         assert cell.stride is not None  # a perplexity has both
         assert cell.protocol is not None
-        return self._scorer.perplexity(cell.valid_length, cell.stride, cell.protocol)
+        return self._text_tasks.perplexity(cell.valid_length, cell.stride, cell.protocol)
 
     @property
     def _capped_stride(self) -> int:
@@ -155,7 +154,7 @@ class _Sweep:
         length, longest = cell.valid_length, self._subject.max_length
         fitting = [offset for offset in self._config.offsets if longest is None or offset + length <= longest]
         beyond = [str(offset) for offset in self._config.offsets if offset not in fitting]
-        entries: list[Entry] = [*self._scorer.at_offsets(length, fitting)]
+        entries: list[Entry] = [*self._text_tasks.at_offsets(length, fitting)]
         if beyond:
             reason = f"its table holds {longest} positions, too few for windows from {', '.join(beyond)}"
             entries.append(_skipped(cell, reason))

@@ -1,27 +1,16 @@
-"""Causal language models of Hugging Face transformers as subjects of evaluation."""
+"""Causal language models of Hugging Face transformers behind the protocol that measurement knows."""
 
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from torch import Tensor, nn
 
-from longreach.data.tokenizer import load_tokenizer
-from longreach.measure.score import Unsupported
-from longreach.measure.subject import Subject
-from longreach.pretrained.lengths import declared_length, longest_input
-from longreach.results import Model
-
-PRECOMPUTED = frozenset({"mpt", "gptj", "codegen", "ctrl"})
-"""Types of models whose biases or rotations are computed once, up to the training length, and end there. MPT's need
-not: its stock code in transformers does."""
-
+from longreach.measure.subject import Unsupported
 
 StateLength = Callable[[int], AbstractContextManager[None]]
 """Says how long the sequence will become of which all forward passes within are a part."""
@@ -203,96 +192,6 @@ class HuggingFaceModel:
             )
 
 
-def load_subject(
-    name: str,
-    *,
-    device: torch.device,
-    dtype: str = "auto",
-    train_length: int | None = None,
-    trust_remote_code: bool = False,
-    adapt: Callable[[Any], StateLength | None] = lambda model: None,
-) -> Subject:
-    """Load a causal language model with its tokenizer by `from_pretrained`.
-
-    Args:
-        name: a name on the Hugging Face hub, or a folder that `save_pretrained` wrote, tokenizer.json included.
-        device: where to put it.
-        dtype: a name of torch's, such as "float32", or "auto" for the one that the files are in.
-        train_length: L, the length in tokens that it was trained at; its configuration's when None.
-        trust_remote_code: run code that comes with the model.
-        adapt: applied to the loaded model. Where it made ALiBi of the model's positions, or the model longer, it
-            gives what the model must be told a length by, and there is no limit on length.
-
-    Raises:
-        ValueError: transformers is not installed, there is no such model or it cannot be had now, a file is missing
-            or damaged, the tokenizer is not the model's, or the training length is not known.
-    """
-    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise ValueError(f"dtype={dtype!r}: give auto, float32, bfloat16 or another dtype of torch")
-    config = load_configuration(name, trust_remote_code=trust_remote_code)
-    length = training_length(name, config, train_length)
-    tokenizer = load_tokenizer(name)
-    vocab_size = config.get_text_config().vocab_size
-    if tokenizer.vocab_size > vocab_size:
-        raise ValueError(
-            f"model {name!r} has {vocab_size} tokens and its tokenizer {tokenizer.vocab_size}: "
-            "the tokenizer is not the model's"
-        )
-    loaded = load_causal_model(name, dtype=dtype, trust_remote_code=trust_remote_code)
-    state_length = adapt(loaded)
-    max_length = _max_length(loaded) if state_length is None else None
-    model = HuggingFaceModel(loaded.to(device), max_length, state_length)
-    if state_length is None:
-        implementation = f"transformers {loaded.config._attn_implementation}"  # the only place where it is told
-    else:
-        implementation = "longreach"
-    return Subject(
-        identity=Model(name, length, seed=None),
-        model=model,
-        tokenizer=tokenizer,
-        vocab_size=model.vocab_size,
-        device=device,
-        max_length=model.max_length,
-        attention=lambda query_length, key_length, windowed: implementation,
-    )
-
-
-def training_length(name: str, config: Any, given: int | None) -> int:
-    """L as it is given, else as a model's configuration tells it.
-
-    Raises:
-        ValueError: it does not, or what is given is no length.
-    """
-    length = declared_length(config.get_text_config()) if given is None else given
-    if length is None:
-        raise ValueError(f"model {name!r} does not say what length it was trained at: give it by --train-length")
-    if length < 1:
-        raise ValueError(f"train_length={length}: give a positive integer")
-    return length
-
-
-def load_configuration(name: str, *, trust_remote_code: bool = False) -> Any:
-    """The configuration of a model, by `AutoConfig`. Arguments and errors as in `load_subject`."""
-    return _from_pretrained("AutoConfig", name, trust_remote_code=trust_remote_code)
-
-
-def load_causal_model(name: str, *, dtype: str, trust_remote_code: bool = False) -> Any:
-    """A model with all its weights, by `AutoModelForCausalLM`. Arguments and errors as in `load_subject`."""
-    model, report = _from_pretrained(
-        "AutoModelForCausalLM",
-        name,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-        output_loading_info=True,
-    )
-    if missing := sorted(report["missing_keys"]):
-        raise ValueError(
-            f"model {name!r} has no weights for {missing[0]} and {len(missing) - 1} others: "
-            "give a causal language model whose files are whole"
-        )
-    return model
-
-
 def _inputs(tokens: Tensor, held: int, positions: Tensor | None, cache: Any) -> dict[str, Any]:
     """Arguments of a model's forward for tokens (B, T) that follow `held` tokens in a cache."""
     inputs: dict[str, Any] = {"input_ids": tokens, "use_cache": cache is not None}
@@ -320,35 +219,3 @@ def _parameters(module: Any) -> frozenset[str]:
     if hasattr(module, "get_base_model"):
         module = module.get_base_model()  # PEFT's wrapper hands on what it does not know
     return frozenset(inspect.signature(module.forward).parameters)
-
-
-def _max_length(model: Any) -> int | None:
-    """The most tokens that a model can take: what its table of positions holds, None where it has no such table."""
-    declared = longest_input(model.config.get_text_config())
-    if declared is None or model.config.model_type in PRECOMPUTED:
-        return declared
-    vocabulary = (model.get_input_embeddings(), model.get_output_embeddings())
-    tables = (module for module in model.modules() if isinstance(module, nn.Embedding) and module not in vocabulary)
-    # OPT's and BioGPT's begin with two rows that are no positions.
-    held = any(table.num_embeddings in (declared, declared + 2) for table in tables)
-    return declared if held else None
-
-
-def _from_pretrained(auto: str, name: str, **options: Any) -> Any:
-    """What a class of transformers, given by its name, makes of a model's files."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise ValueError(
-            f"model {name!r} is no run here; one of Hugging Face needs transformers: pip install 'longreach[hf]'"
-        ) from error
-    try:
-        return getattr(transformers, auto).from_pretrained(name, **options)
-    except (OSError, ValueError, RuntimeError, ImportError, safetensors.SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if Path(name).is_dir():
-            raise ValueError(f"model {name!r} cannot be loaded from this folder ({reason}); mend its files") from error
-        raise ValueError(
-            f"model {name!r} is no folder here, nor to be had from the Hugging Face hub ({reason}); "
-            "give a folder, or a hub name while there is a network"
-        ) from error

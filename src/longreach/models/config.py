@@ -31,8 +31,6 @@ class Architecture:
     """Whether linear layers and LayerNorm have biases."""
     tied_embeddings: bool = True
     """Whether input and output embeddings are one matrix."""
-    adaptive_cutoffs: tuple[int, ...] = ()
-    """Borders of the frequency bands of adaptive input and softmax (Baevski & Auli, 2019); none when empty."""
     embedding_dropout: float = 0.0
     """Dropout of the embedded tokens."""
     attention_dropout: float = 0.0
@@ -41,8 +39,6 @@ class Architecture:
     """Dropout inside the feed-forward block."""
     residual_dropout: float = 0.0
     """Dropout of what each sublayer adds to the residual stream."""
-    adaptive_dropout: float = 0.0
-    """Dropout inside the tail bands of the adaptive softmax."""
 
     def __post_init__(self) -> None:
         self._check_counts("num_layers", "num_heads", "num_kv_heads", "d_model", "d_ff")
@@ -59,16 +55,6 @@ class Architecture:
         for name, choices in (("norm", ("layernorm", "rmsnorm")), ("activation", ("gelu", "swiglu"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: give {' or '.join(choices)}")
-        cutoffs = self.adaptive_cutoffs
-        positive = all(isinstance(cutoff, int) and cutoff >= 1 for cutoff in cutoffs)
-        if not positive or list(cutoffs) != sorted(set(cutoffs)):
-            raise ValueError(f"adaptive_cutoffs={cutoffs}: give increasing positive integers")
-        if cutoffs and not self.tied_embeddings:
-            raise ValueError("adaptive_cutoffs with tied_embeddings=False: only the tied form is here, tie them")
-        if cutoffs and self.d_model % 4 ** len(cutoffs):
-            raise ValueError(
-                f"d_model={self.d_model}: each of the {len(cutoffs)} adaptive cutoffs divides it by 4 again"
-            )
 
     def _check_counts(self, *names: str) -> None:
         """Refuse fields that are no positive integers; None is for those whose default it is."""
@@ -87,19 +73,18 @@ class Architecture:
 
 ARCHITECTURES = {
     "demo": Architecture(),
-    # Baevski & Auli's WikiText-103 model as the ALiBi paper trains it.
+    # Baevski & Auli's WikiText-103 model as the ALiBi paper trains it, but for their adaptive vocabulary: its bands
+    # are of words sorted by frequency, our tokenizers give pieces of words by the order in which they were merged.
     "wikitext103-247m": Architecture(
         num_layers=16,
         num_heads=8,
         d_model=1024,
         d_ff=4096,
         bias=True,
-        adaptive_cutoffs=(20000, 60000),
         embedding_dropout=0.3,
         attention_dropout=0.1,
         activation_dropout=0.1,
         residual_dropout=0.3,
-        adaptive_dropout=0.2,
     ),
     # The ALiBi paper's largest model.
     "cc100-1.3b": Architecture(num_layers=25, num_heads=16, d_model=2048, d_ff=8192),
@@ -125,10 +110,6 @@ class ModelConfig(Architecture):
         self._check_counts("vocab_size", "train_length", "longest_length")
         if self.longest_length is not None and self.longest_length < self.train_length:
             raise ValueError(f"longest_length={self.longest_length} is below train_length={self.train_length}")
-        if self.adaptive_cutoffs and self.adaptive_cutoffs[-1] >= self.vocab_size:
-            raise ValueError(
-                f"adaptive_cutoffs={self.adaptive_cutoffs}: all must be below vocab_size={self.vocab_size}"
-            )
         try:
             with torch.device("meta"):  # what the method itself refuses, without memory for its tables
                 build_method(self.method, self.size)

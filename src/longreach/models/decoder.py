@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from longreach.models.config import ModelConfig
 from longreach.models.kv_cache import KVCache
-from longreach.models.vocabulary import AdaptiveVocabulary, Vocabulary
+from longreach.models.vocabulary import Vocabulary
 from longreach.ops.attention import attention, choose_impl, uses_key_norms
 from longreach.ops.triton.operators import triton_runs
 from longreach.positions import AttentionPositions, build_method, rotate
@@ -23,7 +23,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.vocabulary = (AdaptiveVocabulary if config.adaptive_cutoffs else Vocabulary)(config)
+        self.vocabulary = Vocabulary(config)
         self.dropout = nn.Dropout(config.embedding_dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = _norm(config)
@@ -197,12 +197,13 @@ class SelfAttention(nn.Module):
             k, v = cache.append(self.layer, k, v)
             if positions.slopes is not None and uses_key_norms("auto", q.device.type, q.shape[2], k.shape[2]):
                 key_norms = cache.key_norms(self.layer)
-        mixed: Tensor = attention(  # type: ignore[assignment]  # a tensor, since no LSE is asked for
+        mixed = attention(
             q,
             k,
             v,
             slopes=positions.slopes,
             bias=positions.bias,
+            scale=positions.logit_factor * self.config.head_dim**-0.5,
             window_size=None if cache is None else cache.max_context,
             key_padding_mask=key_padding_mask,
             key_norms=key_norms,

@@ -44,18 +44,18 @@ class KVCache:
         """Append (B, Hkv, T, D) to a layer and return what it held and them, (B, Hkv, held + T, D), as views."""
         if layer == len(self._layers):
             self._layers.append(_Layer(keys[:, :, :0], values[:, :, :0]))
-        this = self._layers[layer]
+        buffers = self._layers[layer]
         if self.max_context is not None:
-            this.first = max(this.first, this.stop - (self.max_context - 1))
-        if this.stop + keys.shape[2] > this.keys.shape[2]:
-            this.move(capacity=max(this.stop - this.first + keys.shape[2], 2 * (this.stop - this.first)))
-        new = slice(this.stop, this.stop + keys.shape[2])
-        this.keys[:, :, new] = keys
-        this.values[:, :, new] = values
-        this.stop = new.stop
-        this.seen += keys.shape[2]
-        held = slice(this.first, this.stop)
-        return this.keys[:, :, held], this.values[:, :, held]
+            buffers.first = max(buffers.first, buffers.stop - (self.max_context - 1))
+        if buffers.stop + keys.shape[2] > buffers.keys.shape[2]:
+            buffers.move(capacity=max(buffers.stop - buffers.first + keys.shape[2], 2 * (buffers.stop - buffers.first)))
+        new = slice(buffers.stop, buffers.stop + keys.shape[2])
+        buffers.keys[:, :, new] = keys
+        buffers.values[:, :, new] = values
+        buffers.stop = new.stop
+        buffers.seen += keys.shape[2]
+        held = slice(buffers.first, buffers.stop)
+        return buffers.keys[:, :, held], buffers.values[:, :, held]
 
     def key_norms(self, layer: int) -> Tensor | None:
         """Largest norm in each block of KEY_BLOCK keys of a layer, (B, Hkv, ceil(length / KEY_BLOCK)).
@@ -65,8 +65,8 @@ class KVCache:
         """
         if self.max_context is not None:
             return None
-        this = self._layers[layer]
-        return this.norms.of(this.keys[:, :, : this.stop])
+        buffers = self._layers[layer]
+        return buffers.norms.of(buffers.keys[:, :, : buffers.stop])
 
 
 @dataclass
@@ -87,6 +87,6 @@ class _Layer:
 
 
 def _moved(buffer: Tensor, first: int, stop: int, capacity: int) -> Tensor:
-    grown = torch.empty((*buffer.shape[:2], capacity, buffer.shape[3]), dtype=buffer.dtype, device=buffer.device)
-    grown[:, :, : stop - first] = buffer[:, :, first:stop]
-    return grown
+    moved = torch.empty((*buffer.shape[:2], capacity, buffer.shape[3]), dtype=buffer.dtype, device=buffer.device)
+    moved[:, :, : stop - first] = buffer[:, :, first:stop]
+    return moved

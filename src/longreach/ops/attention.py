@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -42,6 +42,44 @@ GPU_DENSE_LIMIT = 4096 * 4096
 memory's sake: no GPU has timed the kernels yet, so below it "auto" stays with what is known."""
 
 
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    slopes: Tensor | tuple[Tensor, Tensor] | None = None,
+    bias: Tensor | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    window_size: int | None = None,
+    key_padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    dropout_p: float = 0.0,
+    tolerance: float | None = None,
+    key_norms: Tensor | None = None,
+    return_lse: Literal[False] = False,
+    impl: str = "auto",
+) -> Tensor: ...
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    slopes: Tensor | tuple[Tensor, Tensor] | None = None,
+    bias: Tensor | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    window_size: int | None = None,
+    key_padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    dropout_p: float = 0.0,
+    tolerance: float | None = None,
+    key_norms: Tensor | None = None,
+    return_lse: Literal[True],
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]: ...
 def attention(
     q: Tensor,
     k: Tensor,

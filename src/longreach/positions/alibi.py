@@ -6,27 +6,21 @@ from torch import Tensor, nn
 
 from longreach.ops.alibi import alibi_slopes
 from longreach.positions.method import AttentionPositions, ModelSize, PositionMethod
+from longreach.positions.scaling import parse_scaling
 
 
 @dataclass(frozen=True)
 class AlibiOptions:
     """Options of `alibi`."""
 
-    interpolation_factor: float = 1.0
-    """L/L', at most 1: multiplies the slopes, at every length."""
-    dynamic: bool = False
-    """Multiply the slopes by L/L' for each input longer than L, by its length L'."""
+    scaling: str = "none"
+    """How slopes and logits change past L, as `longreach.positions.scaling` reads it: linear for L/L' times the slopes
+    of each input longer than L, linear-fixed=4 for a quarter of them at any length, ntk, and so on."""
     learned: bool = False
     """Train the slopes, from the paper's as a start; they stay positive."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.interpolation_factor <= 1:
-            raise ValueError(f"interpolation_factor={self.interpolation_factor}: give more than 0 and at most 1")
-        if self.dynamic and self.interpolation_factor != 1.0:
-            raise ValueError(
-                f"interpolation_factor={self.interpolation_factor} with dynamic=true: give one of the two, "
-                "a dynamic factor comes from the length"
-            )
+        parse_scaling(self.scaling, train_length=2)  # any L will do to see that it can be read
 
 
 class Alibi(PositionMethod):
@@ -37,8 +31,8 @@ class Alibi(PositionMethod):
     def __init__(self, options: AlibiOptions, size: ModelSize):
         super().__init__()
         self.options = options
-        self.train_length = size.train_length
-        self.depends_on_length = options.dynamic
+        self.scaling = parse_scaling(options.scaling, size.train_length)
+        self.depends_on_length = self.scaling.depends_on_length
         slopes = alibi_slopes(size.num_heads)
         if options.learned:
             self.log_slopes = nn.Parameter(slopes.log())  # logarithms keep them positive
@@ -47,6 +41,7 @@ class Alibi(PositionMethod):
 
     def attend(self, positions: Tensor, key_length: int, length: int) -> AttentionPositions:
         """Give the slopes, scaled as the options say."""
-        factor = min(1.0, self.train_length / length) if self.options.dynamic else self.options.interpolation_factor
         slopes = self.log_slopes.exp() if self.options.learned else self.slopes
-        return AttentionPositions(slopes=slopes * factor if factor != 1.0 else slopes)
+        return AttentionPositions(
+            slopes=self.scaling(slopes, length), logit_factor=float(self.scaling.logit_factor(length))
+        )

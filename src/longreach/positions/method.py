@@ -31,6 +31,8 @@ class AttentionPositions:
     """(H,) float32, for the bias -slopes * distance."""
     bias: Tensor | None = None
     """(H, Tq, Tk) float32, added to the scaled scores."""
+    logit_factor: float = 1.0
+    """Factor of the logits q . k."""
 
 
 class PositionMethod(nn.Module):

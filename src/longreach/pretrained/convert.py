@@ -4,12 +4,14 @@ from typing import Any
 
 from torch import nn
 
-from longreach.pretrained.extend import CONVERTIBLE, extend, restore
-from longreach.pretrained.mark import MARK
-from longreach.pretrained.state import ATTRIBUTE
+from longreach.pretrained.attend import ATTRIBUTE
+from longreach.pretrained.extend import extend
+from longreach.pretrained.families import CONVERTIBLE
+from longreach.pretrained.layout import MARK
+from longreach.pretrained.restore import restore
 
 
-def convert(model: nn.Module, method: str = "alibi", **options: Any) -> nn.Module:
+def convert(model: nn.Module, **options: Any) -> nn.Module:
     """Take the learned or rotary positions of a pretrained model out and put ALiBi in, in place. `unconvert` undoes it.
 
     Its attention becomes softmax(scale q.k - m (i - j)) v with the slopes m of `alibi_slopes`, through
@@ -26,7 +28,6 @@ def convert(model: nn.Module, method: str = "alibi", **options: Any) -> nn.Modul
 
     Args:
         model: GPT-2, Llama, Mistral or Qwen2 as loaded by transformers, with any head, and also wrapped by PEFT.
-        method: "alibi", the one there is.
         options: those of `longreach.extend`, which a converted model may also be given to later. Give train_length, the
             length fine-tuned at, with a scaling that needs it.
 
@@ -34,17 +35,15 @@ def convert(model: nn.Module, method: str = "alibi", **options: Any) -> nn.Modul
         The model itself.
 
     Raises:
-        ValueError: another method or model, cross-attention, sliding windows, or a wrong option; the model is then
+        ValueError: another model, cross-attention, sliding windows, or a wrong option; the model is then
             untouched.
     """
-    if method != "alibi":
-        raise ValueError(f'method={method!r}: give "alibi"')
     configs = _configs(model)
     if not configs:
         raise ValueError(f"{type(model).__name__} is none of {', '.join(CONVERTIBLE)}: longreach can convert those")
     unmarked = [config for config in configs if not hasattr(config, MARK)]
     for config in unmarked:
-        setattr(config, MARK, method)
+        setattr(config, MARK, "alibi")
     try:
         return extend(model, **options)
     except BaseException:

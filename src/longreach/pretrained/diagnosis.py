@@ -10,11 +10,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from longreach.conformance.golden import Dialect, Reading
+from longreach.conformance.mistakes import rounding_mistakes, slope_mistakes, strength_mistakes
 from longreach.ops.alibi import alibi_slopes
 from longreach.ops.reach import default_tolerance, reach
-from longreach.pretrained.extend import extend, extension_of, find_layout, restore
+from longreach.pretrained.attend import ATTRIBUTE, extension_of
+from longreach.pretrained.extend import extend
+from longreach.pretrained.families import find_layout
+from longreach.pretrained.layout import Layout
 from longreach.pretrained.lengths import SCALING
-from longreach.pretrained.state import ATTRIBUTE, Layout
+from longreach.pretrained.restore import restore
 
 COMPARED = 256
 """How many of the last tokens have their logits compared: those of long texts and vocabularies would fill memory."""
@@ -51,8 +56,8 @@ CRASHES = (RuntimeError, ValueError, IndexError, TypeError, AttributeError, NotI
 
 
 @dataclass(frozen=True)
-class Dialect:
-    """How a model writes ALiBi down."""
+class StockForm:
+    """How a model's stock code writes ALiBi down."""
 
     family: str
     """The model_type of its configuration."""
@@ -104,8 +109,8 @@ class HeadReach:
 class Diagnosis:
     """What is known of a model once it has been run."""
 
-    dialect: Dialect
-    """How it writes ALiBi down."""
+    form: StockForm
+    """How its stock code writes ALiBi down."""
     dtype: str
     """Of its weights."""
     attention: str
@@ -126,26 +131,6 @@ class Diagnosis:
     tolerance: float
     """Probability mass per token that the reach may leave out."""
 
-
-@dataclass(frozen=True)
-class _Form:
-    """What is known of a family's stock code."""
-
-    score: str
-    bias: str
-    rounds_slopes: bool = False
-    heeds_scaling: bool = False
-
-
-FORMS = {
-    "bloom": _Form("q.k / sqrt(D) + bias", "slope * position of the key, in the dtype of the model"),
-    "mpt": _Form("q.k / sqrt(D) + bias", "slope * (position of the key - the last one), in float32"),
-    "falcon": _Form("(q.k + bias) / sqrt(D)", "slope * position of the key, in bfloat16 whatever the dtype", True),
-    "btlm": _Form("q.k / sqrt(D) + bias, or q.k / D + bias under muP", "-slope * distance", heeds_scaling=True),
-    "jais": _Form("q.k / sqrt(D) + bias, or q.k / D + bias under muP", "-slope * distance", heeds_scaling=True),
-    "baichuan": _Form("q.k / sqrt(D) + bias", "slope * position of the key"),
-}
-"""model_type -> its form."""
 
 Progress = Callable[[str, int, int | None], None]
 """Called with a stage in words, how many lengths are done, and how many there are."""
@@ -178,7 +163,7 @@ def diagnose(
     layout = find_layout(model)
     if ATTRIBUTE in vars(layout.base):
         raise ValueError(f"{type(model).__name__} is extended: longreach.restore(model) first, to see its stock code")
-    if layout.family not in FORMS:
+    if layout.dialect is None:
         raise ValueError(f"{layout.family} was converted: only models trained with ALiBi have stock code to diagnose")
     for length in lengths:
         if not 2 <= length <= len(tokens):
@@ -198,7 +183,7 @@ def diagnose(
         heads = _head_reach(model, layout, tokens[: max(lengths)])
     dtype = next(model.parameters()).dtype
     return Diagnosis(
-        dialect=_dialect(layout, deviation),
+        form=_stock_form(layout, dtype, deviation),
         dtype=str(dtype).removeprefix("torch."),
         attention=getattr(layout.base.config, "_attn_implementation", None) or "eager",
         train_length=layout.train_length,
@@ -218,20 +203,26 @@ def stock_bytes(num_heads: int, length: int) -> int:
 
 def _size(count: int) -> str:
     """Bytes in words, in the largest unit of which there is one at least."""
-    unit, name = next((each for each in _UNITS if count >= each[0]), (1, "bytes"))
+    unit, name = next((pair for pair in _UNITS if count >= pair[0]), (1, "bytes"))
     return f"{count / unit:,.1f} {name}"
 
 
-def _dialect(layout: Layout, deviation: float | None) -> Dialect:
-    form = FORMS[layout.family]
-    return Dialect(
+def _stock_form(layout: Layout, dtype: torch.dtype, deviation: float | None) -> StockForm:
+    dialect = _stock_dialect(layout, dtype)
+    return StockForm(
         family=layout.family,
         slopes=tuple(layout.slopes.tolist()),
-        rule=_slope_rule(layout, form.rounds_slopes),
-        score=form.score,
-        bias=form.bias,
+        rule=_slope_rule(layout, rounds=dialect.factors_dtype == torch.bfloat16),
+        score=dialect.score,
+        bias=dialect.bias,
         deviation=deviation,
     )
+
+
+def _stock_dialect(layout: Layout, dtype: torch.dtype) -> Dialect:
+    """What the stock code of a family that has ALiBi computes in a dtype."""
+    assert layout.dialect is not None, "diagnose refused the others"
+    return layout.dialect(dtype)
 
 
 def _slope_rule(layout: Layout, rounds: bool) -> str:
@@ -254,8 +245,8 @@ def _run_stock(model: nn.Module, layout: Layout, tokens: Tensor, causal: bool, m
     length = len(tokens)
     needed = stock_bytes(len(layout.slopes), length)
     if needed > max_bytes:
-        told = f"would take about {_size(needed)} for scores, more than the {_size(max_bytes)} allowed"
-        return StockRun(length, "not run", told)
+        reason = f"would take about {_size(needed)} for scores, more than the {_size(max_bytes)} allowed"
+        return StockRun(length, "not run", reason)
     try:
         stock = _logits(model, tokens)
     except CRASHES as error:
@@ -280,7 +271,7 @@ def _run_stock(model: nn.Module, layout: Layout, tokens: Tensor, causal: bool, m
 def _ignores_scaling(layout: Layout, length: int) -> bool:
     """Whether the configuration says how slopes are scaled at a length, to stock code that does not look."""
     scaled = layout.scaling(layout.slopes, length)
-    return not FORMS[layout.family].heeds_scaling and not torch.equal(scaled, layout.slopes)
+    return not layout.heeds_scaling and not torch.equal(scaled, layout.slopes)
 
 
 def _name_mistake(model: nn.Module, layout: Layout, tokens: Tensor, golden: Tensor, stock: Tensor, causal: bool) -> str:
@@ -297,8 +288,8 @@ def _name_mistake(model: nn.Module, layout: Layout, tokens: Tensor, golden: Tens
             return _rounding(layout, len(tokens), next(model.parameters()).dtype)
     error = _kl(golden, wide)
     left: dict[str, float] = {}
-    for words, slopes, options in _mistakes(layout, len(tokens)):
-        with _widened(model), _extended(model, slopes, **options):
+    for words, reading in _mistakes(layout, len(tokens)):
+        with _widened(model), _extended(model, reading):
             left[words] = _kl(_logits(model, tokens), wide)
         if left[words] <= min(RIGHT, UNEXPLAINED * error):
             return words
@@ -306,34 +297,45 @@ def _name_mistake(model: nn.Module, layout: Layout, tokens: Tensor, golden: Tens
     return best if left[best] <= UNEXPLAINED * error else "of a kind that is not known"
 
 
-def _mistakes(layout: Layout, length: int) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
-    """Mistakes that the exact form can be made to make, simplest first: in words, slopes, options of `extend`."""
-    yield from _bias_mistakes(layout, length)
+def _mistakes(layout: Layout, length: int) -> Iterator[tuple[str, Reading]]:
+    """What the stock code may compute instead, simplest first."""
     if layout.scaling.name != "none":
-        unscaled = {"scaling": "none"}
-        yield IGNORED, layout.slopes, unscaled
-        for words, slopes, options in _bias_mistakes(layout, length):
-            yield f"{IGNORED}, and {words}", slopes, {**unscaled, **options}
+        yield IGNORED, _reading(Dialect(), layout.slopes)
+    yield from _bias_mistakes(layout, length, layout.scaling(layout.slopes, length))
+    if layout.scaling.name != "none":
+        for words, reading in _bias_mistakes(layout, length, layout.slopes):
+            yield f"{IGNORED}, and {words}", reading
 
 
-def _bias_mistakes(layout: Layout, length: int) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
-    paper = alibi_slopes(len(layout.slopes))
-    yield "the bias is added twice", 2 * layout.slopes, {}
-    yield "the bias is missing", 0 * layout.slopes, {}
-    if not torch.equal(paper, layout.slopes):
-        yield "alibi_bias_max is ignored", paper, {}
-    if layout.faithful is not None:
+def _bias_mistakes(layout: Layout, length: int, slopes: Tensor) -> Iterator[tuple[str, Reading]]:
+    """Known mistakes of the bias, where slopes (H,) are right: first what is cheap to try or known of the family."""
+    golden = _reading(Dialect(), slopes)
+    yield from strength_mistakes(golden)
+    stock = _reading(_stock_dialect(layout, torch.float32), slopes)
+    if stock.dialect.rounded:
         rounding = _rounding(layout, length, torch.float32)
-        yield rounding, layout.slopes, {"bias": "faithful"}
-        yield f"the bias is added twice, and {rounding}", 2 * layout.slopes, {"bias": "faithful"}
+        yield rounding, stock
+        yield f"the bias is added twice, and {rounding}", replace(stock, strength=2.0)
+    for words, reading in slope_mistakes(golden):
+        if not torch.allclose(reading.slopes(len(slopes)), golden.slopes(len(slopes))):
+            yield words, reading
+    for words, reading in rounding_mistakes(golden):
+        if reading.dialect.rounded and reading.dialect.positions != "relative":  # whose bias would be H x T x T
+            yield words, reading
+
+
+def _reading(dialect: Dialect, slopes: Tensor) -> Reading:
+    """A dialect with slopes (H,) of a model's own."""
+    return Reading(dialect, slopes=lambda num_heads: slopes.double())
 
 
 def _rounding(layout: Layout, length: int, dtype: torch.dtype) -> str:
     """What the stock code of a model in this dtype does to the bias of the last keys, in words."""
-    if layout.faithful is None:
+    dialect = _stock_dialect(layout, dtype)
+    if not dialect.rounded:
         return f"loses precision in {str(dtype).removeprefix('torch.')}; with float32 weights it is right"
-    bias = layout.faithful(layout.slopes, torch.arange(length)[None], dtype)[0, int(layout.slopes.argmax()), 0]  # [T]
-    last = bias[-64:]
+    bias = _reading(dialect, layout.slopes).bias(len(layout.slopes), 1, length, None)
+    last = bias[0, int(layout.slopes.argmax()), 0, -64:]  # [at most 64]
     different = last.unique().numel()
     if different == len(last):
         return "the bias is rounded"
@@ -387,7 +389,8 @@ def _deviation(model: nn.Module, layout: Layout, tokens: Tensor) -> float | None
             stock = _logits(model, tokens)
         except CRASHES:
             return None
-        with _extended(model, bias="exact" if layout.faithful is None else "faithful"):
+        slopes = layout.scaling(layout.slopes, len(tokens))
+        with _extended(model, _reading(_stock_dialect(layout, torch.float32), slopes)):
             return (_logits(model, tokens) - stock).abs().max().item()
 
 
@@ -400,21 +403,27 @@ def _logits(model: Any, tokens: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def _kl(right: Tensor, other: Tensor) -> float:
-    """Mean KL(right || other) in nats of the distributions of logits (N, V); infinite where one is not finite."""
+def _kl(right: Tensor, wrong: Tensor) -> float:
+    """Mean KL(right || wrong) in nats of the distributions of logits (N, V); infinite where one is not finite."""
     total = 0.0
-    for p, q in zip(right.split(16), other.split(16), strict=True):  # doubles of a few tokens at a time
+    for p, q in zip(right.split(16), wrong.split(16), strict=True):  # doubles of a few tokens at a time
         p, q = (x.double().log_softmax(dim=-1) for x in (p, q))
         total += (p.exp() * (p - q)).sum().item()
     return max(0.0, total / len(right)) if math.isfinite(total) else math.inf  # equal ones are below 0 by rounding
 
 
 @contextmanager
-def _extended(model: nn.Module, slopes: Tensor | None = None, **options: Any) -> Iterator[None]:
-    """The model as its configuration says in the exact form for a while, or with other slopes (H,) or options."""
-    extension = extension_of(extend(model, **options))
-    if slopes is not None:
-        extension.layout = replace(extension.layout, slopes=slopes)
+def _extended(model: nn.Module, reading: Reading | None = None) -> Iterator[None]:
+    """The model as its configuration says in the exact form for a while, or with the bias of a reading instead."""
+    if reading is None:
+        extend(model)
+    else:
+        extension = extension_of(extend(model, scaling="none", impl="sdpa"))  # which takes slopes below 0, too
+        if reading.dialect.positions == "relative" and not reading.dialect.rounded:
+            slopes = reading.strength * reading.slopes(len(extension.layout.slopes))
+            extension.layout = replace(extension.layout, slopes=slopes.float())
+        else:
+            extension.reading = reading
     try:
         yield
     finally:

@@ -10,13 +10,11 @@ remote code in many versions, so that nothing is swapped here; the one line that
             return (out.transpose(1, 2).flatten(2),)
 """
 
-from typing import Any
-
 from torch import Tensor
 
 from longreach.ops.alibi import alibi_slopes
 from longreach.ops.attention import attention
-from longreach.pretrained.interpolation import Scaling
+from longreach.positions.scaling import Scaling
 from longreach.pretrained.masks import read_padding
 
 
@@ -58,7 +56,7 @@ def symmetric_attention(
     if scaling is not None:
         length = k.shape[2] if padding is None else (~padding).sum(dim=1).clamp(min=1)  # one, or [B]
         slopes = scaling(slopes, length)
-    out: Any = attention(
+    return attention(
         q,
         k,
         v,
@@ -70,4 +68,3 @@ def symmetric_attention(
         tolerance=tolerance,
         impl=impl,
     )
-    return out

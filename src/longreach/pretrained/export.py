@@ -18,7 +18,8 @@ from longreach.files import sync
 from longreach.models.config import ModelConfig
 from longreach.models.decoder import Decoder
 from longreach.positions import parse_method
-from longreach.pretrained.lengths import TRAIN_LENGTH, require_tokens
+from longreach.positions.scaling import require_tokens
+from longreach.pretrained.lengths import TRAIN_LENGTH
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
@@ -85,13 +86,12 @@ def _check(config: ModelConfig, max_length: int) -> None:
     name, options = parse_method(config.method)
     obstacles = [
         *([f"its position method is {name}, MPT has ALiBi"] if name != "alibi" else []),
-        *(["its slopes are scaled, MPT's are the paper's"] if name == "alibi" and _scaled(options) else []),
+        *(["its slopes are scaled, MPT's are the paper's"] if name == "alibi" and options.scaling != "none" else []),
         *(["its slopes are learned, MPT's are the paper's"] if name == "alibi" and options.learned else []),
         *([f"its norm is {config.norm}, MPT's is layernorm"] if config.norm != "layernorm" else []),
         *([f"its activation is {config.activation}, MPT's is gelu"] if config.activation != "gelu" else []),
         *(["it has biases, MPT has none"] if config.bias else []),
         *(["its input and output embeddings are not tied, MPT's are"] if not config.tied_embeddings else []),
-        *(["its vocabulary is adaptive, MPT's is one matrix"] if config.adaptive_cutoffs else []),
     ]
     if config.num_kv_heads not in (None, config.num_heads):
         obstacles.append(f"{config.num_heads} query heads share {config.num_kv_heads} key heads, MPT's share none")
@@ -102,15 +102,11 @@ def _check(config: ModelConfig, max_length: int) -> None:
     require_tokens("max_length", max_length, config.train_length)
 
 
-def _scaled(options: Any) -> bool:
-    return options.dynamic or options.interpolation_factor != 1.0
-
-
 def _weights(model: Decoder) -> dict[str, Tensor]:
     """The weights under MPT's names. Both stack queries, keys and values as rows [q | k | v]."""
     modules = {"vocabulary.embedding": "wte", "norm": "norm_f"}
     for layer in range(model.config.num_layers):
-        for ours, theirs in (
+        for name, mpt_name in (
             ("attention_norm", "norm_1"),
             ("attention.qkv", "attn.Wqkv"),
             ("attention.out", "attn.out_proj"),
@@ -118,7 +114,7 @@ def _weights(model: Decoder) -> dict[str, Tensor]:
             ("feed_forward.up", "ffn.up_proj"),
             ("feed_forward.down", "ffn.down_proj"),
         ):
-            modules[f"blocks.{layer}.{ours}"] = f"blocks.{layer}.{theirs}"
+            modules[f"blocks.{layer}.{name}"] = f"blocks.{layer}.{mpt_name}"
     weights = {}
     for name, tensor in model.state_dict().items():
         weights[f"transformer.{modules[name.removesuffix('.weight')]}.weight"] = tensor.cpu().contiguous()

@@ -1,64 +1,21 @@
-"""Extend a loaded model in place, and restore it."""
+"""Extend a loaded model in place."""
 
 import inspect
-import types
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import lru_cache, partial
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 from torch import nn
 
 from longreach.ops.attention import IMPLEMENTATIONS
+from longreach.positions.scaling import Scaling, parse_scaling, require_tokens
+from longreach.pretrained.attend import ATTRIBUTE, Extension
 from longreach.pretrained.caches import growing_cache, sink_cache
-from longreach.pretrained.families.baichuan import baichuan_layout, is_baichuan_base
-from longreach.pretrained.families.bloom import bloom_layout, is_bloom_base
-from longreach.pretrained.families.falcon import check_falcon, falcon_layout, is_falcon_base
-from longreach.pretrained.families.gpt2 import check_gpt2, gpt2_layout, is_gpt2_base
-from longreach.pretrained.families.jais import check_jais, is_jais_base, jais_layout
-from longreach.pretrained.families.llama import check_llama, is_llama_base, llama_layout
-from longreach.pretrained.families.mpt import check_mpt, is_mpt_base, mpt_layout
-from longreach.pretrained.interpolation import Scaling
-from longreach.pretrained.lengths import require_tokens
+from longreach.pretrained.families import find_layout
+from longreach.pretrained.layout import Layout
 from longreach.pretrained.masks import hand_documents
-from longreach.pretrained.state import ATTRIBUTE, Extension, Layout
-
-
-class Family(NamedTuple):
-    """What is known of the models of one model_type."""
-
-    kind: Literal["own", "remote", "convertible"]
-    """Whether transformers has their code, or it comes with their files, or they have ALiBi only once converted."""
-    is_base: Callable[[nn.Module], bool]
-    """Tells the base model."""
-    layout: Callable[[nn.Module], Layout]
-    """Finds its parts."""
-    check: Callable[[Any], None] = lambda config: None
-    """Raises ValueError where the configuration is of a model that cannot have ALiBi."""
-
-
-FAMILIES = {
-    "bloom": Family("own", is_bloom_base, bloom_layout),
-    "mpt": Family("own", is_mpt_base, mpt_layout, check_mpt),
-    "falcon": Family("own", is_falcon_base, falcon_layout, check_falcon),
-    "btlm": Family("remote", is_jais_base, jais_layout, check_jais),
-    "jais": Family("remote", is_jais_base, jais_layout, check_jais),
-    "baichuan": Family("remote", is_baichuan_base, baichuan_layout),
-    "gpt2": Family("convertible", is_gpt2_base, gpt2_layout, check_gpt2),
-    "llama": Family("convertible", is_llama_base, llama_layout, check_llama),
-    "mistral": Family("convertible", is_llama_base, llama_layout, check_llama),
-    "qwen2": Family("convertible", is_llama_base, llama_layout, check_llama),
-}
-"""By the model_type of a configuration."""
-
-CONVERTIBLE = tuple(name for name, family in FAMILIES.items() if family.kind == "convertible")
-"""What `longreach.convert` takes; `extend` knows them once they are converted."""
-
-OLDEST_TRANSFORMERS = (5, 4)
-"""The first version of transformers that extended models are tested with."""
-
-STOCK_CLASS = "_longreach_stock_class"
-"""Name under which a swapped class holds the one whose place it takes."""
+from longreach.pretrained.restore import give_methods, restore
 
 
 def extend(
@@ -67,10 +24,7 @@ def extend(
     scaling: str | Scaling | None = None,
     train_length: int | None = None,
     length: int | None = None,
-    factor: float | None = None,
-    bias: str = "exact",
     per_step: bool = False,
-    logn: bool = False,
     sinks: int | None = None,
     window: int | None = None,
     tolerance: float | None = None,
@@ -82,7 +36,7 @@ def extend(
     T x T and without a limit on length. Parameters and the state dict stay as they are. A model that is extended
     already is extended anew. Any error leaves the model untouched.
 
-    L' is the length that a scaling, and logn, compare with train_length. A forward pass without a cache has its own
+    L' is the length that a scaling compares with train_length. A forward pass without a cache has its own
     number of tokens, less a row's padding. `generate` has one constant L', prompt and max_new_tokens together, likewise
     less a row's padding, for which cached decoding equals the full forward pass. Any other forward pass that continues
     a cache needs a stated L', by length or `fixed_length`, and raises without one. What is stated is the L' of every
@@ -91,18 +45,14 @@ def extend(
     Args:
         model: BLOOM, MPT, Falcon with alibi, BTLM, JAIS or Baichuan-13B, as loaded by transformers; with any head,
             and also wrapped by PEFT or dispatched by accelerate.
-        scaling: "none", "linear" (arXiv 2310.13017), "linear-fixed", "ntk", or a `Scaling`, which has its own
-            train_length and factor; see `longreach.pretrained.interpolation`. When None, the `alibi_scaling` of the
-            model's configuration, which any other takes the place of, and "none" where there is none.
+        scaling: "none", "linear" (arXiv 2310.13017), "linear-fixed=4", "ntk", "ntk-fixed=4", "+logn" after any of
+            them, or a `Scaling`, which has its own train_length; see `longreach.positions.scaling`. When None, the
+            `alibi_scaling` of the model's configuration, which any other takes the place of, and "none" where there is
+            none.
         train_length: L, in tokens; what the model's configuration says when None.
-        length: L' of every forward pass, in tokens, of which none may be longer where the scaling or logn heed L'.
-        factor: L'/L of "linear-fixed", above 1.
-        bias: "exact", or "faithful" to the stock code's rounding of the bias (BLOOM, MPT, Falcon), which makes a
-            dense bias. Falcon's is that of attn_implementation="sdpa": its eager code adds the bias twice. BLOOM's
-            keeps the stock GELU too, whose eight operations are otherwise one.
+        length: L' of every forward pass, in tokens, of which none may be longer where the scaling heeds L'.
         per_step: take L' from the keys so far at each step of cached decoding, as the paper has it. Earlier keys and
             values then belong to earlier slopes, so that decoding differs from the full forward pass.
-        logn: multiply the logits q . k with log L' / log L when L' > L; the bias is left to the scaling.
         sinks: with window, generate with a cache of the first `sinks` tokens and the last `window` alone
             (StreamingLLM), distances counted inside the cache.
         window: how many of the last tokens each token sees, itself included.
@@ -119,9 +69,7 @@ def extend(
     layout = find_layout(model)
     extension = Extension(
         layout=layout,
-        scaling=_chosen_scaling(layout, scaling, train_length, factor),
-        logn=logn,
-        bias=bias,
+        scaling=_chosen_scaling(layout, scaling, train_length),
         per_step=per_step,
         length=length,
         sinks=sinks,
@@ -135,8 +83,7 @@ def extend(
     swaps = list(layout.swaps)
     swaps += [(module, Generates) for module in model.modules() if _generates(module)]
     for module, methods in swaps:
-        stock: Any = type(module)
-        _swap(module, _swapped_class(methods, stock))
+        give_methods(module, methods)
     extension.modules = list(dict.fromkeys([layout.base, *(module for module, _ in swaps)]))
     for module in extension.modules:
         vars(module)[ATTRIBUTE] = extension
@@ -147,135 +94,29 @@ def extend(
     return model
 
 
-def restore(model: nn.Module) -> nn.Module:
-    """Undo `extend` in place, so that the model computes bit for bit what it did before.
-
-    Args:
-        model: a model that `extend` was given, or a part of it that holds what was extended.
-
-    Returns:
-        The model itself.
-
-    Raises:
-        ValueError: the model is not extended, or something made its modules instances of other classes since.
-    """
-    extension = extension_of(model)
-    for module in extension.modules:
-        if hasattr(type(module), STOCK_CLASS) and STOCK_CLASS not in vars(type(module)):
-            raise ValueError(f"{type(module).__name__} was given another class since extend: undo that first")
-    for handle in extension.handles:
-        handle.remove()
-    for module in extension.modules:
-        del vars(module)[ATTRIBUTE]
-        _swap(module, getattr(type(module), STOCK_CLASS, type(module)))
-    return model
-
-
-@contextmanager
-def fixed_length(model: nn.Module, length: int) -> Iterator[None]:
-    """State the one L' of all forward passes of this thread within, for a decoding loop of one's own.
-
-    A cache must be filled and used under one L'; `generate` takes this L' too, in place of its own.
-
-    Args:
-        model: an extended model.
-        length: L' in tokens, of every row, however much of it is padding; no input, its cache and padding counted, may
-            be longer.
-
-    Raises:
-        ValueError: the model is not extended, or length is not a positive integer.
-    """
-    require_tokens("length", length, 1)
-    with extension_of(model).during(length):
-        yield
-
-
-def extension_of(model: nn.Module) -> Extension:
-    """How a model is extended.
-
-    Raises:
-        ValueError: it is not.
-    """
-    for module in model.modules():
-        if ATTRIBUTE in vars(module):
-            extension: Extension = vars(module)[ATTRIBUTE]
-            return extension
-    raise ValueError(f"{type(model).__name__} is not extended: call longreach.extend(model) first")
-
-
-def find_layout(model: nn.Module) -> Layout:
-    """Find a pretrained model's family, its parts, slopes and training length, without touching it.
-
-    Args:
-        model: as `extend` takes it.
-
-    Raises:
-        ValueError: it is of no known family, has no ALiBi, or holds more than one base model; or transformers is older
-            than OLDEST_TRANSFORMERS.
-    """
-    _require_transformers()
-    kinds = {getattr(getattr(module, "config", None), "model_type", None) for module in model.modules()}
-    known = sorted(kind for kind in kinds if kind in FAMILIES)
-    if len(known) != 1:
-        told = ", ".join(sorted(str(kind) for kind in kinds - {None})) or "none"
-        with_alibi = ", ".join(name for name in FAMILIES if name not in CONVERTIBLE)
-        raise ValueError(
-            f"model_type {told}: longreach can extend one of {with_alibi}; and after longreach.convert and fine-tuning "
-            f"one of {', '.join(CONVERTIBLE)}"
-        )
-    family = FAMILIES[known[0]]
-    bases: list[Any] = [module for module in model.modules() if family.is_base(module)]
-    if len(bases) != 1:
-        raise ValueError(
-            f"{type(model).__name__} holds {len(bases)} base models of family {known[0]} as longreach knows it: "
-            "give one, loaded with transformers' own code where there is any"
-        )
-    family.check(bases[0].config)
-    return family.layout(bases[0])
-
-
-def _require_transformers() -> None:
-    import transformers
-
-    if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < OLDEST_TRANSFORMERS:
-        oldest = ".".join(str(part) for part in OLDEST_TRANSFORMERS)
-        raise ValueError(f"transformers {transformers.__version__}: its masks differ, extend needs {oldest} or later")
-
-
-def _chosen_scaling(
-    layout: Layout, scaling: str | Scaling | None, train_length: int | None, factor: float | None
-) -> Scaling:
+def _chosen_scaling(layout: Layout, scaling: str | Scaling | None, train_length: int | None) -> Scaling:
     """The scaling that arguments of `extend` name; what they leave out is as the configuration says."""
     if isinstance(scaling, Scaling):
-        if train_length is not None or factor is not None:
-            raise ValueError(f"train_length or factor beside {scaling}: it has its own, give only one of them")
+        if train_length is not None:
+            raise ValueError(f"train_length={train_length} beside {scaling!r}: it has its own, give only one")
         return scaling
-    if scaling is None:
-        told = layout.scaling
-        scaling, factor = told.name, told.factor if factor is None else factor
-        train_length = told.train_length if train_length is None else train_length
-    return Scaling(scaling, layout.train_length if train_length is None else train_length, factor)
+    if scaling is not None:
+        return parse_scaling(scaling, layout.train_length if train_length is None else train_length)
+    declared = layout.scaling
+    known = declared.train_length or layout.train_length
+    return replace(declared, train_length=known if train_length is None else train_length)
 
 
 def _check(extension: Extension) -> None:
     """Check the arguments of `extend` against each other and the model."""
-    layout, scaling, impl = extension.layout, extension.scaling, extension.impl
+    layout, impl = extension.layout, extension.impl
     length, sinks, window, tolerance = extension.length, extension.sinks, extension.window, extension.tolerance
-    if extension.logn and scaling.train_length is None:
-        raise ValueError("train_length=None with logn=True: give the length trained on, in tokens")
     for name, value, least in (("length", length, 1), ("sinks", sinks, 0), ("window", window, 1)):
         if value is not None:
             require_tokens(name, value, least)
-    if extension.per_step and (length is not None or not extension.depends_on_length):
-        told = f"length={length}" if length is not None else f'scaling="{scaling.name}", which has no L\''
-        raise ValueError(f"per_step=True with {told}: per_step takes L' from each step, give one of the two")
-    if extension.bias not in ("exact", "faithful"):
-        raise ValueError(f'bias={extension.bias!r}: give "exact" or "faithful"')
-    if extension.bias == "faithful" and layout.faithful is None:
-        raise ValueError(f'bias="faithful": how {layout.family} rounds is not known, use bias="exact"')
-    if extension.bias == "faithful" and (impl not in ("auto", "sdpa", "reference") or sinks is not None):
-        told = "sinks" if sinks is not None else f'impl="{impl}"'
-        raise ValueError(f'bias="faithful" with {told}, which takes no dense bias: use bias="exact"')
+    if extension.per_step and (length is not None or not extension.scaling.depends_on_length):
+        asked = f"length={length}" if length is not None else f'scaling="{extension.scaling}", which has no L\''
+        raise ValueError(f"per_step=True with {asked}: per_step takes L' from each step, give one of the two")
     if (sinks is None) != (window is None):
         raise ValueError(f"sinks={sinks} and window={window}: give both, or neither")
     if sinks is not None and layout.keeps_tuples:
@@ -357,30 +198,3 @@ def _generates(module: nn.Module) -> bool:
 def _around(model: nn.Module, base: nn.Module) -> list[nn.Module]:
     """All modules of the model that contain the base model."""
     return [module for module in model.modules() if module is not base and any(m is base for m in module.modules())]
-
-
-@lru_cache(maxsize=256)
-def _swapped_class(methods: type, stock: Any) -> type:
-    """The stock class with our methods before its own, under its own name: names of classes are saved with a model."""
-    names = {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "__doc__": stock.__doc__}
-    return type(stock.__name__, (methods, stock), {**names, STOCK_CLASS: stock, "__reduce_ex__": _reduce})
-
-
-def _reduce(module: nn.Module, protocol: Any) -> tuple[Any, ...]:
-    """What pickle and copy keep of a swapped module: by the name of its class they would find the stock class."""
-    made: Any = super(type(module), module).__reduce_ex__(protocol)  # (function, arguments, state, ...)
-    return _new_module, type(module).__bases__, *made[2:]
-
-
-def _new_module(methods: type, stock: Any) -> Any:
-    """A swapped module that has nothing yet."""
-    return object.__new__(_swapped_class(methods, stock))
-
-
-def _swap(module: nn.Module, to: Any) -> None:
-    """Make a module an instance of another class, also where accelerate keeps its forward bound to the present one."""
-    module.__class__ = to
-    for name in ("forward", "_old_forward"):
-        bound = vars(module).get(name)
-        if isinstance(bound, types.MethodType) and bound.__self__ is module:
-            vars(module)[name] = types.MethodType(to.forward, module)

@@ -54,10 +54,10 @@ def read_padding(attention_mask: Tensor | None) -> Tensor | None:
             f"attention_mask of shape {tuple(attention_mask.shape)}: an extended model takes (B, T) with 0 for padding"
         )
     padding = attention_mask == 0
-    others = attention_mask[~padding & (attention_mask != 1)]  # Baichuan's code numbers packed documents like that
-    if others.numel():
+    strange = attention_mask[~padding & (attention_mask != 1)]  # Baichuan's code numbers packed documents like that
+    if strange.numel():
         raise ValueError(
-            f"attention_mask holds {others[0].item()}: an extended model takes 1, and 0 for padding; tell packed "
+            f"attention_mask holds {strange[0].item()}: an extended model takes 1, and 0 for padding; tell packed "
             "documents by position_ids"
         )
     if not padding.any():

@@ -100,8 +100,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         # Refuse what does not fit together before any data is read. A given tokenizer's size is not known yet.
-        smallest = max(self.model.adaptive_cutoffs, default=0) + 1
-        self.model_config(self.data.vocab_size if self.data.tokenizer is None else smallest)
+        self.model_config(self.data.vocab_size if self.data.tokenizer is None else 1)
 
     @property
     def identity(self) -> Model:
@@ -124,7 +123,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # The ALiBi paper's WikiText-103 model and batch, for its length L = 512; it was trained with Nesterov momentum.
     "wikitext103-247m": {
         "model": ARCHITECTURES["wikitext103-247m"],
-        "data": DataConfig(vocab_size=267744),
+        "data": DataConfig(vocab_size=44288),
         "train": TrainConfig(
             train_length=512, steps=286000, batch_size=18, learning_rate=3e-4, warmup_steps=16000, gradient_clip=0.1
         ),

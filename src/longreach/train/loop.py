@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from longreach.cost import Cost
 from longreach.files import write_atomically
-from longreach.measure.cost import Cost
 from longreach.models.decoder import Decoder
 from longreach.models.files import save_model
 from longreach.reading import parse_json, read_values

@@ -16,11 +16,13 @@ from longreach.measure.bootstrap import Units, intervals, units
 from longreach.measure.plan import EvaluateConfig
 from longreach.measure.score import score
 from longreach.measure.subject import Subject
-from longreach.measure.transformers import HuggingFaceModel, load_subject
+from longreach.measure.transformers import HuggingFaceModel
 from longreach.pretrained.diagnosis import Diagnosis, HeadReach, Progress, StockRun, diagnose
-from longreach.pretrained.extend import extend, restore
+from longreach.pretrained.extend import extend
+from longreach.pretrained.restore import restore
 from longreach.report.grid import MISSING, Grid, format_multiple, format_percent, format_perplexity, to_rich
 from longreach.train.loop import resolve_device
+from longreach.verbs.open import load_subject
 
 TRIED = ("none", "linear", "ntk")
 """The scalings that are tried at each length, simplest first: of two that the text cannot tell apart, the first is
@@ -216,11 +218,11 @@ def print_checkup(checkup: Checkup, console: Console) -> None:
     """Print the page."""
     diagnosis = checkup.diagnosis
     _print(console, checkup.config.model, "bold")
-    _print(console, f"{diagnosis.dialect.family}, {diagnosis.dtype}, trained at {checkup.train_length:,} tokens")
+    _print(console, f"{diagnosis.form.family}, {diagnosis.dtype}, trained at {checkup.train_length:,} tokens")
     _print(console, "\nALiBi as its stock code has it", "bold")
     table = Table.grid(padding=(0, 0, 0, 2))
-    for name, told in _dialect(diagnosis):
-        table.add_row(Text(name), Text(told))
+    for name, words in _form(diagnosis):
+        table.add_row(Text(name), Text(words))
     console.print(table)
     _show(console, _stock_grid(checkup))
     _show(console, _reach_grid(checkup))
@@ -240,18 +242,18 @@ def _show(console: Console, grid: Grid) -> None:
     _print(console, grid.note)
 
 
-def _dialect(diagnosis: Diagnosis) -> list[tuple[str, str]]:
-    dialect = diagnosis.dialect
-    if dialect.deviation is None:
+def _form(diagnosis: Diagnosis) -> list[tuple[str, str]]:
+    form = diagnosis.form
+    if form.deviation is None:
         followed = "not by running it: its stock code crashes"
-    elif dialect.deviation == 0:
+    elif form.deviation == 0:
         followed = "its stock code follows this, bit for bit"
-    elif dialect.deviation < FOLLOWED:
-        followed = f"its stock code follows this, to {dialect.deviation:.1g} of a logit"
+    elif form.deviation < FOLLOWED:
+        followed = f"its stock code follows this, to {form.deviation:.1g} of a logit"
     else:
-        followed = f"its stock code does not follow this: logits are off by up to {dialect.deviation:.2g}"
-    slopes = f"{len(dialect.slopes)} heads, {max(dialect.slopes):.3g} to {min(dialect.slopes):.3g}: {dialect.rule}"
-    return [("slopes", slopes), ("score", dialect.score), ("bias", dialect.bias), ("checked", followed)]
+        followed = f"its stock code does not follow this: logits are off by up to {form.deviation:.2g}"
+    slopes = f"{len(form.slopes)} heads, {max(form.slopes):.3g} to {min(form.slopes):.3g}: {form.rule}"
+    return [("slopes", slopes), ("score", form.score), ("bias", form.bias), ("checked", followed)]
 
 
 def _stock_grid(checkup: Checkup) -> Grid:

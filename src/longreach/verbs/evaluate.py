@@ -14,21 +14,24 @@ from longreach.data.prepare import DataConfig, ValidationData, prepare_validatio
 from longreach.data.tokenizer import Tokenizer, load_tokenizer
 from longreach.files import digest
 from longreach.folder import begin, begun_with, hold, this_start
-from longreach.measure.perplexity import Text
 from longreach.measure.plan import RETRIEVAL_TASKS, EvaluateConfig
 from longreach.measure.retrieval import read_cases
 from longreach.measure.subject import Subject
 from longreach.measure.summaries import read_meetings
 from longreach.measure.sweep import Material, evaluate
-from longreach.measure.transformers import StateLength, load_configuration, load_subject, training_length
-from longreach.pretrained.extend import extend, fixed_length
-from longreach.pretrained.interpolation import SCALINGS
-from longreach.pretrained.save import adapt, holds_pretrained
+from longreach.measure.text_tasks import Text
+from longreach.measure.transformers import StateLength
+from longreach.positions.scaling import Scaling, parse_scaling
+from longreach.pretrained.attend import extension_of, fixed_length
+from longreach.pretrained.extend import extend
+from longreach.pretrained.lengths import training_length
+from longreach.pretrained.load import adapt, holds_pretrained, load_configuration
 from longreach.reading import read_file
 from longreach.report.page import write_report
 from longreach.results import Model, Provenance, Results, Start, TrainingRecord
 from longreach.train.config import RunConfig
 from longreach.train.loop import read_training_record, resolve_device
+from longreach.verbs.open import load_subject
 from longreach.verbs.start import digest_of_weights
 from longreach.verbs.train import Progress, num_read, open_run, provenance, read_run, text_of
 
@@ -56,10 +59,10 @@ class EvaluationConfig:
     trust_remote_code: bool = False
     """Run code that comes with a Hugging Face model."""
     scalings: tuple[str, ...] = ()
-    """How the slopes of Hugging Face models with ALiBi are scaled past L, one after another: none, linear, ntk or
-    linear-fixed=FACTOR, and +logn after any of them; stock is the model's own code. "none" is the model as its
-    configuration says, with the alibi_scaling that it has; the others take the place of that. When nothing is given, a
-    model whose configuration says no alibi_scaling is left to its own code too."""
+    """How the slopes of Hugging Face models with ALiBi are scaled past L, one after another: none, linear, ntk,
+    linear-fixed=FACTOR or ntk-fixed=FACTOR, and +logn after any of them; stock is the model's own code. "none" is the
+    model as its configuration says, with the alibi_scaling that it has; the others take the place of that. When nothing
+    is given, a model whose configuration says no alibi_scaling is left to its own code too."""
 
     def __post_init__(self) -> None:
         if not self.models:
@@ -72,7 +75,7 @@ class EvaluationConfig:
             raise ValueError(f"scalings={','.join(self.scalings)}: give each once")
         for scaling in self.scalings:
             if scaling != "stock":
-                _parse_scaling(scaling)
+                _require_scaling(scaling)
 
 
 @dataclass(frozen=True)
@@ -166,7 +169,7 @@ def _find(name: str, config: EvaluationConfig, scaling: str | None) -> _Model:
     elif scaling is not None:
         raise ValueError(
             f"scalings={scaling}: {name} was trained by longreach; fine-tune it with --from and a method such as "
-            "alibi:dynamic=true"
+            "alibi:scaling=linear"
         )
     else:
         model = _find_run(name, config)
@@ -318,26 +321,21 @@ def _adapt_by(scaling: str, train_length: int | None, model: Any) -> StateLength
     """Extend a loaded model in place by a scaling, or leave it to its stock code."""
     if scaling == "stock":
         return None
-    extend(model, train_length=train_length, **_parse_scaling(scaling))
+    named = _require_scaling(scaling)
+    if named.name == "none":  # as the configuration says
+        declared = extension_of(extend(model, train_length=train_length)).scaling
+        extend(model, scaling=replace(declared, logn=named.logn))
+    else:
+        extend(model, scaling=scaling, train_length=train_length)
     return partial(fixed_length, model)
 
 
-def _parse_scaling(scaling: str) -> dict[str, Any]:
-    """What `extend` is given for NAME[=FACTOR][+logn]."""
-    base, plus, logn = scaling.partition("+")
-    name, equals, factor = base.partition("=")
-    if (plus and logn != "logn") or name not in SCALINGS or bool(equals) != (name == "linear-fixed"):
-        raise ValueError(
-            f"scalings={scaling}: give stock, or one of {', '.join(SCALINGS)} (as in linear-fixed=2), and +logn"
-        )
+def _require_scaling(text: str) -> Scaling:
+    """Read one of the scalings, of which any but stock is one of `longreach.positions.scaling`; its L is none yet."""
     try:
-        return {
-            "scaling": None if name == "none" else name,
-            "factor": float(factor) if equals else None,
-            "logn": bool(logn),
-        }
-    except ValueError:
-        raise ValueError(f"scalings={scaling}: {factor!r} is no number; give L'/L, as in linear-fixed=2") from None
+        return parse_scaling(text, train_length=2)
+    except ValueError as error:
+        raise ValueError(f"{error}; or stock") from None
 
 
 def read_material(config: EvaluateConfig, text: Text | None) -> Material:

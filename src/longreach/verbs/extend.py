@@ -10,5 +10,5 @@ class ExtendConfig(EvaluationConfig):
     """An evaluation of each model under several scalings of its slopes, one after another."""
 
     scalings: tuple[str, ...] = ("none", "linear", "ntk")
-    """How the slopes are scaled past L, one after another: none (as the model's configuration says), linear, ntk or
-    linear-fixed=FACTOR, and +logn after any of them; stock is the model's own code."""
+    """How the slopes are scaled past L, one after another: none (as the model's configuration says), linear, ntk,
+    linear-fixed=FACTOR or ntk-fixed=FACTOR, and +logn after any of them; stock is the model's own code."""

@@ -15,18 +15,19 @@ from longreach.data.prepare import DataConfig, PreparedData
 from longreach.data.tokenizer import Tokenizer, load_tokenizer
 from longreach.files import digest
 from longreach.folder import begun_with
-from longreach.measure.transformers import load_causal_model, load_configuration
 from longreach.models.config import Architecture
 from longreach.models.decoder import Decoder
 from longreach.models.files import load_model
 from longreach.ops.attention import choose_impl
 from longreach.ops.triton.operators import triton_runs
 from longreach.positions import build_method, parse_method
+from longreach.positions.scaling import Scaling, parse_scaling
 from longreach.pretrained.convert import convert
-from longreach.pretrained.extend import CONVERTIBLE, FAMILIES, extend
-from longreach.pretrained.interpolation import Scaling, read_alibi_scaling
-from longreach.pretrained.lengths import SCALING, TRAIN_LENGTH, declared_length
-from longreach.pretrained.save import holds_pretrained, save_pretrained
+from longreach.pretrained.extend import extend
+from longreach.pretrained.families import CONVERTIBLE, FAMILIES
+from longreach.pretrained.lengths import SCALING, TRAIN_LENGTH, declared_length, read_alibi_scaling
+from longreach.pretrained.load import holds_pretrained, load_causal_model, load_configuration
+from longreach.pretrained.save import save_pretrained
 from longreach.reading import read_file
 from longreach.train.config import RunConfig, TrainConfig
 from longreach.train.loop import Trainee, decoder_trainee
@@ -177,8 +178,7 @@ def _pretrained_trainee(config: RunConfig, tokenizer: Tokenizer, device: torch.d
     model = load_causal_model(config.start_from, dtype="float32")
     if tokenizer.vocab_size > model.config.get_text_config().vocab_size:
         raise ValueError(f"start_from={config.start_from!r} has fewer tokens than its tokenizer: give the model's own")
-    factor = parse_method(config.method)[1].interpolation_factor
-    scaling = Scaling("none") if factor == 1.0 else Scaling("linear-fixed", factor=1.0 / factor)
+    scaling = parse_scaling(parse_method(config.method)[1].scaling)
     (convert if model.config.model_type in CONVERTIBLE else extend)(model, scaling=scaling)
     model.to(device).train()
     length = config.train.train_length
@@ -233,8 +233,8 @@ def _is_pretrained(source: str) -> bool:
 
 def _method_of(pretrained: Any) -> str:
     """ALiBi with the scaling that a configuration says, but for one by length, which training does not need."""
-    factor = read_alibi_scaling(getattr(pretrained, SCALING, None)).factor
-    return "alibi" if factor is None else f"alibi:interpolation_factor={1.0 / factor}"
+    scaling = read_alibi_scaling(getattr(pretrained, SCALING, None))
+    return "alibi" if scaling.factor is None else f"alibi:scaling={scaling}"
 
 
 def _fingerprint(config: RunConfig) -> str:
@@ -243,10 +243,15 @@ def _fingerprint(config: RunConfig) -> str:
 
 def _check_pretrained_method(method: str) -> None:
     name, options = parse_method(method)
-    if name != "alibi" or options.dynamic or options.learned:
+    if name != "alibi" or options.learned or not _is_fixed(parse_scaling(options.scaling, 2)):
         raise ValueError(
-            f"method={method!r}: a Hugging Face model is given alibi or alibi:interpolation_factor=f; give one of these"
+            f"method={method!r}: a Hugging Face model is given alibi or alibi:scaling=linear-fixed=F; give one of these"
         )
+
+
+def _is_fixed(scaling: Scaling) -> bool:
+    """Whether the slopes are the same at any length, and config.json can say so."""
+    return scaling.name in ("none", "linear-fixed") and not scaling.logn
 
 
 def _check_positions(config: RunConfig, start: RunConfig) -> None:
@@ -268,7 +273,7 @@ def _check_positions(config: RunConfig, start: RunConfig) -> None:
 
 def _position_weights(config: RunConfig) -> dict[str, torch.Size]:
     """Name -> shape of what a run's position method trains."""
-    size = config.model_config(vocab_size=2**31).size  # which no method looks at, but above any adaptive cutoff
+    size = config.model_config(vocab_size=1).size  # no method looks at the vocabulary
     with torch.device("meta"):
         return {name: weight.shape for name, weight in build_method(config.method, size).state_dict().items()}
 

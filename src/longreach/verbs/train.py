@@ -13,13 +13,13 @@ from longreach.data.tokenizer import Tokenizer, load_tokenizer
 from longreach.data.tokens import Batches
 from longreach.folder import begin, hold
 from longreach.measure.bootstrap import units
-from longreach.measure.perplexity import Text
 from longreach.measure.plan import EvaluateConfig
 from longreach.measure.subject import Subject
+from longreach.measure.text_tasks import Text
 from longreach.measure.words import count_words
 from longreach.models.decoder import Decoder
 from longreach.models.files import load_model
-from longreach.pretrained.save import holds_pretrained
+from longreach.pretrained.load import holds_pretrained
 from longreach.reading import read_file
 from longreach.results import Provenance, Start, TrainingRecord
 from longreach.train.config import RunConfig, TrainConfig, to_toml_values

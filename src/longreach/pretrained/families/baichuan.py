@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from longreach.conformance.golden import Dialect
 from longreach.ops.alibi import alibi_slopes
+from longreach.pretrained.attend import ATTRIBUTE, attend
+from longreach.pretrained.layout import Layout, require_layout
 from longreach.pretrained.lengths import declared_length
 from longreach.pretrained.masks import is_carrier, pack, read_documents, read_padding, refuse_attentions
-from longreach.pretrained.state import ATTRIBUTE, Layout, attend, require_layout
 
 
 def is_baichuan_base(module: nn.Module) -> bool:
@@ -39,9 +41,14 @@ def baichuan_layout(base: Any) -> Layout:
         prepare=keep_mask,
         slopes=alibi_slopes(attentions[0].num_heads),
         train_length=declared_length(config),
-        faithful=None,
+        dialect=baichuan_dialect,
         keeps_tuples=True,
     )
+
+
+def baichuan_dialect(dtype: torch.dtype) -> Dialect:
+    """Baichuan makes its bias from the positions of keys, in float32."""
+    return Dialect(positions="first")
 
 
 def keep_mask(module: Any, kwargs: dict[str, Any]) -> dict[str, Any]:

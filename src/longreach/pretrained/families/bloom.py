@@ -6,10 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longreach.conformance.golden import DIALECTS, Dialect
 from longreach.ops.alibi import alibi_slopes
+from longreach.pretrained.attend import attend
+from longreach.pretrained.layout import Layout
 from longreach.pretrained.lengths import declared_length
 from longreach.pretrained.masks import hand_mask
-from longreach.pretrained.state import ATTRIBUTE, Layout, attend
 
 
 def is_bloom_base(module: nn.Module) -> bool:
@@ -31,13 +33,13 @@ def bloom_layout(base: Any) -> Layout:
         prepare=hand_mask,
         slopes=alibi_slopes(config.num_attention_heads),
         train_length=declared_length(config),
-        faithful=bloom_bias,
+        dialect=bloom_dialect,
     )
 
 
-def bloom_bias(slopes: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:
-    """Bias as BLOOM rounds it: slope * position of the key, in dtype. (B, H, 1, Tk)."""
-    return (slopes[..., None] * positions[:, None])[:, :, None].to(dtype)
+def bloom_dialect(dtype: torch.dtype) -> Dialect:
+    """BLOOM rounds its bias to the dtype of the model."""
+    return DIALECTS[{torch.bfloat16: "bloom-bf16", torch.float16: "bloom-fp16"}.get(dtype, "bloom")]
 
 
 class BloomBase:
@@ -77,6 +79,4 @@ class BloomGelu:
 
     def forward(self: Any, x: Tensor) -> Tensor:
         """GELU by tanh as one operation: the stock code's eight take about 5% of a decoding step of 768 channels."""
-        if getattr(self, ATTRIBUTE).bias == "faithful":
-            return super().forward(x)  # type: ignore[misc]
         return F.gelu(x, approximate="tanh")

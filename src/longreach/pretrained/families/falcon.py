@@ -1,16 +1,16 @@
 """Falcon with alibi (Falcon-RW): the bias is added before the scale, its slopes and products rounded to bfloat16."""
 
-import math
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from longreach.conformance.golden import DIALECTS, Dialect
 from longreach.ops.alibi import alibi_slopes
+from longreach.pretrained.attend import attend
+from longreach.pretrained.layout import Layout
 from longreach.pretrained.lengths import declared_length
 from longreach.pretrained.masks import hand_mask
-from longreach.pretrained.state import Layout, attend
 
 
 def is_falcon_base(module: nn.Module) -> bool:
@@ -41,13 +41,13 @@ def falcon_layout(base: Any) -> Layout:
         prepare=hand_mask,
         slopes=alibi_slopes(config.num_attention_heads),
         train_length=declared_length(config),
-        faithful=partial(falcon_bias, math.sqrt(attentions[0].head_dim)),
+        dialect=falcon_dialect,
     )
 
 
-def falcon_bias(root: float, slopes: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:
-    """Bias as Falcon rounds it: slope * position in bfloat16 whatever the dtype, over sqrt(D). (B, H, 1, Tk)."""
-    return (slopes[..., None].bfloat16() * positions[:, None])[:, :, None].to(dtype) / root
+def falcon_dialect(dtype: torch.dtype) -> Dialect:
+    """Falcon makes its bias in bfloat16 whatever the dtype."""
+    return DIALECTS["falcon"]
 
 
 class FalconBase:

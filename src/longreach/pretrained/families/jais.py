@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from longreach.conformance.golden import DIALECTS, Dialect
 from longreach.ops.alibi import alibi_slopes
+from longreach.pretrained.attend import attend
+from longreach.pretrained.layout import Layout, require_layout
 from longreach.pretrained.lengths import declared_length
 from longreach.pretrained.masks import is_carrier, pack, read_documents, read_padding, refuse_attentions
-from longreach.pretrained.state import Layout, attend, require_layout
 
 ATTENTION_ATTRIBUTES = (
     "c_attn",
@@ -59,9 +61,20 @@ def jais_layout(base: Any) -> Layout:
         prepare=hand_key_mask,
         slopes=alibi_slopes(attentions[0].num_heads),
         train_length=declared_length(config),
-        faithful=None,
+        dialect=btlm_dialect if attentions[0].attn_scale_power == 1.0 else jais_dialect,
+        heeds_scaling=True,
         keeps_tuples=True,
     )
+
+
+def btlm_dialect(dtype: torch.dtype) -> Dialect:
+    """Under muP, scores are scaled by 1 / D."""
+    return DIALECTS["btlm"]
+
+
+def jais_dialect(dtype: torch.dtype) -> Dialect:
+    """Without it, JAIS computes what the paper says."""
+    return DIALECTS["relative"]
 
 
 def hand_key_mask(module: Any, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from longreach.pretrained.mark import converted_layout
-from longreach.pretrained.state import Layout, attend
+from longreach.pretrained.attend import attend
+from longreach.pretrained.layout import Layout, converted_layout
 
 
 def is_llama_base(module: nn.Module) -> bool:

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from longreach.conformance.golden import DIALECTS, Dialect
 from longreach.ops.alibi import alibi_slopes
+from longreach.pretrained.attend import attend
+from longreach.pretrained.layout import Layout
 from longreach.pretrained.lengths import declared_length
 from longreach.pretrained.masks import hand_mask
-from longreach.pretrained.state import Layout, attend
 
 
 def is_mpt_base(module: nn.Module) -> bool:
@@ -45,8 +47,7 @@ def check_mpt(config: Any) -> None:
 def mpt_layout(base: Any) -> Layout:
     """Find what is to be swapped in an MptModel.
 
-    Slopes are those of the configuration's alibi_bias_max, which transformers ignores. Its bias is float32, so that
-    bias="faithful" and bias="exact" are one.
+    Slopes are those of the configuration's alibi_bias_max, which transformers ignores. Its bias is float32.
     """
     config = base.config
     attentions = tuple(block.attn for block in base.blocks)
@@ -57,13 +58,13 @@ def mpt_layout(base: Any) -> Layout:
         prepare=hand_mask,
         slopes=alibi_slopes(config.n_heads) ** (config.attn_config.alibi_bias_max / 8),
         train_length=declared_length(config),
-        faithful=mpt_bias,
+        dialect=mpt_dialect,
     )
 
 
-def mpt_bias(slopes: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:
-    """Bias as MPT has it, in float32 whatever the dtype: slope * (position of the key - the last). (B, H, 1, Tk)."""
-    return (slopes[..., None] * (positions - positions[:, -1:])[:, None])[:, :, None].to(torch.float32)
+def mpt_dialect(dtype: torch.dtype) -> Dialect:
+    """MPT has its bias in float32 whatever the dtype."""
+    return DIALECTS["mpt"]
 
 
 class MptBase:

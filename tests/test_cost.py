@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from longreach.measure import cost as costs
-from longreach.measure.cost import Cost
+from longreach import cost as costs
+from longreach.cost import Cost
 
 CPU = torch.device("cpu")
 resident = pytest.mark.skipif(
@@ -18,7 +18,7 @@ resident = pytest.mark.skipif(
 EQUAL_WORKS = """
 import sys
 import torch
-from longreach.measure.cost import Cost
+from longreach.cost import Cost
 
 def work(mebibytes):
     # Many small blocks, each half as large as glibc would map and unmap on its own, and then one that keeps all

@@ -1,6 +1,5 @@
-"""What `extend` attaches to a model, and the attention that the swapped modules of every family run."""
+"""The attention that the swapped modules of every family run, and how a model is extended, which it goes by."""
 
-import inspect
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,49 +11,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from longreach.conformance.golden import Reading
 from longreach.ops.alibi import dense_bias
 from longreach.ops.attention import attention, uses_key_norms
+from longreach.positions.scaling import Scaling, require_tokens
 from longreach.pretrained.caches import LEAST_ROOM, sink_window, streaming_attention
-from longreach.pretrained.interpolation import Scaling, logn_factor, read_alibi_scaling
-from longreach.pretrained.lengths import SCALING
+from longreach.pretrained.layout import Layout
 from longreach.pretrained.masks import unpack
 
 ATTRIBUTE = "_longreach"
 """Name under which a module of an extended model holds its `Extension`."""
 
-FaithfulBias = Callable[[Tensor, Tensor, torch.dtype], Tensor]
-"""(slopes (H,) or (B, H), key positions (B, Tk), dtype) -> the stock code's rounded bias, (B, H, 1, Tk)."""
-
 
 Observer = Callable[[Tensor, Tensor, Tensor, float], None]
 """Told what attention is asked for: q (B, H, Tq, D), k (B, Hkv, Tk, D), slopes (H,) or (B, H), the factor of q . k."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """A pretrained model as its family's file finds it."""
-
-    family: str
-    """Name of the family."""
-    base: nn.Module
-    """The module that is handed the mask and calls the blocks."""
-    swaps: tuple[tuple[nn.Module, type], ...]
-    """Module -> class whose methods take the place of its own."""
-    prepare: Callable[[nn.Module, dict[str, Any]], dict[str, Any]]
-    """(base model, arguments by name) -> those that it runs with, the mask as the attention modules read it."""
-    slopes: Tensor
-    """Slopes (H,) float32, before any scaling."""
-    train_length: int | None
-    """The length trained on, as far as the configuration tells."""
-    faithful: FaithfulBias | None
-    """The stock code's rounding, or None where it is not known."""
-    keeps_tuples: bool = False
-    """Whether the stock code caches keys and values in tuples, and cannot read a Cache of transformers."""
-
-    @property
-    def scaling(self) -> Scaling:
-        """How the configuration says that slopes are scaled."""
-        return read_alibi_scaling(getattr(self.base.config, SCALING, None))
 
 
 @dataclass(frozen=True)
@@ -76,11 +46,7 @@ class Extension:
     layout: Layout
     """The model's parts."""
     scaling: Scaling
-    """How slopes depend on L'."""
-    logn: bool
-    """Whether q . k grows with log L' too."""
-    bias: str
-    """"exact", or "faithful" to the stock code's rounding."""
+    """How slopes and logits depend on L'."""
     per_step: bool
     """Whether each step of cached decoding has an L' of its own."""
     length: int | None
@@ -101,6 +67,8 @@ class Extension:
     """Handles of the hooks that it took."""
     carrier: Tensor | None = None
     """The carrier of the present forward pass, for a base model that cannot be handed one as an argument."""
+    reading: Reading | None = None
+    """What is added to the scores instead, as a dense bias: how stock code computes ALiBi, for a diagnosis of it."""
     observer: Observer | None = None
     """Told of every call to attention with slopes, layer by layer."""
     known_slopes: dict[torch.device, tuple[float, float, Tensor]] = field(default_factory=dict)
@@ -109,23 +77,18 @@ class Extension:
     """Device -> the slopes of the last decoding step, and the biases of a single query under them."""
 
     @property
-    def depends_on_length(self) -> bool:
-        """Whether attention changes with L'."""
-        return self.scaling.depends_on_length or self.logn
-
-    @property
     def stated(self) -> Stated | None:
         """The L' that is in force in this thread; None where each forward pass has its own."""
-        own = None if self.length is None else Stated(self.length)
+        default = None if self.length is None else Stated(self.length)
         if not torch.compiler.is_compiling():
             thread = threading.get_ident()
             if thread in self.calls or torch._C._current_graph_task_id() == -1:
-                return self.calls.get(thread, own)
+                return self.calls.get(thread, default)
         # Autograd's own threads compute checkpointed layers anew, and what is compiled cannot ask for its thread: both
         # serve the one call that there is.
         for stated in self.calls.values():
             return stated
-        return own
+        return default
 
     @contextmanager
     def during(self, length: int | None = None) -> Iterator[None]:
@@ -145,7 +108,7 @@ class Extension:
     def state(self, length: int) -> None:
         """State the L' of the present call to `generate`, unless a longer one was stated around it."""
         stated = self.stated or Stated(length, from_input=True)
-        if length > stated.length and self.depends_on_length:
+        if length > stated.length and self.scaling.depends_on_length:
             raise ValueError(f"length={stated.length} is below the {length} tokens that generate may reach: state more")
         self.calls[threading.get_ident()] = replace(stated, generating=True)
 
@@ -183,7 +146,7 @@ class Extension:
         """
         stated = self.stated
         total = key_length if stated is None else stated.length
-        if not self.depends_on_length:
+        if not self.scaling.depends_on_length:
             return total
         # Candidates of assisted decoding may go past the end of what was asked for, with no say in what comes before.
         if stated is not None and total < key_length and not stated.generating:
@@ -196,7 +159,7 @@ class Extension:
             if stated is None:
                 raise ValueError(
                     "the length L' of a cached forward pass is not stated: use generate, "
-                    "longreach.pretrained.extend.fixed_length, or give extend length= or per_step=True"
+                    "longreach.fixed_length, or give extend length= or per_step=True"
                 )
             if not isinstance(cache, tuple) and getattr(cache, ATTRIBUTE, None) != effective:
                 raise ValueError(
@@ -208,23 +171,36 @@ class Extension:
         return total
 
 
-def require_layout(module: nn.Module, attributes: tuple[str, ...], parameter: str | None = None) -> None:
-    """Check that a module of remote code is laid out as known.
-
-    Args:
-        module: the module.
-        attributes: what it must have.
-        parameter: what its forward must take.
+def extension_of(model: nn.Module) -> Extension:
+    """How a model is extended.
 
     Raises:
-        ValueError: it has not, or does not.
+        ValueError: it is not.
     """
-    name = type(module).__name__
-    for attribute in attributes:
-        if not hasattr(module, attribute):
-            raise ValueError(f"{name} has no {attribute!r}: this version of its code is unknown to longreach")
-    if parameter is not None and parameter not in inspect.signature(type(module).forward).parameters:
-        raise ValueError(f"{name}.forward takes no {parameter!r}: this version of its code is unknown to longreach")
+    for module in model.modules():
+        if ATTRIBUTE in vars(module):
+            extension: Extension = vars(module)[ATTRIBUTE]
+            return extension
+    raise ValueError(f"{type(model).__name__} is not extended: call longreach.extend(model) first")
+
+
+@contextmanager
+def fixed_length(model: nn.Module, length: int) -> Iterator[None]:
+    """State the one L' of all forward passes of this thread within, for a decoding loop of one's own.
+
+    A cache must be filled and used under one L'; `generate` takes this L' too, in place of its own.
+
+    Args:
+        model: an extended model.
+        length: L' in tokens, of every row, however much of it is padding; no input, its cache and padding counted, may
+            be longer.
+
+    Raises:
+        ValueError: the model is not extended, or length is not a positive integer.
+    """
+    require_tokens("length", length, 1)
+    with extension_of(model).during(length):
+        yield
 
 
 def attend(
@@ -263,8 +239,6 @@ def attend(
     if padding is not None:
         padding = _fitted(padding, k)
     window = sink_window(cache)
-    if window is not None and extension.bias == "faithful":
-        raise ValueError('bias="faithful" with sinks, which takes no dense bias: use bias="exact"')
     in_view = k.shape[2] if window is None else min(k.shape[2], sum(window))
     total = extension.total_length(in_view, cache, continues=k.shape[2] > q.shape[2])
     arguments: dict[str, Any] = {"bias_scale": bias_scale, "scale": scale, "dropout_p": dropout_p}
@@ -298,30 +272,25 @@ def _attend(
 ) -> Tensor:
     if window is not None and isinstance(length, int):  # no key is seen from further away than the cache is large
         length = min(length, sum(window))
-    faithful = extension.layout.faithful if extension.bias == "faithful" else None
-    factor_of_bias = bias_scale if faithful is None else 1.0  # a faithful one holds it, as it rounds with it
-    slopes = extension.slopes(length if extension.scaling.depends_on_length else 1, q.device, factor_of_bias)
-    if extension.logn:
-        factor = logn_factor(extension.scaling.train_length or 2, length)
-        if isinstance(factor, Tensor):
-            q = (q * factor[:, None, None, None]).to(q.dtype)
-        else:
-            scale *= factor
+    slopes = extension.slopes(length if extension.scaling.by_length else 1, q.device, bias_scale)
+    factor = extension.scaling.logit_factor(length)
+    if isinstance(factor, Tensor):
+        q = (q * factor[:, None, None, None]).to(q.dtype)
+    else:
+        scale *= factor
     options: dict[str, Any] = {"scale": scale, "tolerance": extension.tolerance, "impl": extension.impl}
     if window is not None and k.shape[2] > sum(window):
         return streaming_attention(q, k, v, slopes, *window, **options)
-    if faithful is not None:
-        bias = faithful(slopes, _key_positions(padding, k), q.dtype)  # [B, H, 1, Tk]
-        out: Any = attention(q, k, v, bias=bias, key_padding_mask=padding, dropout_p=dropout_p, **options)
+    if extension.reading is not None:
+        bias = bias_scale * _dense_bias(extension.reading, q, k, padding)
+        return attention(q, k, v, bias=bias, key_padding_mask=padding, dropout_p=dropout_p, **options)
+    if extension.observer is not None:
+        extension.observer(q, k, slopes, options["scale"])
+    if q.shape[2] == 1 and key_norms is None and extension.impl == "auto" and not torch.compiler.is_compiling():
+        options["bias"] = extension.decoding_bias(slopes, k.shape[2], torch.promote_types(q.dtype, torch.float32))
     else:
-        if extension.observer is not None:
-            extension.observer(q, k, slopes, options["scale"])
-        if q.shape[2] == 1 and key_norms is None and extension.impl == "auto" and not torch.compiler.is_compiling():
-            options["bias"] = extension.decoding_bias(slopes, k.shape[2], torch.promote_types(q.dtype, torch.float32))
-        else:
-            options |= {"slopes": slopes, "key_norms": key_norms}
-        out = attention(q, k, v, key_padding_mask=padding, dropout_p=dropout_p, **options)
-    return out
+        options |= {"slopes": slopes, "key_norms": key_norms}
+    return attention(q, k, v, key_padding_mask=padding, dropout_p=dropout_p, **options)
 
 
 def _key_norms(module: nn.Module, cache: Any, q: Tensor, k: Tensor) -> Tensor | None:
@@ -349,9 +318,9 @@ def _attend_documents(
         raise ValueError(f"packed documents end at {ends[-1]}, the input has {k.shape[2]} tokens: pack without a cache")
     pieces = []
     for start, stop in pairwise(ends):
-        own = length if stated else stop - start
-        q_own, k_own, v_own = (x[:, :, start:stop] for x in (q, k, v))
-        pieces.append(_attend(extension, q_own, k_own, v_own, None, own, **arguments))
+        q_part, k_part, v_part = (x[:, :, start:stop] for x in (q, k, v))
+        part_length = length if stated else stop - start
+        pieces.append(_attend(extension, q_part, k_part, v_part, None, part_length, **arguments))
     return torch.cat(pieces, dim=2)
 
 
@@ -365,9 +334,9 @@ def _fitted(padding: Tensor, k: Tensor) -> Tensor:
     return padding.expand(k.shape[0], -1) if padding.shape[0] == 1 else padding
 
 
-def _key_positions(padding: Tensor | None, k: Tensor) -> Tensor:
-    """Positions of keys as BLOOM and Falcon count them, (B or 1, Tk) int64: from the first token, 0 for padding."""
-    if padding is None:
-        return torch.arange(k.shape[2], device=k.device)[None]
-    tokens = (~padding).long()
-    return (tokens.cumsum(dim=1) - 1) * tokens
+def _dense_bias(reading: Reading, q: Tensor, k: Tensor, padding: Tensor | None) -> Tensor:
+    """The bias of a reading, (B, H, Tq, Tk) or (B, H, 1, Tk), in the dtype of q."""
+    bias = reading.bias(q.shape[1], q.shape[2], k.shape[2], None if padding is None else padding.cpu())
+    if reading.dialect.positions != "relative":
+        bias = bias[:, :, :1]  # the same for every query
+    return bias.to(q.device, q.dtype)

@@ -1,8 +1,9 @@
-"""EleutherAI's lm-evaluation-harness with trained runs among its models: `python -m longreach.harness`.
+"""EleutherAI's lm-evaluation-harness with trained runs among its models: `python -m longreach.verbs.harness`.
 
 All of the harness's command line works, and beside its models there is `longreach`:
 
-    python -m longreach.harness --model longreach --model_args run=runs/demo/alibi,max_length=1024 --tasks wikitext
+    python -m longreach.verbs.harness --model longreach --tasks wikitext \\
+        --model_args run=runs/demo/alibi,max_length=1024
 """
 
 from pathlib import Path

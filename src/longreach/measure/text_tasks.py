@@ -1,15 +1,18 @@
-"""How well a model predicts one text: perplexity under each protocol, loss by context, and where gains come from."""
+"""The tasks on one text: perplexity under each protocol, loss by context, and where gains come from.
+
+`score` says what each token cost; here that becomes entries of results.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from longreach.cost import Cost
 from longreach.measure.bootstrap import Units
 from longreach.measure.context import decompose, loss_by_context
-from longreach.measure.cost import Cost
-from longreach.measure.score import CACHED_CHUNK, Scores, Unsupported, score, score_stream
-from longreach.measure.subject import Subject
+from longreach.measure.score import CACHED_CHUNK, Scores, score, score_stream
+from longreach.measure.subject import Subject, Unsupported
 from longreach.results import ContextRecord, DecompositionRecord, OffsetRecord, Record
 
 SEED = 0
@@ -38,7 +41,7 @@ class Text:
         return len(self.tokens) - 1
 
 
-class Scorer:
+class TextTasks:
     """Measures one subject on one text; each method gives the entries of one cell.
 
     Scores of windows are kept, for perplexity, loss by context and decomposition are made of the same. Scores that are

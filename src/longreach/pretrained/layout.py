@@ -1,0 +1,95 @@
+"""What is found of a pretrained model: its parts, slopes and training length; and the mark of a converted one."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from longreach.conformance.golden import Dialect
+from longreach.ops.alibi import alibi_slopes
+from longreach.positions.scaling import Scaling
+from longreach.pretrained.lengths import SCALING, declared_length, read_alibi_scaling
+from longreach.pretrained.masks import hand_mask
+
+MARK = "longreach_positions"
+"""Name of the field that says which positions a model's weights are for; models that were never converted lack it."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A pretrained model as its family's file finds it."""
+
+    family: str
+    """Name of the family."""
+    base: nn.Module
+    """The module that is handed the mask and calls the blocks."""
+    swaps: tuple[tuple[nn.Module, type], ...]
+    """Module -> class whose methods take the place of its own."""
+    prepare: Callable[[nn.Module, dict[str, Any]], dict[str, Any]]
+    """(base model, arguments by name) -> those that it runs with, the mask as the attention modules read it."""
+    slopes: Tensor
+    """Slopes (H,) float32, before any scaling."""
+    train_length: int | None
+    """The length trained on, as far as the configuration tells."""
+    dialect: Callable[[torch.dtype], Dialect] | None
+    """How its stock code computes ALiBi in a dtype; None where it has none."""
+    heeds_scaling: bool = False
+    """Whether its stock code looks at `alibi_scaling`."""
+    keeps_tuples: bool = False
+    """Whether the stock code caches keys and values in tuples, and cannot read a Cache of transformers."""
+
+    @property
+    def scaling(self) -> Scaling:
+        """How the configuration says that slopes are scaled."""
+        return read_alibi_scaling(getattr(self.base.config, SCALING, None))
+
+
+def require_layout(module: nn.Module, attributes: tuple[str, ...], parameter: str | None = None) -> None:
+    """Check that a module of remote code is laid out as known.
+
+    Args:
+        module: the module.
+        attributes: what it must have.
+        parameter: what its forward must take.
+
+    Raises:
+        ValueError: it has not, or does not.
+    """
+    name = type(module).__name__
+    for attribute in attributes:
+        if not hasattr(module, attribute):
+            raise ValueError(f"{name} has no {attribute!r}: this version of its code is unknown to longreach")
+    if parameter is not None and parameter not in inspect.signature(type(module).forward).parameters:
+        raise ValueError(f"{name}.forward takes no {parameter!r}: this version of its code is unknown to longreach")
+
+
+def converted_layout(family: str, base: Any, *, positions: str, swaps: tuple[tuple[nn.Module, type], ...]) -> Layout:
+    """The layout of a model that was converted to ALiBi, with the paper's slopes.
+
+    Args:
+        family: its name.
+        base: the module that is handed the mask and calls the blocks.
+        positions: what its architecture has instead of ALiBi, in words.
+        swaps: module -> class whose methods take the place of its own.
+
+    Raises:
+        ValueError: it was not converted.
+    """
+    config = base.config
+    if getattr(config, MARK, None) != "alibi":
+        raise ValueError(
+            f"this {config.model_type} has {positions} and no ALiBi: longreach.convert(model) puts it in, "
+            "and fine-tuning must follow"
+        )
+    return Layout(
+        family=family,
+        base=base,
+        swaps=swaps,
+        prepare=hand_mask,
+        slopes=alibi_slopes(config.num_attention_heads),
+        train_length=declared_length(config),
+        dialect=None,
+    )

@@ -1,0 +1,67 @@
+"""Models of Hugging Face opened for measurement."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from longreach.data.tokenizer import load_tokenizer
+from longreach.measure.subject import Subject
+from longreach.measure.transformers import HuggingFaceModel, StateLength
+from longreach.pretrained.lengths import longest_model_input, training_length
+from longreach.pretrained.load import load_causal_model, load_configuration
+from longreach.results import Model
+
+
+def load_subject(
+    name: str,
+    *,
+    device: torch.device,
+    dtype: str = "auto",
+    train_length: int | None = None,
+    trust_remote_code: bool = False,
+    adapt: Callable[[Any], StateLength | None] = lambda model: None,
+) -> Subject:
+    """Load a causal language model with its tokenizer by `from_pretrained`.
+
+    Args:
+        name: a name on the Hugging Face hub, or a folder that `save_pretrained` wrote, tokenizer.json included.
+        device: where to put it.
+        dtype: a name of torch's, such as "float32", or "auto" for the one that the files are in.
+        train_length: L, the length in tokens that it was trained at; its configuration's when None.
+        trust_remote_code: run code that comes with the model.
+        adapt: applied to the loaded model. Where it made ALiBi of the model's positions, or the model longer, it
+            gives what the model must be told a length by, and there is no limit on length.
+
+    Raises:
+        ValueError: transformers is not installed, there is no such model or it cannot be had now, a file is missing
+            or damaged, the tokenizer is not the model's, or the training length is not known.
+    """
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"dtype={dtype!r}: give auto, float32, bfloat16 or another dtype of torch")
+    config = load_configuration(name, trust_remote_code=trust_remote_code)
+    length = training_length(name, config, train_length)
+    tokenizer = load_tokenizer(name)
+    vocab_size = config.get_text_config().vocab_size
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f"model {name!r} has {vocab_size} tokens and its tokenizer {tokenizer.vocab_size}: "
+            "the tokenizer is not the model's"
+        )
+    loaded = load_causal_model(name, dtype=dtype, trust_remote_code=trust_remote_code)
+    state_length = adapt(loaded)
+    max_length = longest_model_input(loaded) if state_length is None else None
+    model = HuggingFaceModel(loaded.to(device), max_length, state_length)
+    if state_length is None:
+        implementation = f"transformers {loaded.config._attn_implementation}"  # the only place where it is told
+    else:
+        implementation = "longreach"
+    return Subject(
+        identity=Model(name, length, seed=None),
+        model=model,
+        tokenizer=tokenizer,
+        vocab_size=model.vocab_size,
+        device=device,
+        max_length=model.max_length,
+        attention=lambda query_length, key_length, windowed: implementation,
+    )
