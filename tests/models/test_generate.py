@@ -2,9 +2,10 @@ import math
 
 import pytest
 import torch
+from continuations import generate
 from variants import ARCHITECTURES, DYNAMIC, METHODS
 
-from longreach.models.generate import generate, stream
+from longreach.models.generate import stream
 
 PROMPTS = [[7], [3, 1, 4, 1, 5, 9, 2, 6, 5], [8, 8, 8, 8]]
 

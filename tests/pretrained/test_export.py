@@ -67,7 +67,7 @@ def test_others_may_read_the_weights_if_they_may_read_the_rest(tmp_path):
 
 
 def test_generation_by_stock_transformers_is_ours(tmp_path, tokenizer):
-    from longreach.models.generate import generate
+    from continuations import generate
 
     model, prompt = build(), tokens_of(1, 20)
     export_mpt(model, tmp_path / "mpt", max_length=MAX_LENGTH, tokenizer=tokenizer)

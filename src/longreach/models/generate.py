@@ -9,40 +9,6 @@ from longreach.models.decoder import Decoder
 from longreach.models.kv_cache import KVCache
 
 
-def generate(
-    model: Decoder,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    eos_id: int | None = None,
-    seed: int = 0,
-) -> list[list[int]]:
-    """Continue each prompt; see `stream`, which this collects.
-
-    Returns:
-        The new token ids of each prompt, up to and without eos_id.
-    """
-    steps = stream(
-        model,
-        prompts,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        eos_id=eos_id,
-        seed=seed,
-    )
-    continuations: list[list[int]] = [[] for _ in prompts]
-    for step in steps:
-        for continuation, token in zip(continuations, step, strict=True):
-            if token is not None:
-                continuation.append(token)
-    return continuations
-
-
 def stream(
     model: Decoder,
     prompts: Sequence[Sequence[int]],
