@@ -20,7 +20,7 @@ import torch
 import longreach
 from longreach.data.tokenizer import load_tokenizer
 from longreach.models.files import load_model
-from longreach.results import Results, over_seeds, perplexity_over_seeds
+from longreach.results import Results, over_seeds
 
 FOLDER = Path("runs/demo")
 results = Results.read(FOLDER / "results.json")
@@ -41,10 +41,11 @@ for training in results.training:
 # %%
 print("".join(f"{word:>12}" for word in ("", *lengths)))
 for method in methods:
-    cells = [results.find_seeds(method, train_length, length) for length in lengths]
-    figures = [
-        f"{perplexity_over_seeds(cell).mean:12.2f}" if hasattr(cell[0], "nll") else f"{'-':>12}" for cell in cells
-    ]
+    figures = []
+    for length in lengths:
+        wanted = (method, train_length, length, "nonoverlapping")
+        losses = [r.loss for r in results.records if (r.method, r.train_length, r.valid_length, r.protocol) == wanted]
+        figures.append(f"{over_seeds(losses).exponentiated().mean:12.2f}" if losses else f"{'-':>12}")
     print(f"{method:>12}" + "".join(figures))
 
 # %% [markdown]
