@@ -6,7 +6,7 @@
 The cost of sliding by one token is compared, interleaved, with that of its bare forward passes (logits of the last
 position included) at the best of many batch sizes: what scoring adds, and what the default batch loses. Memory is the
 peak of the process that scores `--tokens` tokens in nonoverlapping windows of 65,536 with a vocabulary of 32,768. The
-model has the demo's shape and random weights.
+model has 4 layers, 8 heads, d_model 256 and random weights.
 """
 
 import argparse
@@ -24,16 +24,17 @@ import torch
 from longreach.cost import Cost
 from longreach.measure.plan import EvaluateConfig
 from longreach.measure.score import Scores, score
-from longreach.models.config import ARCHITECTURES, ModelConfig
+from longreach.models.config import Architecture, ModelConfig
 from longreach.models.decoder import Decoder
 
 CPU = torch.device("cpu")
 BATCH_SIZES = (1, 4, 8, 16, 32, 64)
+SHAPE = Architecture(num_layers=4, num_heads=8, d_model=256)
 
 
 def build(vocab_size: int) -> Decoder:
     torch.manual_seed(0)
-    config = ModelConfig(**vars(ARCHITECTURES["demo"]), vocab_size=vocab_size, train_length=128, method="alibi")
+    config = ModelConfig(**vars(SHAPE), vocab_size=vocab_size, train_length=128, method="alibi")
     return Decoder(config).eval()
 
 

@@ -119,7 +119,7 @@ def test_version_is_the_package_s(capsys):
         (["compare", "--output", "x", "--valid-lengths", "128,-1"], ["valid_lengths=128,-1", "positive"]),
         (["compare", "--output", "x", "--valid-lengths", "128,1e3"], ["--valid-lengths", "'1e3'", "integer"]),
         (["compare", "--output", "x", "--train-length", "-5"], ["train_length=-5", "positive"]),
-        (["compare", "--output", "x", "--num-heads", "7"], ["num_heads=7", "d_model=256"]),
+        (["compare", "--output", "x", "--num-heads", "7"], ["num_heads=7", "d_model=64"]),
         (["compare", "--output", "x", "--methods", "alibi,rope"], ["'rope'", "rotary"]),
         (["compare", "--output", "x", "--methods", "rotary:bass=3"], ["'bass=3'", "base"]),
         (["compare", "--output", "x", "--preset", "huge"], ["'huge'", "demo, wikitext103-247m"]),

@@ -43,7 +43,7 @@ class DataConfig:
     tokenizer: str | None = None
     """A tokenizer.json, a folder with one, or a name on the Hugging Face hub; by default a byte-level BPE is
     trained on the training text."""
-    vocab_size: int = 4096
+    vocab_size: int = 1024
     """Tokens of the BPE that is trained where no tokenizer is given."""
     valid_fraction: float = 0.05
     """Share of the text, in whole documents, that is kept for validation where none is given."""

@@ -25,7 +25,7 @@ class EvaluateConfig:
     positions fail), the retrieval tasks lines, topics, kv, passkey and retrieval, and qmsum (summaries)."""
     valid_lengths: tuple[int, ...] = ()
     """L_valid, the lengths in tokens to test at; 1, 2, 4, 8 and 16 times the training length when none are given."""
-    valid_tokens: int = 32768
+    valid_tokens: int = 16384
     """How many tokens are scored, the same at every length: at least the longest length, at most what there is."""
     tokens_per_batch: int = 4096
     """About how many tokens one forward pass of the evaluation holds: what `benchmarks/evaluate.py`

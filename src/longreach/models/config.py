@@ -13,13 +13,13 @@ from longreach.positions import ModelSize, build_method
 class Architecture:
     """The shape of a pre-LN decoder."""
 
-    num_layers: int = 4
+    num_layers: int = 2
     """Number of blocks."""
-    num_heads: int = 8
+    num_heads: int = 4
     """H, the number of query heads."""
     num_kv_heads: int | None = None
     """Hkv, the number of key/value heads, which divides H; H when None."""
-    d_model: int = 256
+    d_model: int = 64
     """C, the width of the residual stream."""
     d_ff: int | None = None
     """Width inside the feed-forward block; 4 C when None."""

@@ -21,13 +21,13 @@ class TrainConfig:
 
     train_length: int = 128
     """L, the length in tokens of the training sequences."""
-    steps: int = 400
+    steps: int = 600
     """Number of optimizer steps."""
     batch_size: int = 8
     """Sequences per optimizer step."""
     accumulation: int = 1
     """Into how many parts a batch is split, one after the other, to save memory."""
-    learning_rate: float = 2e-3
+    learning_rate: float = 4e-3
     """Peak learning rate of AdamW, reached after the warm-up."""
     warmup_steps: int = 40
     """Steps over which the learning rate rises linearly from 0."""

@@ -25,7 +25,7 @@ FAILURES = (FloatingPointError, MemoryError, RuntimeError, ValueError)
 class CompareConfig:
     """One comparison: the same data, model and training for every method."""
 
-    methods: tuple[str, ...] = ("alibi", "rotary", "t5", "sinusoidal")
+    methods: tuple[str, ...] = ("alibi", "rotary", "sinusoidal")
     """Position methods, each with options as in rotary:base=500000."""
     data: DataConfig = DataConfig()
     """The text."""
