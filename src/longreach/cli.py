@@ -157,10 +157,13 @@ def export(parse: Parse) -> None:
 
 def report(parse: Parse) -> None:
     """`longreach report`."""
+    from longreach.terminal import TerminalProgress
     from longreach.verbs.report import ReportConfig, report
 
     (config,) = parse(ReportConfig, positional="folder")
-    print(f"Report: {report(config)}")
+    with TerminalProgress() as progress:
+        page = report(config, progress)
+    print(f"Report: {page}")
 
 
 VERBS: dict[str, tuple[Callable[[Parse], None], str, str]] = {

@@ -95,6 +95,12 @@ def test_page_says_what_was_measured(demo, tmp_path):
         ElementTree.fromstring((path.parent / "figures" / f"{kind}.svg").read_bytes())
 
 
+def test_how_many_figures_are_drawn_is_told_from_the_first_on(demo, tmp_path):
+    told = []
+    write_report(demo, tmp_path, lambda done, total: told.append((done, total)))
+    assert told == [(0, 2), (1, 2), (2, 2)]
+
+
 def test_page_of_everything_needs_nothing_but_itself(everything, tmp_path):
     source = read(write_report(everything, tmp_path))
     assert_needs_nothing_but_itself(source)

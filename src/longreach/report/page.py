@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -59,19 +60,27 @@ def sections(results: Results) -> list[Section]:
     return [section for subject in SUBJECTS for section in subject.sections(results)]
 
 
-def write_report(results: Results, folder: str | os.PathLike[str]) -> Path:
+def write_report(
+    results: Results, folder: str | os.PathLike[str], on_drawn: Callable[[int, int], None] = lambda done, total: None
+) -> Path:
     """Write `report.html` and `figures/*.{svg,png}`, one figure for each kind of entry, and return the page's path.
 
     The folder is made if need be, files of the same names are replaced, each of them whole or not at all. The bytes
-    depend on the results and the versions of matplotlib and jinja2 only. Raises OSError where the system does.
+    depend on the results and the versions of matplotlib and jinja2 only. `on_drawn` is told how many figures are drawn
+    and how many there are. Raises OSError where the system does.
     """
     folder = Path(folder)
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     shown = sections(results)
-    drawn = {section.picture.name: _draw(section.picture) for section in shown if section.picture is not None}
-    for name, picture in drawn.items():
-        write_atomically(folder / "figures" / f"{name}.svg", picture.light)
-        write_atomically(folder / "figures" / f"{name}.png", picture.png)
+    pictures = [section.picture for section in shown if section.picture is not None]
+    drawn: dict[str, Drawn] = {}
+    for picture in pictures:
+        on_drawn(len(drawn), len(pictures))
+        drawn[picture.name] = _draw(picture)
+    on_drawn(len(drawn), len(pictures))
+    for name, images in drawn.items():
+        write_atomically(folder / "figures" / f"{name}.svg", images.light)
+        write_atomically(folder / "figures" / f"{name}.png", images.png)
     page = folder / "report.html"
     # A path on this system may hold bytes that are no text; the page shows a question mark for them.
     write_atomically(page, _page(results.provenance, shown, drawn).encode("utf-8", "replace"))

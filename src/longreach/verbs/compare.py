@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from longreach.data.prepare import DataConfig, prepare
@@ -150,7 +151,7 @@ def compare(
                 results = results.add(*failures(run.identity, config.evaluate, material, results.cells(), error))
                 results.write(path)
             on_model(results, run.identity)
-        write_report(results, output)
+        write_report(results, output, partial(progress, "drawing the report"))
     return results
 
 

@@ -150,11 +150,11 @@ def evaluate_models(
                     on_results(results)
         except Exception:
             if output is not None and results.entries():
-                write_report(results, output)
+                write_report(results, output, partial(progress, "drawing the report"))
             raise
         on_results(results)  # where nothing was left to do, too
         if output is not None:
-            write_report(results, output)
+            write_report(results, output, partial(progress, "drawing the report"))
     return results
 
 
