@@ -7,7 +7,6 @@ import sys
 from dataclasses import replace
 
 import pytest
-import torch
 import transformers
 
 from longreach.cli import VERBS, main
@@ -381,65 +380,25 @@ def test_evaluate_on_other_text(capsys, trained, tmp_path):
     assert len(text) - 10 < record.bytes < len(text)
 
 
-def test_export_writes_a_model_that_transformers_loads_with_its_perplexities(capsys, small, tmp_path):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    output = tmp_path / "out"
-    main(["compare", "--output", str(output), *small, "--methods", "alibi,rotary", "--valid-lengths", "16,32"])
-    main(["export", str(output / "alibi"), "--output", str(tmp_path / "mpt"), "--max-length", "64"])
-    ours, theirs = load_model(output / "alibi"), AutoModelForCausalLM.from_pretrained(tmp_path / "mpt").eval()
-    tokens = torch.tensor([AutoTokenizer.from_pretrained(tmp_path / "mpt")("document 3 line 4: the sum")["input_ids"]])
-    with torch.no_grad():
-        torch.testing.assert_close(theirs(tokens).logits, ours(tokens), rtol=0, atol=1e-5)
-    record = next(r for r in Results.read(output / "results.json").records if r.method == "alibi")
-    card = (tmp_path / "mpt" / "README.md").read_text(encoding="utf-8")
-    assert f"{record.perplexity:.2f}" in card
-    assert "rotary" not in card
-
-
-def test_export_takes_no_perplexities_of_another_run(capsys, small, trained, tmp_path):
-    output = tmp_path / "out"
-    main(["compare", "--output", str(output), *small, "--methods", "alibi", "--valid-lengths", "16"])
-    shutil.copytree(trained, output / "same-method-and-length")
-    main(["export", str(output / "same-method-and-length"), "--output", str(tmp_path / "mpt")])
-    assert "| alibi |" not in (tmp_path / "mpt" / "README.md").read_text(encoding="utf-8")
-    capsys.readouterr()
-    line = refused(capsys, "export", str(output / "rotary"), "--output", str(tmp_path / "other"))
-    assert "rotary" in line
-    assert not (tmp_path / "other").exists()
-    assert "exists" in refused(capsys, "export", str(output / "alibi"), "--output", str(tmp_path / "mpt"))
-
-
-def test_generate_streams_past_the_training_length(capsys, trained):
-    words = ["generate", str(trained), "--prompt", "document 3", "--max-new-tokens", "60", "--seed", "1"]
+def test_export_says_where_the_model_is_and_keeps_one_that_is_there(capsys, trained, tmp_path):
+    words = ["export", str(trained), "--output", str(tmp_path / "mpt")]
     main(words)
+    assert capsys.readouterr().out == f"Model: {tmp_path / 'mpt'}\n"
+    assert "exists" in refused(capsys, *words)
+
+
+def test_generate_prints_the_prompt_and_what_the_run_adds(capsys, trained):
+    main(["generate", str(trained), "--prompt", "document 3", "--max-new-tokens", "60", "--seed", "1"])
     text = capsys.readouterr().out
     assert text.startswith("document 3")
-    main(words)
-    assert capsys.readouterr().out == text
-    main([*words[:-1], "2"])
-    assert capsys.readouterr().out != text
+    assert len(text) > 60
+    assert text.endswith("\n")
 
 
 def test_generate_reads_standard_input(capsys, trained, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("the sum of"))
     main(["generate", str(trained), "--prompt", "-", "--max-new-tokens", "3", "--temperature", "0"])
     assert capsys.readouterr().out.startswith("the sum of")
-
-
-@pytest.mark.parametrize(
-    ("option", "value"), [("--temperature", "-1"), ("--top-k", "0"), ("--top-p", "1.5"), ("--max-new-tokens", "0")]
-)
-def test_generate_refuses_values_out_of_range(capsys, trained, option, value):
-    line = refused(capsys, "generate", str(trained), "--prompt", "a", option, value)
-    assert option.removeprefix("--").replace("-", "_") in line
-
-
-def test_generate_past_a_learned_table_is_refused(capsys, small, tmp_path):
-    main(["train", "--output", str(tmp_path / "run"), "--method", "learned", *small])
-    capsys.readouterr()
-    line = refused(capsys, "generate", str(tmp_path / "run"), "--prompt", "document", "--max-new-tokens", "50")
-    assert "holds 16" in line
 
 
 def test_a_damaged_model_is_refused(capsys, small, tmp_path):

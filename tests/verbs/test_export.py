@@ -1,0 +1,62 @@
+import shutil
+
+import pytest
+import torch
+
+from longreach.data.prepare import DataConfig
+from longreach.measure.plan import EvaluateConfig
+from longreach.models.config import Architecture
+from longreach.models.files import load_model
+from longreach.results import Results
+from longreach.train.config import TrainConfig
+from longreach.verbs.compare import CompareConfig, compare
+from longreach.verbs.export import ExportConfig, export
+
+
+@pytest.fixture(scope="module")
+def comparison(corpus, tmp_path_factory):
+    """The folder of a finished comparison."""
+    folder = tmp_path_factory.mktemp("comparison")
+    config = CompareConfig(
+        methods=("alibi", "rotary"),
+        data=DataConfig(data=str(corpus), vocab_size=300, valid_fraction=0.2, cache=str(folder / "cache")),
+        model=Architecture(num_layers=1, num_heads=2, d_model=16),
+        train=TrainConfig(train_length=16, steps=4, batch_size=4, warmup_steps=2, device="cpu"),
+        evaluate=EvaluateConfig(valid_lengths=(16, 32), valid_tokens=256),
+    )
+    compare(config, folder / "out", lambda stage, done, total, note="": None)
+    return folder / "out"
+
+
+def test_transformers_loads_it_and_its_card_has_its_perplexities(comparison, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    export(ExportConfig(comparison / "alibi", tmp_path / "mpt", max_length=64))
+    ours, theirs = load_model(comparison / "alibi"), AutoModelForCausalLM.from_pretrained(tmp_path / "mpt").eval()
+    tokens = torch.tensor([AutoTokenizer.from_pretrained(tmp_path / "mpt")("document 3 line 4: the sum")["input_ids"]])
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(tokens).logits, ours(tokens), rtol=0, atol=1e-5)
+    assert theirs.config.max_seq_len == 64
+    record = next(r for r in Results.read(comparison / "results.json").records if r.method == "alibi")
+    card = (tmp_path / "mpt" / "README.md").read_text(encoding="utf-8")
+    assert f"{record.perplexity:.2f}" in card
+    assert "rotary" not in card
+
+
+def test_no_perplexities_of_another_run(comparison, tmp_path):
+    moved = shutil.copytree(comparison / "alibi", tmp_path / "moved" / "alibi")
+    export(ExportConfig(moved, tmp_path / "alone"))
+    assert "| alibi |" not in (tmp_path / "alone" / "README.md").read_text(encoding="utf-8")
+    training = (moved / "training.json").read_text()
+    (moved / "training.json").write_text(training.replace('"steps": 4', '"steps": 5'))
+    shutil.copy(comparison / "results.json", tmp_path / "moved")
+    export(ExportConfig(moved, tmp_path / "beside"))  # beside results of a comparison that it is none of
+    assert "| alibi |" not in (tmp_path / "beside" / "README.md").read_text(encoding="utf-8")
+    export(ExportConfig(moved, tmp_path / "given", results=comparison / "results.json"))
+    assert "| alibi |" in (tmp_path / "given" / "README.md").read_text(encoding="utf-8")
+
+
+def test_what_mpt_cannot_hold_leaves_nothing(comparison, tmp_path):
+    with pytest.raises(ValueError, match="rotary"):
+        export(ExportConfig(comparison / "rotary", tmp_path / "mpt"))
+    assert list(tmp_path.iterdir()) == []
