@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from longreach.ops.attention import choose_impl
+from longreach.ops.triton.operators import MEASURED_CAPABILITIES
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -171,20 +172,41 @@ def test_growth_is_measured_in_turn_where_dense_attention_takes_minutes(scripts,
     assert list(plot.curves([record])) == [peers.OURS]
 
 
-def test_auto_changes_over_where_the_committed_run_says(scripts):
-    """From the first length on at which "cpu" is faster than "sdpa" by a tenth, in the geometric mean of workloads."""
+RUNS = {path.name: json.loads(path.read_text()) for path in (BENCHMARKS / "results").glob("*-crossover.json")}
+"""What was measured for `choose_impl`, by file; all else follows from which files there are."""
+
+
+def is_gpu(run):
+    return "NVIDIA" in run["machine"]["processor"]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_auto_changes_over_where_the_committed_run_says(scripts, name):
+    """From the first length on at which ours is faster than "sdpa" by a tenth, in the geometric mean of workloads.
+
+    GPUs tell dtypes apart: where their kernels multiply half types by matrix units, float32 is another matter.
+    """
     peers = scripts[0]
-    records = json.loads((BENCHMARKS / "results" / "cpu-2core-crossover.json").read_text())["records"]
+    device, ours = ("cuda", "triton") if is_gpu(RUNS[name]) else ("cpu", "cpu")
     gains = {}
-    for record in records:
+    for record in RUNS[name]["records"]:
         workload = record["workload"]
         seconds = {figure["contender"]: figure["seconds"] for figure in record["figures"]}
-        key = workload["mode"] == "decode", workload["length"]
+        dtype = getattr(torch, workload["dtype"])
+        key = workload["mode"] == "decode", workload["length"], dtype if device == "cuda" else torch.float32
         gains.setdefault(key, []).append(seconds[peers.DENSE] / seconds[peers.OURS])
-    for decoding, length in gains:
-        queries = 1 if decoding else length
-        chosen = choose_impl("cpu", queries, length, reaching=True, has_key_norms=decoding)
-        assert chosen == ("cpu" if statistics.geometric_mean(gains[decoding, length]) >= 1.1 else "sdpa")
+    for decoding, length, dtype in gains:
+        options = {"dtype": dtype, "has_key_norms": decoding, "kernels": device == "cuda"}
+        chosen = choose_impl(device, 1 if decoding else length, length, reaching=True, **options)
+        faster = statistics.geometric_mean(gains[decoding, length, dtype]) >= 1.1
+        assert chosen == (ours if faster else "sdpa"), (decoding, length, dtype)
+
+
+def test_auto_takes_triton_on_no_gpu_that_was_not_measured():
+    """What stands in `MEASURED_CAPABILITIES` has a committed run, whose file names the processor."""
+    capabilities = {"NVIDIA H200": (9, 0), "NVIDIA H100 80GB HBM3": (9, 0)}
+    measured = {capabilities[run["machine"]["processor"]] for run in RUNS.values() if is_gpu(run)}
+    assert set(MEASURED_CAPABILITIES) == measured
 
 
 def gpu_records(scripts):

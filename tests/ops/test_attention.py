@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import longreach.ops.attention as module
 from longreach.ops.alibi import alibi_slopes
 from longreach.ops.attention import IMPLEMENTATIONS, attention, choose_impl
 from longreach.ops.reach import KEY_BLOCK, key_block_norms
-from longreach.ops.triton.operators import triton_runs
+from longreach.ops.triton.operators import triton_was_measured
 
 DENSE = ("reference", "sdpa")
 ON_CPU = (*DENSE, "cpu")
@@ -277,16 +278,21 @@ def test_window_of_any_integer_type(qkv, number):
         (("cpu", 511, 512), {"reaching": True}, "sdpa"),
         (("cpu", 64, 64), {"reaching": True, "return_lse": True}, "cpu"),
         (("cpu", 1024, 1024), {"reaching": True, "dense": True}, "sdpa"),
-        (("cpu", 1024, 1024), {"reaching": True, "dense": True, "return_lse": True}, "reference"),
+        (("cpu", 1024, 1024), {"reaching": True, "dense": True, "return_lse": True}, "sdpa"),
         (("cpu", 1, 8191), {"reaching": True, "has_key_norms": True}, "sdpa"),
         (("cpu", 1, 8192), {"reaching": True, "has_key_norms": True}, "cpu"),
         (("cpu", 15, 8192), {"reaching": True, "has_key_norms": True}, "cpu"),
         (("cpu", 1, 65536), {"reaching": True}, "sdpa"),
         (("cuda", 8192, 8192), {"reaching": True}, "sdpa"),
-        (("cuda", 8192, 8192), {"reaching": True, "return_lse": True}, "reference"),
-        (("cuda", 4096, 4096), {"reaching": True, "kernels": True}, "sdpa"),
-        (("cuda", 4096, 4096), {"reaching": True, "return_lse": True, "kernels": True}, "reference"),
-        (("cuda", 4096, 4097), {"reaching": True, "kernels": True}, "triton"),
+        (("cuda", 8192, 8192), {"reaching": True, "return_lse": True}, "sdpa"),
+        (("mps", 65536, 65536), {"reaching": True}, "sdpa"),
+        (("cuda", 4096, 4095), {"reaching": True, "kernels": True}, "sdpa"),
+        (("cuda", 4096, 4096), {"reaching": True, "kernels": True}, "triton"),
+        (("cuda", 4096, 4096), {"reaching": True, "kernels": True, "return_lse": True}, "triton"),
+        (("cuda", 1024, 1024), {"reaching": True, "kernels": True, "dtype": torch.bfloat16}, "triton"),
+        (("cuda", 1024, 1023), {"reaching": True, "kernels": True, "dtype": torch.bfloat16}, "sdpa"),
+        (("cuda", 1, 4095), {"reaching": True, "kernels": True, "dtype": torch.bfloat16}, "sdpa"),
+        (("cuda", 1, 4096), {"reaching": True, "kernels": True, "dtype": torch.bfloat16}, "triton"),
         (("cuda", 8192, 8192), {"reaching": False, "kernels": True}, "sdpa"),
         (("cuda", 8192, 8192), {"reaching": False, "return_lse": True, "kernels": True}, "triton"),
         (("cuda", 8192, 8192), {"reaching": True, "dense": True, "kernels": True}, "sdpa"),
@@ -360,11 +366,6 @@ def test_key_norms_are_not_ignored_in_silence(qkv, impl):
     attention(*qkv, slopes=torch.ones(4), key_norms=norms)
     with pytest.raises(ValueError, match=r"^key_norms with impl="):
         attention(*qkv, slopes=torch.ones(4), key_norms=norms, impl=impl)
-
-
-def test_sdpa_refuses_the_lse(qkv):
-    with pytest.raises(ValueError, match=r"^return_lse=True with impl=\"sdpa\""):
-        attention(*qkv, return_lse=True, impl="sdpa")
 
 
 WRONG = {
@@ -452,18 +453,19 @@ def test_wrong_arguments_are_named(qkv, name):
 @pytest.mark.parametrize(
     ("device", "capability", "dtype", "head_dim", "runs"),
     [
-        ("cuda", (8, 0), torch.bfloat16, 128, True),
-        ("cuda", (7, 5), torch.bfloat16, 128, False),
+        ("cuda", (9, 0), torch.bfloat16, 128, True),
+        ("cuda", (8, 0), torch.bfloat16, 128, False),
         ("cuda", (9, 0), torch.float64, 64, False),
         ("cuda", (9, 0), torch.float32, 129, False),
         ("cpu", (9, 0), torch.float32, 64, False),
     ],
 )
-def test_where_the_kernels_run(monkeypatch, device, capability, dtype, head_dim, runs):
+def test_where_the_kernels_were_measured(monkeypatch, device, capability, dtype, head_dim, runs):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr("longreach.ops.triton.operators._HAS_TRITON", True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert triton_runs(torch.device(device), dtype, head_dim) == runs
+    properties = SimpleNamespace(major=capability[0], minor=capability[1])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert triton_was_measured(torch.device(device), dtype, head_dim) == runs
 
 
 def test_auto_leaves_long_inputs_to_the_kernels_where_they_run(monkeypatch):
@@ -474,9 +476,10 @@ def test_auto_leaves_long_inputs_to_the_kernels_where_they_run(monkeypatch):
         raise Ran
 
     asked = []
-    monkeypatch.setattr(module, "triton_runs", lambda *arguments: asked.append(arguments) or True)
+    monkeypatch.setattr(module, "triton_was_measured", lambda *arguments: asked.append(arguments) or True)
     monkeypatch.setattr(module, "triton_attention", run)
-    monkeypatch.setattr(module, "GPU_DENSE_LIMIT", 4 * 5)
+    monkeypatch.setattr(module, "TRITON_CROSSOVERS", {4: 5 * 5})
+    monkeypatch.setattr(module, "FEW_QUERIES", 2)
     q, slopes = torch.randn(1, 2, 5, 8), torch.ones(2)
     attention(q, q, q, slopes=slopes, bias=torch.zeros(5))
     attention(q[:, :, :4], q, q, slopes=slopes)

@@ -10,7 +10,7 @@ from longreach.models.config import ModelConfig
 from longreach.models.kv_cache import KVCache
 from longreach.models.vocabulary import Vocabulary
 from longreach.ops.attention import attention, choose_impl, uses_key_norms
-from longreach.ops.triton.operators import triton_runs
+from longreach.ops.triton.operators import triton_was_measured
 from longreach.positions import AttentionPositions, build_method, rotate
 
 # Axes: B batch, T tokens (Tq queries, Tk keys), H query heads, Hkv key/value heads, D head_dim, C d_model,
@@ -126,10 +126,11 @@ class Decoder(nn.Module):
             device.type,
             query_length,
             key_length or query_length,
+            dtype=weight.dtype,
             reaching=windowed or attend.slopes is not None,
             dense=dense,
             has_key_norms=attend.slopes is not None and not windowed,
-            kernels=triton_runs(device, weight.dtype, self.config.head_dim),
+            kernels=triton_was_measured(device, weight.dtype, self.config.head_dim),
         )
 
     def _check_length(self, total: int, positions: Tensor | None, cache: KVCache | None, length: int | None) -> None:
@@ -195,7 +196,7 @@ class SelfAttention(nn.Module):
         key_norms = None
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-            if positions.slopes is not None and uses_key_norms("auto", q.device.type, q.shape[2], k.shape[2]):
+            if positions.slopes is not None and uses_key_norms("auto", q, k.shape[2]):
                 key_norms = cache.key_norms(self.layer)
         mixed = attention(
             q,

@@ -23,7 +23,7 @@ from longreach.ops.lse_bound import FEW_QUERIES
 from longreach.ops.reach import KEY_BLOCK
 from longreach.ops.reference import reference_attention
 from longreach.ops.sdpa import sdpa_attention
-from longreach.ops.triton.operators import triton_attention, triton_runs
+from longreach.ops.triton.operators import triton_attention, triton_was_measured
 
 IMPLEMENTATIONS = ("reference", "sdpa", "cpu", "triton", "flex")
 """What `impl` may name besides "auto"."""
@@ -37,9 +37,14 @@ CPU_DECODE_CROSSOVER = 8192
 """Tk from which that holds for fewer than FEW_QUERIES queries whose keys have known norms. By the same run it is 0.67
 to 1.76 times as fast at 4096 keys, 0.86 to 2.81 at 8192 and 1.45 to 6.09 at 16384."""
 
-GPU_DENSE_LIMIT = 4096 * 4096
-"""Tq Tk above which "triton" is preferred to a dense mask on a GPU, which for 16 heads takes 1 GiB there. That is for
-memory's sake: no GPU has timed the kernels yet, so below it "auto" stays with what is known."""
+TRITON_CROSSOVERS = {2: 1024 * 1024, 4: 4096 * 4096}
+"""Tq Tk from which "triton" is preferred to "sdpa" where its kernels were measured, by the bytes of the dtype. By
+`benchmarks/attention.py --crossover` (benchmarks/results/h200-crossover.json) it is 0.7 to 2.5 times as fast at 1024
+tokens and 4 to 22 at 4096 in bfloat16, in float32 0.5 to 1.3 at 2048 and 0.6 to 2.5 at 4096."""
+
+TRITON_DECODE_CROSSOVERS = {2: 4096, 4: 16384}
+"""Tk from which that holds for fewer than FEW_QUERIES queries: by the same run 1.5 to 1.8 times as fast at 4096 keys in
+bfloat16, in float32 0.8 to 1.3 there and 2.9 to 4.4 at 16384."""
 
 
 @overload
@@ -120,9 +125,9 @@ def attention(
             query sees another document. Values are checked on the CPU alone, and not under torch.compile: elsewhere
             borders that do not ascend from 0 to T give wrong output.
         dropout_p: probability with which attention weights are dropped; pass 0 outside training.
-        tolerance: the probability mass per row that "cpu", "triton" and "flex" may drop, at least 0: they skip keys
-            that provably hold no more (docs/reach.md). None is the default of the dtype, below its rounding. The
-            others drop nothing. The backward pass of "cpu" may drop as much again.
+        tolerance: the probability mass per row that may be dropped, at least 0: "cpu", "triton", "flex" and, where its
+            mask would be large, "sdpa" skip keys that provably hold no more (docs/reach.md). None is the default of the
+            dtype, below its rounding. The backward pass of "cpu" may drop as much again.
         key_norms: (B, Hkv, ceil(Tk / KEY_BLOCK)), upper bounds on the key norms of each block of KEY_BLOCK keys, as
             `longreach.ops.reach.key_block_norms` gives them; a KV cache keeps them so that decoding with "cpu" and
             "triton" reads only keys within reach. "auto" makes no use of them where it chooses otherwise.
@@ -156,19 +161,19 @@ def attention(
             q.device.type,
             q.shape[2],
             k.shape[2],
+            dtype=q.dtype,
             reaching=slopes is not None or visibility.hides_past,
             dense=bias is not None or dropout_p > 0,
             return_lse=return_lse,
             has_key_norms=key_norms is not None,
-            kernels=triton_runs(q.device, q.dtype, q.shape[3]),
+            kernels=triton_was_measured(q.device, q.dtype, q.shape[3]),
         )
     arguments: dict[str, Any] = {"slopes": slopes, "scale": scale}
     with _without_autocast(q.device.type):
         if impl == "sdpa":
-            if return_lse:
-                raise ValueError('return_lse=True with impl="sdpa", which has no LSE: use another impl or "auto"')
-            return sdpa_attention(q, k, v, visibility, **arguments, bias=bias, dropout_p=dropout_p)
-        if impl == "reference":
+            arguments |= {"bias": bias, "dropout_p": dropout_p, "tolerance": tolerance, "return_lse": return_lse}
+            out, lse = sdpa_attention(q, k, v, visibility, **arguments)
+        elif impl == "reference":
             out, lse = reference_attention(q, k, v, visibility, **arguments, bias=bias, dropout_p=dropout_p)
             lse = lse.to(torch.promote_types(lse.dtype, torch.float32))
         else:
@@ -177,7 +182,7 @@ def attention(
                 raise ValueError(f'{name} with impl="{impl}", which has neither: use impl="sdpa" or "auto"')
             arguments |= {"return_lse": return_lse} if impl == "flex" else {"key_norms": key_norms}
             out, lse = _reaching(impl, q)(q, k, v, visibility, **arguments, tolerance=tolerance)
-    return (out, lse) if return_lse else out
+    return (out, lse) if return_lse else out  # type: ignore[return-value]  # an LSE that is wanted is there
 
 
 def choose_impl(
@@ -185,6 +190,7 @@ def choose_impl(
     query_length: int,
     key_length: int,
     *,
+    dtype: torch.dtype = torch.float32,
     reaching: bool,
     dense: bool = False,
     return_lse: bool = False,
@@ -193,42 +199,58 @@ def choose_impl(
 ) -> str:
     """Name the implementation that `attention(impl="auto")` runs.
 
-    On the CPU that is "cpu" from the measured crossovers on, where there is anything to skip or hide; "sdpa"
-    otherwise, and "reference" where a dense bias or dropout meets a wanted LSE. On other devices it is "sdpa", or
-    "reference" for the LSE, but above GPU_DENSE_LIMIT "triton" where either would make a T x T tensor.
+    On the CPU that is "cpu" from the measured crossovers on, where there is anything to skip or hide, and for the LSE;
+    on GPUs where the Triton kernels were measured, "triton" likewise. Otherwise it is "sdpa", as for a dense bias or
+    dropout, which anywhere is what PyTorch maintains for the device and makes no large mask.
 
     Args:
         device: the type of the device, as in "cpu".
         query_length: Tq.
         key_length: Tk.
+        dtype: of q.
         reaching: whether there are slopes, a window, padding or documents.
         dense: whether there is a dense bias or dropout.
         return_lse: whether the LSE is wanted.
         has_key_norms: whether the norms of the keys are given.
-        kernels: what `longreach.ops.triton.operators.triton_runs` says of the device, dtype and head_dim.
+        kernels: what `triton_was_measured` says of the device, dtype and head_dim.
     """
-    if kernels and (reaching or return_lse) and not dense and query_length * key_length > GPU_DENSE_LIMIT:
-        return "triton"
-    if device != "cpu" or dense:
-        return "reference" if return_lse else "sdpa"
+    if dense or not (kernels or device == "cpu"):
+        return "sdpa"
+    decoding = query_length < FEW_QUERIES
+    if kernels:
+        crossover = TRITON_DECODE_CROSSOVERS if decoding else TRITON_CROSSOVERS
+        long = (key_length if decoding else query_length * key_length) >= crossover[dtype.itemsize]
+        return "triton" if (reaching or return_lse) and long else "sdpa"
     if return_lse:
         return "cpu"
-    if query_length < FEW_QUERIES:
+    if decoding:
         return "cpu" if reaching and has_key_norms and key_length >= CPU_DECODE_CROSSOVER else "sdpa"
     return "cpu" if reaching and query_length * key_length >= CPU_CROSSOVER else "sdpa"
 
 
-def uses_key_norms(impl: str, device: str, query_length: int, key_length: int) -> bool:
+def uses_key_norms(impl: str, q: Tensor, key_length: int) -> bool:
     """Whether `attention` would make use of `key_norms`, so that a cache should keep them.
 
     Args:
         impl: as `attention` is given it.
-        device: the type of the device.
-        query_length: Tq.
+        q: as `attention` is given it.
         key_length: Tk.
     """
-    by_default = impl == "auto" and device == "cpu" and key_length >= CPU_DECODE_CROSSOVER
-    return query_length < FEW_QUERIES and (by_default or impl in ("cpu", "triton"))
+    query_length = q.shape[2]
+    if query_length >= FEW_QUERIES:
+        return False
+    if impl == "auto":
+        kernels = triton_was_measured(q.device, q.dtype, q.shape[3])
+        impl = choose_impl(
+            q.device.type,
+            query_length,
+            key_length,
+            dtype=q.dtype,
+            reaching=True,
+            has_key_norms=True,
+            kernels=kernels,
+        )
+    return impl in ("cpu", "triton")
 
 
 def _reaching(impl: str, q: Tensor) -> Callable[..., tuple[Tensor, Any]]:

@@ -236,6 +236,14 @@ def key_ranges(
     return starts.to(torch.int32), ends.to(torch.int32).contiguous()
 
 
+def visible_ranges(
+    visibility: Visibility, *, block_m: int, block_n: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Half-open range of key blocks that causality, window and documents leave each query block: int64 (NQ,) each."""
+    blocks = _Blocks(visibility, block_m, block_n, device)
+    return blocks.first, blocks.last
+
+
 def _decoding_ranges(
     q: Tensor,
     k: Tensor,

@@ -56,17 +56,24 @@ class Visibility:
             visible.append(self.document[queries] == self.document[keys])
         return _all(visible)
 
-    def dense(self, device: torch.device, rows: slice | None = None, keys: slice | None = None) -> Tensor | None:
+    def dense(
+        self,
+        device: torch.device,
+        rows: slice | None = None,
+        keys: slice | None = None,
+        *,
+        batch: slice = slice(None),
+    ) -> Tensor | None:
         """Whether each of some queries, or of all, sees each key: bool, broadcastable to (B, H, Tq, Tk); None for yes.
 
-        `rows` are numbers of queries, `keys` positions.
+        `rows` are numbers of queries, `keys` positions, `batch` sequences.
         """
         rows, keys = rows or slice(0, self.query_length), keys or slice(0, self.key_length)
         near = None
         if self.window_size is not None or self.cu_seqlens is not None or (self.causal and self.query_length > 1):
             queries = torch.arange(rows.start + self.offset, rows.stop + self.offset, device=device)[:, None]
             near = self.near(queries, torch.arange(keys.start, keys.stop, device=device))  # [Tq, Tk]
-        shown = None if self.key_padding_mask is None else ~self.key_padding_mask[:, None, None, keys]
+        shown = None if self.key_padding_mask is None else ~self.key_padding_mask[batch, None, None, keys]
         return _all([condition for condition in (near, shown) if condition is not None])
 
 

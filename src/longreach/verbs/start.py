@@ -19,7 +19,7 @@ from longreach.models.config import Architecture
 from longreach.models.decoder import Decoder
 from longreach.models.files import load_model
 from longreach.ops.attention import choose_impl
-from longreach.ops.triton.operators import triton_runs
+from longreach.ops.triton.operators import triton_was_measured
 from longreach.positions import build_method, parse_method
 from longreach.positions.scaling import Scaling, parse_scaling
 from longreach.pretrained.convert import convert
@@ -193,9 +193,10 @@ def _pretrained_trainee(config: RunConfig, tokenizer: Tokenizer, device: torch.d
             device.type,
             length,
             length,
+            dtype=model.dtype,
             reaching=True,
             dense=_attention_dropout(model.config) > 0,
-            kernels=triton_runs(device, model.dtype, head_dim),
+            kernels=triton_was_measured(device, model.dtype, head_dim),
         ),
         save=lambda folder: save_pretrained(model, folder),
     )

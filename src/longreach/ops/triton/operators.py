@@ -22,17 +22,20 @@ from longreach.ops.triton.plans import (
 )
 from longreach.ops.visibility import Visibility
 
+MEASURED_CAPABILITIES = ((9, 0),)
+"""Compute capabilities of the GPUs that benchmarks/results holds times of."""
+
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def triton_runs(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether the kernels surely run: on NVIDIA GPUs from compute capability 8.0 on, where Triton is installed."""
+def triton_was_measured(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether the kernels run here and were timed on such GPUs, by benchmarks/results: so far on Hopper alone."""
     if device.type != "cuda" or torch.version.cuda is None or not _HAS_TRITON:
         return False
     if dtype == torch.float64 or head_dim > COMMON_HEAD_DIM:
         return False
-    # What is compiled cannot ask for the capability, and needs Triton itself.
-    return torch.compiler.is_compiling() or torch.cuda.get_device_capability(device) >= (8, 0)
+    properties = torch.cuda.get_device_properties(device.index)  # which torch.compile takes as a constant
+    return (properties.major, properties.minor) in MEASURED_CAPABILITIES
 
 
 def triton_attention(
