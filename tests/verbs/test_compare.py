@@ -1,11 +1,8 @@
-import contextlib
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 
 import pytest
@@ -317,40 +314,48 @@ def test_every_task_that_needs_no_file(config, tmp_path):
     assert (tmp_path / "out" / "report.html").exists()
 
 
-def state_of(folder):
-    """What has been written: names and sizes."""
-    with contextlib.suppress(FileNotFoundError):  # renamed while we look
-        return sorted((str(path), path.stat().st_size) for path in folder.rglob("*"))
+STOPPED_AT_A_WRITE = """
+import os, signal, sys, torch
+# Shells start what runs in the background with SIGINT ignored, which processes hand down.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+torch.set_num_threads(1)
+stop, left = int(sys.argv.pop(1)), int(sys.argv.pop(1))
+replace = os.replace
+
+def stopping(*paths):
+    global left
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), stop)
+    return replace(*paths)
+
+os.replace = stopping
+from longreach.cli import main
+main()
+"""
+"""The command line, which sends itself a signal when it is about to give a file of a given number its name."""
 
 
-def test_killed_at_any_moment_it_goes_on_to_the_same_numbers(config, tmp_path):
+def test_killed_at_any_write_it_goes_on_to_the_same_numbers(config, tmp_path):
     config = replace(config, train=replace(config.train, steps=60, checkpoint_every=7))
     whole = compare(config, tmp_path / "whole", silent)
-    # Shells start what runs in the background with SIGINT ignored, which processes hand down.
-    start = "import signal, torch; signal.signal(signal.SIGINT, signal.default_int_handler); torch.set_num_threads(1)"
-    command = [sys.executable, "-c", f"{start}; from longreach.cli import main; main()"]
-    command += ["compare", "--output", str(tmp_path / "parts"), "--data", config.data.data]
-    command += ["--cache", config.data.cache, "--vocab-size", "300", "--valid-fraction", "0.2"]
-    command += ["--methods", ",".join(config.methods), "--num-layers", "1", "--num-heads", "2", "--d-model", "16"]
-    command += ["--train-length", "16", "--steps", "60", "--batch-size", "4", "--warmup-steps", "2"]
-    command += ["--checkpoint-every", "7", "--device", "cpu", "--valid-lengths", "16,64", "--valid-tokens", "256"]
-    draw = random.Random(0)
-    for attempt in range(8):
-        before = state_of(tmp_path / "parts")
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-            while process.poll() is None and state_of(tmp_path / "parts") == before:
-                time.sleep(0.002)
-            time.sleep(draw.uniform(0.0, 0.12))  # from its first write on, at any moment
-            process.send_signal(signal.SIGINT if attempt % 3 == 1 else signal.SIGKILL)
-            errors = process.stderr.read()
-        if process.returncode == 0:
-            break
-        # An interrupt in the interpreter's own last moments ends it in its own way.
-        assert process.returncode in (-signal.SIGKILL, 130, -signal.SIGINT), errors
-        if process.returncode == 130:
-            assert errors.endswith("interrupted; run the same command again to go on\n")
-    assert attempt >= 3
-    subprocess.run(command, check=True, capture_output=True)
+    words = ["compare", "--output", str(tmp_path / "parts"), "--data", config.data.data]
+    words += ["--cache", config.data.cache, "--vocab-size", "300", "--valid-fraction", "0.2"]
+    words += ["--methods", ",".join(config.methods), "--num-layers", "1", "--num-heads", "2", "--d-model", "16"]
+    words += ["--train-length", "16", "--steps", "60", "--batch-size", "4", "--warmup-steps", "2"]
+    words += ["--checkpoint-every", "7", "--device", "cpu", "--valid-lengths", "16,64", "--valid-tokens", "256"]
+    for stop, write, status in (
+        (signal.SIGKILL, 1, -signal.SIGKILL),
+        (signal.SIGINT, 6, 130),
+        (signal.SIGKILL, 9, -signal.SIGKILL),
+        (signal.SIGINT, 17, 130),
+        (signal.SIGKILL, 0, 0),  # never
+    ):
+        command = [sys.executable, "-c", STOPPED_AT_A_WRITE, str(int(stop)), str(write), *words]
+        ended = subprocess.run(command, capture_output=True, text=True)
+        assert ended.returncode == status, ended.stderr
+        if status == 130:
+            assert ended.stderr.endswith("interrupted; run the same command again to go on\n")
     assert timeless(Results.read(tmp_path / "parts" / "results.json"))[1:3] == timeless(whole)[1:3]
     assert [t.final_loss for t in Results.read(tmp_path / "parts" / "results.json").training] == [
         t.final_loss for t in whole.training
