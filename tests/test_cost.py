@@ -43,7 +43,7 @@ def peaks(*mebibytes):
 
 
 def test_seconds(monkeypatch):
-    monkeypatch.setattr("longreach.measure.cost.time.perf_counter", iter([7.0, 9.5]).__next__)
+    monkeypatch.setattr("longreach.cost.time.perf_counter", iter([7.0, 9.5]).__next__)
     with Cost(CPU) as cost:
         pass
     assert cost.seconds == 2.5
