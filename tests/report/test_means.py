@@ -81,5 +81,5 @@ def test_perplexities_are_compared_on_shared_seeds_and_the_same_tokens(record):
 
 
 def test_a_verdict_is_one_of_every_seed():
-    assert unanimous(["helps", "helps"]) == "helps"
-    assert unanimous(["helps", "harms"]) == "differs between seeds with"
+    assert unanimous(["helps", "helps"], "differs") == "helps"
+    assert unanimous(["helps", "harms"], "differs") == "differs"

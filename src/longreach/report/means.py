@@ -97,10 +97,10 @@ def thin_lines(entries: Iterable[Entry]) -> str:
     return " Thin lines are single seeds." if are_repeated(entries) else ""
 
 
-def unanimous(verdicts: Iterable[str]) -> str:
-    """The verdict that the mean and each of the seeds give, or that they differ."""
+def unanimous(verdicts: Iterable[str], otherwise: str) -> str:
+    """The verdict that the mean and each of the seeds give, or what is said where they differ."""
     distinct = set(verdicts)
-    return distinct.pop() if len(distinct) == 1 else "differs between seeds with"
+    return distinct.pop() if len(distinct) == 1 else otherwise
 
 
 def mean_of_intervals(entries: Sequence[Entry]) -> str:

@@ -151,7 +151,7 @@ def test_a_verdict_holds_for_every_seed_and_each_has_its_dots(empty, decomposed)
     entries = [at_seed(decomposed(m, 256, 0.04, b), s) for m, by_seed in beyond.items() for s, b in enumerate(by_seed)]
     results = empty.add(*entries)
     finding = decomposition(results, 128)
-    assert "context beyond 128 helps alibi; differs between seeds with t5." in finding.sentence
+    assert "context beyond 128 helps alibi; acts differently from seed to seed with t5." in finding.sentence
     assert "means over 2 seeds" in finding.certainty
     assert [row[0:3] for row in decomposition_grid(results, 128).rows] == [
         ("alibi", "256", "+0.055"),

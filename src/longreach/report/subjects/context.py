@@ -73,7 +73,8 @@ def loss_by_context(results: Results, train_length: int) -> Finding | None:
     for method, entries in longest.items():
         window = entries[0].valid_length
         seeds = [seed[window] for seed in singles.get(method, ()) if window in seed]
-        verdicts[unanimous(_verdict(bins, train_length) for bins in (entries, *seeds))].append(method)
+        each = (_verdict(bins, train_length) for bins in (entries, *seeds))
+        verdicts[unanimous(each, "differs between seeds with")].append(method)
         if (ends := _ends(entries, train_length)) is None:
             continue
         near, far = ends

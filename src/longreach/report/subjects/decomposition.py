@@ -22,6 +22,7 @@ _RELIEF = ("#a86400", "#e0a63c")
 _BEYOND = ("#0068a8", "#58b0ea")
 """(shade on white, shade on black), told apart in the common forms of colour blindness; text in the colour of the paper
 reads on them."""
+_DIFFERS = "acts differently from seed to seed with"
 _ROW = 0.34  # inches from method to method
 _THICKNESS = 0.38  # of a bar, in rows: two make a method's
 _BARS_WIDTH = 3.6
@@ -61,13 +62,13 @@ def decomposition(results: Results, train_length: int) -> Finding | None:
     longest = max(entry.valid_length for entry in entries)
     entries = [entry for entry in entries if entry.valid_length == longest]
     verdicts: dict[str, list[str]] = {"helps": [], "may help": [], "makes no difference that can be told with": []}
-    verdicts |= {"harms": [], "differs between seeds with": [], "cannot be judged, for want of intervals, with": []}
+    verdicts |= {"harms": [], _DIFFERS: [], "cannot be judged, for want of intervals, with": []}
     singles = one_by_one(
         e for e in results.decompositions if (e.train_length, e.valid_length) == (train_length, longest)
     )
     for entry in entries:
         seeds = (single for seed in singles.get(entry.method, ()) for single in seed)
-        verdicts[unanimous(map(_verdict_on_use, (entry, *seeds)))].append(entry.method)
+        verdicts[unanimous(map(_verdict_on_use, (entry, *seeds)), _DIFFERS)].append(entry.method)
     span = f"From {train_length:,} to {longest:,} tokens ({format_multiple(longest, train_length)})"
     details = [
         f"{e.method} {format_signed(e.gain)} (relief {format_signed(e.relief)}, beyond {format_signed(e.beyond)})"
