@@ -185,7 +185,7 @@ def register(open_subject: Callable[..., Subject]) -> None:
     Args:
         open_subject: makes the subject from what stands in `--model_args` beside the options of `HarnessModel`, and
             from the harness's `device`, each as a keyword argument: with `open_subject(run, device=None)`, the user
-            writes `--model_args run=runs/demo/alibi,max_length=1024`.
+            writes `--model_args run=runs/demo/alibi-seed0,max_length=1024`.
 
     Raises:
         ValueError: the name is taken, by an earlier call with another function or by another package.

@@ -3,7 +3,7 @@
 All of the harness's command line works, and beside its models there is `longreach`:
 
     python -m longreach.verbs.harness --model longreach --tasks wikitext \\
-        --model_args run=runs/demo/alibi,max_length=1024
+        --model_args run=runs/demo/alibi-seed0,max_length=1024
 """
 
 from pathlib import Path
