@@ -12,11 +12,13 @@ from longreach.results import (
     Results,
     RetrievalRecord,
     Skipped,
+    Start,
     SummaryRecord,
     TrainingRecord,
 )
 
-PROVENANCE = Provenance(
+START = Start(
+    time="2026-02-03T04:05:06+00:00",
     longreach="0.1.0",
     torch="2.13.0",
     python="3.12.3",
@@ -24,12 +26,18 @@ PROVENANCE = Provenance(
     device="cpu",
     num_threads=2,
     git_commit=None,
+    host="here",
+    pid=7,
+    options={"cache": "tokens"},
+)
+
+PROVENANCE = Provenance(
+    starts=(START,),
     split_seed=0,
     corpus="stdlib",
     corpus_hash="c0",
     tokenizer_hash="70",
     vocab_size=4096,
-    created="2026-02-03T04:05:06+00:00",
     sources={"runs/alibi": "ab12"},
     config={"valid_lengths": (128, 256), "data": None, "lr": 1e-3},
 )

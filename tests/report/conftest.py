@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import sample_records
-from sample_records import CONTEXT, DECOMPOSITION, OFFSET, PROVENANCE, RETRIEVAL, SUMMARY, TRAINING, at_seed
+from sample_records import CONTEXT, DECOMPOSITION, OFFSET, PROVENANCE, RETRIEVAL, START, SUMMARY, TRAINING, at_seed
 
 from longreach.results import Model, Results
 
@@ -20,7 +20,11 @@ CURVES = {
 @pytest.fixture
 def provenance():
     return replace(
-        PROVENANCE, git_commit="abc123", split_seed=7, corpus_hash="c0ffee", config={"model": {"d_model": 256}}
+        PROVENANCE,
+        starts=(replace(START, git_commit="abc123"),),
+        split_seed=7,
+        corpus_hash="c0ffee",
+        config={"model": {"d_model": 256}},
     )
 
 

@@ -267,7 +267,8 @@ def test_missing_unknown_and_mistyped_keys(damage, section):
             message = damage(lambda document, name=field.name: entry(document).pop(name))
             assert message == f"{where}.{field.name} is missing: give it"
         message = damage(lambda document, name=field.name: entry(document).update({name: [1]}))
-        assert message.startswith(f"{where}.{field.name}=[1]: give ")
+        item = "[0]=1" if field.name == "starts" else "=[1]"  # a list is right there, of something else
+        assert message.startswith(f"{where}.{field.name}{item}: give ")
     message = damage(lambda document: entry(document).update(colour=1))
     assert message.startswith(f"unknown key '{where}.colour': known are ")
     assert damage(lambda document: document.pop(section)).startswith(f"{section} is missing")
@@ -283,6 +284,17 @@ def test_a_damaged_model_is_named(damage):
     assert change(depth=1).startswith("unknown key 'records[0].model.depth'")
     message = damage(lambda document: document["training"][0].update(model="alibi"))
     assert message == "training[0].model='alibi': give a table"
+
+
+def test_a_damaged_start_is_named(damage):
+    def change(**fields):
+        return damage(lambda document: document["provenance"]["starts"][0].update(fields))
+
+    assert change(pid=0).startswith("provenance.starts[0]: pid must be positive")
+    assert change(colour=1).startswith("unknown key 'provenance.starts[0].colour'")
+    assert change(time="today").startswith("provenance.starts[0]: time must be UTC")
+    message = damage(lambda document: document["provenance"].update(starts=3))
+    assert message == "provenance.starts=3: give a list"
 
 
 def test_contradictory_file(damage):

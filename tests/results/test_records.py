@@ -10,6 +10,7 @@ from sample_records import (
     OFFSET,
     PROVENANCE,
     RETRIEVAL,
+    START,
     SUMMARY,
     TRAINING,
     record,
@@ -198,10 +199,19 @@ def test_configuration_that_json_cannot_hold(bad):
         dataclasses.replace(PROVENANCE, config=bad)
 
 
-@pytest.mark.parametrize("created", ["yesterday", "2026-02-03T04:05:06", "2026-02-03T04:05:06+02:00"])
-def test_time_that_is_not_utc(created):
-    with pytest.raises(ValueError, match="created must be a UTC time"):
-        dataclasses.replace(PROVENANCE, created=created)
+@pytest.mark.parametrize("time", ["yesterday", "2026-02-03T04:05:06", "2026-02-03T04:05:06+02:00"])
+def test_time_that_is_not_utc(time):
+    with pytest.raises(ValueError, match="time must be UTC"):
+        dataclasses.replace(START, time=time)
+
+
+def test_results_came_from_starts():
+    with pytest.raises(ValueError, match="starts is empty"):
+        dataclasses.replace(PROVENANCE, starts=())
+    with pytest.raises(ValueError, match=r"^starts=Start.*: give a list$"):
+        dataclasses.replace(PROVENANCE, starts=START)
+    with pytest.raises(ValueError, match=r"^starts\[0\]='cpu': give "):
+        dataclasses.replace(PROVENANCE, starts=("cpu",))
 
 
 def test_sources_are_names_with_hashes():

@@ -15,6 +15,7 @@ from longreach.data.prepare import DataConfig
 from longreach.measure.plan import EvaluateConfig
 from longreach.models.config import Architecture
 from longreach.models.files import load_model
+from longreach.results import Results
 from longreach.train.config import RunConfig, TrainConfig
 from longreach.verbs.compare import CompareConfig, compare
 from longreach.verbs.evaluate import EvaluationConfig, evaluate_models
@@ -185,6 +186,26 @@ def test_cache_device_and_checkpoints_may_differ_and_every_start_is_noted(config
     assert second["torch"] == "9.9.9" != first["torch"]
     assert (first["device"], second["device"]) == ("cpu", "cpu:0")
     assert second["options"]["cache"] == str(tmp_path / "elsewhere")
+
+
+def test_results_say_all_the_starts_that_they_came_from(config, tmp_path, monkeypatch):
+    with pytest.raises(Interrupted):
+        compare(comparison(config), tmp_path / "out", until(3))
+    monkeypatch.setattr(torch, "__version__", "9.9.9")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    results = compare(comparison(config), tmp_path / "out", silent)
+    first, second = results.provenance.starts
+    assert first.torch != second.torch == "9.9.9"
+    assert first.num_threads != second.num_threads == 7
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert f"cpu, {first.num_threads} threads; then cpu, 7 threads" in page
+    before = (tmp_path / "out" / "results.json").read_bytes()
+    assert (
+        compare(comparison(config), tmp_path / "out", silent)
+        == results
+        == Results.read(tmp_path / "out" / "results.json")
+    )
+    assert (tmp_path / "out" / "results.json").read_bytes() == before  # a start with nothing to do adds nothing
 
 
 # Longer runs

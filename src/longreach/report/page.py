@@ -99,20 +99,29 @@ def _page(provenance: Provenance, shown: list[Section], drawn: dict[str, Drawn])
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["data_uri"] = lambda svg: "data:image/svg+xml;base64," + base64.b64encode(svg).decode()
     facts = {
-        "longreach": provenance.longreach + (f", commit {provenance.git_commit}" if provenance.git_commit else ""),
-        "PyTorch, Python": f"{provenance.torch}, {provenance.python}",
-        "platform": provenance.platform,
-        "device": f"{provenance.device}, {provenance.num_threads} threads",
+        **_conditions(provenance),
         "seed of the split": provenance.split_seed,
         "corpus": provenance.corpus,
         "corpus hash": provenance.corpus_hash,
         "tokenizer hash": provenance.tokenizer_hash,
         "vocabulary": f"{provenance.vocab_size:,} tokens",
-        "created": provenance.created,
+        "begun": provenance.starts[0].time,
+        "last started": provenance.starts[-1].time,
     }
     return environment.from_string(text).render(
         sections=shown, drawn=drawn, facts=facts, config=json.dumps(provenance.config, indent=2, ensure_ascii=False)
     )
+
+
+def _conditions(provenance: Provenance) -> dict[str, str]:
+    """With what it ran: each of the different answers of all starts, in the order of these."""
+    described = {
+        "longreach": [s.longreach + (f", commit {s.git_commit}" if s.git_commit else "") for s in provenance.starts],
+        "PyTorch, Python": [f"{start.torch}, {start.python}" for start in provenance.starts],
+        "platform": [start.platform for start in provenance.starts],
+        "device": [f"{start.device}, {start.num_threads} threads" for start in provenance.starts],
+    }
+    return {name: "; then ".join(dict.fromkeys(values)) for name, values in described.items()}
 
 
 def print_tables(results: Results, console: Console) -> None:

@@ -2,8 +2,8 @@
 
 One file holds one comparison, and reports are made from it alone. The file is strict JSON (no NaN, no Infinity): an
 object with `version`, `provenance` and one list for each kind of entry in `records.py`, each entry an object with
-exactly the fields of its dataclass as keys; `model` is an object again, of method, train_length and seed. Sums alone
-are stored: what follows from them is computed when it is asked for.
+exactly the fields of its dataclass as keys; `model` and each of `starts` is an object again. Sums alone are
+stored: what follows from them is computed when it is asked for.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from longreach.results.records import (
     SummaryRecord,
     TrainingRecord,
 )
+from longreach.results.start import Start
 
 VERSION = 3
 
@@ -79,6 +80,10 @@ class Results:
             for name, kind in _LISTS.items()
         }
         return dataclasses.replace(self, **lists)
+
+    def started(self, starts: tuple[Start, ...]) -> Results:
+        """A copy that came from these starts."""
+        return dataclasses.replace(self, provenance=dataclasses.replace(self.provenance, starts=starts))
 
     def entries(self) -> tuple[Entry, ...]:
         """All that was evaluated or skipped."""

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import MISSING, dataclass, field
-from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
 from longreach.reading import below, check_fields, read_values
 from longreach.results.checks import require_not_negative, require_positive
 from longreach.results.model import Model
+from longreach.results.start import Start
 
 PROTOCOLS = ("nonoverlapping", "sliding-window", "cached", "cached-unbounded", "cached-shifted")
 """How a corpus is cut for perplexity; see `longreach.measure.plan.EvaluateConfig.protocols`."""
@@ -404,20 +404,8 @@ class TrainingRecord(OfModel):
 class Provenance:
     """What it takes to run the comparison again and to trust that it is the same one."""
 
-    longreach: str
-    """Version of this package."""
-    torch: str
-    """Version of PyTorch."""
-    python: str
-    """Version of Python."""
-    platform: str
-    """Operating system and machine, as `platform.platform()` gives it."""
-    device: str
-    """The device that computed: `cpu`, `cuda:0`."""
-    num_threads: int
-    """Threads that PyTorch computed with."""
-    git_commit: str | None
-    """Commit of the longreach checkout; None when it was installed as a package."""
+    starts: tuple[Start, ...]
+    """Every start of the work that these results came from, the first one first."""
     split_seed: int | None
     """Seed of the text's split into training and validation, None where no text was scored; those of models stand with
     them."""
@@ -429,8 +417,6 @@ class Provenance:
     """Hash of the tokenizer."""
     vocab_size: int
     """Size of the tokenizer's vocabulary."""
-    created: str
-    """When the run began: ISO 8601, UTC."""
     sources: dict[str, str] = field(default_factory=dict)
     """What was measured and what it was asked, as the user named it: the weights of models, the files of cases and of
     meetings. Each with the sha256 of what was read, of a model on the Hugging Face hub with its commit."""
@@ -439,17 +425,11 @@ class Provenance:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        require_positive(self, "num_threads", "vocab_size")
+        require_positive(self, "vocab_size")
         config: dict[str, Any] = read_values(dict, self.config, below("config"))
         object.__setattr__(self, "config", config)
-        try:
-            offset = datetime.fromisoformat(self.created).utcoffset()
-        except ValueError:
-            offset = None
-        if offset != timedelta(0):
-            raise ValueError(
-                f"created must be a UTC time in ISO 8601, got {self.created!r}: write it as 2026-01-31T12:00:00+00:00"
-            )
+        if not self.starts:
+            raise ValueError("starts is empty: results came from one start at least")
 
 
 def exponentiated(nats: float) -> float:

@@ -132,7 +132,7 @@ def compare(
         sources = case_sources(config.evaluate)
         starts = begin(output, config, prepared.digests | sources, device)
         path = output / "results.json"
-        results = read_results(path, provenance(config, starts[0], prepared.tokenizer, prepared, sources))
+        results = read_results(path, provenance(config, starts, prepared.tokenizer, prepared, sources))
         results = results.without_failures()
 
         def finish(run: RunConfig) -> Iterator[Results]:
@@ -141,14 +141,15 @@ def compare(
             training = train_run(run, folder, progress, prepared)
             trained = results if training in results.training else results.add(training)
             yield trained
-            yield from measure(open_run(folder).subject(), material, config.evaluate, trained, path, progress)
+            yield from measure(open_run(folder).subject(), material, config.evaluate, trained, starts, path, progress)
 
         for run in config.runs():
             try:
                 for grown in finish(run):
                     results = grown
             except FAILURES as error:
-                results = results.add(*failures(run.identity, config.evaluate, material, results.cells(), error))
+                failed = failures(run.identity, config.evaluate, material, results.cells(), error)
+                results = results.started(starts).add(*failed)
                 results.write(path)
             on_model(results, run.identity)
         write_report(results, output, partial(progress, "drawing the report"))

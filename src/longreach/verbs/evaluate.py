@@ -139,13 +139,13 @@ def evaluate_models(
         device = models[0].device
         starts = (this_start(config, device),) if output is None else begin(output, config, digests, device)
         path = None if output is None else output / "results.json"
-        results = read_results(path, _provenance(config, starts[0], models, prepared, sources))
+        results = read_results(path, _provenance(config, starts, models, prepared, sources))
         try:
             for model in models:
                 if model.training is not None and model.training not in results.training:
                     results = results.add(model.training)
                 on_text = replace(material, text=texts.get(model.split))
-                for grown in measure(model.load(), on_text, config.evaluate, results, path, progress):
+                for grown in measure(model.load(), on_text, config.evaluate, results, starts, path, progress):
                     results = grown
                     on_results(results)
         except Exception:
@@ -306,14 +306,14 @@ def _digests(models: Sequence[_Model], prepared: Mapping[_Split, ValidationData]
 
 def _provenance(
     config: EvaluationConfig,
-    start: Start,
+    starts: tuple[Start, ...],
     models: Sequence[_Model],
     prepared: Mapping[_Split, ValidationData],
     sources: dict[str, str],
 ) -> Provenance:
     """That of the first model, with the tokenizers and the files of all."""
     first = models[0]
-    own = provenance(config, start, first.tokenizer, prepared.get(first.split), sources)
+    own = provenance(config, starts, first.tokenizer, prepared.get(first.split), sources)
     return replace(own, tokenizer_hash=_digests(models, prepared)["tokenizer"])
 
 
@@ -384,13 +384,17 @@ def measure(
     material: Material,
     config: EvaluateConfig,
     results: Results,
+    starts: tuple[Start, ...],
     path: Path | None,
     progress: Progress,
 ) -> Iterator[Results]:
-    """Results with what a configuration asks of a subject, after each piece of work, then written to path already."""
+    """Results with what a configuration asks of a subject, after each piece of work, then written to path already.
+
+    They came from these starts; where nothing is left to do they stay as they are.
+    """
     resolved = config.resolved(subject.train_length)
     for entries in evaluate(subject, material, resolved, results.cells(), progress):
-        results = results.add(*entries)
+        results = results.started(starts).add(*entries)
         if path is not None:
             results.write(path)
         yield results

@@ -214,7 +214,7 @@ def text_of(prepared: ValidationData, config: EvaluateConfig, longest: int) -> T
 
 def provenance(
     config: Any,
-    start: Start,
+    starts: tuple[Start, ...],
     tokenizer: Tokenizer,
     prepared: ValidationData | None,
     sources: dict[str, str],
@@ -225,19 +225,12 @@ def provenance(
     read.
     """
     return Provenance(
-        longreach=start.longreach,
-        torch=start.torch,
-        python=start.python,
-        platform=start.platform,
-        device=start.device,
-        num_threads=start.num_threads,
-        git_commit=start.git_commit,
+        starts=starts,
         split_seed=None if prepared is None else prepared.split_seed,
         corpus="none" if prepared is None else prepared.corpus_name,
         corpus_hash="none" if prepared is None else prepared.corpus_hash,
         tokenizer_hash=tokenizer.fingerprint,
         vocab_size=tokenizer.vocab_size,
-        created=start.time,
         sources=sources,
         config=to_toml_values(config),
     )
