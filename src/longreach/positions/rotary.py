@@ -47,7 +47,7 @@ class Rotary(PositionMethod):
         pair = torch.arange(0, self.head_dim, 2, device=positions.device)
         frequency = base ** (-pair / self.head_dim)  # [D / 2]
         if self.scaling.name.startswith("linear"):
-            frequency = frequency / stretch
+            frequency = frequency * (1.0 / stretch)
         angle = positions[:, None, :, None] * frequency  # [B or 1, 1, Tq, D / 2]
         angle = torch.cat((angle, angle), dim=-1)
         return AttentionPositions(
