@@ -124,6 +124,11 @@ def read_words(
     return read_values(kind, values, lambda path: spell(next((p for p in path[::-1] if isinstance(p, str)), "")))
 
 
+def read_word(kind: type[Kind], word: str, name: str) -> Kind:
+    """One word as a number, text or whatever a field of this type would make of it; ValueError that names it if not."""
+    return read_values(kind, _plain(word, kind), lambda path: name)
+
+
 @dataclasses.dataclass(frozen=True)
 class Leaf:
     """A field of a dataclass or of one of its sections."""

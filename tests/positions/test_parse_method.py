@@ -73,7 +73,7 @@ def test_any_text_is_read_or_refused_in_one_line(spec):
         ("alibi:learned", "option 'learned' of position method alibi: give OPTION=VALUE"),
         ("alibi:base=2", "option 'base=2' of position method alibi: give OPTION=VALUE"),
         ("alibi:learned=yes", "alibi:learned='yes': give true or false"),
-        ("alibi:scaling=linear-fixed=half", "scaling='linear-fixed=half': 'half' is no number; give L'/L"),
+        ("alibi:scaling=linear-fixed=half", "scaling=linear-fixed='half': give a number"),
         ("rotary:base=half", r"rotary:base='half': give a number"),
         ("rotary:base=", r"rotary:base='': give a number"),
         ("learned:table_length=1.5", r"learned:table_length='1\.5': give an integer"),

@@ -112,7 +112,7 @@ def test_a_fixed_factor_holds_at_every_length():
         ("rotary:scaling=ntk=2", "scaling='ntk=2': give one of none, "),
         ("rotary:scaling=ntk-fixed=0", r"factor=0\.0: "),
         ("rotary:scaling=ntk-fixed=0.5", r"factor=0\.5: "),
-        ("rotary:scaling=ntk-fixed=nan", "factor=nan: "),
+        ("rotary:scaling=ntk-fixed=nan", "scaling=ntk-fixed=nan: give a finite number"),
     ],
 )
 def test_options_out_of_range(spec, message):

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longreach.reading import read_word
+
 SCALINGS = ("none", "linear", "linear-fixed", "ntk", "ntk-fixed")
 """The names of all scalings."""
 
@@ -126,11 +128,7 @@ def parse_scaling(text: str, train_length: int | None = None) -> Scaling:
         raise ValueError(
             f"scaling={text!r}: give one of {', '.join(SCALINGS)} (as in linear-fixed=4), and +logn after any of them"
         )
-    try:
-        factor = float(number) if equals else None
-    except ValueError:
-        raise ValueError(f"scaling={text!r}: {number!r} is no number; give L'/L, as in {name}=4") from None
-    return Scaling(name, train_length, factor, logn=bool(logn))
+    return Scaling(name, train_length, read_word(float, number, f"scaling={name}") if equals else None, logn=bool(logn))
 
 
 def require_tokens(name: str, value: Any, least: int) -> None:
