@@ -163,6 +163,12 @@ def test_type_checkers_see_what_is_public():
     assert set(longreach.__all__) == {*seen, "__version__"}
 
 
+def test_no_two_files_of_tests_have_one_name():
+    """pytest imports them by their names alone, and refuses the second when all are collected."""
+    names = [path.name for path in Path(__file__).parent.rglob("*.py") if path.name != "conftest.py"]
+    assert sorted(names) == sorted(set(names))
+
+
 def test_every_public_name_is_in_the_reference():
     page = Path(__file__).parents[1] / "docs" / "api.md"
     told = re.findall(r"^::: (\S+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
