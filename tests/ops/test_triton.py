@@ -1,6 +1,5 @@
 """The Triton kernels, interpreted on the CPU, or compiled where there is a GPU."""
 
-import itertools
 import math
 import os
 import subprocess
@@ -20,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton_interpreter import DEVICE
+from triton_interpreter import DEVICE, swept
 
 from longreach.ops.alibi import alibi_distance
 from longreach.ops.reach import _sums_within_one
@@ -213,7 +212,12 @@ def check(tensors: dict[str, Tensor], options: dict[str, Any]) -> None:
     assert_within(ours, plain, golden, lse_rounding(golden))
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize(
+    "case",
+    swept(
+        CASES, "left and right slopes, causal", "narrow window", "wide heads, half", "grouped heads, half", "everything"
+    ),
+)
 def test_output_and_gradients(case: dict[str, Any]) -> None:
     check(*make(**case))
 
@@ -251,13 +255,20 @@ def huge_key_and_large_logits(q: Tensor, k: Tensor, v: Tensor) -> None:
 ADVERSARIAL = SHARED_CASES | {"one huge early key, logits of std 8": Case(change=huge_key_and_large_logits)}
 
 
+ADVERSARIAL_IN = {
+    (name, dtype): (name, dtype)
+    for number, name in enumerate(ADVERSARIAL)
+    for dtype in (torch.float32, (torch.bfloat16, torch.float16)[number % 2])
+}
+
+
 @pytest.mark.parametrize(
-    ("name", "dtype"),
-    [(name, torch.float32) for name in ADVERSARIAL]
-    + list(zip(ADVERSARIAL, itertools.cycle([torch.bfloat16, torch.float16]), strict=False)),
+    "name_and_dtype",
+    swept(ADVERSARIAL_IN, ("few queries, one huge early key", torch.float32), ("single token", torch.float32)),
 )
-def test_adversarial_inputs(name: str, dtype: torch.dtype) -> None:
+def test_adversarial_inputs(name_and_dtype: tuple[str, torch.dtype]) -> None:
     """The rule for output, LSE and all gradients, and for what decoding gives where queries are few."""
+    name, dtype = name_and_dtype
     case = ADVERSARIAL[name]
     tensors, options = case.inputs(dtype)
     grads = random_grads(tensors)
@@ -272,6 +283,7 @@ def test_adversarial_inputs(name: str, dtype: torch.dtype) -> None:
         assert_within(decoded, [plain], {name: golden[name] for name in decoded}, roundings)
 
 
+@pytest.mark.interpreted
 @settings(max_examples=15)
 @given(data=st.data())
 def test_any_shape_and_options(data: st.DataObject) -> None:
@@ -646,7 +658,7 @@ def test_errors_name_the_argument(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("capability", "plan", "masks"),
     [
-        *((90, plan, ()) for plan in kernels.PLANS),
+        *(pytest.param(90, plan, (), marks=pytest.mark.interpreted) for plan in kernels.PLANS),
         (90, (2, 64), ("everything",)),
         (80, (2, COMMON_HEAD_DIM), ()),  # of the plans that all chips are to run, the one with the largest tiles
     ],

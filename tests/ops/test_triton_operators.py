@@ -73,6 +73,7 @@ def test_fake_tensors_have_the_shapes_and_strides_of_real_ones(layout: str, grad
         assert (x.shape, x.stride(), x.dtype, x.device) == (y.shape, y.stride(), y.dtype, y.device)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiled_without_a_graph_break_for_dynamic_lengths(backend: str) -> None:
     """One graph serves all lengths beyond one block of queries, forward and backward."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 from flat import key_ranges as tensor_key_ranges
 from torch import Tensor
-from triton_interpreter import DEVICE
+from triton_interpreter import DEVICE, swept
 
 from longreach.ops.alibi import dense_bias
 from longreach.ops.reach import key_block_norms
@@ -92,7 +92,7 @@ def kept(starts: Tensor, ends: Tensor, lengths: tuple[int, int]) -> Tensor:
     return (key_block >= starts[:, :, query_block, None]) & (key_block < ends[:, :, query_block, None])
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("case", swept(CASES, "causal, half", "few queries with norms"))
 def test_ranges_hold_all_but_the_tolerated_mass_and_little_more(case: dict[str, Any]) -> None:
     """The promise, and that at most one key block in eight is kept which the tensor operations prove unneeded."""
     tensors, bounds, masks = make(case)

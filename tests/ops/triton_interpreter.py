@@ -14,7 +14,17 @@ import os
 import sys
 from typing import Any
 
+import pytest
 import torch
+
+
+def swept(cases: dict[Any, Any], *quick: Any) -> list[Any]:
+    """Cases by name as parameters of a test, of which `quick` ones run always, the others in the interpreted sweep."""
+    return [
+        pytest.param(case, id=str(name), marks=() if name in quick else pytest.mark.interpreted)
+        for name, case in cases.items()
+    ]
+
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
