@@ -135,7 +135,8 @@ def start_builder(tokenizer, tmp_path):
     yield start
     for process in started:
         process.kill()
-        process.communicate()
+        process.wait()
+        process.stdout.close()
 
 
 def test_two_processes_build_the_same_store_at_once(start_builder, tmp_path, tokenizer):
