@@ -9,7 +9,7 @@ OLDEST := $(CURDIR)/.venv/oldest-transformers
 .PHONY: demo test types pytest test-all test-oldest docs format clean
 
 demo: .venv/run
-	$(BIN)/longreach compare --output runs/demo --seeds 0,1
+	$(BIN)/longreach compare --output runs/demo --seeds 0,1,2
 
 test: .venv/dev
 	$(BIN)/ruff check .
