@@ -38,8 +38,8 @@ def test_it_opens_with_two_commands():
 
 def test_make_demo_runs_what_it_says():
     plan = subprocess.run(["make", "--dry-run", "demo"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert "longreach compare --output runs/demo --seeds 0,1" in plan
-    assert "`longreach compare --output runs/demo --seeds 0,1`" in README
+    assert "longreach compare --output runs/demo --seeds 0,1,2" in plan
+    assert "`longreach compare --output runs/demo --seeds 0,1,2`" in README
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def _as_a_user(tmp_path, monkeypatch):
 @pytest.mark.usefixtures("_as_a_user")
 def test_every_command_runs_in_order(capsys, keep_what_is_loaded):
     commands = [line for block in blocks("sh")[1:] for line in block.splitlines()]
-    commands.insert(0, "longreach compare --output runs/demo --seeds 0,1")
+    commands.insert(0, "longreach compare --output runs/demo --seeds 0,1,2")
     assert all(command.startswith("longreach ") for command in commands)
     for command in commands:
         words = shlex.split(command)[1:]
