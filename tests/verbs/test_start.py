@@ -134,7 +134,7 @@ def test_the_starting_values_are_the_run_s(trained, data):
     assert (config.method, config.model) == ("rotary:base=500", SHAPE)
     tokenizer = f"{config.start_from}/tokenizer.json"
     assert config.data == dataclasses.replace(data, tokenizer=tokenizer, split_seed=5)  # held out whatever the seed
-    assert config.train == TrainConfig(train_length=LENGTH, seed=5)
+    assert config.train == TrainConfig(train_length=LENGTH, seed=5, learning_rate=1e-3)  # not that of new weights
 
 
 def test_what_a_run_held_out_stays_held_out_under_another_seed(trained, tmp_path):
@@ -315,7 +315,7 @@ def test_the_starting_values_are_the_model_s(pretrained, tmp_path):
     assert config == RunConfig(
         start_from=pretrained("mpt"),
         data=DataConfig(tokenizer=pretrained("mpt")),
-        train=TrainConfig(train_length=LENGTH),
+        train=TrainConfig(train_length=LENGTH, learning_rate=1e-4),  # not that of new weights
     )
     assert starting_config(pretrained("bloom")).train.train_length == TrainConfig().train_length  # it tells none
     scaled = extend(transformers.AutoModelForCausalLM.from_pretrained(pretrained("mpt")), scaling="linear-fixed=4")

@@ -73,12 +73,12 @@ class RetrievalSequences:
 
     def draw(self, random: Random) -> list[int]:
         """One sequence."""
-        told = telling(random.choice(WORDS))
+        sentence = telling(random.choice(WORDS))
         num_tellings = int(2 * (self._num_sentences / 2) ** random.random())
         tokens: list[int] = []
         sentences: list[str] = []
         while len(tokens) < self._length:
-            part = [told] * num_tellings + random.choices(FILLER, k=max(self._num_sentences - num_tellings, 0))
+            part = [sentence] * num_tellings + random.choices(FILLER, k=max(self._num_sentences - num_tellings, 0))
             random.shuffle(part)
             sentences += part
             tokens = self._tokenizer.encode(" ".join(sentences))

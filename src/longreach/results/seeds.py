@@ -67,8 +67,8 @@ def loss_difference(ours: Iterable[Scored], theirs: Iterable[Scored]) -> OverSee
     Raises:
         ValueError: two of one side are of one seed.
     """
-    own, other = _by_seed(ours), _by_seed(theirs)
-    pairs = [(own[seed], other[seed]) for seed in own if seed in other]
+    left, right = _by_seed(ours), _by_seed(theirs)
+    pairs = [(left[seed], right[seed]) for seed in left if seed in right]
     if not pairs or len({_text_of(entry) for pair in pairs for entry in pair}) > 1:
         return None
     return over_seeds([one.loss - two.loss for one, two in pairs])

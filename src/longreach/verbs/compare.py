@@ -145,8 +145,8 @@ def compare(
 
         for run in config.runs():
             try:
-                for grown in finish(run):
-                    results = grown
+                for so_far in finish(run):
+                    results = so_far
             except FAILURES as error:
                 failed = failures(run.identity, config.evaluate, material, results.cells(), error)
                 results = results.started(starts).add(*failed)

@@ -267,8 +267,8 @@ def _stock_grid(checkup: Checkup) -> Grid:
         figures = (run.difference, run.kl, run.exact_kl)[: 3 if half else 2]
         rows.append((f"{run.length:,}", _verdict(run), *map(_figure, figures)))
     if diagnosis.static_cache is not None:
-        told = f"crashes: {diagnosis.static_cache}" if diagnosis.static_cache else "works"
-        rows.append(("any", f"static cache: {told}", *[MISSING] * (3 if half else 2)))
+        outcome = f"crashes: {diagnosis.static_cache}" if diagnosis.static_cache else "works"
+        rows.append(("any", f"static cache: {outcome}", *[MISSING] * (3 if half else 2)))
     note = f"Against longreach.extend(model), on {_source(checkup)}. KL: mean, in nats."
     if half:
         columns = (*columns, ("KL of", "extended"))
@@ -352,6 +352,6 @@ def _sentence(trial: Trial, checkup: Checkup) -> str:
     if others:
         line += f"; this text cannot tell it from {' and '.join(others)} (lowest: {best})"
     if not trial.helps:
-        told = f"windows of {checkup.train_length:,} do"
-        line += f". None predicts better than {told}: expect no gain from the longer context"
+        trained = f"windows of {checkup.train_length:,} do"
+        line += f". None predicts better than {trained}: expect no gain from the longer context"
     return line + "."

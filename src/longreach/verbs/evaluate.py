@@ -145,8 +145,8 @@ def evaluate_models(
                 if model.training is not None and model.training not in results.training:
                     results = results.add(model.training)
                 on_text = replace(material, text=texts.get(model.split))
-                for grown in measure(model.load(), on_text, config.evaluate, results, starts, path, progress):
-                    results = grown
+                for so_far in measure(model.load(), on_text, config.evaluate, results, starts, path, progress):
+                    results = so_far
                     on_results(results)
         except Exception:
             if output is not None and results.entries():
@@ -313,8 +313,8 @@ def _provenance(
 ) -> Provenance:
     """That of the first model, with the tokenizers and the files of all."""
     first = models[0]
-    own = provenance(config, starts, first.tokenizer, prepared.get(first.split), sources)
-    return replace(own, tokenizer_hash=_digests(models, prepared)["tokenizer"])
+    of_first = provenance(config, starts, first.tokenizer, prepared.get(first.split), sources)
+    return replace(of_first, tokenizer_hash=_digests(models, prepared)["tokenizer"])
 
 
 def _adapt_by(scaling: str, train_length: int | None, model: Any) -> StateLength | None:

@@ -32,13 +32,19 @@ from longreach.reading import read_file
 from longreach.train.config import RunConfig, TrainConfig
 from longreach.train.loop import Trainee, decoder_trainee
 
+RATE_OF_RUNS = 1e-3
+"""Peak learning rate for weights of a run of our own, unless another is given: new weights take a larger one."""
+
+RATE_OF_PRETRAINED = 1e-4
+"""That for a Hugging Face model, which is larger."""
+
 
 def starting_config(source: str) -> RunConfig:
     """The run that starts from a model and changes nothing: its data, tokenizer, shape, method and training length.
 
     What a finished run held out of its text is held out again, whatever the seed. The seed is the finished run's too,
-    and what else concerns training has the defaults. A Hugging Face model says nothing of its data, which is then the
-    default text.
+    the learning rate is one for weights that are trained already, and what else concerns training has the defaults. A
+    Hugging Face model says nothing of its data, which is then the default text.
 
     Args:
         source: the folder of a finished run, or a Hugging Face model as a folder or a name on the hub.
@@ -58,7 +64,9 @@ def starting_config(source: str) -> RunConfig:
                 tokenizer=str(folder / "tokenizer.json"),
                 split_seed=before.data.seed_of_split(before.train.seed),
             ),
-            train=TrainConfig(train_length=before.train.train_length, seed=before.train.seed),
+            train=TrainConfig(
+                train_length=before.train.train_length, seed=before.train.seed, learning_rate=RATE_OF_RUNS
+            ),
         )
     if folder.is_dir() and ((folder / "config.toml").exists() or not holds_pretrained(folder)):
         raise ValueError(
@@ -80,7 +88,7 @@ def starting_config(source: str) -> RunConfig:
         start_from=source,
         method=_method_of(pretrained),
         data=DataConfig(tokenizer=source),
-        train=TrainConfig(train_length=length),
+        train=TrainConfig(train_length=length, learning_rate=RATE_OF_PRETRAINED),
     )
 
 
@@ -95,10 +103,10 @@ def check_start(config: RunConfig) -> None:
     start = starting_config(config.start_from)
     pretrained = _is_pretrained(config.start_from)
     for field in fields(Architecture):
-        own, asked = getattr(start.model, field.name), getattr(config.model, field.name)
-        if asked != own and (pretrained or not field.name.endswith("_dropout")):
-            told = "a shape of its own" if pretrained else own
-            raise ValueError(f"{field.name}={asked}: start_from={config.start_from!r} has {told}; leave it out")
+        there, asked = getattr(start.model, field.name), getattr(config.model, field.name)
+        if asked != there and (pretrained or not field.name.endswith("_dropout")):
+            shape = "a shape of its own" if pretrained else there
+            raise ValueError(f"{field.name}={asked}: start_from={config.start_from!r} has {shape}; leave it out")
     if pretrained:
         _check_pretrained_method(config.method)
     else:
@@ -133,14 +141,14 @@ def check_held_out(config: RunConfig, prepared: PreparedData) -> None:
             f"may have seen what is held out now: give it as it was, {mend}"
         )
     if same_text:
-        for name, asked, own in (
+        for name, asked, then in (
             ("split_seed", *(run.data.seed_of_split(run.train.seed) for run in (config, before))),
             ("valid_fraction", config.data.valid_fraction, before.data.valid_fraction),
         ):
-            if asked != own:
+            if asked != then:
                 raise ValueError(
-                    f"{name}={asked}: start_from={config.start_from!r} was trained on the same text with {own} and saw "
-                    f"some of what is held out now: give {own}, {mend}"
+                    f"{name}={asked}: start_from={config.start_from!r} was trained on the same text with {then} and "
+                    f"saw some of what is held out now: give {then}, {mend}"
                 )
 
 
@@ -211,8 +219,8 @@ def next_token_loss(model: Any) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     def loss(tokens: Tensor, targets: Tensor, positions: Tensor) -> Tensor:
         logits = model(input_ids=tokens, use_cache=False).logits  # [B, T, V]
         losses = [
-            checkpoint(_nll, own, wanted, use_reentrant=False, preserve_rng_state=False)
-            for own, wanted in zip(logits.unbind(), targets.unbind(), strict=True)
+            checkpoint(_nll, scores, wanted, use_reentrant=False, preserve_rng_state=False)
+            for scores, wanted in zip(logits.unbind(), targets.unbind(), strict=True)
         ]
         return torch.stack(losses).mean()
 
@@ -257,11 +265,11 @@ def _is_fixed(scaling: Scaling) -> bool:
 
 def _check_positions(config: RunConfig, start: RunConfig) -> None:
     """Check that the trained weights of a position method, where it has any, are those that a run starts from."""
-    own, asked = _position_weights(start), _position_weights(config)
-    if own == asked:
+    trained, asked = _position_weights(start), _position_weights(config)
+    if trained == asked:
         return
     length = start.train.train_length
-    if own:
+    if trained:
         raise ValueError(
             f"method={config.method!r} at train_length={config.train.train_length}: start_from={config.start_from!r} "
             f"has positions trained as {start.method!r} at {length}, which fit no other method or table; give the same"

@@ -226,8 +226,8 @@ def plan(
             if square and unbroken and rows == keys:
                 block = _Block(rows[0], rows[1] - rows[0], *keys)
                 whole_heads = [(head, block) for head in range(num_heads) if lowest[head] is None]
-            for some in _calls(whole_heads, group, cost):
-                heads = slice(some[0][0], some[-1][0] + 1)
+            for call in _calls(whole_heads, group, cost):
+                heads = slice(call[0][0], call[-1][0] + 1)
                 yield Tile(sequences, heads, rows[0], block.rows, 1, keys[0], block.rows, square=True)
             unbounded = [] if whole_heads else _blocks(rows, keys, visibility, None, None, cost)
             blocks = [
@@ -302,10 +302,10 @@ def _tiles(
             key = row + offset - before
             yield Tile(batch, slice(head, head + 1), row, run[0].rows, len(run), key, width)
     for (row, rows), members in alone.items():
-        for some in _calls(members, group, cost):
-            low = min(block.low for _, block in some)
-            high = max(block.high for _, block in some)
-            yield Tile(batch, slice(some[0][0], some[-1][0] + 1), row, rows, 1, low, high - low)
+        for call in _calls(members, group, cost):
+            low = min(block.low for _, block in call)
+            high = max(block.high for _, block in call)
+            yield Tile(batch, slice(call[0][0], call[-1][0] + 1), row, rows, 1, low, high - low)
 
 
 def _cut(items: list[Item], cost: Callable[[list[Item]], float]) -> Iterator[list[Item]]:

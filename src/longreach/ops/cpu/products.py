@@ -246,7 +246,7 @@ def _joined(sums: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     """What `_attend_strip` says of several strips, as if they were one."""
     peaks, blocks, weighted = zip(*sums, strict=True)
     peak = torch.stack(peaks).amax(dim=0)
-    shares = [own.sub_(peak).exp2_() for own in peaks]
+    shares = [block_peak.sub_(peak).exp2_() for block_peak in peaks]
     by_block = torch.cat([block.mul_(share) for block, share in zip(blocks, shares, strict=True)], dim=-1)
     return peak, by_block, torch.stack([x.mul_(share) for x, share in zip(weighted, shares, strict=True)]).sum(dim=0)
 
@@ -315,28 +315,28 @@ class _Gradients:
         Scores are held with keys as rows, so that the gradients of k and v are products of what lies in memory as
         it is needed.
         """
-        own = self.products
-        rows, grad, out = (own.rows(x, tile) for x in (own.q, self.grad_out, self.out))  # [lanes, rows, D]
-        lse2, grad_lse = (own.rows(x, tile)[:, None] for x in (self.lse2, self.grad_lse))  # [lanes, 1, rows]
+        products = self.products
+        rows, grad, out = (products.rows(x, tile) for x in (products.q, self.grad_out, self.out))  # [lanes, rows, D]
+        lse2, grad_lse = (products.rows(x, tile)[:, None] for x in (self.lse2, self.grad_lse))  # [lanes, 1, rows]
         offset = grad_lse - (grad * out).sum(dim=-1)[:, None]
-        scaled, scaled2 = rows * own.scale, rows * (own.scale * LOG2_E)
+        scaled, scaled2 = rows * products.scale, rows * (products.scale * LOG2_E)
         of_rows = torch.zeros_like(rows).transpose(1, 2)  # [lanes, D, rows]
-        slopes_learn = own.left.requires_grad or own.right.requires_grad
+        slopes_learn = products.left.requires_grad or products.right.requires_grad
         moments = rows.new_zeros(5, *rows.shape[:2])
         for strip in strips(tile):
-            keys = own.keys(own.k, strip)  # [lanes, width, D]
+            keys = products.keys(products.k, strip)  # [lanes, width, D]
             weights = _product(keys, scaled2)  # [lanes, width, rows]
-            weights.add_(own.bias(strip).transpose(-2, -1)).sub_(lse2).exp2_()
-            grad_scores = _product(own.keys(own.v, strip), grad, offset).mul_(weights)
+            weights.add_(products.bias(strip).transpose(-2, -1)).sub_(lse2).exp2_()
+            grad_scores = _product(products.keys(products.v, strip), grad, offset).mul_(weights)
             of_keys = _product(grad_scores, scaled.transpose(1, 2))
             self._add_to_keys(strip, of_keys, _product(weights, grad.transpose(1, 2)))
             of_rows += _product(keys.transpose(1, 2).contiguous(), grad_scores.transpose(1, 2))
             if slopes_learn:
-                past, future = (x.T for x in distances(strip, own.visibility, self.dtype))
+                past, future = (x.T for x in distances(strip, products.visibility, self.dtype))
                 moments += _moments(weights, grad_scores, past, future)
         if slopes_learn:
             self._add_to_slopes(tile, moments, grad_lse[:, 0])
-        rows_of(self.of_q, tile).copy_(of_rows.mul_(own.scale).transpose(1, 2).flip(1)[None])
+        rows_of(self.of_q, tile).copy_(of_rows.mul_(products.scale).transpose(1, 2).flip(1)[None])
 
     def _add_to_slopes(self, tile: Tile, moments: Tensor, grad_lse: Tensor) -> None:
         """Add the gradients of the slopes, -sum_ij dS_ij d_ij over past or over future distances d.
