@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "conformance": {"ops"},
     "pretrained": {"ops", "positions", "models", "conformance"},
     "report": {"results"},
-    "folder": {"results", "train"},
+    "folder": {"results"},
     "options": set(),
 }
 """Part of longreach -> the other parts that it may import, DESIGN.md's table."""

@@ -15,7 +15,7 @@ import socket
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -26,9 +26,8 @@ import torch
 
 import longreach
 from longreach.files import is_leftover, lock, write_atomically
-from longreach.reading import read_file
+from longreach.reading import plain_values, read_file
 from longreach.results import Start
-from longreach.train.config import save_config
 
 Config = TypeVar("Config")
 
@@ -103,9 +102,9 @@ def begin(folder: Path, config: Any, digests: Mapping[str, str], device: torch.d
                 f"output {folder} was begun with another {', '.join(names)}: give a new folder, or what was read then"
             )
         starts = (*before.starts, *starts)
-    table = {"digests": dict(digests), "starts": [_without_none(asdict(start)) for start in starts]}
+    table = {"digests": dict(digests), "starts": [plain_values(start) for start in starts]}
     write_atomically(folder / "folder.toml", tomli_w.dumps(table).encode())
-    save_config(config, folder / "config.toml")
+    write_atomically(folder / "config.toml", tomli_w.dumps(plain_values(config)).encode())
     return starts
 
 
@@ -131,7 +130,7 @@ def this_start(config: Any, device: torch.device) -> Start:
         git_commit=_git_commit(),
         host=socket.gethostname(),
         pid=os.getpid(),
-        options=_without_none(dict(_leaves(config, may_differ=True))),
+        options={name: value for name, value in _leaves(config, may_differ=True) if value is not None},
     )
 
 
@@ -222,10 +221,6 @@ def _leaves(config: Any, *, may_differ: bool) -> Iterator[tuple[str, Any]]:
             yield from _leaves(value, may_differ=may_differ)
         elif field.metadata.get("may_differ", False) is may_differ:
             yield field.name, value
-
-
-def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if value is not None}
 
 
 @cache

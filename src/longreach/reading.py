@@ -1,4 +1,4 @@
-"""The one way from files and words to frozen dataclasses: TOML, JSON, `rotary:base=500000` and the command line.
+"""The one way from files and words to frozen dataclasses, and back: TOML, JSON, `rotary:base=500000`, the command line.
 
 What is read is checked against the types that fields declare, as they are declared: no number stands for a string, no
 fraction for a count. An error is a ValueError of one line that names the value by its dotted path.
@@ -230,6 +230,22 @@ def check_fields(entry: Any) -> None:
         except ValidationError as error:
             raise ValueError(_refusal(types[field.name], error, below(field.name))) from error
         object.__setattr__(entry, field.name, read)
+
+
+def plain_values(instance: Any) -> dict[str, Any]:
+    """What `read_values` made a dataclass of, without what is None, for which TOML has no word.
+
+    Args:
+        instance: of a dataclass; dataclasses in it become tables, tuples lists.
+    """
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(instance):
+        value = getattr(instance, field.name)
+        if dataclasses.is_dataclass(value):
+            values[field.name] = plain_values(value)
+        elif value is not None:
+            values[field.name] = list(value) if isinstance(value, tuple) else value
+    return values
 
 
 def _encoded(value: Any) -> Any:

@@ -1,16 +1,11 @@
 """What a training run is made of, and its file."""
 
-import dataclasses
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
-
-import tomli_w
 
 from longreach.data.mix import parse_mix
 from longreach.data.prepare import DataConfig
-from longreach.files import write_atomically
 from longreach.models.config import ARCHITECTURES, Architecture, ModelConfig
 from longreach.results import Model
 
@@ -138,20 +133,3 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 """Named starting values of a run: whole sections that replace the defaults."""
-
-
-def save_config(config: Any, path: Path) -> None:
-    """Write a configuration dataclass as TOML, leaving out what is None."""
-    write_atomically(path, tomli_w.dumps(to_toml_values(config)).encode())
-
-
-def to_toml_values(config: Any) -> dict[str, Any]:
-    """The fields of nested configuration dataclasses as TOML and JSON can hold them, without those that are None."""
-    values: dict[str, Any] = {}
-    for entry in dataclasses.fields(config):
-        value = getattr(config, entry.name)
-        if dataclasses.is_dataclass(value):
-            values[entry.name] = to_toml_values(value)
-        elif value is not None:
-            values[entry.name] = list(value) if isinstance(value, tuple) else value
-    return values

@@ -20,9 +20,9 @@ from longreach.measure.words import count_words
 from longreach.models.decoder import Decoder
 from longreach.models.files import load_model
 from longreach.pretrained.load import holds_pretrained
-from longreach.reading import read_file
+from longreach.reading import plain_values, read_file
 from longreach.results import Provenance, Start, TrainingRecord
-from longreach.train.config import RunConfig, TrainConfig, to_toml_values
+from longreach.train.config import RunConfig, TrainConfig
 from longreach.train.loop import BatchSource, Step, Trainee, resolve_device, steps_done, train
 from longreach.train.optim import independent_of_steps
 from longreach.verbs.start import build_trainee, check_held_out, check_start, digest_of_weights
@@ -232,5 +232,5 @@ def provenance(
         tokenizer_hash=tokenizer.fingerprint,
         vocab_size=tokenizer.vocab_size,
         sources=sources,
-        config=to_toml_values(config),
+        config=plain_values(config),
     )
