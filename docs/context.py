@@ -108,7 +108,7 @@ def losses_by_context(folder: Path, contexts: list[int]) -> torch.Tensor:
     rows = []
     for context in contexts:
         windows = torch.stack([tokens[end - context : end] for end in ends])
-        logits = torch.cat([last for some in windows.split(4) for last in model.logits(some, last=1)])[:, -1]
+        logits = torch.cat([last for part in windows.split(4) for last in model.logits(part, last=1)])[:, -1]
         rows.append(torch.nn.functional.cross_entropy(logits, tokens[ends], reduction="none"))
     return torch.stack(rows)
 

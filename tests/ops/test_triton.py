@@ -591,7 +591,8 @@ def test_pairs_with_the_most_work_come_first(group: int) -> None:
 def random_ranges(num_query_blocks: int, num_key_blocks: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     borders = torch.randint(0, num_key_blocks + 1, (2, 1, 20, num_query_blocks), generator=generator)
-    return tuple(x.int().to(DEVICE) for x in (borders.amin(dim=0), borders.amax(dim=0)))  # type: ignore[return-value]
+    borders = borders.int().to(DEVICE)
+    return borders.amin(dim=0), borders.amax(dim=0)
 
 
 @triton.jit
