@@ -160,7 +160,7 @@ def report(parse: Parse) -> None:
     from longreach.terminal import TerminalProgress
     from longreach.verbs.report import ReportConfig, report
 
-    (config,) = parse(ReportConfig, positional="folder")
+    (config,) = parse(ReportConfig, positional="folders")
     with TerminalProgress() as progress:
         page = report(config, progress)
     print(f"Report: {page}")
@@ -200,7 +200,11 @@ VERBS: dict[str, tuple[Callable[[Parse], None], str, str]] = {
         "",
     ),
     "export": (export, "Write a trained ALiBi run as an MPT model, which stock transformers loads.", ""),
-    "report": (report, "Rebuild report.html and the figures of a folder from its results.json.", ""),
+    "report": (
+        report,
+        "Rebuild report.html and the figures of a folder from its results.json, or show several folders on one page.",
+        "",
+    ),
 }
 """Name of a verb -> its function, what it does, and what is good to know of it."""
 

@@ -1,6 +1,7 @@
 """What was measured, in memory and as `results.json`."""
 
 from longreach.results.document import Results, read_training, write_training
+from longreach.results.merge import merge
 from longreach.results.model import Model
 from longreach.results.records import (
     PROTOCOLS,
@@ -39,6 +40,7 @@ __all__ = [
     "SummaryRecord",
     "TrainingRecord",
     "loss_difference",
+    "merge",
     "over_seeds",
     "read_training",
     "write_training",

@@ -71,7 +71,7 @@ class Results:
                 f"version must be {VERSION}, got {self.version!r}: read the file with the longreach that wrote it"
             )
         require_distinct("a cell", (entry.key for entry in self.entries()))
-        require_distinct("a training", ((entry.model,) for entry in self.training))
+        require_distinct("a training", (entry.key for entry in self.training))
 
     def add(self, *entries: Entry | TrainingRecord) -> Results:
         """A copy with the entries at the end of the lists that they belong to."""

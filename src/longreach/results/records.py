@@ -395,6 +395,11 @@ class TrainingRecord(OfModel):
         require_not_negative(self, "final_loss", "peak_memory")
 
     @property
+    def key(self) -> tuple[Any, ...]:
+        """What identifies the training."""
+        return (self.model,)
+
+    @property
     def tokens_per_second(self) -> float:
         """Training tokens per second."""
         return self.tokens / self.seconds

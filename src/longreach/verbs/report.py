@@ -1,4 +1,4 @@
-"""The page and the figures of a folder, from its results alone: `report`."""
+"""The page and the figures of one folder or of several, from their results alone: `report`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longreach.report.page import write_report
-from longreach.results import Results
+from longreach.results import Results, merge
 
 if TYPE_CHECKING:
     from longreach.verbs.train import Progress  # which would load torch
@@ -18,16 +18,28 @@ if TYPE_CHECKING:
 class ReportConfig:
     """What is to be reported."""
 
-    folder: Path
-    """Folder that holds results.json."""
+    folders: tuple[Path, ...]
+    """Folders that hold results.json, as `compare` and `evaluate` write it. Several are shown on one page where they
+    agree in text, tokenizer and settings."""
+    output: Path | None = None
+    """Folder to write report.html and figures to; that of the results when none is given, so that several need one."""
+
+    def __post_init__(self) -> None:
+        if not self.folders:
+            raise ValueError("FOLDERS is empty: give a folder that holds results.json")
+        if len(set(self.folders)) < len(self.folders):
+            raise ValueError(f"FOLDERS={' '.join(map(str, self.folders))}: give each once")
+        if len(self.folders) > 1 and self.output is None:
+            raise ValueError(f"{len(self.folders)} FOLDERS without output: give the folder for their page")
 
 
 def report(config: ReportConfig, progress: Progress) -> Path:
-    """Write report.html and figures/ beside the results, telling `progress` how far that is; the page's path.
+    """Write report.html and figures/, telling `progress` how far that is; the page's path.
 
     Raises:
         OSError: there are no results, or the folder cannot be written.
-        ValueError: the results are damaged.
+        ValueError: results are damaged, or do not compare.
     """
-    results = Results.read(config.folder / "results.json")
-    return write_report(results, config.folder, partial(progress, "drawing the report"))
+    results = merge({str(folder): Results.read(folder / "results.json") for folder in config.folders})
+    output = config.folders[0] if config.output is None else config.output
+    return write_report(results, output, partial(progress, "drawing the report"))

@@ -1,0 +1,82 @@
+"""Several comparisons as one, so that one page can show what was measured in several folders."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import replace
+from itertools import chain, combinations
+from typing import Any
+
+from longreach.results.document import Results
+from longreach.results.records import Entry, TrainingRecord
+
+_READ = ("split_seed", "corpus_hash", "tokenizer_hash", "vocab_size")
+"""Fields of the provenance that say what was read: perplexities of other tokens do not compare."""
+
+_MAY_DIFFER = frozenset(
+    {"seed", "tasks", "valid_lengths", "protocols", "strides", "offsets"} | {"device", "compile", "checkpoint_every"}
+)
+"""Settings that entries have in their keys, and those that change no figure."""
+
+
+def merge(comparisons: Mapping[str, Results]) -> Results:
+    """One comparison that holds what several measured, in their order.
+
+    They may differ in what was compared (methods, training lengths, seeds) and in what was asked (tasks, lengths,
+    strides). What is in several of them and the same in all is taken once.
+
+    Args:
+        comparisons: name -> comparison, at least one. The configuration of the merged one has them under these names.
+
+    Raises:
+        ValueError: two differ in their text, its split, their tokenizer, or in how models were shaped, trained or
+            tested; or both have a model or a measurement that is not the same in both.
+    """
+    one, *others = comparisons.values()
+    if not others:
+        return one
+    for (before, first), (after, second) in combinations(comparisons.items(), 2):
+        _check_alike(before, first, after, second)
+    kept: dict[Hashable, tuple[str, Entry | TrainingRecord]] = {}
+    for source, results in comparisons.items():
+        entries: tuple[Entry | TrainingRecord, ...] = (*results.training, *results.entries())
+        for entry in entries:
+            before, same = kept.setdefault(entry.key, (source, entry))
+            if same != entry:
+                raise ValueError(
+                    f"{before} and {source} both have {', '.join(map(str, entry.key))}, with different figures: report "
+                    "them apart"
+                )
+    provenances = {source: results.provenance for source, results in comparisons.items()}
+    provenance = replace(
+        one.provenance,
+        starts=tuple(chain.from_iterable(each.starts for each in provenances.values())),
+        sources=dict(chain.from_iterable(each.sources.items() for each in provenances.values())),
+        config={source: each.config for source, each in provenances.items()},
+    )
+    return Results(provenance=provenance).add(*(entry for _, entry in kept.values()))
+
+
+def _check_alike(name: str, one: Results, other_name: str, other: Results) -> None:
+    ours, theirs = _conditions(one), _conditions(other)
+    for what in ours.keys() | theirs.keys():
+        sides = [conditions.get(what, {}) for conditions in (ours, theirs)]
+        for setting in sorted(sides[0].keys() | sides[1].keys()) if all(sides) else ():
+            values = [side.get(setting, "not given") for side in sides]
+            if values[0] != values[1]:
+                raise ValueError(
+                    f"{setting} is {values[0]} in {name} and {values[1]} in {other_name}: what one table holds must "
+                    "agree in that, report them apart"
+                )
+
+
+def _conditions(results: Results) -> dict[str, dict[str, Any]]:
+    """Kind of condition -> name -> value; two comparisons that both have a kind must agree in all of it."""
+    provenance = results.provenance
+    found: dict[str, dict[str, Any]] = {"what was read": {name: getattr(provenance, name) for name in _READ}}
+    found |= {source: {source: digest} for source, digest in provenance.sources.items()}
+    for section in ("model", "train", "evaluate"):
+        settings = provenance.config.get(section)
+        if isinstance(settings, dict):
+            found[section] = {f"{section}.{n}": value for n, value in settings.items() if n not in _MAY_DIFFER}
+    return found
