@@ -8,13 +8,22 @@ METHODS = (
     "none",
     "rotary",
     "rotary:base=500:scaling=linear-fixed=2",
+    "rotary:base=500:scaling=yarn-fixed=2",
     "sinusoidal",
     "sinusoidal-shifted",
     "t5:num_buckets=6:max_distance=12",
 )
 """Methods that do not look at the length of the whole sequence."""
 
-DYNAMIC = ("alibi:scaling=linear", "alibi:scaling=linear:learned=true", "rotary:scaling=linear", "rotary:scaling=ntk")
+DYNAMIC = (
+    "alibi:scaling=linear",
+    "alibi:scaling=linear:learned=true",
+    "alibi:scaling=ntk",
+    "alibi:scaling=none+logn",
+    "rotary:scaling=linear",
+    "rotary:scaling=ntk",
+    "rotary:scaling=yarn",
+)
 """Methods that do."""
 
 ARCHITECTURES = {

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longreach.positions import METHODS, parse_method
+from longreach.positions import METHODS, parse_method, with_scaling
 from longreach.positions.alibi import AlibiOptions
 from longreach.positions.learned import LearnedOptions
 from longreach.positions.none import NoneOptions
@@ -13,11 +13,12 @@ from longreach.positions.sinusoidal import SinusoidalOptions
 from longreach.positions.t5 import T5Options
 
 SCALINGS = st.sampled_from(["none", "linear", "linear-fixed=2.5", "ntk", "ntk-fixed=4", "linear+logn"])
+OF_ROTARY = SCALINGS | st.sampled_from(["yarn", "yarn-fixed=2"])
 OPTIONS = {
     "alibi": st.builds(AlibiOptions, scaling=SCALINGS, learned=st.booleans()),
     "learned": st.builds(LearnedOptions, table_length=st.none() | st.integers(1, 10**6)),
     "none": st.just(NoneOptions()),
-    "rotary": st.builds(RotaryOptions, base=st.floats(1, 1e12, exclude_min=True), scaling=SCALINGS),
+    "rotary": st.builds(RotaryOptions, base=st.floats(1, 1e12, exclude_min=True), scaling=OF_ROTARY),
     "sinusoidal": st.just(SinusoidalOptions()),
     "sinusoidal-shifted": st.just(SinusoidalOptions()),
     "t5": st.builds(T5Options, num_buckets=st.integers(2, 64), max_distance=st.integers(33, 10**6)),
@@ -83,3 +84,38 @@ def test_any_text_is_read_or_refused_in_one_line(spec):
 def test_refusals(spec, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         parse_method(spec)
+
+
+@pytest.mark.parametrize(
+    ("spec", "scaling", "scaled"),
+    [
+        ("alibi", "none", "alibi"),
+        ("alibi", "linear", "alibi:scaling=linear"),
+        ("alibi", "none+logn", "alibi:scaling=none+logn"),
+        ("alibi:learned=true", "ntk-fixed=4", "alibi:learned=true:scaling=ntk-fixed=4"),
+        ("alibi:scaling=linear", "linear", "alibi:scaling=linear"),
+        ("alibi:scaling=linear-fixed=2", "none", "alibi:scaling=linear-fixed=2"),
+        ("alibi:scaling=linear-fixed=2", "none+logn", "alibi:scaling=linear-fixed=2+logn"),
+        ("alibi:scaling=linear-fixed=2:learned=true", "ntk", "alibi:learned=true:scaling=ntk"),
+        ("rotary:base=500", "yarn", "rotary:base=500:scaling=yarn"),
+        ("rotary", "yarn-fixed=4", "rotary:scaling=yarn-fixed=4"),
+        ("sinusoidal", "none", "sinusoidal"),
+    ],
+)
+def test_a_method_under_another_scaling(spec, scaling, scaled):
+    assert with_scaling(spec, scaling) == scaled
+
+
+@pytest.mark.parametrize(
+    ("spec", "scaling", "message"),
+    [
+        ("sinusoidal", "linear", "scaling='linear': position method sinusoidal has no scaling; give none, or a model"),
+        ("t5:num_buckets=8", "ntk", "scaling='ntk': position method t5 has no scaling"),
+        ("none", "none+logn", r"scaling='none\+logn': position method none has no scaling"),
+        ("alibi", "yarn", 'scaling="yarn" scales the frequencies of rotary positions, and ALiBi has slopes: give one'),
+        ("alibi", "cubic", "scaling='cubic': give one of none, "),
+    ],
+)
+def test_scalings_that_a_method_does_not_have(spec, scaling, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        with_scaling(spec, scaling)

@@ -1,10 +1,13 @@
 import cmath
+import math
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from longreach.positions import ModelSize, build_method, rotate
 
@@ -85,7 +88,63 @@ def test_ntk_keeps_the_fastest_and_interpolates_the_slowest(factor):
     assert (ratio.diff() <= 0).all()  # and goes over from one to the other
 
 
-@pytest.mark.parametrize("scaling", ["linear", "ntk"])
+def yarn_by_the_paper(base, head_dim, train_length, factor):
+    """NTK-by-parts with its ramp over pairs, as in the authors' code, and the factor of queries and keys alike."""
+    borders = [head_dim * math.log(train_length / (turns * 2 * math.pi)) / (2 * math.log(base)) for turns in (32, 1)]
+    low, high = max(math.floor(borders[0]), 0), min(math.ceil(borders[1]), head_dim - 1)
+    expected = []
+    for i in range(head_dim // 2):
+        frequency = base ** (-2 * i / head_dim)
+        interpolated = min(max((i - low) / (high - low), 0.0), 1.0)
+        expected.append(frequency * (1 - interpolated) + frequency / factor * interpolated)
+    return expected, 0.1 * math.log(factor) + 1
+
+
+YARNS = [(10000.0, 8, 16, 4.0), (10000.0, 64, 2048, 8.0), (500000.0, 128, 8192, 2.0), (10000.0, 64, 128, 16.0)]
+
+
+@pytest.mark.parametrize(("base", "head_dim", "train_length", "factor"), YARNS)
+def test_yarn(base, head_dim, train_length, factor):
+    size = ModelSize(d_model=head_dim, num_heads=1, head_dim=head_dim, train_length=train_length, longest_length=9999)
+    expected, attention_factor = yarn_by_the_paper(base, head_dim, train_length, factor)
+    for scaling, length in ((f"yarn-fixed={factor}", 3), ("yarn", int(train_length * factor))):
+        method = build_method(f"rotary:base={base}:scaling={scaling}", size)
+        torch.testing.assert_close(
+            method.frequencies(length).double(), torch.tensor(expected).double(), rtol=2e-6, atol=0
+        )
+        factor_of_logits = method.attend(torch.tensor([[1]]), 1, length).logit_factor
+        assert factor_of_logits == pytest.approx(attention_factor**2, rel=1e-12)
+
+
+@pytest.mark.parametrize(("base", "head_dim", "train_length", "factor"), YARNS)
+def test_yarn_is_that_of_transformers(base, head_dim, train_length, factor):
+    rope = {
+        "rope_type": "yarn",
+        "rope_theta": base,
+        "factor": factor,
+        "original_max_position_embeddings": train_length,
+    }
+    config = transformers.LlamaConfig(hidden_size=head_dim, num_attention_heads=1, rope_parameters=rope)
+    theirs = LlamaRotaryEmbedding(config)
+    size = ModelSize(d_model=head_dim, num_heads=1, head_dim=head_dim, train_length=train_length, longest_length=9999)
+    method = build_method(f"rotary:base={base}:scaling=yarn-fixed={factor}", size)
+    torch.testing.assert_close(method.frequencies(1), theirs.inv_freq, rtol=1e-5, atol=0)
+    attend = method.attend(torch.arange(50)[None], 50, 50)
+    cos, sin = theirs(torch.zeros(1, 50, head_dim), torch.arange(50)[None])
+    factor_of_both = attend.logit_factor**0.5
+    assert theirs.attention_scaling == pytest.approx(factor_of_both, rel=1e-5)
+    for x, y in zip(attend.rotation, (cos, sin), strict=True):
+        torch.testing.assert_close(x[:, 0] * factor_of_both, y, rtol=0, atol=1e-5)
+
+
+def test_yarn_is_no_change_up_to_the_training_length():
+    plain = build_method("rotary", SIZE).attend(torch.arange(16)[None], 16, 16)
+    scaled = build_method("rotary:scaling=yarn", SIZE).attend(torch.arange(16)[None], 16, 16)
+    assert scaled.logit_factor == 1.0
+    assert all(map(torch.equal, scaled.rotation, plain.rotation))
+
+
+@pytest.mark.parametrize("scaling", ["linear", "ntk", "yarn"])
 def test_without_a_factor_the_length_gives_it(scaling):
     spec = f"rotary:scaling={scaling}"
     assert build_method(spec, SIZE).depends_on_length
@@ -108,7 +167,8 @@ def test_a_fixed_factor_holds_at_every_length():
         ("rotary:base=1", r"base=1\.0: "),
         ("rotary:base=nan", "rotary:base=nan: "),
         ("rotary:base=inf", "rotary:base=inf: "),
-        ("rotary:scaling=yarn", "scaling='yarn': give one of none, linear, "),
+        ("rotary:scaling=cubic", "scaling='cubic': give one of none, linear, "),
+        ("rotary:scaling=yarn-fixed=1", r"factor=1\.0: "),
         ("rotary:scaling=ntk=2", "scaling='ntk=2': give one of none, "),
         ("rotary:scaling=ntk-fixed=0", r"factor=0\.0: "),
         ("rotary:scaling=ntk-fixed=0.5", r"factor=0\.5: "),
@@ -120,7 +180,7 @@ def test_options_out_of_range(spec, message):
         build_method(spec, SIZE)
 
 
-@pytest.mark.parametrize(("spec", "head_dim"), [("rotary", 7), ("rotary:scaling=ntk", 2)])
+@pytest.mark.parametrize(("spec", "head_dim"), [("rotary", 7), ("rotary:scaling=ntk", 2), ("rotary:scaling=yarn", 2)])
 def test_head_dim_that_cannot_be_rotated(size, spec, head_dim):
     with pytest.raises(ValueError, match=f"^head_dim={head_dim} with "):
         build_method(spec, size(head_dim=head_dim))

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longreach import alibi_slopes
-from longreach.positions.scaling import SCALINGS, Scaling, parse_scaling
+from longreach.positions.scaling import OF_SLOPES, SCALINGS, Scaling, parse_scaling
 
 HEAD_COUNTS = st.integers(1, 128)
 
@@ -60,7 +60,7 @@ def test_ntk_gives_equal_slopes_equal_factors_and_interpolates_a_single_one():
     torch.testing.assert_close(Scaling("ntk", 10)(torch.tensor([0.5, 0.5]), 40), torch.tensor([0.125, 0.125]))
 
 
-@pytest.mark.parametrize("name", SCALINGS)
+@pytest.mark.parametrize("name", OF_SLOPES)
 def test_a_length_per_sequence_is_each_length_by_itself(name):
     scaling = Scaling(name, train_length=100, factor=1.5 if name.endswith("fixed") else None)
     slopes, lengths = alibi_slopes(6), torch.tensor([50, 150, 400])
@@ -86,7 +86,10 @@ def test_logn():
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ({"name": "yarn"}, "scaling='yarn'.*none, linear, linear-fixed, ntk"),
+        ({"name": "cubic"}, "scaling='cubic'.*none, linear, linear-fixed, ntk"),
+        ({"name": "yarn"}, "train_length=None"),
+        ({"name": "yarn-fixed", "factor": 2.0}, "train_length=None"),
+        ({"name": "yarn-fixed", "train_length": 16}, "factor=None"),
         ({"name": "linear"}, "train_length=None"),
         ({"name": "ntk"}, "train_length=None"),
         ({"name": "none", "logn": True}, r'train_length=None with scaling="none\+logn"'),
@@ -109,16 +112,27 @@ def test_what_no_scaling_can_be(arguments, told):
 
 
 @pytest.mark.parametrize(
-    "text", ["none", "linear", "linear-fixed=4", "linear-fixed=2.5", "ntk", "ntk-fixed=4", "ntk+logn"]
+    "text",
+    ["none", "linear", "linear-fixed=4", "linear-fixed=2.5", "ntk", "ntk-fixed=4", "ntk+logn", "yarn", "yarn-fixed=4"],
 )
 def test_a_scaling_is_read_as_it_is_written(text):
     assert str(parse_scaling(text, 1024)) == text
 
 
 @pytest.mark.parametrize(
-    "text", ["", "yarn", "linear=2", "linear-fixed", "linear-fixed=two", "ntk+log", "ntk+", "+logn"]
+    "text", ["", "cubic", "yarn=2", "linear=2", "linear-fixed", "linear-fixed=two", "ntk+log", "ntk+", "+logn"]
 )
 def test_what_is_no_scaling_is_refused_in_one_line(text):
     with pytest.raises(ValueError, match=r"^(scaling=.*: |ntk\+)") as refusal:
         parse_scaling(text, 1024)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("scaling", [Scaling("yarn", 16), Scaling("yarn-fixed", 16, 4.0)])
+def test_no_slopes_are_scaled_by_what_is_of_rotary_positions_alone(scaling):
+    with pytest.raises(ValueError, match=r'^scaling="yarn.*: give one of none, linear, linear-fixed, ntk, ntk-fixed$'):
+        scaling(alibi_slopes(4), 64)
+
+
+def test_those_of_slopes_are_the_others():
+    assert set(SCALINGS) - set(OF_SLOPES) == {"yarn", "yarn-fixed"}

@@ -326,7 +326,7 @@ def test_saved_under_its_own_name(model, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ({"scaling": "yarn"}, "scaling='yarn'"),
+        ({"scaling": "yarn"}, 'scaling="yarn" scales the frequencies of rotary positions'),
         ({"scaling": "linear-fixed"}, "scaling='linear-fixed'"),
         ({"scaling": "linear-fixed=1"}, "factor=1.0"),
         ({"scaling": "linear=2"}, "scaling='linear=2'"),

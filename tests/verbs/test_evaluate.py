@@ -11,12 +11,13 @@ from longreach.data.prepare import DataConfig
 from longreach.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from longreach.measure.plan import EvaluateConfig
 from longreach.models.config import Architecture
+from longreach.models.decoder import Decoder
 from longreach.reading import read_file
 from longreach.results import Model, Results
 from longreach.train.config import RunConfig, TrainConfig
 from longreach.verbs.compare import CompareConfig, compare
 from longreach.verbs.evaluate import EvaluationConfig, evaluate_models
-from longreach.verbs.train import train_run
+from longreach.verbs.train import open_run, train_run
 
 EVALUATE = EvaluateConfig(valid_lengths=(16, 32), valid_tokens=256)
 
@@ -367,7 +368,74 @@ def test_scalings_that_there_are_not(scaling):
         EvaluationConfig(models=("a",), scalings=(scaling,))
 
 
-def test_runs_of_our_own_are_not_scaled(comparison):
-    config = EvaluationConfig(models=(str(comparison / "alibi"),), evaluate=EVALUATE, scalings=("linear",))
-    with pytest.raises(ValueError, match=r"^scalings=linear: .* was trained by longreach; fine-tune it with --from"):
+@pytest.fixture(scope="module")
+def rotary(comparison, tmp_path_factory):
+    """The folder of a run of rotary positions on the text of the comparison."""
+    config = read_file(RunConfig, comparison / "none" / "config.toml")
+    data = replace(config.data, tokenizer=str(comparison / "none" / "tokenizer.json"))
+    folder = tmp_path_factory.mktemp("rotary") / "run"
+    train_run(replace(config, method="rotary", data=data), folder, silent)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("method", "scalings"),
+    [
+        ("alibi", ("none", "linear", "ntk", "linear-fixed=2", "none+logn")),
+        ("rotary", ("none", "linear", "ntk", "yarn", "linear-fixed=2", "yarn-fixed=2")),
+    ],
+)
+def test_runs_are_scaled_at_test_time_without_training_again(comparison, rotary, tmp_path, method, scalings):
+    run = comparison / "alibi" if method == "alibi" else rotary
+    asked = replace(EVALUATE, valid_lengths=(16, 64), protocols=("nonoverlapping", "cached"))
+    config = EvaluationConfig(models=(str(run),), evaluate=asked, scalings=scalings)
+    results = evaluate_models(config, tmp_path / "out", silent)
+    names = (method, *(f"{method}:{scaling}" for scaling in scalings[1:]))
+    assert results.methods() == names
+    assert {entry.model for entry in results.entries()} == {Model(name, 16, 0) for name in names}
+    assert [entry.method for entry in results.training] == [method]  # which was trained once
+    nll = {(entry.method, entry.valid_length, entry.protocol): entry.nll for entry in results.records}
+    for name in names[1:]:
+        assert nll[name, 64, "nonoverlapping"] != nll[method, 64, "nonoverlapping"]
+        assert nll[name, 64, "cached"] != nll[method, 64, "cached"]  # a cache is told the length of its window
+        assert (nll[name, 16, "nonoverlapping"] == nll[method, 16, "nonoverlapping"]) == ("fixed" not in name)
+    report = (tmp_path / "out" / "report.html").read_text()
+    assert all(name in report for name in names)
+
+
+def test_a_run_under_a_scaling_is_the_method_that_has_it(comparison):
+    run = comparison / "alibi"
+    plain, scaled = open_run(run).model, open_run(run, method="alibi:scaling=linear").model
+    itself = Decoder(replace(plain.config, method="alibi:scaling=linear")).eval()
+    itself.load_state_dict(plain.state_dict())
+    tokens = torch.arange(40)[None]
+    with torch.inference_mode():
+        assert torch.equal(scaled(tokens), itself(tokens))
+        assert not torch.equal(scaled(tokens), plain(tokens))
+
+
+@pytest.mark.parametrize(
+    ("method", "scaling", "message"),
+    [
+        ("none", "linear", "scaling='linear': position method none has no scaling; give none, or a model of alibi or"),
+        ("alibi", "yarn", 'scaling="yarn" scales the frequencies of rotary positions, and ALiBi has slopes: give'),
+    ],
+)
+def test_runs_refuse_scalings_that_their_method_does_not_have(comparison, method, scaling, message):
+    config = EvaluationConfig(models=(str(comparison / method),), evaluate=EVALUATE, scalings=(scaling,))
+    with pytest.raises(ValueError, match=f"^MODELS: .*{method}: {message}"):
+        evaluate_models(config, None, silent)
+
+
+def test_runs_have_no_stock_code(comparison):
+    config = EvaluationConfig(models=(str(comparison / "alibi"),), evaluate=EVALUATE, scalings=("stock",))
+    with pytest.raises(ValueError, match=r"^scalings=stock: .* was trained by longreach and has no other code"):
+        evaluate_models(config, None, silent)
+
+
+def test_pretrained_alibi_has_no_frequencies_to_scale(bloom, corpus):
+    config = EvaluationConfig(
+        models=(bloom,), evaluate=EVALUATE, data=str(corpus), train_length=16, scalings=("yarn-fixed=2",)
+    )
+    with pytest.raises(ValueError, match=r'^scaling="yarn-fixed=2" scales the frequencies of rotary positions, and'):
         evaluate_models(config, None, silent)

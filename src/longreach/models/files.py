@@ -37,8 +37,16 @@ def save_model(model: Decoder, folder: str | os.PathLike[str]) -> None:
         raise OSError(f"{path} cannot be written ({error}): mend that and run again") from error
 
 
-def load_model(folder: str | os.PathLike[str], device: torch.device | str = "cpu") -> Decoder:
+def load_model(
+    folder: str | os.PathLike[str], device: torch.device | str = "cpu", method: str | None = None
+) -> Decoder:
     """Read what `save_model` wrote, as a model ready for evaluation.
+
+    Args:
+        folder: where it was written to.
+        device: where to put it.
+        method: its position method under another scaling, as `longreach.positions.with_scaling` gives it; its own when
+            None.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -57,7 +65,7 @@ def load_model(folder: str | os.PathLike[str], device: torch.device | str = "cpu
         weights = safetensors.torch.load_file(weights_path)
     except (ValueError, safetensors.SafetensorError) as error:
         raise ValueError(f"{folder}: damaged or not a longreach model ({error}); train it again") from error
-    model = Decoder(config)
+    model = Decoder(config if method is None else dataclasses.replace(config, method=method))
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

@@ -11,11 +11,21 @@ from longreach.positions.learned import Learned, LearnedOptions
 from longreach.positions.method import AttentionPositions, ModelSize, PositionMethod
 from longreach.positions.none import NoneOptions, NonePositions
 from longreach.positions.rotary import Rotary, RotaryOptions, rotate
+from longreach.positions.scaling import parse_scaling
 from longreach.positions.sinusoidal import ShiftedSinusoidal, Sinusoidal, SinusoidalOptions
 from longreach.positions.t5 import T5, T5Options
 from longreach.reading import read_words
 
-__all__ = ["METHODS", "AttentionPositions", "ModelSize", "PositionMethod", "build_method", "parse_method", "rotate"]
+__all__ = [
+    "METHODS",
+    "AttentionPositions",
+    "ModelSize",
+    "PositionMethod",
+    "build_method",
+    "parse_method",
+    "rotate",
+    "with_scaling",
+]
 
 METHODS: dict[str, tuple[Any, Any]] = {
     "alibi": (Alibi, AlibiOptions),
@@ -63,3 +73,29 @@ def parse_method(spec: str) -> tuple[str, Any]:
             raise ValueError(f"option {option!r} of position method {name} is given twice in {spec!r}: give it once")
         words[option] = word
     return name, read_words(kind, words, lambda option: f"{name}:{option}")
+
+
+def with_scaling(spec: str, scaling: str) -> str:
+    """The method under another scaling: it is tested with weights that it was trained with under its own.
+
+    As with pretrained models, none is the method as it is, none+logn adds to that, and the others take the place of a
+    scaling that it has.
+
+    Raises:
+        ValueError: the method has no scaling, or not this one.
+    """
+    name, options = parse_method(spec)
+    if scaling == "none":
+        return spec
+    if not hasattr(options, "scaling"):
+        able = (method for method, (_, kind) in METHODS.items() if hasattr(kind, "scaling"))
+        raise ValueError(
+            f"scaling={scaling!r}: position method {name} has no scaling; give none, or a model of {' or '.join(able)}"
+        )
+    asked, own = parse_scaling(scaling, train_length=2), parse_scaling(options.scaling, train_length=2)
+    if asked.name == "none":
+        asked = dataclasses.replace(own, logn=own.logn or asked.logn)
+    others = (setting for setting in spec.split(":") if not setting.startswith("scaling="))
+    scaled = ":".join((*others, f"scaling={asked}"))
+    parse_method(scaled)  # refuses what the method does not have
+    return spec if asked == own else scaled

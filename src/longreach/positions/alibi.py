@@ -20,7 +20,7 @@ class AlibiOptions:
     """Train the slopes, from the paper's as a start; they stay positive."""
 
     def __post_init__(self) -> None:
-        parse_scaling(self.scaling, train_length=2)  # any L will do to see that it can be read
+        parse_scaling(self.scaling, train_length=2).require_slopes()  # any L will do to see that it can be read
 
 
 class Alibi(PositionMethod):

@@ -1,5 +1,6 @@
-"""Rotary position embeddings (Su et al., 2021, arXiv 2104.09864), with two ways to stretch them to longer inputs."""
+"""Rotary position embeddings (Su et al., 2021, arXiv 2104.09864), with three ways to stretch them to longer inputs."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -7,6 +8,9 @@ from torch import Tensor
 
 from longreach.positions.method import AttentionPositions, ModelSize, PositionMethod
 from longreach.positions.scaling import parse_scaling
+
+FEWEST_TURNS, MOST_TURNS = 1, 32
+"""Of yarn, its beta_slow and beta_fast: pairs that turn less often within L are interpolated, more often kept."""
 
 
 @dataclass(frozen=True)
@@ -17,7 +21,7 @@ class RotaryOptions:
     """Base of the geometric sequence of wavelengths."""
     scaling: str = "none"
     """How positions stretch past L, as `longreach.positions.scaling` reads it. linear: positions times L/L' (arXiv
-    2306.15595). ntk: the base times (L'/L)^(D/(D-2)) (NTK-aware scaling)."""
+    2306.15595). ntk: the base times (L'/L)^(D/(D-2)) (NTK-aware scaling). yarn: by parts (arXiv 2309.00071)."""
 
     def __post_init__(self) -> None:
         if not 1 < self.base < float("inf"):
@@ -32,27 +36,49 @@ class Rotary(PositionMethod):
         super().__init__()
         if size.head_dim % 2:
             raise ValueError(f"head_dim={size.head_dim} with rotary positions: give an even number")
-        if options.scaling.startswith("ntk") and size.head_dim < 4:
-            raise ValueError(f"head_dim={size.head_dim} with scaling={options.scaling}: give at least 4")
         self.base = options.base
         self.head_dim = size.head_dim
         self.scaling = parse_scaling(options.scaling, size.train_length)
+        if self.scaling.kind in ("ntk", "yarn") and size.head_dim < 4:
+            raise ValueError(f"head_dim={size.head_dim} with scaling={options.scaling}: give at least 4")
         self.depends_on_length = self.scaling.depends_on_length
 
     def attend(self, positions: Tensor, key_length: int, length: int) -> AttentionPositions:
-        """Give the rotation, computed in float32."""
-        base, stretch = self.base, self.scaling.stretch(length)
-        if self.scaling.name.startswith("ntk"):
-            base *= stretch ** (self.head_dim / (self.head_dim - 2))
-        pair = torch.arange(0, self.head_dim, 2, device=positions.device)
-        frequency = base ** (-pair / self.head_dim)  # [D / 2]
-        if self.scaling.name.startswith("linear"):
-            frequency = frequency * (1.0 / stretch)
-        angle = positions[:, None, :, None] * frequency  # [B or 1, 1, Tq, D / 2]
+        """Give the rotation, computed in float32, and the factor of the logits."""
+        angle = positions[:, None, :, None] * self.frequencies(length, positions.device)  # [B or 1, 1, Tq, D / 2]
         angle = torch.cat((angle, angle), dim=-1)
-        return AttentionPositions(
-            rotation=(angle.cos(), angle.sin()), logit_factor=float(self.scaling.logit_factor(length))
-        )
+        factor = float(self.scaling.logit_factor(length))
+        if self.scaling.kind == "yarn":
+            factor *= (0.1 * math.log(self.scaling.stretch(length)) + 1) ** 2  # its 1/t, t the temperature
+        return AttentionPositions(rotation=(angle.cos(), angle.sin()), logit_factor=factor)
+
+    def frequencies(self, length: int, device: torch.device | None = None) -> Tensor:
+        """The angle by which each pair turns from one position to the next, (D/2,), stretched for a length L'."""
+        base, stretch = self.base, self.scaling.stretch(length)
+        if self.scaling.kind == "ntk":
+            base *= stretch ** (self.head_dim / (self.head_dim - 2))
+        pair = torch.arange(0, self.head_dim, 2, device=device)
+        frequency = base ** (-pair / self.head_dim)  # [D / 2]
+        if self.scaling.kind == "linear":
+            frequency = frequency * (1.0 / stretch)
+        if self.scaling.kind == "yarn":
+            frequency = frequency * (1 - self._interpolated(device) * (1 - 1 / stretch))
+        return frequency
+
+    def _interpolated(self, device: torch.device | None) -> Tensor:
+        """How far yarn interpolates each pair, (D/2,): from 0 where it turns often within L to 1 where it does not.
+
+        The ramp is the one of its authors' code, linear in the number of the pair between borders rounded outwards; in
+        the paper's text it is linear in the number of turns.
+        """
+        assert self.scaling.train_length is not None  # both yarns have one
+        first, last = (
+            self.head_dim * math.log(self.scaling.train_length / (turns * 2 * math.pi)) / (2 * math.log(self.base))
+            for turns in (MOST_TURNS, FEWEST_TURNS)
+        )  # the pair that turns so often within L, as a real number
+        low, high = max(math.floor(first), 0), min(math.ceil(last), self.head_dim - 1)
+        pair = torch.arange(self.head_dim // 2, device=device)
+        return ((pair - low) / max(high - low, 0.001)).clamp(0, 1)
 
 
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:

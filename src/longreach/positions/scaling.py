@@ -1,12 +1,13 @@
 """How positions stretch past the length L trained on: one vocabulary, for our own methods and for pretrained models.
 
     none                            as trained
-    linear, ntk                     by max(1, L'/L), L' the length of the input
-    linear-fixed=4, ntk-fixed=4     by L'/L = 4 at any length
+    linear, ntk, yarn               by max(1, L'/L), L' the length of the input
+    linear-fixed=4, ntk-fixed=4     by L'/L = 4 at any length, as yarn-fixed=4
     linear+logn                     any of them, and logits q . k times max(1, log L' / log L)
 
 ALiBi stretches by smaller slopes, which make far keys look nearer, rotary positions by lower frequencies. Linear
-stretches all of them alike; ntk leaves the steepest slope, or the highest frequency, as it is.
+stretches all of them alike; ntk leaves the steepest slope, or the highest frequency, as it is. yarn is of rotary
+positions alone: it leaves frequencies that turn often within L, stretches slow ones, and sharpens attention.
 """
 
 import math
@@ -18,8 +19,11 @@ from torch import Tensor
 
 from longreach.reading import read_word
 
-SCALINGS = ("none", "linear", "linear-fixed", "ntk", "ntk-fixed")
+SCALINGS = ("none", "linear", "linear-fixed", "ntk", "ntk-fixed", "yarn", "yarn-fixed")
 """The names of all scalings."""
+
+OF_SLOPES = ("none", "linear", "linear-fixed", "ntk", "ntk-fixed")
+"""Those that slopes have."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +33,10 @@ class Scaling:
     name: str
     """One of SCALINGS."""
     train_length: int | None = None
-    """L, which "linear", "ntk" and logn compare a length with; at least 2 for logn."""
+    """L, which "linear", "ntk", "yarn" and logn compare a length with, and both yarns count turns in; at least 2 for
+    logn."""
     factor: float | None = None
-    """L'/L, above 1, of "linear-fixed" and "ntk-fixed"."""
+    """L'/L, above 1, of the fixed ones."""
     logn: bool = False
     """Whether the logits q . k are multiplied with max(1, log L' / log L); the bias is left to the rest."""
 
@@ -40,7 +45,7 @@ class Scaling:
             raise ValueError(f"scaling={self.name!r}: give one of {', '.join(SCALINGS)}")
         if self.train_length is not None:
             require_tokens("train_length", self.train_length, 2 if self.logn else 1)
-        if self.depends_on_length and self.train_length is None:
+        if (self.depends_on_length or self.kind == "yarn") and self.train_length is None:
             raise ValueError(f'train_length=None with scaling="{self}": give the length trained on, in tokens')
         if self.name.endswith("-fixed"):
             if isinstance(self.factor, bool) or not isinstance(self.factor, (int, float)):
@@ -51,9 +56,14 @@ class Scaling:
             raise ValueError(f'factor={self.factor!r} with scaling="{self.name}": only the fixed ones take one')
 
     @property
+    def kind(self) -> str:
+        """none, linear, ntk or yarn, by a fixed factor or not."""
+        return self.name.removesuffix("-fixed")
+
+    @property
     def by_length(self) -> bool:
         """Whether positions stretch with the length of the input."""
-        return self.name in ("linear", "ntk")
+        return self.name in ("linear", "ntk", "yarn")
 
     @property
     def depends_on_length(self) -> bool:
@@ -80,7 +90,11 @@ class Scaling:
 
         Returns:
             (H,), or (B, H) for a length per sequence.
+
+        Raises:
+            ValueError: it is yarn, which scales no slopes.
         """
+        self.require_slopes()
         if self.name == "none":
             return slopes
         stretch: float | Tensor
@@ -89,7 +103,19 @@ class Scaling:
             stretch = (lengths / self.train_length).clamp(min=1.0)[..., None]  # [1] or [B, 1]
         else:
             stretch = self.factor or 1.0
-        return slopes / stretch if self.name.startswith("linear") else slopes * stretch ** -_ntk_exponents(slopes)
+        return slopes / stretch if self.kind == "linear" else slopes * stretch ** -_ntk_exponents(slopes)
+
+    def require_slopes(self) -> None:
+        """Check that it scales slopes.
+
+        Raises:
+            ValueError: it is yarn, which is of rotary positions alone.
+        """
+        if self.name not in OF_SLOPES:
+            raise ValueError(
+                f'scaling="{self}" scales the frequencies of rotary positions, and ALiBi has slopes: give one of '
+                f"{', '.join(OF_SLOPES)}"
+            )
 
     def logit_factor(self, length: float | Tensor) -> float | Tensor:
         """What the logits q . k are multiplied with at a length L': 1 without logn.
@@ -117,7 +143,7 @@ def parse_scaling(text: str, train_length: int | None = None) -> Scaling:
 
     Args:
         text: what to read.
-        train_length: L in tokens, which "linear", "ntk" and logn need.
+        train_length: L in tokens, which all need but "none" and the fixed ones of slopes.
 
     Raises:
         ValueError: it is none of these, or lacks a number.

@@ -110,6 +110,7 @@ def _chosen_scaling(layout: Layout, scaling: str | Scaling | None, train_length:
 def _check(extension: Extension) -> None:
     """Check the arguments of `extend` against each other and the model."""
     layout, impl = extension.layout, extension.impl
+    extension.scaling.require_slopes()
     length, sinks, window, tolerance = extension.length, extension.sinks, extension.window, extension.tolerance
     for name, value, least in (("length", length, 1), ("sinks", sinks, 0), ("window", window, 1)):
         if value is not None:

@@ -12,7 +12,8 @@ class Model:
 
     method: str
     """Position method with its options, as the user wrote it: `alibi`, `rotary:scaling=ntk`. Of a model that was
-    trained elsewhere the name that the user gave, with its scaling where one was asked for."""
+    trained elsewhere the name that the user gave. After a colon the scaling that it was tested under, where that is not
+    as it was trained: `rotary:ntk`."""
     train_length: int
     """Tokens per training sequence, the paper's L."""
     seed: int | None

@@ -21,6 +21,7 @@ from longreach.measure.summaries import read_meetings
 from longreach.measure.sweep import Material, evaluate
 from longreach.measure.text_tasks import Text
 from longreach.measure.transformers import StateLength
+from longreach.positions import with_scaling
 from longreach.positions.scaling import Scaling, parse_scaling
 from longreach.pretrained.attend import extension_of, fixed_length
 from longreach.pretrained.extend import extend
@@ -59,10 +60,12 @@ class EvaluationConfig:
     trust_remote_code: bool = False
     """Run code that comes with a Hugging Face model."""
     scalings: tuple[str, ...] = ()
-    """How the slopes of Hugging Face models with ALiBi are scaled past L, one after another: none, linear, ntk,
-    linear-fixed=FACTOR or ntk-fixed=FACTOR, and +logn after any of them; stock is the model's own code. "none" is the
-    model as its configuration says, with the alibi_scaling that it has; the others take the place of that. When nothing
-    is given, a model whose configuration says no alibi_scaling is left to its own code too."""
+    """How positions are scaled past L, one after another: none, linear, ntk, linear-fixed=FACTOR or ntk-fixed=FACTOR,
+    and +logn after any of them, for runs of alibi and rotary and for Hugging Face models with ALiBi; yarn or
+    yarn-fixed=FACTOR for runs of rotary; stock for the own code of a Hugging Face model. "none" is a run as it was
+    trained, a Hugging Face model as its configuration says, with the alibi_scaling that it has; the others take the
+    place of that. When nothing is given, a Hugging Face model whose configuration says no alibi_scaling is left to its
+    own code too."""
 
     def __post_init__(self) -> None:
         if not self.models:
@@ -166,13 +169,8 @@ def _find(name: str, config: EvaluationConfig, scaling: str | None) -> _Model:
         model = _find_pretrained(
             name, config, scaling, read_file(RunConfig, folder / "config.toml") if trained_here else None
         )
-    elif scaling is not None:
-        raise ValueError(
-            f"scalings={scaling}: {name} was trained by longreach; fine-tune it with --from and a method such as "
-            "alibi:scaling=linear"
-        )
     else:
-        model = _find_run(name, config)
+        model = _find_run(name, config, scaling)
     if config.data is None:
         return model
     return replace(
@@ -181,8 +179,8 @@ def _find(name: str, config: EvaluationConfig, scaling: str | None) -> _Model:
     )
 
 
-def _find_run(name: str, config: EvaluationConfig) -> _Model:
-    """A model of our own."""
+def _find_run(name: str, config: EvaluationConfig, scaling: str | None) -> _Model:
+    """A model of our own. What its training took is told of it as it was trained."""
     folder = Path(name)
     run = read_run(folder)
     if config.train_length not in (None, run.train.train_length):
@@ -190,22 +188,32 @@ def _find_run(name: str, config: EvaluationConfig) -> _Model:
             f"train_length={config.train_length}: {name} was trained by longreach at {run.train.train_length}; "
             "leave it out"
         )
+    if scaling == "stock":
+        raise ValueError(f"scalings=stock: {name} was trained by longreach and has no other code; give none")
+    try:
+        method = run.method if scaling is None else replace(run, method=with_scaling(run.method, scaling)).method
+    except ValueError as error:
+        raise ValueError(f"MODELS: {name}: {error}") from None
+    scaled = method != run.method
+    identity = replace(run.identity, method=f"{run.method}:{scaling}") if scaled else run.identity
     tokenizer = str(folder / "tokenizer.json")
     return _Model(
         name=name,
-        identity=run.identity,
+        identity=identity,
         data=replace(run.data, tokenizer=tokenizer),
         seed=run.train.seed,
         tokenizer=load_tokenizer(tokenizer),
         device=resolve_device(config.device or run.train.device),
-        training=_training(folder, run.identity),
-        load=lambda: open_run(folder, config.device).subject(),
+        training=None if scaled else _training(folder, identity),
+        load=lambda: replace(open_run(folder, config.device, method).subject(), identity=identity),
     )
 
 
 def _find_pretrained(name: str, config: EvaluationConfig, scaling: str | None, fine_tuned: RunConfig | None) -> _Model:
     """A model of Hugging Face, or one that was fine-tuned from it by longreach."""
     given = config.train_length or (fine_tuned.train.train_length if fine_tuned else None)
+    if scaling not in (None, "stock"):
+        _require_scaling(scaling).require_slopes()
     configuration = load_configuration(name, trust_remote_code=config.trust_remote_code)
     train_length = training_length(name, configuration, given)
     identity = Model(
@@ -331,7 +339,7 @@ def _adapt_by(scaling: str, train_length: int | None, model: Any) -> StateLength
 
 
 def _require_scaling(text: str) -> Scaling:
-    """Read one of the scalings, of which any but stock is one of `longreach.positions.scaling`; its L is none yet."""
+    """Read one of the scalings, of which any but stock is one of `longreach.positions.scaling`; its L is not known."""
     try:
         return parse_scaling(text, train_length=2)
     except ValueError as error:

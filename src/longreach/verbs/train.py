@@ -133,8 +133,10 @@ def training_batches(config: TrainConfig, prepared: PreparedData) -> BatchSource
     return MixedBatches(batches, config.mix, prepared.tokenizer, config.seed) if config.mix else batches
 
 
-def open_run(folder: Path, device: str | None = None) -> Run:
+def open_run(folder: Path, device: str | None = None, method: str | None = None) -> Run:
     """Load a trained run from its folder, on the device given, or the one that its configuration names.
+
+    method is its position method under another scaling than it was trained with, as `with_scaling` gives it.
 
     Raises:
         FileNotFoundError: the folder holds no finished run.
@@ -143,7 +145,7 @@ def open_run(folder: Path, device: str | None = None) -> Run:
     """
     config = read_run(folder)
     resolved = resolve_device(device or config.train.device)
-    model, tokenizer = load_model(folder, resolved), load_tokenizer(folder / "tokenizer.json")
+    model, tokenizer = load_model(folder, resolved, method), load_tokenizer(folder / "tokenizer.json")
     if tokenizer.vocab_size != model.config.vocab_size:
         raise ValueError(
             f"{folder} has a model of {model.config.vocab_size} tokens and a tokenizer.json of {tokenizer.vocab_size}: "
