@@ -138,7 +138,7 @@ def test_version_is_the_package_s(capsys):
         (["export", "nowhere", "--output", "x", "--to", "onnx"], ["--to='onnx'", "'mpt'"]),
         (["export", "nowhere"], ["--output is missing"]),
         (["generate", "nowhere", "--top-k", "few"], ["--top-k='few'", "integer"]),
-        (["report"], ["FOLDER is missing"]),
+        (["report"], ["FOLDERS is missing"]),
         (["evaluate", "nowhere"], ["nowhere", "no folder here"]),
         (["evaluate", "nowhere", "nowhere"], ["MODELS=nowhere nowhere", "give each model once"]),
         (["evaluate", "nowhere", "--task", "speed"], ["tasks='speed'", "perplexity, positions"]),
