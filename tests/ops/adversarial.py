@@ -148,6 +148,32 @@ CASES = {
 }
 
 
+def _ten_times_a_line(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for x in (q, k):
+        x[:] = 10 * torch.linspace(0.9, 1.1, x.shape[-1], dtype=x.dtype)
+
+
+def _one_key_beyond_all_others(q: Tensor, k: Tensor, v: Tensor) -> None:
+    k[:, :, 3] *= 1000
+
+
+def _large_and_one_larger(q: Tensor, k: Tensor, v: Tensor) -> None:
+    q *= 10
+    k *= 10
+    k[:, :, 3] *= 30
+
+
+LARGE_SCORES = {
+    "one key": Case(queries=1, keys=1, head_dim=64, change=_ten_times_a_line),
+    "few equal keys": Case(queries=9, keys=9, head_dim=64, change=_ten_times_a_line),
+    "few queries, one key beyond all others": Case(queries=5, change=_one_key_beyond_all_others),
+    "one key beyond all others": Case(queries=600, keys=600, head_dim=64, change=_one_key_beyond_all_others),
+    "std 10, one key larger": Case(queries=600, keys=600, head_dim=64, change=_large_and_one_larger),
+    "long rows": Case(heads=2, kv_heads=1, head_dim=256, change=_large_and_one_larger),
+}
+"""Scores of thousands, of which float32 loses the fraction: only what is equal cancels."""
+
+
 def probabilities(q: Tensor, k: Tensor, *, slopes: Any, causal: bool = True, **masks: Any) -> Tensor:
     """Attention weights (B, H, Tq, Tk) in float64, from the definition; 0 where nothing is visible."""
     padding = masks.get("key_padding_mask")

@@ -105,12 +105,12 @@ def test_dtypes_of_the_results(qkv, dtype):
 
 @pytest.mark.parametrize("impl", ["auto", *ON_CPU])
 def test_poisoned_padding_does_not_leak(qkv, impl):
-    q, k, v = qkv
+    q, k, v = (x.requires_grad_() for x in qkv)
     padding = torch.tensor([[True, True, False, False, True], [True] * 5])
     clean = attention(q, k, v, slopes=torch.ones(4), causal=False, key_padding_mask=padding, impl=impl)
     poison = padding[:, None, :, None]
-    leaves = [q.clone(), k.masked_fill(poison, math.nan), v.masked_fill(poison, math.inf)]
-    leaves = [x.requires_grad_() for x in leaves]
+    leaves = [q, k.masked_fill(poison, math.nan), v.masked_fill(poison, math.inf)]
+    leaves = [x.detach().requires_grad_() for x in leaves]
     out = attention(*leaves, slopes=torch.ones(4), causal=False, key_padding_mask=padding, impl=impl)
     assert torch.equal(out, clean)
     assert torch.all(out[1] == 0)

@@ -210,6 +210,8 @@ def plan(
     batch, num_heads = q_shape[:2]
     group = num_heads // k_shape[1]
     whole = [(slice(0, batch), (0, visibility.key_length))]
+    if not batch:
+        return
     spans = whole if visibility.spans is None else [(slice(b, b + 1), span) for b, span in enumerate(visibility.spans)]
     for sequences, span in spans:
         lowest = [_over_sequences(min, ranges, sequences) for ranges in low]  # [H][blocks]

@@ -11,6 +11,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -40,6 +41,12 @@ LOG2_E = math.log2(math.e)
 
 MATRIX_UNITS = torch.cpu._is_amx_tile_supported()
 """Whether the processor multiplies matrices of half types itself."""
+
+ALIKE_ROWS = 16
+"""Rows and columns from which on MKL adds up each element of a product in one order."""
+
+ALIKE_DIM = 192
+"""Longest rows whose dot products MKL adds up in one go, as oneDNN does."""
 
 ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 """Whether oneDNN's products in float32 can be had: on processors that MKL does not favour they are twice as fast."""
@@ -125,33 +132,31 @@ class _TiledAttention(torch.autograd.Function):
             k, v = (x.masked_fill(visibility.holes[:, None, :, None], 0.0) for x in (k, v))
         out = torch.empty(q.shape, dtype=q.dtype)
         lse = torch.empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+        peak, total = torch.full_like(lse, float("inf")), torch.zeros_like(lse)  # what rows that see no key keep
         if visibility.may_hide_all_keys:
             out.zero_()
             lse.fill_(float("-inf"))
-        if visibility.query_length < FEW_QUERIES:
+        learns = any(ctx.needs_input_grad)
+        if visibility.query_length < FEW_QUERIES and not learns:
             few = FewQueries(q, k, v, left, right, out, lse, scale, visibility)
             for tile in plan(q.shape, k.shape, visibility, low, high, reading_cost):
                 few.attend(tile)
-            lse2 = lse * LOG2_E
-        elif _by_kernel(q):
+        elif _by_kernel(q) and not learns:
             half = HalfTypes(q, k, v, left, right, out, lse, scale, visibility)
             for tile in plan(
                 q.shape, k.shape, visibility, low, high, kernel_cost, square=fits_squares(left, k.shape[2])
             ):
                 half.attend(tile)
-            lse2 = lse * LOG2_E
         else:
-            lse2 = lse
             products = _Products(q, k, v, left, right, scale, visibility)
-            found = _FoundRanges(q, visibility, tolerance) if any(ctx.needs_input_grad) else None
+            found = _FoundRanges(q, visibility, tolerance) if learns else None
             for tile in plan(q.shape, k.shape, visibility, low, high, product_cost):
                 for piece in pieces(tile):
-                    products.attend(piece, out, lse2, found)
+                    products.attend(piece, out, peak, total, found)
             if found is not None:
                 low, high = found.by_head()
-            lse = lse2 * (1 / LOG2_E)
-        # The backward pass takes the LSE by base 2: converted from what is returned, it would be rounded once more.
-        ctx.save_for_backward(q, k, v, left, right, out, lse2)
+            lse = total.log2().add_(peak.masked_fill(total == 0, 0.0)).mul_(1 / LOG2_E)
+        ctx.save_for_backward(q, k, v, left, right, out, peak, total)
         ctx.scale, ctx.visibility, ctx.low, ctx.high = scale, visibility, low, high
         ctx.set_materialize_grads(False)
         return out, lse
@@ -159,9 +164,9 @@ class _TiledAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, left, right, out, lse2 = ctx.saved_tensors
+        q, k, v, left, right, out, peak, total = ctx.saved_tensors
         products = _Products(q, k, v, left, right, ctx.scale, ctx.visibility)
-        gradients = _Gradients(products, out, lse2, grad_out, grad_lse)
+        gradients = _Gradients(products, out, peak, total, grad_out, grad_lse)
         for tile in plan(q.shape, k.shape, ctx.visibility, ctx.low, ctx.high, product_cost):
             for piece in pieces(tile):
                 gradients.add(piece)
@@ -170,6 +175,32 @@ class _TiledAttention(torch.autograd.Function):
 
 def _by_kernel(q: Tensor) -> bool:
     return MATRIX_UNITS and q.dtype.itemsize == 2
+
+
+def _dots(a: Tensor, b: Tensor, added: Tensor | None = None) -> Tensor:
+    """a b^T + added, of a (lanes, M, D), b (lanes, N, D) and `added` (lanes, 1, N), each dot product rounded alike.
+
+    Whatever rows are beside them, and whether a or b comes first: what is subtracted from a score or from dP is another
+    one of these, and what is equal is to cancel. MKL adds up otherwise where there are few rows or columns, and with
+    what is added, or than oneDNN, where rows are long.
+    """
+    rows, columns = a.shape[1], b.shape[1]
+    if min(rows, columns) < ALIKE_ROWS:
+        a, b = (F.pad(x, (0, 0, 0, max(0, ALIKE_ROWS - x.shape[1]))) for x in (a, b))
+        added = None if added is None else F.pad(added, (0, b.shape[1] - columns))
+    if a.shape[2] <= ALIKE_DIM:
+        return _product(a, b, added)[:, :rows, :columns]
+    product = torch.bmm(a, b.transpose(1, 2))
+    return (product if added is None else product.add_(added))[:, :rows, :columns]
+
+
+def _own_dots(a: Tensor, b: Tensor) -> Tensor:
+    """The dot product of each row of a and the same row of b, (lanes, 1, rows), rounded as `_dots` rounds it."""
+    rows = a.shape[1]
+    a, b = (F.pad(x, (0, 0, 0, -rows % ALIKE_ROWS)).unflatten(1, (-1, ALIKE_ROWS)).flatten(0, 1) for x in (a, b))
+    return (
+        torch.bmm(a, b.transpose(1, 2)).diagonal(dim1=1, dim2=2).reshape(-1, 1, rows + -rows % ALIKE_ROWS)[..., :rows]
+    )
 
 
 def _product(a: Tensor, b: Tensor, added: Tensor | None = None) -> Tensor:
@@ -195,24 +226,28 @@ class _Products:
         self.scale, self.visibility, self.dtype = scale, visibility, torch.promote_types(q.dtype, torch.float32)
         self.falloff = falloff(left, right, visibility, self.dtype) * LOG2_E
 
-    def attend(self, tile: Tile, out: Tensor, lse2: Tensor, found: "_FoundRanges | None") -> None:
-        """Write the output and, by base 2, the LSE of the queries of a tile, from a strip of its keys at a time."""
+    def attend(self, tile: Tile, out: Tensor, peak: Tensor, total: Tensor, found: "_FoundRanges | None") -> None:
+        """Write the output of the queries of a tile, their largest scores by base 2, and the sums of weights.
+
+        These are relative to the power of the largest score. A strip of keys is computed at a time.
+        """
         rows = self.rows(self.q, tile).mul_(self.scale * LOG2_E)
         sums = [self._attend_strip(rows, strip, found is not None) for strip in strips(tile)]
-        peak, by_block, weighted = sums[0] if len(sums) == 1 else _joined(sums)
-        total = by_block.sum(dim=-1, keepdim=True)
-        rows_of(lse2, tile).copy_((total.log2() + peak).flip(1)[None, ..., 0])
-        weighted.div_(total.clamp_(min=torch.finfo(self.dtype).tiny))  # a row that sees no key has total 0
+        highest, by_block, weighted = sums[0] if len(sums) == 1 else _joined(sums)
+        sum_of_weights = by_block.sum(dim=-1, keepdim=True)
+        for whole, part in ((peak, highest), (total, sum_of_weights)):
+            rows_of(whole, tile).copy_(part.flip(1)[None, ..., 0])
+        weighted.div_(sum_of_weights.clamp_(min=torch.finfo(self.dtype).tiny))  # a row that sees no key has a sum of 0
         rows_of(out, tile).copy_(weighted.flip(1)[None])
         if found is not None:
-            found.note(tile, by_block, total)
+            found.note(tile, by_block, sum_of_weights)
 
     def _attend_strip(self, rows: Tensor, strip: Tile, in_blocks: bool) -> tuple[Tensor, ...]:
         """Largest score of each row by base 2; relative to its power, sums of weights and the sum of weighted values.
 
         The sums of weights are those of each block of BLOCK_N keys or, unless these are wanted, of the strip.
         """
-        weights = _product(rows, self.keys(self.k, strip)).add_(self.bias(strip))  # [lanes, rows, width]
+        weights = _dots(rows, self.keys(self.k, strip)).add_(self.bias(strip))  # [lanes, rows, width]
         peak = weights.amax(dim=-1, keepdim=True)
         peak.clamp_(min=torch.finfo(self.dtype).min)  # where all keys are hidden: -inf - -inf is no number
         weights.sub_(peak).exp2_()
@@ -290,13 +325,20 @@ class _Gradients:
     """Sums of the gradients of q, k, v and both slopes over tiles."""
 
     def __init__(
-        self, products: _Products, out: Tensor, lse2: Tensor, grad_out: Tensor | None, grad_lse: Tensor | None
+        self,
+        products: _Products,
+        out: Tensor,
+        peak: Tensor,
+        total: Tensor,
+        grad_out: Tensor | None,
+        grad_lse: Tensor | None,
     ) -> None:
-        self.products, self.out, self.dtype = products, out, lse2.dtype
+        self.products, self.out, self.peak, self.dtype = products, out, peak, total.dtype
         q, k, v = products.q, products.k, products.v
         self.grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        self.grad_lse = torch.zeros_like(lse2) if grad_lse is None else grad_lse.masked_fill(lse2.isneginf(), 0.0)
-        self.lse2 = lse2.masked_fill(lse2.isneginf(), float("inf"))  # rows without keys: exp(-inf) is 0, not NaN
+        empty = total == 0  # rows that see no key
+        self.grad_lse = torch.zeros_like(total) if grad_lse is None else grad_lse.masked_fill(empty, 0.0)
+        self.share = total.reciprocal().masked_fill_(empty, 0.0)
         self.of_q = torch.zeros(q.shape, dtype=q.dtype)  # no tile holds rows that need no keys
         self.of_k, self.of_v = (torch.zeros(x.shape, dtype=self.dtype) for x in (k, v))
         self.of_left, self.of_right = (torch.zeros(q.shape[:2], dtype=self.dtype) for _ in range(2))
@@ -317,17 +359,20 @@ class _Gradients:
         """
         products = self.products
         rows, grad, out = (products.rows(x, tile) for x in (products.q, self.grad_out, self.out))  # [lanes, rows, D]
-        lse2, grad_lse = (products.rows(x, tile)[:, None] for x in (self.lse2, self.grad_lse))  # [lanes, 1, rows]
-        offset = grad_lse - (grad * out).sum(dim=-1)[:, None]
+        vectors = (self.peak, self.share, self.grad_lse)
+        peak, share, grad_lse = (products.rows(x, tile)[:, None] for x in vectors)  # [lanes, 1, rows]
+        # Weights are relative to the largest one: what they multiply is divided by their sum instead.
+        grad.mul_(share.transpose(1, 2))
+        offset = grad_lse * share - _own_dots(out, grad)
         scaled, scaled2 = rows * products.scale, rows * (products.scale * LOG2_E)
         of_rows = torch.zeros_like(rows).transpose(1, 2)  # [lanes, D, rows]
         slopes_learn = products.left.requires_grad or products.right.requires_grad
         moments = rows.new_zeros(5, *rows.shape[:2])
         for strip in strips(tile):
             keys = products.keys(products.k, strip)  # [lanes, width, D]
-            weights = _product(keys, scaled2)  # [lanes, width, rows]
-            weights.add_(products.bias(strip).transpose(-2, -1)).sub_(lse2).exp2_()
-            grad_scores = _product(products.keys(products.v, strip), grad, offset).mul_(weights)
+            weights = _dots(keys, scaled2)  # [lanes, width, rows]
+            weights.add_(products.bias(strip).transpose(-2, -1)).sub_(peak).exp2_()
+            grad_scores = _dots(products.keys(products.v, strip), grad, offset).mul_(weights)
             of_keys = _product(grad_scores, scaled.transpose(1, 2))
             self._add_to_keys(strip, of_keys, _product(weights, grad.transpose(1, 2)))
             of_rows += _product(keys.transpose(1, 2).contiguous(), grad_scores.transpose(1, 2))
@@ -335,6 +380,7 @@ class _Gradients:
                 past, future = (x.T for x in distances(strip, products.visibility, self.dtype))
                 moments += _moments(weights, grad_scores, past, future)
         if slopes_learn:
+            moments[3:].mul_(share[:, 0])
             self._add_to_slopes(tile, moments, grad_lse[:, 0])
         rows_of(self.of_q, tile).copy_(of_rows.mul_(products.scale).transpose(1, 2).flip(1)[None])
 
