@@ -1,3 +1,7 @@
+import copy
+import io
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -6,7 +10,8 @@ from transformers import DynamicCache
 
 import longreach
 from longreach.ops.reach import KEY_BLOCK
-from longreach.pretrained.caches import LEAST_ROOM, growing_cache
+from longreach.pretrained.caches import growing_cache
+from longreach.pretrained.room import LEAST_ROOM
 
 
 @pytest.fixture(params=FAMILIES)
@@ -34,6 +39,130 @@ def test_tokens_are_copied_a_bounded_number_of_times(model):
         model(token, past_key_values=growing, use_cache=True)
         places.add(growing.layers[0].keys.data_ptr())
     assert len(places) <= 4
+
+
+def saved(cache):
+    file = io.BytesIO()
+    torch.save(cache, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def filled(model, ids):
+    """The cache that generate returns after 20 tokens."""
+    options = {"max_new_tokens": 21 - ids.shape[1], "return_dict_in_generate": True, "do_sample": False}
+    return model.generate(ids, use_cache=True, **options).past_key_values
+
+
+@torch.no_grad()
+def test_what_it_handed_out_is_never_written_to_again(model):
+    """Nor does what is done to that reach what it holds."""
+    ids = tokens(2, 30)
+    cache = filled(model, ids[:, :12])
+    held = [(layer.keys[:, :, 15:], layer.values) for layer in cache.layers]
+    before = copy.deepcopy(held)
+    for change in (lambda: None, lambda: cache.crop(-6)):
+        change()
+        model(ids[:, 20:24], past_key_values=cache, use_cache=True)
+        for pair, pair_before in zip(held, before, strict=True):
+            assert all(torch.equal(*both) for both in zip(pair, pair_before, strict=True))
+    here = copy.deepcopy(cache)
+    for pair in held:
+        pair[0].zero_(), pair[1].zero_()
+    expected = model(ids[:, 24:], past_key_values=here).logits
+    assert torch.equal(model(ids[:, 24:], past_key_values=cache).logits, expected)
+
+
+@torch.no_grad()
+def test_nothing_is_copied_while_nobody_holds_what_it_handed_out(model):
+    """Also not after a crop, as in each round of assisted decoding."""
+    ids = tokens(2, 30)
+    cache = filled(model, ids[:, :12])
+    place = cache.layers[0].keys.data_ptr()
+    for _ in range(3):
+        cache.crop(-5)
+        model(ids[:, :3], past_key_values=cache, use_cache=True)
+        assert cache.layers[0].keys.data_ptr() == place
+    held = cache.layers[0].keys
+    for token in ids[:, :2].split(1, dim=1):
+        model(token, past_key_values=cache, use_cache=True)
+    assert cache.layers[0].keys.data_ptr() != place
+    assert held.data_ptr() == place
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("copied", [copy.deepcopy, saved, lambda cache: pickle.loads(pickle.dumps(cache))])
+def test_a_copy_goes_on_by_itself(model, copied):
+    ids = tokens(2, 30)
+    cache = filled(model, ids[:, :12])
+    other = copied(cache)
+    assert other.layers[0].keys.untyped_storage().nbytes() == cache.layers[0].keys.nbytes  # without the room beside it
+    expected = model(ids[:, 20:], past_key_values=copied(cache)).logits
+    model(ids[:, :5], past_key_values=cache, use_cache=True)
+    assert torch.equal(model(ids[:, 20:], past_key_values=other).logits, expected)
+
+
+def test_it_leaves_inference_mode(model):
+    """Its tensors serve generate under no_grad, and training with what is cached."""
+    ids = tokens(2, 24)
+    with torch.inference_mode():
+        cache = filled(model, ids[:, :12])
+    expected = model.generate(ids, max_new_tokens=3, do_sample=False, use_cache=False)
+    again = model.generate(ids, past_key_values=copy.deepcopy(cache), max_new_tokens=3, do_sample=False)
+    assert torch.equal(again[:, :12], expected[:, :12])
+    stock = DynamicCache([(layer.keys, layer.values) for layer in cache.layers])
+    gradients = []
+    for each in (cache, stock):
+        model.zero_grad()
+        model(ids[:, 20:], past_key_values=each, use_cache=True).logits.square().mean().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        assert one is other is None or torch.equal(one, other)
+
+
+def test_gradients_need_earlier_keys(model):
+    """Those of queries alone, as LoRA has them in the first layer, need keys that have no gradient."""
+    model.requires_grad_(False)
+    attention = next(
+        module for module in model.modules() if hasattr(module, "_longreach") and hasattr(module, "layer_idx")
+    )
+    fused = attention.Wqkv if hasattr(attention, "Wqkv") else attention.query_key_value
+    shift = torch.zeros(48, requires_grad=True)
+    width = attention.head_dim
+
+    def shifted(module, args, out):
+        rows = (
+            torch.arange(out.shape[-1]) // width % 3 == 0
+            if fused is not getattr(attention, "Wqkv", None)
+            else (torch.arange(out.shape[-1]) < 48)
+        )
+        return out + torch.zeros_like(out).masked_scatter(rows, shift.expand(*out.shape[:-1], -1))
+
+    fused.register_forward_hook(shifted)
+    gradients = []
+    for cache in (DynamicCache(), growing_cache()):
+        pieces = [model(piece, past_key_values=cache, use_cache=True).logits for piece in tokens(1, 12).split(4, dim=1)]
+        gradients += torch.autograd.grad(torch.cat(pieces, dim=1).square().mean(), shift)
+    assert torch.equal(*gradients)
+
+
+@torch.no_grad()
+def test_what_does_not_fit_is_refused_as_by_the_stock_cache(model):
+    ids = tokens(2, 12)
+    for cache in (DynamicCache(), growing_cache()):
+        model(ids, past_key_values=cache, use_cache=True)
+        with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
+            model(ids[:1], past_key_values=cache, use_cache=True)
+
+
+@torch.no_grad()
+def test_norms_are_of_what_someone_wrote_into_the_keys(model):
+    growing = growing_cache()
+    model(tokens(2, 70), past_key_values=growing, use_cache=True)
+    layer = growing.layers[0]
+    before = layer.key_norms().clone()
+    layer.keys.mul_(2.0)
+    torch.testing.assert_close(layer.key_norms(), 2.0 * before)
 
 
 @torch.no_grad()

@@ -15,9 +15,10 @@ from longreach.conformance.golden import Reading
 from longreach.ops.alibi import dense_bias
 from longreach.ops.attention import attention, uses_key_norms
 from longreach.positions.scaling import Scaling, require_tokens
-from longreach.pretrained.caches import LEAST_ROOM, sink_window, streaming_attention
+from longreach.pretrained.caches import sink_window, streaming_attention
 from longreach.pretrained.layout import Layout
 from longreach.pretrained.masks import unpack
+from longreach.pretrained.room import LEAST_ROOM
 
 ATTRIBUTE = "_longreach"
 """Name under which a module of an extended model holds its `Extension`."""
