@@ -125,6 +125,34 @@ def test_prompt_lookup_decodes_what_greedy_decoding_does(model, name, stated):
     assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=5, **options)[:, :57], expected)
 
 
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("stated", [None, 90])
+@pytest.mark.parametrize("scaling", ["linear", "ntk", "linear+logn"])
+def test_an_extended_assistant_has_the_length_of_the_call_that_it_drafts_for(model, scaling, stated, padded):
+    ids, mask = tokens(1, 24), torch.ones(1, 24, dtype=torch.long)
+    mask[:, : 5 if padded else 0] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 30, "do_sample": False, "use_cache": True}
+    options["pad_token_id"] = VOCABULARY  # which no text holds
+    draft = copy.deepcopy(model)
+    longreach.extend(model, scaling=scaling, train_length=16, length=stated)
+    longreach.extend(draft, scaling=scaling, train_length=16)
+    expected = model.generate(ids, **options)
+    under = set()
+    for each in (model, draft):
+        extension_of(each).observer = lambda q, k, slopes, scale: under.add((slopes.min().item(), scale))
+    assert torch.equal(model.generate(ids, assistant_model=draft, **options), expected)
+    assert len(under) == 1
+    assert extension_of(model).calls == extension_of(draft).calls == {}
+
+
+def test_an_extended_assistant_drafts_for_a_stock_model(model):
+    ids, options = tokens(1, 8), {"max_new_tokens": 20, "do_sample": False, "pad_token_id": VOCABULARY}
+    options["use_cache"] = True
+    draft = longreach.extend(copy.deepcopy(model), scaling="linear", train_length=6)
+    expected = model.generate(ids, **options)
+    assert torch.equal(model.generate(ids, assistant_model=draft, **options), expected)
+
+
 def test_a_configuration_by_its_place_and_by_its_name_are_one(model):
     longreach.extend(model, scaling="linear", train_length=16)
     ids = tokens(1, 20)
@@ -206,12 +234,24 @@ def test_a_cache_of_another_length_is_refused():
         pytest.raises(ValueError, match=r"computed for L'=12, this call has L'=20"),
     ):
         model(ids[:, :1], past_key_values=cache)
-    foreign = DynamicCache()
-    longreach.restore(model)
-    model(ids, past_key_values=foreign)
-    longreach.extend(model, scaling="linear", train_length=8, length=20)
-    with pytest.raises(ValueError, match=r"computed for L'=None"):
-        model(ids[:, :1], past_key_values=foreign)
+
+
+@pytest.mark.parametrize("scaling", ["linear", "ntk", "none+logn"])
+def test_a_cache_of_unknown_origin_is_taken_at_a_stated_length(model, scaling):
+    """As one is that was built from keys and values: a trained prefix, or a snapshot."""
+    longreach.extend(model, scaling=scaling, train_length=8)
+    ids = tokens(2, 20)
+    with fixed_length(model, 20):
+        expected = model(ids).logits[:, 12:]
+        filled = model(ids[:, :12], use_cache=True).past_key_values
+        given = [DynamicCache([(layer.keys, layer.values) for layer in filled.layers]) for _ in range(3)]
+        torch.testing.assert_close(model(ids[:, 12:], past_key_values=given[0]).logits, expected, **CLOSE)
+    with pytest.raises(ValueError, match="length L' of a cached forward pass is not stated"):
+        model(ids[:, 12:], past_key_values=given[1])
+    with pytest.raises(ValueError, match=r"computed for L'=unknown, this call has L'=21"):
+        model.generate(ids, past_key_values=given[1], max_new_tokens=1)
+    longreach.extend(model, scaling=scaling, train_length=8, length=20)
+    torch.testing.assert_close(model(ids[:, 12:], past_key_values=given[2]).logits, expected, **CLOSE)
 
 
 def test_a_conversation_shares_a_cache_under_a_length_for_all_of_it():

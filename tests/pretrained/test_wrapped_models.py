@@ -1,7 +1,6 @@
 """Extended models under training, PEFT, accelerate, torch.compile and low precision."""
 
 import copy
-import threading
 
 import pytest
 import torch
@@ -41,45 +40,6 @@ def test_gradients_under_a_fixed_factor_equal_finite_differences():
             weight.add_(direction, alpha=step)
             losses.append(model(ids).logits.square().mean())
     torch.testing.assert_close((losses[0] - losses[1]) / 2e-5, slope, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.filterwarnings("ignore:.*will be removed in v6:FutureWarning")
-@pytest.mark.parametrize("packed", [False, True])
-def test_gradient_checkpointing_sees_the_padding_and_the_documents_again(model, packed):
-    """Its second forward pass runs after other inputs went through the model."""
-    longreach.extend(model, scaling="linear", train_length=16)
-    ids, other = tokens(1, 40), tokens(1, 25, seed=3)
-    options = {"attention_mask": torch.tensor([[0] * 10 + [1] * 30])}
-    if packed:
-        options = {"position_ids": torch.cat([torch.arange(22), torch.arange(18)])[None]}
-    expected = gradients(model, ids, **options)
-    model.train()  # no dropout in these configurations
-    model.gradient_checkpointing_enable()
-    model.zero_grad()
-    loss = model(ids, labels=ids, use_cache=False, **options).loss
-    model(other, use_cache=False)
-    loss.backward()
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.filterwarnings("ignore:.*will be removed in v6:FutureWarning")
-def test_checkpointed_layers_are_computed_anew_under_the_stated_length_in_any_thread(model):
-    """On a GPU the backward pass runs in a thread of autograd's own."""
-    longreach.extend(model, scaling="linear", train_length=16)
-    ids = tokens(1, 40)
-    with fixed_length(model, 80):
-        expected = gradients(model, ids)
-    model.train()
-    model.gradient_checkpointing_enable()
-    model.zero_grad()
-    with fixed_length(model, 80):
-        loss = model(ids, labels=ids, use_cache=False).loss
-        thread = threading.Thread(target=loss.backward)
-        thread.start()
-        thread.join()
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-5)
 
 
 def test_a_copy_is_extended_by_itself(model):

@@ -60,8 +60,11 @@ class Extension:
     """As in `longreach.attention`."""
     impl: str
     """Likewise."""
-    calls: dict[int, Stated] = field(default_factory=dict)
-    """Thread -> the constant L' of its present call: of `generate`, or of `fixed_length`."""
+    calls: dict[tuple[int, int], Stated | None] = field(default_factory=dict)
+    """`_place` -> the constant L' of the present call there, None where it has none: of `generate`, of `fixed_length`,
+    or of a block, whose pass may have begun elsewhere."""
+    was_stated: bool = False
+    """Whether any call of `fixed_length` stated an L'."""
     modules: list[nn.Module] = field(default_factory=list)
     """The modules that refer to it."""
     handles: list[RemovableHandle] = field(default_factory=list)
@@ -79,39 +82,50 @@ class Extension:
 
     @property
     def stated(self) -> Stated | None:
-        """The L' that is in force in this thread; None where each forward pass has its own."""
+        """The L' that is in force here; None where each forward pass has its own.
+
+        Raises:
+            ValueError: a backward pass computes anew what may have been computed under an L' that is not known here.
+        """
         default = None if self.length is None else Stated(self.length)
-        if not torch.compiler.is_compiling():
-            thread = threading.get_ident()
-            if thread in self.calls or torch._C._current_graph_task_id() == -1:
-                return self.calls.get(thread, default)
-        # Autograd's own threads compute checkpointed layers anew, and what is compiled cannot ask for its thread: both
-        # serve the one call that there is.
-        for stated in self.calls.values():
-            return stated
+        if torch.compiler.is_compiling():  # what is compiled cannot ask for its thread: it serves the one call there is
+            return next(iter(self.calls.values()), None) or default
+        place = _place()
+        if place in self.calls:
+            return self.calls[place] or default
+        if place[1] != _OUTSIDE and self.was_stated and default is None and self.scaling.depends_on_length:
+            raise ValueError(
+                "backward() computes layers anew, whose length L' is not known any more: checkpoint by "
+                "gradient_checkpointing_enable(), which remembers it, or give extend length= in place of fixed_length"
+            )
         return default
 
     @contextmanager
-    def during(self, length: int | None = None) -> Iterator[None]:
-        """State the L' of this thread's forward passes within; None leaves it as it is, until `state` is called."""
-        thread = threading.get_ident()
-        before = self.calls.get(thread)
-        if length is not None:
-            self.calls[thread] = Stated(length)
+    def during(self, stated: Stated | None) -> Iterator[None]:
+        """Put an L' in force here, or None for none; it may be changed by `state`."""
+        place = _place()
+        before = {place: self.calls[place]} if place in self.calls else {}
+        self.calls[place] = stated
         try:
             yield
         finally:
-            if before is None:
-                self.calls.pop(thread, None)
-            else:
-                self.calls[thread] = before
+            del self.calls[place]
+            self.calls |= before
 
-    def state(self, length: int) -> None:
-        """State the L' of the present call to `generate`, unless a longer one was stated around it."""
+    def state(self, length: int, *, draft: bool = False) -> None:
+        """State the L' of the present call to `generate`, unless a longer one was stated around it.
+
+        A draft of assisted decoding may go past that one's end, as its candidates may.
+        """
         stated = self.stated or Stated(length, from_input=True)
-        if length > stated.length and self.scaling.depends_on_length:
+        if length > stated.length and self.scaling.depends_on_length and not draft:
             raise ValueError(f"length={stated.length} is below the {length} tokens that generate may reach: state more")
-        self.calls[threading.get_ident()] = replace(stated, generating=True)
+        self.calls[_place()] = replace(stated, generating=True)
+
+    def follow(self, other: "Extension") -> None:
+        """State the L' of a call that this model drafts for, unless one is stated for it."""
+        if self.stated is None and not self.per_step:
+            self.calls[_place()] = other.stated
 
     def slopes(self, length: float | Tensor, device: torch.device, factor: float = 1.0) -> Tensor:
         """Slopes for L' times a factor, (H,), or (B, H) for an L' per sequence, on a device."""
@@ -162,14 +176,26 @@ class Extension:
                     "the length L' of a cached forward pass is not stated: use generate, "
                     "longreach.fixed_length, or give extend length= or per_step=True"
                 )
-            if not isinstance(cache, tuple) and getattr(cache, ATTRIBUTE, None) != effective:
+            known = None if isinstance(cache, tuple) else getattr(cache, ATTRIBUTE, None)
+            # A cache that was made elsewhere, as a trained prefix is, says nothing: what the user states is for it too.
+            trusted = isinstance(cache, tuple) or (known is None and not stated.from_input)
+            if known != effective and not trusted:
                 raise ValueError(
-                    f"past_key_values were computed for L'={getattr(cache, ATTRIBUTE, None)}, this call has "
+                    f"past_key_values were computed for L'={known or 'unknown'}, this call has "
                     f"L'={effective}: give extend one length= for all calls that share a cache"
                 )
         if not isinstance(cache, tuple):
             setattr(cache, ATTRIBUTE, effective)
         return total
+
+
+_OUTSIDE = -1
+"""What torch numbers no backward pass."""
+
+
+def _place() -> tuple[int, int]:
+    """Thread, and the backward pass that it is within: what is stated in one place is not in force in another."""
+    return threading.get_ident(), torch._C._current_graph_task_id()
 
 
 def extension_of(model: nn.Module) -> Extension:
@@ -178,18 +204,27 @@ def extension_of(model: nn.Module) -> Extension:
     Raises:
         ValueError: it is not.
     """
-    for module in model.modules():
+    extension = find_extension(model)
+    if extension is None:
+        raise ValueError(f"{type(model).__name__} is not extended: call longreach.extend(model) first")
+    return extension
+
+
+def find_extension(model: Any) -> Extension | None:
+    """How a model is extended, None where it is not, or is no model."""
+    for module in model.modules() if isinstance(model, nn.Module) else ():
         if ATTRIBUTE in vars(module):
             extension: Extension = vars(module)[ATTRIBUTE]
             return extension
-    raise ValueError(f"{type(model).__name__} is not extended: call longreach.extend(model) first")
+    return None
 
 
 @contextmanager
 def fixed_length(model: nn.Module, length: int) -> Iterator[None]:
     """State the one L' of all forward passes of this thread within, for a decoding loop of one's own.
 
-    A cache must be filled and used under one L'; `generate` takes this L' too, in place of its own.
+    A cache must be filled and used under one L'; `generate` takes this L' too, in place of its own. Gradients may be
+    taken later: what `gradient_checkpointing_enable` has computed anew for them is computed under the same L'.
 
     Args:
         model: an extended model.
@@ -200,7 +235,9 @@ def fixed_length(model: nn.Module, length: int) -> Iterator[None]:
         ValueError: the model is not extended, or length is not a positive integer.
     """
     require_tokens("length", length, 1)
-    with extension_of(model).during(length):
+    extension = extension_of(model)
+    extension.was_stated = True
+    with extension.during(Stated(length)):
         yield
 
 

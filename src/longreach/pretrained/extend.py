@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -10,11 +11,12 @@ from torch import nn
 
 from longreach.ops.attention import IMPLEMENTATIONS
 from longreach.positions.scaling import Scaling, parse_scaling, require_tokens
-from longreach.pretrained.attend import ATTRIBUTE, Extension
+from longreach.pretrained.attend import ATTRIBUTE, Extension, Stated, find_extension
 from longreach.pretrained.caches import growing_cache, sink_cache
 from longreach.pretrained.families import find_layout
 from longreach.pretrained.layout import Layout
 from longreach.pretrained.masks import hand_documents
+from longreach.pretrained.recomputed import RemembersLength
 from longreach.pretrained.restore import give_methods, restore
 
 
@@ -82,6 +84,8 @@ def extend(
         restore(layout.base)
     swaps = list(layout.swaps)
     swaps += [(module, Generates) for module in model.modules() if _generates(module)]
+    if extension.scaling.depends_on_length:
+        swaps += [(block, RemembersLength) for block in _blocks(layout.base)]
     for module, methods in swaps:
         give_methods(module, methods)
     extension.modules = list(dict.fromkeys([layout.base, *(module for module, _ in swaps)]))
@@ -134,8 +138,9 @@ class Generates:
     def generate(self, inputs: Any = None, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As transformers' own, with one constant L' for the whole call, and the cache of sinks where wanted."""
         extension: Extension = getattr(self, ATTRIBUTE)
-        if kwargs.get("past_key_values") is None:
-            config: Any = generation_config or self.generation_config  # type: ignore[attr-defined]
+        config: Any = generation_config or self.generation_config  # type: ignore[attr-defined]
+        stated, cache = extension.stated, kwargs.get("past_key_values")
+        if cache is None:
             if extension.sinks is not None and extension.window is not None:
                 if kwargs.get("use_cache") is False:
                     raise ValueError("use_cache=False with sinks, which are kept in a cache: extend without sinks")
@@ -147,8 +152,18 @@ class Generates:
                 and not extension.layout.keeps_tuples
             ):
                 kwargs["past_key_values"] = growing_cache()
-        with extension.during():
+        elif stated is None and _drafts(config) and hasattr(cache, ATTRIBUTE):
+            stated = Stated(getattr(cache, ATTRIBUTE), from_input=True)  # a stock model asks for the next candidates
+        draft = find_extension(kwargs.get("assistant_model"))
+        with extension.during(stated), nullcontext() if draft is None else draft.during(draft.stated):
             return super().generate(inputs, generation_config, *args, **kwargs)  # type: ignore[misc]
+
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' own; another extended model that is asked for candidates has the L' of this call."""
+        draft = find_extension(kwargs.get("assistant_model"))
+        if draft is not None:
+            draft.follow(getattr(self, ATTRIBUTE))
+        return super()._get_candidate_generator(*args, **kwargs)  # type: ignore[misc]
 
     def _supports_default_dynamic_cache(self) -> bool:
         """Whether transformers is to begin with an empty Cache; where not, remote code begins with its own tuples."""
@@ -166,7 +181,7 @@ class Generates:
         if extension.sinks is not None and extension.window is not None:
             length = min(length, extension.sinks + extension.window)
         if not extension.per_step:
-            extension.state(length)
+            extension.state(length, draft=_drafts(config))
         return config
 
     def create_masks_for_generate(self, *, attention_mask: Any, **kwargs: Any) -> Any:
@@ -188,6 +203,16 @@ def _prepare(
 def _names_a_cache(config: Any, kwargs: dict[str, Any]) -> bool:
     """Whether a call to `generate` asks for a kind of cache by name."""
     return (kwargs.get("cache_implementation") or config.cache_implementation) is not None
+
+
+def _drafts(config: Any) -> bool:
+    """Whether a call to `generate` is for candidates, with its configuration."""
+    return bool(getattr(config, "is_assistant", False))
+
+
+def _blocks(base: nn.Module) -> list[nn.Module]:
+    """The blocks of layers of a base model."""
+    return [block for part in base.children() if isinstance(part, nn.ModuleList) for block in part]
 
 
 def _generates(module: nn.Module) -> bool:
