@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "train": {"models", "data", "results"},
     "conformance": {"ops"},
     "pretrained": {"ops", "positions", "models", "conformance"},
+    "encoders": {"ops", "positions", "models"},
     "report": {"results"},
     "folder": {"results"},
     "options": set(),
@@ -45,7 +46,7 @@ ENTRANCES = {"cli", "__main__"}
 IMPLEMENTATIONS = {"reference", "sdpa", "cpu", "triton", "flex"}
 """Modules of ops that each compute attention in their own way."""
 
-HEAVY = {"triton", "transformers", "datasets", "matplotlib"}
+HEAVY = {"triton", "transformers", "datasets", "sentence_transformers", "onnx", "matplotlib"}
 
 
 def part(module):

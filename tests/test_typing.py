@@ -36,6 +36,14 @@ def longer(model: nn.Module, folder: Path) -> None:
 
 
 version: str = longreach.__version__
+
+
+def vectors(folder: Path) -> None:
+    longreach.register_encoders()
+    longreach.load_encoder(folder, scaling="linear").encode(["a text"], max_length=8192)
+    longreach.unregister_encoders()
+
+
 export = longreach.export_mpt
 """
 

@@ -16,14 +16,19 @@ _PUBLIC = {
     "export_mpt": "longreach.pretrained.export",
     "extend": "longreach.pretrained.extend",
     "fixed_length": "longreach.pretrained.attend",
+    "load_encoder": "longreach.encoders.load",
     "load_pretrained": "longreach.pretrained.load",
     "reach": "longreach.ops.reach",
+    "register_encoders": "longreach.encoders.register",
     "restore": "longreach.pretrained.restore",
     "save_pretrained": "longreach.pretrained.save",
     "unconvert": "longreach.pretrained.convert",
+    "unregister_encoders": "longreach.encoders.register",
 }
 
 if TYPE_CHECKING:  # the same for type checkers, which know of no `__getattr__` below
+    from longreach.encoders.load import load_encoder
+    from longreach.encoders.register import register_encoders, unregister_encoders
     from longreach.ops.alibi import alibi_bias, alibi_slopes
     from longreach.ops.attention import attention
     from longreach.ops.reach import reach
@@ -46,11 +51,14 @@ __all__ = [
     "export_mpt",
     "extend",
     "fixed_length",
+    "load_encoder",
     "load_pretrained",
     "reach",
+    "register_encoders",
     "restore",
     "save_pretrained",
     "unconvert",
+    "unregister_encoders",
 ]
 
 

@@ -1,0 +1,134 @@
+"""Texts in, vectors out."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from longreach.encoders.packing import Packed
+from longreach.encoders.texts import Texts, read_texts
+
+TOKENS_PER_BATCH = 2**14
+"""The most tokens of a batch of several texts: what the MLP makes of so many takes some hundred MiB in a base model."""
+
+Progress = Callable[[int, int], None]
+"""Told how many texts of how many are done."""
+
+
+def encode(
+    model: Any,
+    texts: Sequence[str],
+    *,
+    max_length: int | None,
+    batch_size: int,
+    normalize: bool | None,
+    progress: bool | Progress,
+) -> Tensor:
+    """What `EncoderModel.encode` documents."""
+    _require_texts(texts)
+    for name, number in (("batch_size", batch_size), ("max_length", max_length)):
+        if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
+            raise ValueError(f"{name}={number!r}: give an integer of at least 1")
+    reader = texts_of(model)
+    length = max_length or reader.max_length or model.sizes.max_position_embeddings
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]), reverse=True)
+    vectors = torch.zeros(len(texts), model.config.hidden_size)
+    with _evaluating(model), _told(progress) as tell, torch.inference_mode():
+        for first in range(0, len(order), batch_size):
+            chosen = order[first : first + batch_size]
+            ids = _tokenize(reader, [texts[i] for i in chosen], length)
+            for part in _batches([len(row) for row in ids]):
+                packed = Packed(tuple(len(ids[row]) for row in part))
+                flat = torch.tensor([token for row in part for token in ids[row]], dtype=torch.int64)
+                hidden = model.encode_packed(flat.to(model.device), packed)
+                pooled = _pool(hidden, packed.lengths, reader.pooling)
+                if reader.normalize if normalize is None else normalize:
+                    pooled = F.normalize(pooled, dim=-1)
+                vectors[[chosen[row] for row in part]] = pooled.cpu()
+            tell(first + len(chosen), len(texts))
+    return vectors
+
+
+def texts_of(model: Any) -> Texts:
+    """What the files of a model say of texts, read when first wanted.
+
+    Raises:
+        ValueError: it came from no files, or they lack what is needed.
+    """
+    if model.texts is None:
+        if model.source is None:
+            raise ValueError("this encoder was made without files, and has no tokenizer: load it by load_encoder")
+        model.texts = read_texts(model.source, model.tokenizer_source)
+    texts: Texts = model.texts
+    return texts
+
+
+def _require_texts(texts: object) -> None:
+    if isinstance(texts, str) or not isinstance(texts, Sequence):
+        raise ValueError(f"texts of {type(texts).__name__}: give a list of texts")
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"texts[{index}] is {type(text).__name__}: give text")
+
+
+def _tokenize(reader: Texts, texts: list[str], length: int) -> list[list[int]]:
+    special = reader.tokenizer.num_special_tokens_to_add(False)
+    if length < special:
+        raise ValueError(
+            f"max_length={length}: its tokenizer adds {special} tokens to each text; give at least as many"
+        )
+    reader.tokenizer.enable_truncation(length)
+    return [encoding.ids for encoding in reader.tokenizer.encode_batch_fast(texts)]
+
+
+def _batches(lengths: list[int]) -> Iterator[list[int]]:
+    """Numbers of texts, shortest first, as many to a batch as hold TOKENS_PER_BATCH."""
+    batch: list[int] = []
+    tokens = 0
+    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batch and tokens + lengths[row] > TOKENS_PER_BATCH:
+            yield batch
+            batch, tokens = [], 0
+        batch.append(row)
+        tokens += lengths[row]
+    yield batch
+
+
+def _pool(hidden: Tensor, lengths: tuple[int, ...], pooling: str) -> Tensor:
+    """Hidden states (N, C) of texts to vectors (B, C) float32; 0 for a text without tokens."""
+    vectors = hidden.new_zeros(len(lengths), hidden.shape[1], dtype=torch.float32)
+    for row, states in enumerate(hidden.split(lengths)):
+        if len(states):
+            wide = states.float()
+            vectors[row] = wide.mean(dim=0) if pooling == "mean" else wide[0] if pooling == "cls" else wide.amax(dim=0)
+    return vectors
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """A model without dropout for a while."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+@contextmanager
+def _told(progress: bool | Progress) -> Iterator[Progress]:
+    """What is to be told of progress: a bar on standard error, nobody, or who is given."""
+    if not isinstance(progress, bool):
+        yield progress
+    elif not progress:
+        yield lambda done, total: None
+    else:
+        from rich.console import Console
+        from rich.progress import Progress as Bars
+
+        with Bars(console=Console(stderr=True)) as bars:
+            task = bars.add_task("encoding")
+            yield lambda done, total: bars.update(task, completed=done, total=total)

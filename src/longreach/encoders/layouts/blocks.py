@@ -1,0 +1,80 @@
+"""What layouts share. Modules have the published names, so that a state dict is one of theirs."""
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longreach.encoders.config import EncoderConfig
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Queries, keys and values of all tokens, (..., C) each, to what each token attended to, (..., C)."""
+
+
+def layer_norm(config: EncoderConfig) -> nn.LayerNorm:
+    """A layer norm over the full width."""
+    return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+
+class Added(nn.Module):
+    """LayerNorm(dense(x) + residual)."""
+
+    def __init__(self, config: EncoderConfig, width: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(width, config.hidden_size)
+        self.LayerNorm = layer_norm(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """(..., width) and (..., C) to (..., C)."""
+        normed: Tensor = self.LayerNorm(self.dropout(self.dense(x)) + residual)
+        return normed
+
+
+class Projections(nn.Module):
+    """Queries, keys and values, each by a matrix of its own."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(config.hidden_size, config.hidden_size) for _ in range(3))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(..., C) to three of (..., C)."""
+        return self.query(x), self.key(x), self.value(x)
+
+
+class Attention(nn.Module):
+    """Self-attention and the residual stream after it."""
+
+    def __init__(self, config: EncoderConfig, projections: nn.Module) -> None:
+        super().__init__()
+        self.self = projections
+        self.output = Added(config, config.hidden_size)
+
+    def forward(self, x: Tensor, attend: Attend) -> Tensor:
+        """(..., C) to (..., C)."""
+        out: Tensor = self.output(attend(*self.self(x)), x)
+        return out
+
+
+def gate(config: EncoderConfig) -> Callable[[Tensor], Tensor]:
+    """The activation of a gate: the exact GELU, by erf, or ReLU."""
+    return F.relu if config.feed_forward_type == "reglu" else F.gelu
+
+
+class GatedMLP(nn.Module):
+    """LayerNorm(wo(act(first half) * second half) + h)."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.gated_layers = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.wo = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.layernorm = layer_norm(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.act = gate(config)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """(..., C) to (..., C)."""
+        first, second = self.gated_layers(h).chunk(2, dim=-1)
+        out: Tensor = self.layernorm(self.wo(self.dropout(self.act(first) * second)) + h)
+        return out

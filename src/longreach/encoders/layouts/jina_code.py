@@ -1,0 +1,52 @@
+"""JinaBERT v2 for code: queries and keys are normed, and the residual stream goes another way."""
+
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from longreach.encoders.config import EncoderConfig
+from longreach.encoders.layouts.blocks import Attend, Attention, Projections, gate, layer_norm
+
+
+class NormedProjections(Projections):
+    """Queries and keys normed over the full width, before heads are split."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__(config)
+        self.layer_norm_q, self.layer_norm_k = layer_norm(config), layer_norm(config)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(..., C) to three of (..., C)."""
+        return self.layer_norm_q(self.query(x)), self.layer_norm_k(self.key(x)), self.value(x)
+
+
+class SecondHalfMLP(nn.Module):
+    """down(first half * act(second half)): the other half is the gate than in other layouts."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.up_gated_layer = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down_layer = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.act = gate(config)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """(..., C) to (..., C)."""
+        first, second = self.up_gated_layer(h).chunk(2, dim=-1)
+        out: Tensor = self.down_layer(self.dropout(first * self.act(second)))
+        return out
+
+
+class JinaCodeLayer(GradientCheckpointingLayer):
+    """The residual is added twice: within attention, as everywhere, and once more after it."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.attention = Attention(config, NormedProjections(config))
+        self.layer_norm_1, self.layer_norm_2 = layer_norm(config), layer_norm(config)
+        self.mlp = SecondHalfMLP(config)
+
+    def forward(self, x: Tensor, attend: Attend) -> Tensor:
+        """(..., C) to (..., C)."""
+        h = self.layer_norm_1(x + self.attention(x, attend))
+        out: Tensor = self.layer_norm_2(h + self.mlp(h))
+        return out

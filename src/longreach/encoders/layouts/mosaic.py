@@ -1,0 +1,34 @@
+"""MosaicBERT, DNABERT-2 and others of its code: one matrix makes queries, keys and values."""
+
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from longreach.encoders.config import EncoderConfig
+from longreach.encoders.layouts.blocks import Attend, Attention, GatedMLP
+
+
+class OneProjection(nn.Module):
+    """Queries of all heads, then keys, then values."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.Wqkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(..., C) to three of (..., C)."""
+        q, k, v = self.Wqkv(x).chunk(3, dim=-1)
+        return q, k, v
+
+
+class MosaicLayer(GradientCheckpointingLayer):
+    """Post-norm attention, and Jina's gated MLP."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.attention = Attention(config, OneProjection(config))
+        self.mlp = GatedMLP(config)
+
+    def forward(self, x: Tensor, attend: Attend) -> Tensor:
+        """(..., C) to (..., C)."""
+        out: Tensor = self.mlp(self.attention(x, attend))
+        return out

@@ -1,0 +1,36 @@
+"""JinaBERT v2 with `feed_forward_type: original`, as gbert-large-alibi has it: the MLP is plain BERT's."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from longreach.encoders.config import EncoderConfig
+from longreach.encoders.layouts.blocks import Added, Attend, Attention, Projections
+
+
+class Intermediate(nn.Module):
+    """gelu(dense(h))."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """(..., C) to (..., I)."""
+        return F.gelu(self.dense(h))
+
+
+class OriginalLayer(GradientCheckpointingLayer):
+    """BERT's own layer but for ALiBi."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.attention = Attention(config, Projections(config))
+        self.intermediate = Intermediate(config)
+        self.output = Added(config, config.intermediate_size)
+
+    def forward(self, x: Tensor, attend: Attend) -> Tensor:
+        """(..., C) to (..., C)."""
+        h = self.attention(x, attend)
+        out: Tensor = self.output(self.intermediate(h), h)
+        return out

@@ -1,0 +1,60 @@
+"""From files to a model, every weight accounted for: nothing is left random, and nothing is left over."""
+
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from longreach.encoders.config import LAYOUT, read_config
+from longreach.encoders.layouts import layout_of
+from longreach.encoders.source import Source
+
+Model = TypeVar("Model", bound=nn.Module)
+
+HEADS = ("cls.", "classifier.")
+"""What names of weights begin with that are of heads: a model without such a head leaves them."""
+
+
+def build(kind: type[Model], source: Source, config: Any, dtype: torch.dtype | None = None) -> Model:
+    """A model of a class of ours with the weights of its files, in evaluation mode.
+
+    Args:
+        kind: the class.
+        source: its files.
+        config: a `PublishedConfig`, to which is added what the weights alone tell.
+        dtype: of the weights; that of the files when None.
+
+    Raises:
+        ValueError: a weight is missing, wrongly shaped or unexpected, or the layout is not known; it is named.
+    """
+    values = config.to_dict()
+    read_config(values, source.name)
+    tensors = source.weights()
+    setattr(config, LAYOUT, layout_of(source.configuration(), tensors, source.name))
+    with torch.device("meta"):
+        model = kind(config)
+    fitted: dict[str, Tensor] = model.fit(tensors, source.name)  # type: ignore[operator]
+    fitted = _accounted(model, fitted, source.name)
+    wide = dtype or next(iter(fitted.values())).dtype
+    model.load_state_dict({key: x.to(wide) for key, x in fitted.items()}, strict=True, assign=True)
+    return model.eval()
+
+
+def _accounted(model: nn.Module, tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The tensors of a model, by its own names, after checking that they are just those, and of its shapes."""
+    expected = model.state_dict()
+    unexpected = sorted(key for key in tensors if key not in expected)
+    missing = sorted(key for key in expected if key not in tensors)
+    for kind, keys in (("no weight", missing), ("an unexpected weight", unexpected)):
+        if keys:
+            others = f" and {len(keys) - 1} others" if len(keys) > 1 else ""
+            raise ValueError(f"model {name!r} has {kind} {keys[0]}{others}: give files that are whole, of one model")
+    for key, x in tensors.items():
+        if x.shape != expected[key].shape:
+            raise ValueError(
+                f"model {name!r}: weight {key} has shape {tuple(x.shape)}, its config.json says "
+                f"{tuple(expected[key].shape)}: mend one of the two"
+            )
+        if not x.is_floating_point():
+            raise ValueError(f"model {name!r}: weight {key} is {x.dtype}: give floating-point weights")
+    return tensors

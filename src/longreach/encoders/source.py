@@ -1,0 +1,135 @@
+"""The files of a published model, from a folder or the Hugging Face hub. They are read alone: no code is run."""
+
+import pickle
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from longreach.reading import parse_file
+
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+"""Files that may hold the weights, in the order in which they are looked for; each may be in shards."""
+
+BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids", "encoder.alibi")
+"""What some files hold beside weights: counters, and Mosaic's table of biases."""
+
+WORDS = "embeddings.word_embeddings.weight"
+"""The weight that every encoder has, whatever stands before its name."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the files are."""
+
+    name: str
+    """A folder or a name on the hub."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """How the hub is asked: revision, token, cache_dir, subfolder, local_files_only and others of transformers."""
+
+    def find(self, file: str) -> Path | None:
+        """A file of the model; None if it has no such file.
+
+        Raises:
+            ValueError: there is no such model, or the hub cannot be reached and the file was never fetched.
+        """
+        from transformers.utils.hub import cached_file
+
+        if Path(self.name).is_dir():
+            path = Path(self.name, self.options.get("subfolder", ""), file)
+            return path if path.is_file() else None
+        absent = {"_raise_exceptions_for_missing_entries": False}
+        try:
+            found = cached_file(self.name, file, **self.options, **absent)
+        except OSError as error:
+            raise self._unknown(error) from error
+        return None if found is None else Path(found)
+
+    def _unknown(self, error: Exception | None = None) -> ValueError:
+        reason = f" ({(str(error).strip() or type(error).__name__).splitlines()[0]})" if error else ""
+        return ValueError(
+            f"model {self.name!r} is no folder here, nor to be had from the Hugging Face hub{reason}; "
+            "give a folder, or a hub name while there is a network"
+        )
+
+    def read_json(self, file: str) -> Any:
+        """What a .json file holds; None if there is none. ValueError where it is damaged."""
+        path = self.find(file)
+        if path is None:
+            return None
+        try:
+            return parse_file(path)
+        except ValueError as error:
+            raise ValueError(f"model {self.name!r}: {file}: {error}") from error
+
+    def configuration(self) -> dict[str, Any]:
+        """What config.json holds.
+
+        Raises:
+            ValueError: there is none, or it is damaged.
+        """
+        values = self.read_json("config.json")
+        if values is None and not Path(self.name).is_dir():
+            raise self._unknown()
+        if not isinstance(values, dict):
+            raise ValueError(f"model {self.name!r} has no config.json with a table: give the folder of a model")
+        return values
+
+    def weights(self) -> dict[str, Tensor]:
+        """Name -> tensor, whatever files they are in, with nothing before the names of the encoder.
+
+        Raises:
+            ValueError: there are none, or a file is damaged or holds more than tensors.
+        """
+        for file in WEIGHTS:
+            paths = {shard: self.find(shard) for shard in self._shards(file)}
+            if paths == {file: None}:
+                continue
+            tensors: dict[str, Tensor] = {}
+            for shard, path in paths.items():
+                if path is None:
+                    raise ValueError(f"model {self.name!r} has no {shard}, which its index names: fetch it again")
+                tensors |= self._read(path)
+            return self._without_prefix(tensors)
+        raise ValueError(f"model {self.name!r} has no weights: give a folder with one of {', '.join(WEIGHTS)}")
+
+    def _shards(self, file: str) -> list[str]:
+        """The files that the weights of a file are in: itself, unless an index names others."""
+        index = self.read_json(f"{file}.index.json")
+        if index is None:
+            return [file]
+        shards = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(shards, dict) or not shards:
+            raise ValueError(f"model {self.name!r}: {file}.index.json has no weight_map: fetch it again")
+        return sorted({str(shard) for shard in shards.values()})
+
+    def _read(self, path: Path) -> dict[str, Tensor]:
+        try:
+            if path.suffix == ".safetensors":
+                return safetensors.torch.load_file(path)
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, safetensors.SafetensorError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ValueError(f"model {self.name!r}: {path.name} holds no tensors ({reason}): fetch it again") from error
+        if not isinstance(tensors, dict) or not all(isinstance(x, Tensor) for x in tensors.values()):
+            raise ValueError(f"model {self.name!r}: {path.name} holds more than named tensors: give its weights alone")
+        return tensors
+
+    def _without_prefix(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Encoders of task models are one module of several: `bert.`; wrappers put names before that."""
+        (key, *others) = [key for key in tensors if key.endswith(WORDS)] or [""]
+        if not key or others:
+            raise ValueError(
+                f"model {self.name!r} has {len(others) + bool(key)} weights named {WORDS}: give files of one encoder"
+            )
+        before = key.removesuffix(WORDS)
+        around = before.removesuffix("bert.")
+        named = {key.removeprefix(before if key.startswith(before) else around): x for key, x in tensors.items()}
+        if len(named) != len(tensors):
+            raise ValueError(f"model {self.name!r} has weights both with and without {before!r}: give one of the two")
+        return {key: x for key, x in named.items() if key not in BUFFERS}

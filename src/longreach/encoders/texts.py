@@ -1,0 +1,115 @@
+"""What the files of an encoder say of texts: tokenizer, longest text, pooling, normalisation."""
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from longreach.encoders.source import Source
+
+POOLINGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_max_tokens": "max"}
+"""Name of a pooling in a sentence-transformers configuration -> ours."""
+
+TEXT_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.txt",
+    "modules.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+)
+"""Files beside weights and configuration that say how texts become vectors."""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """How texts become vectors."""
+
+    tokenizer: Tokenizer
+    """Without padding; truncation is set where it is used."""
+    max_length: int | None
+    """The longest text in tokens; None where no file says."""
+    pooling: str
+    """mean, cls or max."""
+    normalize: bool
+    """Whether vectors get length 1."""
+
+
+def read_texts(source: Source, tokenizer: Source | None = None) -> Texts:
+    """Read what the files say.
+
+    Args:
+        source: of the encoder.
+        tokenizer: of the tokenizer, where that is another model's.
+
+    Raises:
+        ValueError: there is no tokenizer, or a file is damaged or asks for what is not known.
+    """
+    pooling, normalize = _pooling(source)
+    lengths = source.read_json("sentence_bert_config.json") or {}
+    return Texts(_tokenizer(tokenizer or source), lengths.get("max_seq_length"), pooling, normalize)
+
+
+def _tokenizer(source: Source) -> Tokenizer:
+    path = source.find("tokenizer.json")
+    if path is None:
+        raise ValueError(
+            f"model {source.name!r} has no tokenizer.json: give that of its tokenizer by tokenizer=, a folder or a hub "
+            "name (MosaicBERT's is bert-base-uncased)"
+        )
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"model {source.name!r}: tokenizer.json is damaged ({error}): fetch it again") from error
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _pooling(source: Source) -> tuple[str, bool]:
+    """Pooling and normalisation, as sentence-transformers has them; the mean where it has no modules."""
+    pooling, normalize = "mean", False
+    for kind, path in _modules(source):
+        if kind == "Pooling":
+            pooling = _mode(source.read_json(f"{path}/config.json") or {}, source.name)
+        elif kind == "Normalize":
+            normalize = True
+        elif kind != "Transformer":
+            raise ValueError(f"model {source.name!r}: modules.json has a {kind}: load it with sentence-transformers")
+    return pooling, normalize
+
+
+def _modules(source: Source) -> list[tuple[str, str]]:
+    """Class and folder of each module of sentence-transformers; none where there is no modules.json."""
+    modules = []
+    for module in source.read_json("modules.json") or []:
+        kind, path = str(module.get("type")).rsplit(".", 1)[-1], str(module.get("path"))
+        if path != Path(path).name or path == "..":  # "" for the model's own folder
+            raise ValueError(f"model {source.name!r}: modules.json has path={path!r}: give a folder beside it")
+        modules.append((kind, path))
+    return modules
+
+
+def _mode(values: dict[str, Any], name: str) -> str:
+    if isinstance(mode := values.get("pooling_mode"), str):
+        modes = [mode]
+    else:
+        modes = [POOLINGS.get(key, key) for key, on in values.items() if key.startswith("pooling_mode_") and on]
+    if len(modes) != 1 or modes[0] not in POOLINGS.values():
+        raise ValueError(
+            f"model {name!r}: its pooling is {' and '.join(modes) or 'none'}: known are {', '.join(POOLINGS.values())}"
+        )
+    return modes[0]
+
+
+def copy_text_files(source: Source, folder: str | os.PathLike[str]) -> None:
+    """Write the files that say how texts become vectors to a folder, where it has none of the name."""
+    of_modules = [f"{path}/config.json" for _, path in _modules(source) if path]
+    for name in (*TEXT_FILES, *of_modules):
+        path, copied = source.find(name), Path(folder, name)
+        if path is not None and not copied.exists():
+            copied.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copied)

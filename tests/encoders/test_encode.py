@@ -1,0 +1,143 @@
+"""Texts to vectors."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from published import Published, expected, write, write_tokenizer
+from tokenizers import Tokenizer
+
+import longreach
+from longreach.encoders import encode
+
+TEXTS = ["the cat runs.", "", "and another word, again: 1 2 3", "dog " * 50, "is", "the cat runs."]
+
+
+def rows(folder, texts, published, **truncation):
+    """Hidden states of each text alone, by the equations."""
+    tokenizer = Tokenizer.from_file(str(Path(folder, "tokenizer.json")))
+    if truncation:
+        tokenizer.enable_truncation(**truncation)
+    weights = published.weights()
+    return [expected(published, weights, torch.tensor(tokenizer.encode(text).ids)) for text in texts]
+
+
+POOLINGS = {
+    "mean": lambda states: states.mean(0),
+    "cls": lambda states: states[0],
+    "max": lambda states: states.amax(0),
+}
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_vectors_are_pooled_as_the_files_say(pooling, normalize, tmp_path):
+    published = Published("jina", layers=1)
+    model = longreach.load_encoder(write(published, tmp_path, pooling=(pooling, normalize)), dtype=torch.float64)
+    right = torch.stack([POOLINGS[pooling](states) for states in rows(tmp_path, TEXTS, published)])
+    length = right.norm(dim=1, keepdim=True)
+    vectors = model.encode(TEXTS)
+    assert vectors.dtype == torch.float32
+    torch.testing.assert_close(vectors.double(), right / length if normalize else right, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model.encode(TEXTS, normalize=True).double(), right / length, rtol=1e-5, atol=1e-6)
+
+
+def test_pooling_as_later_versions_write_it_and_as_nobody_knows_it(tmp_path):
+    model = longreach.load_encoder(write(Published("jina", layers=1), tmp_path, pooling=("mean", False)))
+    mean = model.encode(TEXTS)
+    config = tmp_path / "1_Pooling/config.json"
+    config.write_text(json.dumps({"pooling_mode": "mean", "embedding_dimension": 48}))
+    assert torch.equal(longreach.load_encoder(tmp_path).encode(TEXTS), mean)
+    for values, said in (
+        ({"pooling_mode": "lasttoken"}, "its pooling is lasttoken"),
+        ({"pooling_mode_cls_token": True, "pooling_mode_max_tokens": True}, "its pooling is cls and max"),
+        ({}, "its pooling is none"),
+    ):
+        config.write_text(json.dumps(values))
+        with pytest.raises(ValueError, match=said):
+            longreach.load_encoder(tmp_path).encode(TEXTS)
+    (tmp_path / "modules.json").write_text(json.dumps([{"type": "sentence_transformers.models.Dense", "path": "2"}]))
+    with pytest.raises(ValueError, match=r"modules.json has a Dense: load it with sentence-transformers"):
+        longreach.load_encoder(tmp_path).encode(TEXTS)
+
+
+def test_a_vector_is_that_of_its_text_alone_whatever_the_batch(jina, monkeypatch):
+    model = longreach.load_encoder(jina)
+    alone = torch.cat([model.encode([text]) for text in TEXTS])
+    sizes = []
+    run = model.encode_packed
+    monkeypatch.setattr(model, "encode_packed", lambda ids, packed: (sizes.append(packed.lengths), run(ids, packed))[1])
+    torch.testing.assert_close(model.encode(TEXTS), alone)
+    assert [sum(lengths) for lengths in sizes] == [2 + 3 + 6 + 6 + 11 + 52]  # no padding in it
+    monkeypatch.setattr(encode, "TOKENS_PER_BATCH", 20)
+    torch.testing.assert_close(model.encode(TEXTS, batch_size=4), alone)
+    assert sizes[1:] == [(6, 6), (11,), (52,), (2, 3)]
+
+
+def test_long_texts_are_cut_off(tmp_path):
+    published = Published("mosaic", layers=1)
+    model = longreach.load_encoder(write(published, tmp_path), dtype=torch.float64)
+    (states,) = rows(tmp_path, [TEXTS[3]], published, max_length=7)
+    torch.testing.assert_close(model.encode([TEXTS[3]], max_length=7)[0].double(), states.mean(0), rtol=1e-5, atol=1e-6)
+
+
+def test_the_longest_text_is_what_the_files_say(tmp_path):
+    published = Published("jina", layers=1)
+    write(published, tmp_path, pooling=("mean", False))
+    (tmp_path / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 9}))
+    model = longreach.load_encoder(tmp_path)
+    assert torch.equal(model.encode([TEXTS[3]]), model.encode([TEXTS[3]], max_length=9))
+    assert not torch.equal(model.encode([TEXTS[3]]), model.encode([TEXTS[3]], max_length=10))
+
+
+def test_no_texts_make_no_vectors(jina):
+    assert longreach.load_encoder(jina).encode([]).shape == (0, 48)
+
+
+@pytest.mark.parametrize(
+    ("texts", "options", "said"),
+    [
+        ("a text", {}, "texts of str: give a list of texts"),
+        (3, {}, "texts of int: give a list"),
+        (["a", None], {}, r"texts\[1\] is NoneType: give text"),
+        (["a", b"b"], {}, r"texts\[1\] is bytes: give text"),
+        (["a"], {"max_length": 0}, "max_length=0: give an integer of at least 1"),
+        (["a"], {"max_length": 1.5}, "max_length=1.5: give an integer"),
+        (["a"], {"max_length": 1}, "max_length=1: its tokenizer adds 2 tokens"),
+        (["a"], {"batch_size": -1}, "batch_size=-1: give an integer of at least 1"),
+    ],
+)
+def test_bad_input_is_named(texts, options, said, jina):
+    with pytest.raises(ValueError, match=said):
+        longreach.load_encoder(jina).encode(texts, **options)
+
+
+def test_a_tokenizer_may_be_another_models(tmp_path):
+    published = Published("mosaic", layers=1)
+    folder = write(published, tmp_path / "mosaic", tokenizer=False)
+    with pytest.raises(ValueError, match=r"has no tokenizer.json: give that of its tokenizer by tokenizer="):
+        longreach.load_encoder(folder).encode(TEXTS)
+    (tmp_path / "bert").mkdir()
+    write_tokenizer(tmp_path / "bert")
+    model = longreach.load_encoder(folder, tokenizer=tmp_path / "bert")
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(longreach.load_encoder(tmp_path / "saved").encode(TEXTS), model.encode(TEXTS))
+    (tmp_path / "bert/tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"tokenizer.json is damaged"):
+        longreach.load_encoder(folder, tokenizer=tmp_path / "bert").encode(TEXTS)
+
+
+def test_encoding_tells_its_progress_and_leaves_training_as_it_was(jina, capsys):
+    model, told = longreach.load_encoder(jina).train(), []
+    vectors = model.encode(TEXTS, batch_size=4, progress=lambda done, total: told.append((done, total)))
+    assert told == [(4, 6), (6, 6)]
+    assert model.training
+    assert torch.equal(model.eval().encode(TEXTS, batch_size=4, progress=True), vectors)
+    assert "encoding" in capsys.readouterr().err
+
+
+def test_an_encoder_without_files_has_no_tokenizer(jina):
+    model = longreach.load_encoder(jina)
+    with pytest.raises(ValueError, match="was made without files"):
+        type(model)(model.config).encode(TEXTS)
