@@ -153,6 +153,16 @@ def test_an_extended_assistant_drafts_for_a_stock_model(model):
     assert torch.equal(model.generate(ids, assistant_model=draft, **options), expected)
 
 
+def test_an_assistant_where_the_text_holds_the_pad_token(model):
+    assistant, ids = copy.deepcopy(model), tokens(1, 16)
+    ids[0, 5] = ids[0, 9:11] = 0
+    options = {"max_new_tokens": 10, "do_sample": False, "use_cache": True, "eos_token_id": VOCABULARY}
+    expected = model.generate(ids, **options)
+    longreach.extend(model, scaling="none")
+    assert torch.equal(model.generate(ids, **options), expected)
+    assert torch.equal(model.generate(ids, assistant_model=assistant, **options), expected)
+
+
 def test_a_configuration_by_its_place_and_by_its_name_are_one(model):
     longreach.extend(model, scaling="linear", train_length=16)
     ids = tokens(1, 20)

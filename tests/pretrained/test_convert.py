@@ -342,7 +342,36 @@ def test_a_model_with_its_own_positions_is_not_extended(model):
         extend(model, scaling="linear", train_length=TRAINED)
 
 
-def test_attention_weights_are_refused(model):
+@pytest.mark.parametrize("by", ["argument", "configuration"])
+def test_attention_weights_give_the_outputs(model, by):
     convert(model)
-    with pytest.raises(ValueError, match="output_attentions=True"):
-        model(tokens_of(1, 5), output_attentions=True)
+    ids, given = tokens_of(2, 9), {}
+    expected = model(ids).logits
+    if by == "argument":
+        given = {"output_attentions": True}
+    else:
+        model.set_attn_implementation("eager")
+        model.config.output_attentions = True
+    out = model(ids, **given)
+    torch.testing.assert_close(out.logits, expected, rtol=0, atol=2e-5)
+    assert [weights.shape for weights in out.attentions] == [(2, HEADS, 9, 9)] * 2
+    for weights in out.attentions:
+        torch.testing.assert_close(weights.sum(dim=-1), torch.ones(2, HEADS, 9))
+
+
+@pytest.mark.parametrize("kind", ["float", "bool", "float for each head"])
+def test_masks_of_four_axes_say_what_is_seen(model, kind):
+    """Here two documents in one row, whose distances to each other do not matter."""
+    convert(model)
+    ids = tokens_of(2, 12)
+    seen = torch.zeros(12, 12, dtype=torch.bool)
+    seen[:7, :7] = seen[7:, 7:] = True
+    mask = seen.tril().expand(2, 1, 12, 12)
+    if kind != "bool":
+        mask = (~mask).float() * torch.finfo(torch.float32).min
+    if kind == "float for each head":
+        mask = mask.expand(2, HEADS, 12, 12)
+    alone = torch.cat((model(ids[:, :7]).logits, model(ids[:, 7:]).logits), dim=1)
+    torch.testing.assert_close(model(ids, attention_mask=mask).logits, alone, rtol=0, atol=2e-5)
+    with pytest.raises(ValueError, match=r"give \(2, 1, 11, 11\), with what the cache holds"):
+        model(ids[:, :11], attention_mask=mask)

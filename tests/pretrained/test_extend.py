@@ -453,28 +453,10 @@ def test_remote_code_under_the_name_of_a_family_is_refused():
         longreach.extend(model)
 
 
-def test_masks_that_cannot_be_carried(model):
+def test_documents_packed_differently_in_each_row_are_refused(model):
     longreach.extend(model, scaling="none", train_length=32)
-    ids, mask = tokens(2, 10), torch.ones(2, 10, dtype=torch.long)
-    mask[1, 4] = 0
-    with pytest.raises(ValueError, match="padding between tokens"):
-        model(ids, attention_mask=mask)
-    with pytest.raises(ValueError, match=r"attention_mask of shape \(2, 1, 10, 10\)"):
-        model(ids, attention_mask=torch.ones(2, 1, 10, 10, dtype=torch.bool).tril())
-    with pytest.raises(ValueError, match="covers 8 tokens, with the cache there are 10"):
-        model(ids, attention_mask=torch.tensor([[0] + [1] * 7] * 2))
     with pytest.raises(ValueError, match="pack the rows of the batch differently"):
-        model(ids, position_ids=torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4], [*range(10)]]))
-
-
-def test_attention_weights_are_refused(model):
-    longreach.extend(model, scaling="none", train_length=32)
-    with pytest.raises(ValueError, match="output_attentions=True"):
-        model(tokens(1, 10), output_attentions=True)
-    if model.config.model_type != "falcon":  # its configuration refuses this with sdpa
-        model.config.output_attentions = True
-        with pytest.raises(ValueError, match="output_attentions=True"):
-            model(tokens(1, 10))
+        model(tokens(2, 10), position_ids=torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4], [*range(10)]]))
 
 
 def test_an_implementation_by_name(model):

@@ -109,6 +109,24 @@ def test_models_wrapped_by_peft(model):
 
 
 @torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.*will be removed in v6:FutureWarning", "ignore:Position ids are not supported")
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PromptEncoderConfig"])
+def test_prompts_of_peft_before_padding_are_as_on_stock(model, kind):
+    """Virtual tokens come before the padding of each row, which then stands between tokens."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    ids, mask = tokens(2, 12), torch.ones(2, 12, dtype=torch.long)
+    mask[0, :5] = 0
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=4, num_attention_heads=HEADS)
+    wrapped = peft.get_peft_model(model, config).eval()
+    options = {"max_new_tokens": 6, "do_sample": False, "attention_mask": mask}
+    seen = torch.cat((torch.ones(2, 4), mask), dim=1).bool()
+    expected = wrapped(ids, attention_mask=mask).logits[seen], wrapped.generate(input_ids=ids, **options)
+    longreach.extend(wrapped, scaling="none")
+    torch.testing.assert_close(wrapped(ids, attention_mask=mask).logits[seen], expected[0], **CLOSE)
+    assert torch.equal(wrapped.generate(input_ids=ids, **options), expected[1])
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("order", ["hooks first", "hooks last", "hooks come off between"])
 def test_models_dispatched_by_accelerate(model, order):
     hooks = pytest.importorskip("accelerate.hooks", reason="accelerate is not installed")

@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -17,7 +18,7 @@ from longreach.ops.attention import attention, uses_key_norms
 from longreach.positions.scaling import Scaling, require_tokens
 from longreach.pretrained.caches import sink_window, streaming_attention
 from longreach.pretrained.layout import Layout
-from longreach.pretrained.masks import unpack
+from longreach.pretrained.masks import Carried, has_values, unpack
 from longreach.pretrained.room import LEAST_ROOM
 
 ATTRIBUTE = "_longreach"
@@ -65,8 +66,8 @@ class Extension:
     or of a block, whose pass may have begun elsewhere."""
     was_stated: bool = False
     """Whether any call of `fixed_length` stated an L'."""
-    modules: list[nn.Module] = field(default_factory=list)
-    """The modules that refer to it."""
+    modules: dict[nn.Module, type] = field(default_factory=dict)
+    """The modules that refer to it, and the classes that they were of before."""
     handles: list[RemovableHandle] = field(default_factory=list)
     """Handles of the hooks that it took."""
     carrier: Tensor | None = None
@@ -99,6 +100,14 @@ class Extension:
                 "gradient_checkpointing_enable(), which remembers it, or give extend length= in place of fixed_length"
             )
         return default
+
+    @property
+    def by_row(self) -> bool:
+        """Whether a row's L' counts without its padding, so that it fares the same alone and in a batch."""
+        if not self.scaling.depends_on_length:
+            return False
+        stated = self.stated
+        return stated is None or stated.from_input
 
     @contextmanager
     def during(self, stated: Stated | None) -> Iterator[None]:
@@ -159,10 +168,10 @@ class Extension:
             ValueError: L' is below key_length, or not stated although a cache holds keys, or not the one for which
                 those keys were computed.
         """
+        if not self.scaling.depends_on_length:
+            return key_length
         stated = self.stated
         total = key_length if stated is None else stated.length
-        if not self.scaling.depends_on_length:
-            return total
         # Candidates of assisted decoding may go past the end of what was asked for, with no say in what comes before.
         if stated is not None and total < key_length and not stated.generating:
             raise ValueError(f"length={total} is below the {key_length} tokens of this input: state at least those")
@@ -252,7 +261,8 @@ def attend(
     scale: float,
     bias_scale: float = 1.0,
     dropout_p: float = 0.0,
-) -> Tensor:
+    weights: bool | None = False,
+) -> tuple[Tensor, Tensor | None]:
     """Attention of a swapped module, as its model's `Extension` has it.
 
     Args:
@@ -265,33 +275,51 @@ def attend(
         scale: factor of q . k.
         bias_scale: factor of the slopes, for a family that scales the bias too.
         dropout_p: probability with which attention weights are dropped.
+        weights: whether attention weights are wanted, which take memory that grows with the square of length.
 
     Returns:
-        (B, H, Tq, D).
+        The output (B, H, Tq, D), and where they are wanted the weights (B, H, Tq, Tk).
     """
     extension: Extension = getattr(module, ATTRIBUTE)
+    end: int | Tensor = k.shape[2]  # of the keys that there are
     if getattr(cache, "is_compileable", False):  # a static cache, of which the rest is not yet written
-        filled = int(cache.get_seq_length(module.layer_idx))
-        k, v = k[:, :, :filled], v[:, :, :filled]
-    padding, documents = unpack(carrier)
-    if padding is not None:
-        padding = _fitted(padding, k)
+        end = cache.get_seq_length(module.layer_idx)
+        if not isinstance(end, Tensor) or has_values(end):
+            end = int(end)
+            if not weights:
+                k, v = k[:, :, :end], v[:, :, :end]
+    carried = unpack(carrier).over(k.shape[2])
     window = sink_window(cache)
-    in_view = k.shape[2] if window is None else min(k.shape[2], sum(window))
-    total = extension.total_length(in_view, cache, continues=k.shape[2] > q.shape[2])
+    unknown = isinstance(end, Tensor)  # how much of a static cache is written, where that is compiled
+    if unknown and extension.per_step:
+        raise ValueError("per_step=True: compiled steps with a static cache have no L' of their own, state one length=")
+    filled = q.shape[2] if isinstance(end, Tensor) else end  # at least
+    in_view = filled if window is None else min(filled, sum(window))
+    total = extension.total_length(in_view, cache, continues=unknown or filled > q.shape[2])
     arguments: dict[str, Any] = {"bias_scale": bias_scale, "scale": scale, "dropout_p": dropout_p}
-    if documents is not None:
-        return _attend_documents(extension, q, k, v, documents, total, arguments)
-    if padding is not None:
-        if window is not None:
-            raise ValueError("attention_mask has padding, which would become sinks: give prompts of one length")
-        # Where L' follows from the input, a row counts without its padding, and fares the same alone and in a batch.
-        stated = extension.stated
-        from_input = stated is None or stated.from_input
-        length = (total - padding.sum(dim=1)).clamp(min=1) if from_input else total  # [B], or one number
-        return _attend(extension, q, k, v, padding, length, **arguments, key_norms=_key_norms(module, cache, q, k))
+    if window is not None and (carried.padding is not None or weights):
+        asked = "output_attentions=True" if weights else "attention_mask has padding, which would become sinks"
+        raise ValueError(f"{asked}: a cache of sinks takes prompts of one length, and gives no weights")
+    if carried.borders is not None:
+        return _attend_documents(extension, q, k, v, carried.borders, total, weights, arguments)
+    length: int | Tensor = total
+    if carried.padding is not None and extension.by_row:
+        length = (total - carried.padding.sum(dim=1)).clamp(min=1)  # [B]
+    if weights or carried.mask is not None or unknown or torch.compiler.is_exporting():
+        return _attend_densely(extension, q, k, v, carried, end, length, weights, **arguments)
     norms = _key_norms(module, cache, q, k) if window is None else None
-    return _attend(extension, q, k, v, None, total, **arguments, window=window, key_norms=norms)
+    return _attend(extension, q, k, v, carried, length, **arguments, window=window, key_norms=norms), None
+
+
+def _under(
+    extension: Extension, q: Tensor, length: int | Tensor, scale: float, bias_scale: float
+) -> tuple[Tensor, Tensor, float]:
+    """Queries, slopes (H,) or (B, H), and the factor of q . k under one L', or one per sequence."""
+    slopes = extension.slopes(length if extension.scaling.by_length else 1, q.device, bias_scale)
+    factor = extension.scaling.logit_factor(length)
+    if isinstance(factor, Tensor):
+        return (q * factor[:, None, None, None]).to(q.dtype), slopes, scale
+    return q, slopes, scale * factor
 
 
 def _attend(
@@ -299,7 +327,7 @@ def _attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    padding: Tensor | None,
+    carried: Carried,
     length: int | Tensor,
     *,
     scale: float,
@@ -310,12 +338,8 @@ def _attend(
 ) -> Tensor:
     if window is not None and isinstance(length, int):  # no key is seen from further away than the cache is large
         length = min(length, sum(window))
-    slopes = extension.slopes(length if extension.scaling.by_length else 1, q.device, bias_scale)
-    factor = extension.scaling.logit_factor(length)
-    if isinstance(factor, Tensor):
-        q = (q * factor[:, None, None, None]).to(q.dtype)
-    else:
-        scale *= factor
+    q, slopes, scale = _under(extension, q, length, scale, bias_scale)
+    padding = carried.padding
     options: dict[str, Any] = {"scale": scale, "tolerance": extension.tolerance, "impl": extension.impl}
     if window is not None and k.shape[2] > sum(window):
         return streaming_attention(q, k, v, slopes, *window, **options)
@@ -324,7 +348,10 @@ def _attend(
         return attention(q, k, v, bias=bias, key_padding_mask=padding, dropout_p=dropout_p, **options)
     if extension.observer is not None:
         extension.observer(q, k, slopes, options["scale"])
-    if q.shape[2] == 1 and key_norms is None and extension.impl == "auto" and not torch.compiler.is_compiling():
+    if not carried.counted:
+        positions = carried.positions(k.shape[2], k.device)
+        options["bias"] = slopes[..., None, None] * (positions - positions[:, -1:])[:, None, None]  # [B, H, 1, Tk]
+    elif q.shape[2] == 1 and key_norms is None and extension.impl == "auto" and not torch.compiler.is_compiling():
         options["bias"] = extension.decoding_bias(slopes, k.shape[2], torch.promote_types(q.dtype, torch.float32))
     else:
         options |= {"slopes": slopes, "key_norms": key_norms}
@@ -347,29 +374,71 @@ def _attend_documents(
     v: Tensor,
     borders: Tensor,
     length: int,
+    weights: bool | None,
     arguments: dict[str, Any],
-) -> Tensor:
+) -> tuple[Tensor, Tensor | None]:
     """Attention within each packed document by itself, whose own length is its L' unless one is stated."""
     stated = extension.stated is not None
     ends = borders.tolist()
     if ends[-1] != k.shape[2] or q.shape[2] != k.shape[2]:
         raise ValueError(f"packed documents end at {ends[-1]}, the input has {k.shape[2]} tokens: pack without a cache")
     pieces = []
+    squares = q.new_zeros(*q.shape[:3], k.shape[2]) if weights else None
     for start, stop in pairwise(ends):
         q_part, k_part, v_part = (x[:, :, start:stop] for x in (q, k, v))
         part_length = length if stated else stop - start
-        pieces.append(_attend(extension, q_part, k_part, v_part, None, part_length, **arguments))
-    return torch.cat(pieces, dim=2)
+        if squares is None:
+            pieces.append(_attend(extension, q_part, k_part, v_part, Carried(), part_length, **arguments))
+        else:
+            within = (extension, q_part, k_part, v_part, Carried(), stop - start, part_length, True)
+            piece, shares = _attend_densely(*within, **arguments)
+            squares[:, :, start:stop, start:stop] = shares  # type: ignore[assignment]  # which are wanted
+            pieces.append(piece)
+    return torch.cat(pieces, dim=2), squares
 
 
-def _fitted(padding: Tensor, k: Tensor) -> Tensor:
-    """Padding of exactly the keys there are; a mask made for a whole static cache is longer."""
-    if padding.shape[1] < k.shape[2]:
-        raise ValueError(
-            f"attention_mask covers {padding.shape[1]} tokens, with the cache there are {k.shape[2]}: give it for all"
-        )
-    padding = padding[:, : k.shape[2]]
-    return padding.expand(k.shape[0], -1) if padding.shape[0] == 1 else padding
+def _attend_densely(
+    extension: Extension,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    carried: Carried,
+    end: int | Tensor,
+    length: int | Tensor,
+    weights: bool | None,
+    *,
+    scale: float,
+    bias_scale: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention by all of its scores, whose last query stands at end - 1.
+
+    It serves masks of four axes and weights that are wanted; and static caches that are compiled and what is exported,
+    where nothing may be decided by how many keys there are.
+    """
+    q, slopes, scale = _under(extension, q, length, scale, bias_scale)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    index = torch.arange(k.shape[2], device=k.device)
+    queries = torch.arange(q.shape[2], device=k.device) + (end - q.shape[2])  # [Tq]
+    positions = carried.positions(k.shape[2], k.device)  # [B or 1, Tk]
+    distance = positions[:, queries, None] - positions[:, None]  # [B or 1, Tq, Tk]
+    bias = -slopes.to(wide)[..., None, None] * distance[:, None].to(wide)  # [B or 1, H, Tq, Tk]
+    hidden = index > queries[:, None]
+    if carried.padding is not None:
+        hidden = hidden | carried.padding[:, None, None]
+    if carried.mask is not None and carried.mask.dtype == torch.bool:
+        hidden = carried.mask
+    elif carried.mask is not None:
+        bias, hidden = bias + carried.mask, torch.zeros_like(hidden)
+    # As in the stock code, a query from which all is hidden sees everything alike.
+    bias = bias.masked_fill(hidden, torch.finfo(wide).min).clamp(min=torch.finfo(wide).min)
+    if not weights and not torch.compiler.is_exporting():
+        options: dict[str, Any] = {"scale": scale, "dropout_p": dropout_p, "impl": extension.impl}
+        return attention(q, k, v, bias=bias, causal=False, **options), None
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    shares = (scale * (q @ k.mT).to(wide) + bias).softmax(dim=-1).to(q.dtype)  # [B, H, Tq, Tk]
+    shares = F.dropout(shares, dropout_p)
+    return shares @ v, shares if weights else None
 
 
 def _dense_bias(reading: Reading, q: Tensor, k: Tensor, padding: Tensor | None) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch.nn.functional as F
 from torch import nn
 
 from longreach.ops.attention import IMPLEMENTATIONS
@@ -86,9 +87,12 @@ def extend(
     swaps += [(module, Generates) for module in model.modules() if _generates(module)]
     if extension.scaling.depends_on_length:
         swaps += [(block, RemembersLength) for block in _blocks(layout.base)]
+    given: dict[nn.Module, tuple[type, ...]] = {layout.base: ()}
     for module, methods in swaps:
-        give_methods(module, methods)
-    extension.modules = list(dict.fromkeys([layout.base, *(module for module, _ in swaps)]))
+        given[module] = (methods, *given.get(module, ()))
+    extension.modules = {module: type(module) for module in given}
+    for module, classes in given.items():
+        give_methods(module, *classes)
     for module in extension.modules:
         vars(module)[ATTRIBUTE] = extension
     names = list(inspect.signature(type(layout.base).forward).parameters)[1:]  # without self; slow to find at each step
@@ -184,9 +188,15 @@ class Generates:
             extension.state(length, draft=_drafts(config))
         return config
 
-    def create_masks_for_generate(self, *, attention_mask: Any, **kwargs: Any) -> Any:
-        """The mask as it is, where transformers would make one of four axes for a static cache."""
-        return attention_mask
+    def create_masks_for_generate(self, *, attention_mask: Any, past_key_values: Any, **kwargs: Any) -> Any:
+        """The mask of two axes, where transformers would make one of four for a static cache.
+
+        It covers the cache's whole buffer, so that steps of a compiled model are alike; what is not yet written is no
+        padding, of which a row's L' is less, but hidden by the order of tokens.
+        """
+        if attention_mask is None or attention_mask.dim() != 2:
+            return attention_mask
+        return F.pad(attention_mask, (0, past_key_values.layers[0].max_cache_len - attention_mask.shape[1]), value=1)
 
 
 def _prepare(

@@ -12,7 +12,10 @@ from longreach.conformance.golden import Dialect
 from longreach.ops.alibi import alibi_slopes
 from longreach.positions.scaling import Scaling
 from longreach.pretrained.lengths import SCALING, declared_length, read_alibi_scaling
-from longreach.pretrained.masks import hand_mask
+from longreach.pretrained.masks import hand_mask, wants_weights
+
+WEIGHTS = "weights_wanted"
+"""Name under which attention modules of converted models are told that attention weights are wanted."""
 
 MARK = "longreach_positions"
 """Name of the field that says which positions a model's weights are for; models that were never converted lack it."""
@@ -66,6 +69,15 @@ def require_layout(module: nn.Module, attributes: tuple[str, ...], parameter: st
         raise ValueError(f"{name}.forward takes no {parameter!r}: this version of its code is unknown to longreach")
 
 
+def hand_converted(module: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """As `hand_mask`; a mask of four axes is added, or bool with True where a key is seen.
+
+    Attention is told whether weights are wanted by a name of ours: GPT-2 passes on its other arguments alone.
+    """
+    wish = {WEIGHTS: True} if wants_weights(module, kwargs) else {}
+    return {**hand_mask(module, kwargs, dense=lambda mask: ~mask if mask.dtype == torch.bool else mask), **wish}
+
+
 def converted_layout(family: str, base: Any, *, positions: str, swaps: tuple[tuple[nn.Module, type], ...]) -> Layout:
     """The layout of a model that was converted to ALiBi, with the paper's slopes.
 
@@ -88,8 +100,8 @@ def converted_layout(family: str, base: Any, *, positions: str, swaps: tuple[tup
         family=family,
         base=base,
         swaps=swaps,
-        prepare=hand_mask,
-        slopes=alibi_slopes(config.num_attention_heads),
+        prepare=hand_converted,
+        slopes=alibi_slopes(config.num_attention_heads, device="cpu"),
         train_length=declared_length(config),
         dialect=None,
     )

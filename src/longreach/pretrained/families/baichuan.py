@@ -13,7 +13,7 @@ from longreach.ops.alibi import alibi_slopes
 from longreach.pretrained.attend import ATTRIBUTE, attend
 from longreach.pretrained.layout import Layout, require_layout
 from longreach.pretrained.lengths import declared_length
-from longreach.pretrained.masks import is_carrier, pack, read_documents, read_padding, refuse_attentions
+from longreach.pretrained.masks import hand_mask
 
 
 def is_baichuan_base(module: nn.Module) -> bool:
@@ -39,7 +39,7 @@ def baichuan_layout(base: Any) -> Layout:
         base=base,
         swaps=((base, BaichuanBase), *((module, BaichuanAttention) for module in attentions)),
         prepare=keep_mask,
-        slopes=alibi_slopes(attentions[0].num_heads),
+        slopes=alibi_slopes(attentions[0].num_heads, device="cpu"),
         train_length=declared_length(config),
         dialect=baichuan_dialect,
         keeps_tuples=True,
@@ -55,16 +55,10 @@ def keep_mask(module: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments of the base model without the mask: `get_alibi_mask` hands out what carries it.
 
     Raises:
-        ValueError: attention weights are wanted, or the mask cannot be read.
+        ValueError: the mask is not of this input, or cannot be read.
     """
-    refuse_attentions(module, kwargs)
-    inputs = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
-    if inputs is not None:
-        mask = kwargs.get("attention_mask")
-        carrier = mask if is_carrier(mask) else pack(read_padding(mask), read_documents(kwargs), inputs.device)
-        getattr(module, ATTRIBUTE).carrier = carrier
-        return {**kwargs, "attention_mask": None}
-    return kwargs
+    getattr(module, ATTRIBUTE).carrier = hand_mask(module, kwargs).get("attention_mask")
+    return {**kwargs, "attention_mask": None}
 
 
 class BaichuanBase:
@@ -77,11 +71,13 @@ class BaichuanBase:
     @property
     def alibi_mask(self: Any) -> Tensor:
         """The mask that the stock code keeps while it trains."""
-        return getattr(self, ATTRIBUTE).carrier
+        return getattr(self, ATTRIBUTE).carrier if ATTRIBUTE in vars(self) else vars(self)["alibi_mask"]
 
     @alibi_mask.setter
     def alibi_mask(self: Any, value: Tensor) -> None:
-        """Keep nothing: the next batch has its own padding."""
+        """Keep nothing where extended: the next batch has its own padding."""
+        if ATTRIBUTE not in vars(self):
+            vars(self)["alibi_mask"] = value
 
 
 class BaichuanAttention:
@@ -94,11 +90,12 @@ class BaichuanAttention:
         past_key_value: tuple[Tensor, Tensor] | None = None,
         output_attentions: bool = False,
         use_cache: bool = False,
-    ) -> tuple[Tensor, None, tuple[Tensor, Tensor] | None]:
-        """Attention of hidden states (B, T, C), no weights, and keys and values as they are cached."""
+    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
+        """Attention of hidden states (B, T, C), weights where wanted, and keys and values as they are cached."""
         qkv = self.W_pack(hidden_states).chunk(3, dim=2)
         q, k, v = (x.unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2) for x in qkv)  # [B, H, T, D]
         if past_key_value is not None:
             k, v = (torch.cat((past, x), dim=2) for past, x in zip(past_key_value, (k, v), strict=True))
-        out = attend(self, q, k, v, attention_mask, past_key_value, scale=self.head_dim**-0.5)
-        return self.o_proj(out.transpose(1, 2).flatten(2)), None, (k, v) if use_cache else None
+        scale, wish = self.head_dim**-0.5, output_attentions
+        out, weights = attend(self, q, k, v, attention_mask, past_key_value, scale=scale, weights=wish)
+        return self.o_proj(out.transpose(1, 2).flatten(2)), weights, (k, v) if use_cache else None

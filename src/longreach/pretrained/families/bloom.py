@@ -1,5 +1,6 @@
 """BLOOM: ALiBi added after the scale, from absolute positions in the dtype of the model."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,8 +31,8 @@ def bloom_layout(base: Any) -> Layout:
         family="bloom",
         base=base,
         swaps=((base, BloomBase), *attentions, *activations),
-        prepare=hand_mask,
-        slopes=alibi_slopes(config.num_attention_heads),
+        prepare=partial(hand_mask, counted=False),
+        slopes=alibi_slopes(config.num_attention_heads, device="cpu"),
         train_length=declared_length(config),
         dialect=bloom_dialect,
     )
@@ -63,15 +64,25 @@ class BloomAttention:
         use_cache: bool = False,
         output_attentions: bool = False,
         **kwargs: Any,
-    ) -> tuple[Tensor, None]:
-        """Attention of hidden states (B, T, C), the residual added."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of hidden states (B, T, C), the residual added, and the weights where they are wanted."""
         q, k, v = self._reshape(self.query_key_value(hidden_states))  # [B, H, T, D]
         if layer_past is not None:
             k, v = layer_past.update(k, v, self.layer_idx)
         dropout_p = self.attention_dropout.p if self.training else 0.0
-        out = attend(self, q, k, v, attention_mask, layer_past, scale=self.inv_norm_factor, dropout_p=dropout_p)
+        out, weights = attend(
+            self,
+            q,
+            k,
+            v,
+            attention_mask,
+            layer_past,
+            scale=self.inv_norm_factor,
+            dropout_p=dropout_p,
+            weights=output_attentions,
+        )
         out = self.dense(out.transpose(1, 2).flatten(2))  # [B, T, C]
-        return residual + F.dropout(out, self.hidden_dropout, self.training), None
+        return residual + F.dropout(out, self.hidden_dropout, self.training), weights
 
 
 class BloomGelu:

@@ -1,5 +1,6 @@
 """Falcon with alibi (Falcon-RW): the bias is added before the scale, its slopes and products rounded to bfloat16."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor, nn
 
 from longreach.conformance.golden import DIALECTS, Dialect
 from longreach.ops.alibi import alibi_slopes
-from longreach.pretrained.attend import attend
+from longreach.pretrained.attend import ATTRIBUTE, attend
 from longreach.pretrained.layout import Layout
 from longreach.pretrained.lengths import declared_length
 from longreach.pretrained.masks import hand_mask
@@ -38,8 +39,8 @@ def falcon_layout(base: Any) -> Layout:
         family="falcon",
         base=base,
         swaps=((base, FalconBase), *((module, FalconAttention) for module in attentions)),
-        prepare=hand_mask,
-        slopes=alibi_slopes(config.num_attention_heads),
+        prepare=partial(hand_mask, counted=False),
+        slopes=alibi_slopes(config.num_attention_heads, device="cpu"),
         train_length=declared_length(config),
         dialect=falcon_dialect,
     )
@@ -53,7 +54,15 @@ def falcon_dialect(dtype: torch.dtype) -> Dialect:
 class FalconBase:
     """What is different in an extended FalconModel."""
 
-    use_alibi = property(lambda self: False, doc="Whether to make a bias; attention makes its own.")
+    @property
+    def use_alibi(self: Any) -> bool:
+        """Whether to make a bias; attention makes its own."""
+        return ATTRIBUTE not in vars(self) and vars(self)["use_alibi"]
+
+    @use_alibi.setter
+    def use_alibi(self: Any, value: bool) -> None:
+        """Keep what the stock code says, for when it is restored."""
+        vars(self)["use_alibi"] = value
 
 
 class FalconAttention:
@@ -66,14 +75,16 @@ class FalconAttention:
         attention_mask: Tensor,
         position_ids: Tensor | None = None,
         layer_past: Any = None,
+        use_cache: bool = False,
+        output_attentions: bool = False,
         **kwargs: Any,
-    ) -> tuple[Tensor, None]:
-        """Attention of hidden states (B, T, C)."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of hidden states (B, T, C), and the weights where they are wanted."""
         # [B, T, H or Hkv, D]
         q, k, v = (x.transpose(1, 2) for x in self._split_heads(self.query_key_value(hidden_states)))
         if layer_past is not None:
             k, v = layer_past.update(k, v, self.layer_idx)
-        out = attend(
+        out, weights = attend(
             self,
             q,
             k,
@@ -83,5 +94,6 @@ class FalconAttention:
             scale=self.inv_norm_factor,
             bias_scale=self.inv_norm_factor,
             dropout_p=self.attention_dropout.p if self.training else 0.0,
+            weights=output_attentions,
         )
-        return self.dense(out.transpose(1, 2).flatten(2)), None
+        return self.dense(out.transpose(1, 2).flatten(2)), weights

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from longreach.pretrained.attend import attend
-from longreach.pretrained.layout import Layout, converted_layout
+from longreach.pretrained.layout import WEIGHTS, Layout, converted_layout
 
 
 def is_gpt2_base(module: nn.Module) -> bool:
@@ -52,8 +52,8 @@ class GPT2Attention:
         past_key_values: Any = None,
         attention_mask: Tensor | None = None,
         **kwargs: Any,
-    ) -> tuple[Tensor, None]:
-        """Attention of hidden states (B, T, C)."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of hidden states (B, T, C), and the weights where they are wanted."""
         heads = self.c_attn(hidden_states).unflatten(2, (3, self.num_heads, self.head_dim))  # [B, T, 3, H, D]
         q, k, v = heads.permute(2, 0, 3, 1, 4)  # each [B, H, T, D]
         if past_key_values is not None:
@@ -62,5 +62,15 @@ class GPT2Attention:
         if self.scale_attn_by_inverse_layer_idx:
             scale /= self.layer_idx + 1
         dropout_p = self.attn_dropout.p if self.training else 0.0
-        out = attend(self, q, k, v, attention_mask, past_key_values, scale=scale, dropout_p=dropout_p)
-        return self.resid_dropout(self.c_proj(out.transpose(1, 2).flatten(2))), None
+        out, weights = attend(
+            self,
+            q,
+            k,
+            v,
+            attention_mask,
+            past_key_values,
+            scale=scale,
+            dropout_p=dropout_p,
+            weights=WEIGHTS in kwargs,
+        )
+        return self.resid_dropout(self.c_proj(out.transpose(1, 2).flatten(2))), weights

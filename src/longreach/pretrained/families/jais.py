@@ -13,7 +13,7 @@ from longreach.ops.alibi import alibi_slopes
 from longreach.pretrained.attend import attend
 from longreach.pretrained.layout import Layout, require_layout
 from longreach.pretrained.lengths import declared_length
-from longreach.pretrained.masks import is_carrier, pack, read_documents, read_padding, refuse_attentions
+from longreach.pretrained.masks import is_carrier, pack, read_documents, read_padding, require_size
 
 ATTENTION_ATTRIBUTES = (
     "c_attn",
@@ -59,7 +59,7 @@ def jais_layout(base: Any) -> Layout:
         base=base,
         swaps=((base.relative_pe, NoBias), *((module, JaisAttention) for module in attentions)),
         prepare=hand_key_mask,
-        slopes=alibi_slopes(attentions[0].num_heads),
+        slopes=alibi_slopes(attentions[0].num_heads, device="cpu"),
         train_length=declared_length(config),
         dialect=btlm_dialect if attentions[0].attn_scale_power == 1.0 else jais_dialect,
         heeds_scaling=True,
@@ -81,12 +81,15 @@ def hand_key_mask(module: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments of the base model, whose own mask is per key: checked, and without it where it hides nothing.
 
     Raises:
-        ValueError: attention weights are wanted, the mask cannot be read, or documents are packed.
+        ValueError: the mask is not of this input or cannot be read, or documents are packed.
     """
-    refuse_attentions(module, kwargs)
-    if is_carrier(kwargs.get("attention_mask")) or read_documents(kwargs) is not None:
+    mask = kwargs.get("attention_mask")
+    if is_carrier(mask) or read_documents(kwargs) is not None:
         raise ValueError("position_ids pack documents, which BTLM and JAIS cannot pass on: give one document per row")
-    if read_padding(kwargs.get("attention_mask")) is None:
+    inputs = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+    if mask is not None and inputs is not None:
+        require_size(mask, inputs, kwargs.get("past_key_values"))
+    if read_padding(mask) is None:
         return {**kwargs, "attention_mask": None}
     return kwargs
 
@@ -113,8 +116,8 @@ class JaisAttention:
         use_cache: bool | None = False,
         output_attentions: bool | None = False,
         position_bias: None = None,
-    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """Attention of hidden states (B, T, C), and keys and values as they are cached."""
+    ) -> tuple[Tensor | tuple[Tensor, Tensor] | None, ...]:
+        """Attention of hidden states (B, T, C), keys and values as they are cached, and weights where wanted."""
         for name, value in (("head_mask", head_mask), ("encoder_hidden_states", encoder_hidden_states)):
             if value is not None:
                 raise ValueError(f"{name} is given: an extended model takes none; use longreach.restore(model) first")
@@ -128,7 +131,11 @@ class JaisAttention:
         carrier = None
         if attention_mask is not None:  # (B, 1, 1, Tk), what the stock code adds to the scores: far below 0 for padding
             carrier = pack(attention_mask[:, 0, 0] < 0, None, q.device)
-        dropout_p = self.attn_dropout.p if self.training else 0.0
-        out = attend(self, q, k, v, carrier, layer_past, scale=scale, dropout_p=dropout_p)
+        options: dict[str, Any] = {
+            "dropout_p": self.attn_dropout.p if self.training else 0.0,
+            "weights": output_attentions,
+        }
+        out, weights = attend(self, q, k, v, carrier, layer_past, scale=scale, **options)
         out = self.resid_dropout(self.c_proj(out.transpose(1, 2).flatten(2)))
-        return out, (k, v) if use_cache else None
+        present = (k, v) if use_cache else None
+        return (out, present, weights) if output_attentions else (out, present)

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from longreach.pretrained.attend import attend
-from longreach.pretrained.layout import Layout, converted_layout
+from longreach.pretrained.layout import WEIGHTS, Layout, converted_layout
 
 
 def is_llama_base(module: nn.Module) -> bool:
@@ -49,12 +49,22 @@ class LlamaAttention:
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
         **kwargs: Any,
-    ) -> tuple[Tensor, None]:
-        """Attention of hidden states (B, T, C); the rotation that the model hands round is not applied."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of hidden states (B, T, C), nothing rotated, and the weights where they are wanted."""
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (f(hidden_states).unflatten(2, (-1, self.head_dim)).transpose(1, 2) for f in projections)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
         dropout_p = self.attention_dropout if self.training else 0.0
-        out = attend(self, q, k, v, attention_mask, past_key_values, scale=self.scaling, dropout_p=dropout_p)
-        return self.o_proj(out.transpose(1, 2).flatten(2)), None
+        out, weights = attend(
+            self,
+            q,
+            k,
+            v,
+            attention_mask,
+            past_key_values,
+            scale=self.scaling,
+            dropout_p=dropout_p,
+            weights=WEIGHTS in kwargs,
+        )
+        return self.o_proj(out.transpose(1, 2).flatten(2)), weights

@@ -3,6 +3,7 @@
 Replit-code v1 is MPT too, when it is loaded as transformers' own MptForCausalLM.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,16 +51,22 @@ def mpt_layout(base: Any) -> Layout:
     Slopes are those of the configuration's alibi_bias_max, which transformers ignores. Its bias is float32.
     """
     config = base.config
-    attentions = tuple(block.attn for block in base.blocks)
+    blocks = ((block, MptBlock) for block in base.blocks)
+    attentions = ((block.attn, MptAttention) for block in base.blocks)
     return Layout(
         family="mpt",
         base=base,
-        swaps=((base, MptBase), *((module, MptAttention) for module in attentions)),
-        prepare=hand_mask,
-        slopes=alibi_slopes(config.n_heads) ** (config.attn_config.alibi_bias_max / 8),
+        swaps=((base, MptBase), *blocks, *attentions),
+        prepare=partial(hand_mask, dense=hidden_where_set),
+        slopes=alibi_slopes(config.n_heads, device="cpu") ** (config.attn_config.alibi_bias_max / 8),
         train_length=declared_length(config),
         dialect=mpt_dialect,
     )
+
+
+def hidden_where_set(mask: Tensor) -> Tensor:
+    """Which keys a mask of four axes hides, (B, H, T, Tk) bool: the stock code hides those where it is not 0."""
+    return mask != 0
 
 
 def mpt_dialect(dtype: torch.dtype) -> Dialect:
@@ -77,18 +84,35 @@ class MptBase:
         return None
 
 
+class MptBlock:
+    """Methods of an extended MptBlock."""
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        position_bias: None,
+        attention_mask: Tensor,
+        layer_past: Any = None,
+        use_cache: bool = False,
+        output_attentions: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As the stock block, whose attention is told in place of a bias whether weights are wanted."""
+        return super().forward(hidden_states, output_attentions, attention_mask, layer_past)  # type: ignore[misc]
+
+
 class MptAttention:
     """Methods of an extended MptAttention."""
 
     def forward(
         self: Any,
         hidden_states: Tensor,
-        position_bias: None,
+        position_bias: bool,
         past_key_values: Any = None,
         attention_mask: Tensor | None = None,
         **kwargs: Any,
-    ) -> tuple[Tensor, None]:
-        """Attention of hidden states (B, T, C)."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of hidden states (B, T, C), and the weights where position_bias says that they are wanted."""
         qkv = self.Wqkv(hidden_states)
         if self.clip_qkv:
             qkv = qkv.clamp(-self.clip_qkv, self.clip_qkv)
@@ -96,5 +120,15 @@ class MptAttention:
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
         dropout_p = self.attn_dropout_p if self.training else 0.0
-        out = attend(self, q, k, v, attention_mask, past_key_values, scale=self.softmax_scale, dropout_p=dropout_p)
-        return self.out_proj(out.transpose(1, 2).flatten(2)), None
+        out, weights = attend(
+            self,
+            q,
+            k,
+            v,
+            attention_mask,
+            past_key_values,
+            scale=self.softmax_scale,
+            dropout_p=dropout_p,
+            weights=position_bias,
+        )
+        return self.out_proj(out.transpose(1, 2).flatten(2)), weights
