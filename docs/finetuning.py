@@ -84,7 +84,11 @@ def pretrain(
         write = model.save_pretrained
         if alibi:
             write = partial(save_pretrained, convert(model))
-        return Trainee("alibi" if alibi else "stock", model.train(), next_token_loss(model), "auto", write)
+
+        def save(folder: Path, weights: dict[str, torch.Tensor]) -> None:
+            write(folder, state_dict=weights)
+
+        return Trainee("alibi" if alibi else "stock", model.train(), next_token_loss(model), "auto", save)
 
     folder.mkdir(parents=True, exist_ok=True)
     prepared.tokenizer.save(folder / "tokenizer.json")

@@ -83,7 +83,7 @@ def free(kind):
 
 
 def test_what_may_differ_is_this_alone():
-    assert set(free(RunConfig)) == {"cache", "streaming", "device", "compile", "checkpoint_every"}
+    assert set(free(RunConfig)) == {"cache", "streaming", "device", "compile", "checkpoint_every", "parallel"}
     assert set(free(CompareConfig)) == set(free(RunConfig))
     assert set(free(EvaluationConfig)) == {"device"}
 

@@ -34,7 +34,7 @@ MAY_IMPORT = {
 }
 """Part of longreach -> the other parts that it may import, DESIGN.md's table."""
 
-LEAVES = {"files", "reading", "cost"}
+LEAVES = {"files", "reading", "cost", "stopping"}
 """Files beside the parts that import none of them, and that any part may import but ops."""
 
 ABOVE = {"verbs", "terminal"}

@@ -12,6 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+from longreach.stopping import STATUS, Terminated, terminable
+
 Parse = Callable[..., list[Any]]
 """`longreach.options.parse`, given the verb and its words: takes dataclasses, returns them filled."""
 
@@ -50,6 +52,18 @@ class EvaluateOutput:
     """Folder to write results.json, figures and report.html to."""
 
 
+@dataclass(frozen=True)
+class Together:
+    """How the processes that torchrun starts work together."""
+
+    rank_timeout: float = 300.0
+    """Seconds without a sign of life of a process of torchrun after which all end."""
+
+    def __post_init__(self) -> None:
+        if not 5 <= self.rank_timeout <= 1e6:
+            raise ValueError(f"rank_timeout={self.rank_timeout:g}: give 5 to 1000000 seconds")
+
+
 def compare(parse: Parse) -> None:
     """`longreach compare`."""
     from rich.console import Console
@@ -58,16 +72,20 @@ def compare(parse: Parse) -> None:
     from longreach.report.subjects.perplexity import in_one_line
     from longreach.results import Model, Results
     from longreach.terminal import TerminalProgress
+    from longreach.train.parallel import joined
     from longreach.verbs.compare import CompareConfig, compare
 
-    to, _, config = parse(CompareOutput, Start, CompareConfig, start=partial(_starting_values, CompareConfig))
-    with TerminalProgress() as progress:
+    start = partial(_starting_values, CompareConfig)
+    to, together, _, config = parse(CompareOutput, Together, Start, CompareConfig, start=start)
+    with joined("longreach compare", together.rank_timeout) as ranks, TerminalProgress(ranks.is_first) as progress:
 
         def show(results: Results, model: Model) -> None:
             if line := in_one_line(results, model):
                 progress.say(line)
 
-        results = compare(config, to.output, progress, show)
+        results = compare(config, to.output, progress, show, ranks)
+    if not ranks.is_first:
+        return
     print_tables(results, Console())
     print(f"Report: {to.output / 'report.html'}")
     if failures := results.failures():
@@ -79,47 +97,51 @@ def train(parse: Parse) -> None:
     """`longreach train`."""
     from longreach.terminal import TerminalProgress
     from longreach.train.config import RunConfig
+    from longreach.train.parallel import joined
     from longreach.verbs.train import train_run
 
-    to, _, config = parse(TrainOutput, Start, RunConfig, start=partial(_starting_values, RunConfig))
-    with TerminalProgress() as progress:
-        record = train_run(config, to.output, progress)
-    print(
-        f"{record.method}: {record.steps} steps, {record.tokens:,} tokens, {record.tokens_per_second:,.0f} tokens/s, "
-        f"loss {record.final_loss:.3f} nats per token; model in {to.output}"
-    )
+    start = partial(_starting_values, RunConfig)
+    to, together, _, config = parse(TrainOutput, Together, Start, RunConfig, start=start)
+    with joined("longreach train", together.rank_timeout) as ranks, TerminalProgress(ranks.is_first) as progress:
+        record = train_run(config, to.output, progress, ranks=ranks)
+    if ranks.is_first:
+        print(
+            f"{record.method}: {record.steps} steps, {record.tokens:,} tokens, {record.tokens_per_second:,.0f} "
+            f"tokens/s, loss {record.final_loss:.3f} nats per token; model in {to.output}"
+        )
 
 
 def evaluate(parse: Parse) -> None:
     """`longreach evaluate`."""
     from longreach.verbs.evaluate import EvaluationConfig
 
-    _measure(*parse(EvaluateOutput, EvaluationConfig, positional="models"))
+    _measure("longreach evaluate", *parse(EvaluateOutput, Together, EvaluationConfig, positional="models"))
 
 
 def extend(parse: Parse) -> None:
     """`longreach extend`."""
     from longreach.verbs.extend import ExtendConfig
 
-    _measure(*parse(EvaluateOutput, ExtendConfig, positional="models"))
+    _measure("longreach extend", *parse(EvaluateOutput, Together, ExtendConfig, positional="models"))
 
 
-def _measure(to: EvaluateOutput, config: Any) -> None:
+def _measure(program: str, to: EvaluateOutput, together: Together, config: Any) -> None:
     from rich.console import Console
 
     from longreach.report.page import print_tables
     from longreach.results import Results
     from longreach.terminal import TerminalProgress
+    from longreach.train.parallel import joined
     from longreach.verbs.evaluate import evaluate_models
 
     so_far: list[Results] = []
     try:
-        with TerminalProgress() as progress:
-            evaluate_models(config, to.output, progress, so_far.append)
+        with joined(program, together.rank_timeout) as ranks, TerminalProgress(ranks.is_first) as progress:
+            evaluate_models(config, to.output, progress, so_far.append, ranks)
     finally:  # an error at a later model leaves what was measured before it
-        if so_far:
+        if so_far and speaks():
             print_tables(so_far[-1], Console())
-    if to.output is not None:
+    if to.output is not None and speaks():
         print(f"Report: {to.output / 'report.html'}")
 
 
@@ -209,6 +231,11 @@ VERBS: dict[str, tuple[Callable[[Parse], None], str, str]] = {
 """Name of a verb -> its function, what it does, and what is good to know of it."""
 
 
+def speaks() -> bool:
+    """Whether this process prints: of those that torchrun starts, rank 0."""
+    return os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run `longreach VERB ...`. Exits with 2 and one line on standard error for what the user can mend."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -236,16 +263,17 @@ def _run(words: list[str]) -> None:
         _fail("longreach", f"unknown verb {verb!r}: give one of {', '.join(VERBS)}")
     program = f"longreach {verb}"
     try:
-        _run_verb(program, *VERBS[verb], words[1:])
+        with terminable():
+            _run_verb(program, *VERBS[verb], words[1:])
     except BrokenPipeError:
         raise
     except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
         _fail(program, str(error))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Terminated) as stop:
         lost = verb in ("evaluate", "extend") and not any(word.startswith("--output") for word in words)
         mend = "give --output to be able to go on" if lost else "run the same command again to go on"
-        print(f"{program}: interrupted; {mend}", file=sys.stderr)
-        sys.exit(130)
+        what, status = ("interrupted", 130) if isinstance(stop, KeyboardInterrupt) else ("terminated", STATUS)
+        _fail(program, f"{what}; {mend}", status)
 
 
 def _run_verb(program: str, command: Callable[[Parse], None], does: str, note: str, words: list[str]) -> None:
@@ -289,5 +317,6 @@ def _starting_values(kind: type[Any], given: Mapping[str, Any]) -> Any:
 
 def _fail(program: str, message: str, status: int = 2) -> NoReturn:
     """End the program with one line."""
-    print(f"{program}: {' '.join(message.split())}", file=sys.stderr)
+    if speaks():
+        print(f"{program}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)

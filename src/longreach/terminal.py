@@ -12,9 +12,12 @@ class TerminalProgress:
 
     A stage ends when the next begins; then its bar becomes a line that says how long it took. Where standard error is
     no terminal there are only those lines.
+
+    Args:
+        visible: whether to show anything.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, visible: bool = True) -> None:
         self._bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -22,7 +25,7 @@ class TerminalProgress:
             TextColumn("{task.fields[note]}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            console=Console(stderr=True),
+            console=Console(stderr=True, quiet=not visible),
         )
         self._stage: str | None = None
         self._task = TaskID(0)

@@ -63,8 +63,12 @@ class MixedBatches:
 
     def __getitem__(self, step: int) -> np.ndarray:
         """The batch of training step `step`, as `Batches` gives it: int64 [B, T + 1]."""
-        batch = self._batches[step]
-        for index, row in enumerate(batch):
+        return self.rows(step, range(self._batches.batch_size))
+
+    def rows(self, step: int, rows: range) -> np.ndarray:
+        """The sequences in these places of the batch of a step alone, as `Batches` gives them."""
+        batch = self._batches.rows(step, rows)
+        for index, row in zip(rows, batch, strict=True):
             random = Random(f"{self._seed} {step} {index}")  # a string is hashed, so that neighbours share nothing
             draw = random.random()
             for sequences, share in self._mixed:

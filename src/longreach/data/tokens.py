@@ -253,7 +253,7 @@ class Batches:
             )
         self._stream = stream
         self._length = length
-        self._batch_size = batch_size
+        self.batch_size = batch_size
         self._seed = seed
         self._num_blocks = (len(stream) - 1) // length  # each target block needs the token after its last
         self._order = functools.lru_cache(maxsize=2)(self._draw_order)  # two: a batch may span two epochs
@@ -265,10 +265,13 @@ class Batches:
 
     def __getitem__(self, step: int) -> np.ndarray:
         """The batch of training step `step` >= 0, int64 [B, T + 1]: inputs [:, :-1] and targets [:, 1:]."""
+        return self.rows(step, range(self.batch_size))
+
+    def rows(self, step: int, rows: range) -> np.ndarray:
+        """The sequences in these places of the batch of a step alone, int64 [rows, T + 1]."""
         if step < 0:
             raise ValueError(f"step={step}; steps count from 0")
-        first = step * self._batch_size
-        return np.stack([self._sequence(index) for index in range(first, first + self._batch_size)])
+        return np.stack([self._sequence(step * self.batch_size + row) for row in rows])
 
     def _sequence(self, index: int) -> np.ndarray:
         epoch, place = divmod(index, self._num_blocks)

@@ -1,6 +1,6 @@
 """All that is asked of one model, as pieces of work that are each done, skipped for a reason, or found done already."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -14,6 +14,8 @@ from longreach.measure.subject import Subject, Unsupported
 from longreach.measure.summaries import MeetingCase, measure_summaries
 from longreach.measure.text_tasks import Progress, Text, TextTasks
 from longreach.results import Cell, Entry, Model, Skipped
+
+Share = Callable[[Callable[[Cell], Sequence[Entry]], Sequence[Cell]], Iterable[Sequence[Entry]]]
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ def evaluate(
     config: EvaluateConfig,
     done: Collection[Cell],
     progress: Progress,
+    share: Share = map,
 ) -> Iterator[Sequence[Entry]]:
     """Measure what a configuration asks of a subject, but for the cells that are done; yields as each is finished.
 
@@ -46,14 +49,14 @@ def evaluate(
         config: resolved for the subject's training length.
         done: cells that are measured or skipped already.
         progress: told of each stage as it goes on.
+        share: applies what measures a cell to those that are left; processes that work together share them out.
 
     Raises:
         ValueError: what is wrong with the material, as a text of too few tokens.
     """
     sweep = _Sweep(subject, material, config, progress)
-    for cell in planned(subject.identity, config, _num_targets(material)):
-        if cell not in done:
-            yield sweep.entries(cell)
+    cells = planned(subject.identity, config, _num_targets(material))
+    yield from share(sweep.entries, [cell for cell in cells if cell not in done])
 
 
 def failures(

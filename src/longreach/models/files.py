@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors
@@ -17,8 +18,10 @@ from longreach.reading import parse_file, read_values
 MODEL_TYPE = "longreach"
 
 
-def save_model(model: Decoder, folder: str | os.PathLike[str]) -> None:
-    """Write model.safetensors and config.json, each whole or not at all.
+def save_model(
+    model: Decoder, folder: str | os.PathLike[str], weights: Mapping[str, torch.Tensor] | None = None
+) -> None:
+    """Write model.safetensors, of these weights or else those that it has, and config.json, each whole or not at all.
 
     Raises:
         OSError: the disk is full or the folder cannot be written; files of these names are as they were.
@@ -26,7 +29,7 @@ def save_model(model: Decoder, folder: str | os.PathLike[str]) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = {"model_type": MODEL_TYPE, **dataclasses.asdict(model.config)}
-    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    weights = {name: tensor.contiguous() for name, tensor in (weights or model.state_dict()).items()}
     path = folder / "model.safetensors"
     try:
         # The configuration takes its place first: a folder that has the weights is whole.

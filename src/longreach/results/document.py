@@ -11,12 +11,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from longreach.files import write_atomically
-from longreach.reading import parse_file, read_file, read_values
+from longreach.reading import parse_file, parse_json, read_file, read_values
 from longreach.results.checks import require_distinct
 from longreach.results.model import Model
 from longreach.results.records import (
@@ -156,6 +157,18 @@ _LISTS: dict[str, type[Any]] = {
     name: get_args(hint)[0] for name, hint in get_type_hints(Results).items() if get_origin(hint) is tuple
 }
 """Name of each list of `Results` -> kind of its entries."""
+
+
+def pack_entries(entries: Sequence[Entry]) -> str:
+    """Entries as JSON, for another process."""
+    of_kinds = {name: [entry for entry in entries if isinstance(entry, kind)] for name, kind in _LISTS.items()}
+    return json.dumps({name: list(map(dataclasses.asdict, listed)) for name, listed in of_kinds.items()})
+
+
+def unpack_entries(text: str) -> list[Entry]:
+    """What `pack_entries` was given, kind by kind."""
+    lists = parse_json(text)
+    return [read_values(kind, values) for name, kind in _LISTS.items() for values in lists[name]]
 
 
 def write_training(training: TrainingRecord, path: str | os.PathLike[str]) -> None:

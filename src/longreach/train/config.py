@@ -19,9 +19,9 @@ class TrainConfig:
     steps: int = 600
     """Number of optimizer steps."""
     batch_size: int = 8
-    """Sequences per optimizer step."""
+    """Sequences per optimizer step, over all processes."""
     accumulation: int = 1
-    """Into how many parts a batch is split, one after the other, to save memory."""
+    """Into how many parts a batch, or a process's share of it, is split, one after the other, to save memory."""
     learning_rate: float = 4e-3
     """Peak learning rate of AdamW, reached after the warm-up."""
     warmup_steps: int = 40
@@ -42,6 +42,9 @@ class TrainConfig:
     """Steps between checkpoints."""
     device: str = field(default="auto", metadata={"may_differ": True})
     """Where to run: cpu, cuda, cuda:1, ...; auto is cuda where there is one."""
+    parallel: Literal["auto", "none", "ddp", "fsdp"] = field(default="auto", metadata={"may_differ": True})
+    """How the processes of torchrun share the work: under ddp each has all weights, under fsdp a part of each. auto is
+    ddp where torchrun started several."""
     seed: int = 0
     """Seed of the weights, the order of batches, what is mixed in and dropout; of the split of the text too, where
     split_seed is not given."""

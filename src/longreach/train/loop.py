@@ -2,8 +2,9 @@
 
 import json
 import math
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
 
 from longreach.cost import Cost
 from longreach.files import write_atomically
@@ -18,9 +20,11 @@ from longreach.models.decoder import Decoder
 from longreach.models.files import save_model
 from longreach.reading import parse_json, read_values
 from longreach.results import Model, TrainingRecord, read_training, write_training
+from longreach.stopping import deferred, exception
 from longreach.train.checkpoint import load_checkpoint, save_checkpoint
 from longreach.train.config import TrainConfig
 from longreach.train.optim import build_optimizer, independent_of_steps, learning_rate
+from longreach.train.parallel import ALONE, Loss, Ranks, restore, whole
 
 FINAL_STEPS = 20
 """Over how many of the last steps `final_loss` is the mean."""
@@ -47,8 +51,8 @@ class Step:
 class BatchSource(Protocol):
     """Batches by the number of their step, so that resuming needs no state: `Batches`, `MixedBatches`."""
 
-    def __getitem__(self, step: int, /) -> np.ndarray:
-        """The batch of a step >= 0, int64 [B, T + 1]."""
+    def rows(self, step: int, rows: range) -> np.ndarray:
+        """Sequences of the batch of a step >= 0, by their places in it, int64 [rows, T + 1]."""
         ...
 
 
@@ -60,12 +64,14 @@ class Trainee:
     """Its position method, as it is called in results."""
     model: nn.Module
     """On its device, in training mode. All its parameters are trained; a checkpoint holds its state dict."""
-    loss: Callable[[Tensor, Tensor, Tensor], Tensor]
+    loss: Loss
     """Mean nll in nats per token of targets (B, L), each the token after tokens (B, L), at positions (B, L)."""
     attention: str
     """The attention implementation that runs at the training length."""
-    save: Callable[[Path], None]
-    """Writes the trained model into a folder."""
+    save: Callable[[Path, dict[str, Tensor]], None]
+    """Writes the model with trained weights, a state dict of it, into a folder."""
+    blocks: Sequence[nn.Module] = ()
+    """Its parts, one after the other, that hold most of the weights."""
     max_training_offset: int = 0
     """Each sequence starts at a position drawn uniformly from 0 to this."""
 
@@ -78,7 +84,8 @@ def decoder_trainee(model: Decoder) -> Trainee:
         model=model,
         loss=model.loss,
         attention=model.attention_impl(model.config.train_length),
-        save=lambda folder: save_model(model, folder),
+        save=lambda folder, weights: save_model(model, folder, weights),
+        blocks=tuple(model.blocks),
         max_training_offset=model.positions.max_training_offset,
     )
 
@@ -89,6 +96,7 @@ def train(
     batches: BatchSource,
     folder: Path,
     on_step: Callable[[Step], None] = lambda step: None,
+    ranks: Ranks = ALONE,
 ) -> TrainingRecord:
     """Train a model into a folder: metrics.jsonl, then the files of the model and training.json.
 
@@ -102,34 +110,56 @@ def train(
         batches: what to train it on.
         folder: where to write.
         on_step: called after each step.
+        ranks: the processes that share each batch, all of which call this; rank 0 writes.
 
     Raises:
-        ValueError: the checkpoint is damaged.
+        ValueError: the checkpoint is damaged, or the ranks cannot share a batch.
         FloatingPointError: the loss or the gradient became NaN or infinite; the last checkpoint is good.
         OSError: the disk is full; likewise.
+        KeyboardInterrupt, Terminated: by Ctrl-C or SIGTERM, once the step at work is done and a checkpoint written.
     """
+    ranks.check(config.parallel, config.batch_size, config.accumulation)
     finished = folder / "training.json"
     if finished.exists() and (record := read_training_record(finished)).steps >= config.steps:
         return record
     folder.mkdir(parents=True, exist_ok=True)
-    run = _Run(build, config, folder)
-    with Cost(run.device) as cost, open(folder / "metrics.jsonl", "a", encoding="utf-8") as metrics:
+    run = _Run(build, config, folder, ranks)
+    metrics_path = folder / "metrics.jsonl" if ranks.is_first else Path(os.devnull)
+    with (
+        ranks.computing(),
+        Cost(run.device) as cost,
+        open(metrics_path, "a", encoding="utf-8") as metrics,
+        deferred() as signal,
+    ):
         for number in range(run.step, config.steps):
-            step = run.advance(batches[number])
+            step = run.advance(batches.rows(number, ranks.rows(config.batch_size)))
             metrics.write(json.dumps(asdict(step)) + "\n")
             metrics.flush()
             on_step(step)
-            if run.step % config.checkpoint_every == 0 and run.step < config.steps:
+            asked = ranks.largest(signal())
+            if asked or (run.step % config.checkpoint_every == 0 and run.step < config.steps):
                 run.save()
-    if independent_of_steps(config, config.steps):
-        run.save()  # to go on from, should it be made longer
+            if asked:
+                raise exception(asked)
+        if independent_of_steps(config, config.steps):
+            run.save()  # to go on from, should it be made longer
+        weights = ranks.whole(run.trainee.model.state_dict())
+    with ranks.leading():
+        if ranks.is_first:
+            _finish(run, cost, weights)
+        return read_training_record(finished)
+
+
+def _finish(run: "_Run", cost: Cost, weights: dict[str, Tensor]) -> None:
+    """Write the model and the record of a run whose steps are done."""
+    config, folder = run.config, run.folder
+    finished = folder / "training.json"
     finished.unlink(missing_ok=True)  # that of the shorter run
-    run.trainee.save(folder)
-    tokens = config.steps * config.batch_size * config.train_length
+    run.trainee.save(folder, weights)
     record = TrainingRecord(
         model=Model(run.trainee.method, config.train_length, config.seed),
         steps=config.steps,
-        tokens=tokens,
+        tokens=config.steps * config.batch_size * config.train_length,
         parameters=sum(parameter.numel() for parameter in run.trainee.model.parameters()),
         final_loss=_final_loss(folder / "metrics.jsonl"),
         seconds=run.seconds,
@@ -139,7 +169,6 @@ def train(
     write_training(record, finished)
     if not independent_of_steps(config, config.steps):
         (folder / "checkpoint.pt").unlink(missing_ok=True)
-    return record
 
 
 def steps_done(folder: Path) -> int:
@@ -177,39 +206,44 @@ def resolve_device(device: str) -> torch.device:
 class _Run:
     """All that changes while a model trains, in memory and in its checkpoint."""
 
-    def __init__(self, build: Callable[[torch.device], Trainee], config: TrainConfig, folder: Path):
-        self.config, self.folder = config, folder
+    def __init__(self, build: Callable[[torch.device], Trainee], config: TrainConfig, folder: Path, ranks: Ranks):
+        self.config, self.folder, self.ranks = config, folder, ranks
         self.device = resolve_device(config.device)
         self.bf16 = config.precision == "bf16" or (
             config.precision == "auto" and self.device.type == "cuda" and torch.cuda.is_bf16_supported()
         )
         torch.manual_seed(config.seed)
         self.trainee = build(self.device)
-        self.loss: Callable[..., Tensor] = torch.compile(self.trainee.loss) if config.compile else self.trainee.loss
+        loss: Loss = torch.compile(self.trainee.loss) if config.compile else self.trainee.loss
+        self.loss, self.syncing = ranks.spread(config.parallel, self.trainee.model, self.trainee.blocks, loss)
         self.optimizer = build_optimizer(self.trainee.model, config)
         self.step = 0
         self.seconds = 0.0
         if (folder / "checkpoint.pt").exists():
             self._restore(load_checkpoint(folder / "checkpoint.pt"))
-        _keep_metrics(folder / "metrics.jsonl", self.step)
+        if ranks.is_first:
+            _keep_metrics(folder / "metrics.jsonl", self.step)
 
-    def advance(self, batch: Any) -> Step:
-        """Take one optimizer step on token ids (batch_size, L + 1)."""
+    def advance(self, rows: np.ndarray) -> Step:
+        """Take one optimizer step on this rank's token ids (rows, L + 1) of a batch."""
         started = time.perf_counter()
         rate = learning_rate(self.step, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        sequences = torch.from_numpy(batch).to(self.device)
-        positions = self._positions(sequences)
+        self.ranks.draw_otherwise(self.config.seed, self.step)
+        parts = self.config.accumulation
+        sequences = torch.from_numpy(rows).to(self.device)
         loss = 0.0
-        for part, part_positions in zip(
-            sequences.chunk(self.config.accumulation), positions.chunk(self.config.accumulation), strict=True
+        for number, (part, positions) in enumerate(
+            zip(sequences.chunk(parts), self._positions().chunk(parts), strict=True), start=1
         ):
-            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
-                part_loss = self.loss(part[:, :-1], part[:, 1:], part_positions) / self.config.accumulation
-            part_loss.backward()
+            with self.syncing(number == parts):
+                with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+                    part_loss = self.loss(part[:, :-1], part[:, 1:], positions) / parts
+                part_loss.backward()
             loss += part_loss.item()
-        norm = torch.nn.utils.clip_grad_norm_(self.trainee.model.parameters(), self.config.gradient_clip).item()
+        (loss,) = self.ranks.mean(loss)
+        norm = whole(clip_grad_norm_(self.trainee.model.parameters(), self.config.gradient_clip)).item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise FloatingPointError(
                 f"step {self.step + 1}: loss={loss}, gradient norm={norm}; stopped, checkpoints are from before; "
@@ -233,22 +267,24 @@ class _Run:
         }
         if self.device.type == "cuda":
             state["cuda_random_state"] = torch.cuda.get_rng_state(self.device)
-        save_checkpoint(state, self.folder / "checkpoint.pt")
+        state = self.ranks.whole(state)
+        if self.ranks.is_first:
+            save_checkpoint(state, self.folder / "checkpoint.pt")
 
     def _restore(self, state: dict[str, Any]) -> None:
-        self.trainee.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        restore(self.trainee.model, self.optimizer, state)
         self.step, self.seconds = state["step"], state["seconds"]
         torch.set_rng_state(state["random_state"])
         if self.device.type == "cuda" and "cuda_random_state" in state:  # the start before may have been on the CPU
             torch.cuda.set_rng_state(state["cuda_random_state"], self.device)
 
-    def _positions(self, sequences: Tensor) -> Tensor:
-        """(B, L) positions of a batch, each row shifted by its own draw where the method asks for that."""
-        positions = torch.arange(self.config.train_length, device=self.device).expand(len(sequences), -1)
+    def _positions(self) -> Tensor:
+        """(rows, L) positions of this rank's part of a batch, each row shifted by its own draw where that is asked."""
+        rows = self.ranks.rows(self.config.batch_size)
+        positions = torch.arange(self.config.train_length, device=self.device).expand(len(rows), -1)
         if self.trainee.max_training_offset:
-            draws = torch.randint(self.trainee.max_training_offset + 1, (len(sequences), 1))
-            positions = positions + draws.to(self.device)
+            draws = torch.randint(self.trainee.max_training_offset + 1, (self.config.batch_size, 1))
+            positions = positions + self.ranks.first_one_s(draws)[rows].to(self.device)
         return positions
 
 

@@ -2,19 +2,21 @@
 
 import itertools
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from longreach.data.prepare import DataConfig, prepare
-from longreach.folder import begin, hold
+from longreach.folder import begin, hold, this_start
 from longreach.measure.plan import EvaluateConfig
 from longreach.measure.sweep import failures
 from longreach.models.config import ARCHITECTURES, Architecture
 from longreach.report.page import write_report
-from longreach.results import Model, Results
+from longreach.results import Model, Results, Start
 from longreach.train.config import RunConfig, TrainConfig
 from longreach.train.loop import resolve_device
+from longreach.train.parallel import ALONE, Ranks
 from longreach.verbs.evaluate import case_sources, measure, read_material, read_results
 from longreach.verbs.train import Progress, open_run, provenance, text_of, train_run, training_batches
 
@@ -102,6 +104,7 @@ def compare(
     output: Path,
     progress: Progress,
     on_model: Callable[[Results, Model], None] = lambda results, model: None,
+    ranks: Ranks = ALONE,
 ) -> Results:
     """Run a comparison into a folder, or go on with what is there, and write its report.
 
@@ -116,32 +119,42 @@ def compare(
         output: the folder.
         progress: told of each stage as it goes on.
         on_model: told of each model, and of all results so far, as soon as it is trained and measured, or has failed.
+        ranks: the processes that share the work, all of which call this; rank 0 has the results and writes.
 
     Raises:
         ValueError: the folder holds another comparison, the data changed since it began, or too little data.
         BlockingIOError: another process works in the folder.
         OSError: a file cannot be read or written.
     """
-    device = resolve_device(config.train.device)
-    with hold(output, config):
-        prepared = prepare(config.data, config.train.seed, progress)
-        longest_window = max(map(config.evaluate.longest_window, config.lengths))
-        material = read_material(config.evaluate, text_of(prepared, config.evaluate, longest_window))
-        for run in config.runs():
-            training_batches(run.train, prepared)  # refuses too little text
-        sources = case_sources(config.evaluate)
-        starts = begin(output, config, prepared.digests | sources, device)
-        path = output / "results.json"
-        results = read_results(path, provenance(config, starts, prepared.tokenizer, prepared, sources))
-        results = results.without_failures()
+    path = output / "results.json"
+    with ExitStack() as stack:
+        with ranks.leading():
+            device = resolve_device(config.train.device)
+            for run in config.runs():
+                ranks.check(run.train.parallel, run.train.batch_size, run.train.accumulation)
+            if ranks.is_first:
+                stack.enter_context(hold(output, config))
+            prepared = prepare(config.data, config.train.seed, progress)
+            longest_window = max(map(config.evaluate.longest_window, config.lengths))
+            material = read_material(config.evaluate, text_of(prepared, config.evaluate, longest_window))
+            for run in config.runs():
+                training_batches(run.train, prepared)  # refuses too little text
+            sources = case_sources(config.evaluate)
+            starts: tuple[Start, ...] = (this_start(config, device),)
+            if ranks.is_first:
+                starts = begin(output, config, prepared.digests | sources, device)
+            ranks.check_sees(output)
+            results = read_results(path, provenance(config, starts, prepared.tokenizer, prepared, sources))
+            results = results.without_failures()
 
         def finish(run: RunConfig) -> Iterator[Results]:
             """Train and measure one model; the results after each step."""
             folder = output / config.folder(run.identity)
-            training = train_run(run, folder, progress, prepared)
+            training = train_run(run, folder, progress, prepared, ranks)
             trained = results if training in results.training else results.add(training)
             yield trained
-            yield from measure(open_run(folder).subject(), material, config.evaluate, trained, starts, path, progress)
+            subject = open_run(folder).subject()
+            yield from measure(subject, material, config.evaluate, trained, starts, path, progress, ranks)
 
         for run in config.runs():
             try:
@@ -150,9 +163,11 @@ def compare(
             except FAILURES as error:
                 failed = failures(run.identity, config.evaluate, material, results.cells(), error)
                 results = results.started(starts).add(*failed)
-                results.write(path)
+                if ranks.is_first:
+                    results.write(path)
             on_model(results, run.identity)
-        write_report(results, output, partial(progress, "drawing the report"))
+        if ranks.is_first:
+            write_report(results, output, partial(progress, "drawing the report"))
     return results
 
 

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -30,8 +30,10 @@ from longreach.pretrained.load import adapt, holds_pretrained, load_configuratio
 from longreach.reading import read_file
 from longreach.report.page import write_report
 from longreach.results import Model, Provenance, Results, Start, TrainingRecord
+from longreach.results.document import pack_entries, unpack_entries
 from longreach.train.config import RunConfig
 from longreach.train.loop import read_training_record, resolve_device
+from longreach.train.parallel import ALONE, Ranks
 from longreach.verbs.open import load_subject
 from longreach.verbs.start import digest_of_weights
 from longreach.verbs.train import Progress, num_read, open_run, provenance, read_run, text_of
@@ -113,6 +115,7 @@ def evaluate_models(
     output: Path | None,
     progress: Progress,
     on_results: Callable[[Results], None] = lambda results: None,
+    ranks: Ranks = ALONE,
 ) -> Results:
     """Measure models into a folder, or go on with what is there, and write its report; without a folder, only measure.
 
@@ -124,39 +127,45 @@ def evaluate_models(
         output: the folder.
         progress: told of each stage as it goes on.
         on_results: told of all results so far, after each piece of work.
+        ranks: the processes that share the work, all of which call this; rank 0 has the results and writes.
 
     Raises:
         ValueError: there is no such model, the folder holds another evaluation, what is read has changed since it was
             begun, or the text does not serve.
         OSError: another process works in the folder, or a file cannot be read or written.
     """
-    models = [
-        _find(name, config, scaling) for name, scaling in itertools.product(config.models, config.scalings or (None,))
-    ]
-    _check_told_apart(models)
-    with nullcontext() if output is None else hold(output, config):
-        material = read_material(config.evaluate, None)
-        prepared, texts = _read_texts(models, config, progress)
-        sources = _weights(config) | case_sources(config.evaluate)
-        digests = _digests(models, prepared) | sources
-        device = models[0].device
-        starts = (this_start(config, device),) if output is None else begin(output, config, digests, device)
-        path = None if output is None else output / "results.json"
-        results = read_results(path, _provenance(config, starts, models, prepared, sources))
+    with ExitStack() as stack:
+        with ranks.leading():
+            pairs = itertools.product(config.models, config.scalings or (None,))
+            models = [_find(name, config, scaling) for name, scaling in pairs]
+            _check_told_apart(models)
+            if output is not None and ranks.is_first:
+                stack.enter_context(hold(output, config))
+            material = read_material(config.evaluate, None)
+            prepared, texts = _read_texts(models, config, progress)
+            sources = _weights(config) | case_sources(config.evaluate)
+            digests = _digests(models, prepared) | sources
+            device = models[0].device
+            if output is not None and ranks.is_first:
+                starts = begin(output, config, digests, device)
+            else:
+                starts = (this_start(config, device),)
+            path = None if output is None else output / "results.json"
+            results = read_results(path, _provenance(config, starts, models, prepared, sources))
         try:
             for model in models:
                 if model.training is not None and model.training not in results.training:
                     results = results.add(model.training)
                 on_text = replace(material, text=texts.get(model.split))
-                for so_far in measure(model.load(), on_text, config.evaluate, results, starts, path, progress):
+                for so_far in measure(model.load(), on_text, config.evaluate, results, starts, path, progress, ranks):
                     results = so_far
                     on_results(results)
         except Exception:
-            if output is not None and results.entries():
+            if output is not None and ranks.is_first and results.entries():
                 write_report(results, output, partial(progress, "drawing the report"))
             raise
         on_results(results)  # where nothing was left to do, too
-        if output is not None:
+        if output is not None and ranks.is_first:
             write_report(results, output, partial(progress, "drawing the report"))
     return results
 
@@ -395,13 +404,16 @@ def measure(
     starts: tuple[Start, ...],
     path: Path | None,
     progress: Progress,
+    ranks: Ranks = ALONE,
 ) -> Iterator[Results]:
     """Results with what a configuration asks of a subject, after each piece of work, then written to path already.
 
-    They came from these starts; where nothing is left to do they stay as they are.
+    They came from these starts; where nothing is left to do they stay as they are. Of several ranks each does a part of
+    the work, and the first has all results.
     """
     resolved = config.resolved(subject.train_length)
-    for entries in evaluate(subject, material, resolved, results.cells(), progress):
+    share = partial(ranks.shared, pack=pack_entries, unpack=unpack_entries)
+    for entries in evaluate(subject, material, resolved, results.cells(), progress, share):
         results = results.started(starts).add(*entries)
         if path is not None:
             results.write(path)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from longreach.data.prepare import DataConfig, PreparedData
@@ -206,7 +206,8 @@ def _pretrained_trainee(config: RunConfig, tokenizer: Tokenizer, device: torch.d
             dense=_attention_dropout(model.config) > 0,
             kernels=triton_was_measured(device, model.dtype, head_dim),
         ),
-        save=lambda folder: save_pretrained(model, folder),
+        save=lambda folder, weights: save_pretrained(model, folder, state_dict=weights),
+        blocks=tuple(next(module for module in model.modules() if isinstance(module, nn.ModuleList))),
     )
 
 

@@ -1,5 +1,6 @@
 """A run: one trained model in its folder, with the configuration it came from."""
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,6 +26,7 @@ from longreach.results import Provenance, Start, TrainingRecord
 from longreach.train.config import RunConfig, TrainConfig
 from longreach.train.loop import BatchSource, Step, Trainee, resolve_device, steps_done, train
 from longreach.train.optim import independent_of_steps
+from longreach.train.parallel import ALONE, Ranks
 from longreach.verbs.start import build_trainee, check_held_out, check_start, digest_of_weights
 
 
@@ -59,7 +61,11 @@ class Run:
 
 
 def train_run(
-    config: RunConfig, folder: Path, progress: Progress, prepared: PreparedData | None = None
+    config: RunConfig,
+    folder: Path,
+    progress: Progress,
+    prepared: PreparedData | None = None,
+    ranks: Ranks = ALONE,
 ) -> TrainingRecord:
     """Train into a folder, or go on with what is there; the record of a finished run is returned at once.
 
@@ -68,38 +74,40 @@ def train_run(
         folder: where to.
         progress: told of each stage as it goes on.
         prepared: the text of `config`, where it has been read already.
+        ranks: the processes that train it together, all of which call this.
 
     Raises:
         ValueError: the folder holds another run, what was read for it has changed since, too few tokens to train on,
             or the model to start from does not fit; and as `train`.
         OSError: another process works in the folder; and as `train`.
     """
-    device = resolve_device(config.train.device)
-    check_start(config)
-    with hold(folder, config, besides=("steps",)) as before:
-        if before is not None:
-            _check_steps(folder, before.train, config.train)
-        prepared = prepared or prepare(config.data, config.train.seed, progress)
-        check_held_out(config, prepared)
-        batches = training_batches(config.train, prepared)
-        weights = {} if config.start_from is None else digest_of_weights(config.start_from)
-        begin(folder, config, prepared.digests | weights, device)
-        if not (folder / "tokenizer.json").exists():
-            prepared.tokenizer.save(folder / "tokenizer.json")
-        return _train(config, folder, prepared.tokenizer, batches, progress)
+    with ExitStack() as stack:
+        with ranks.leading():
+            ranks.check(config.train.parallel, config.train.batch_size, config.train.accumulation)
+            device = resolve_device(config.train.device)
+            check_start(config)
+            before = stack.enter_context(hold(folder, config, besides=("steps",))) if ranks.is_first else None
+            if before is not None:
+                _check_steps(folder, before.train, config.train)
+            prepared = prepared or prepare(config.data, config.train.seed, progress)
+            check_held_out(config, prepared)
+            batches = training_batches(config.train, prepared)
+            if ranks.is_first:
+                weights = {} if config.start_from is None else digest_of_weights(config.start_from)
+                begin(folder, config, prepared.digests | weights, device)
+                if not (folder / "tokenizer.json").exists():
+                    prepared.tokenizer.save(folder / "tokenizer.json")
+            ranks.check_sees(folder)
+        tokenizer = prepared.tokenizer
 
+        def on_step(step: Step) -> None:
+            note = f"{step.tokens / step.seconds:,.0f} tokens/s  loss {step.loss:.3f}"
+            progress(f"training {config.method}", step.step, config.train.steps, note)
 
-def _train(
-    config: RunConfig, folder: Path, tokenizer: Tokenizer, batches: BatchSource, progress: Progress
-) -> TrainingRecord:
-    def on_step(step: Step) -> None:
-        note = f"{step.tokens / step.seconds:,.0f} tokens/s  loss {step.loss:.3f}"
-        progress(f"training {config.method}", step.step, config.train.steps, note)
+        def build(device: torch.device) -> Trainee:
+            return build_trainee(config, tokenizer, device)
 
-    def build(device: torch.device) -> Trainee:
-        return build_trainee(config, tokenizer, device)
-
-    return train(build, config.train, batches, folder, on_step)
+        return train(build, config.train, batches, folder, on_step, ranks)
 
 
 def _check_steps(folder: Path, before: TrainConfig, now: TrainConfig) -> None:

@@ -1,0 +1,306 @@
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from ranks import free_port, launch, run
+
+from longreach.cli import main
+from longreach.models.files import load_model
+from longreach.results import Results
+from longreach.train.parallel import Ranks, read_launch
+
+SMALL = (
+    "--valid-fraction 0.2 --vocab-size 280 --num-layers 2 --num-heads 2 --d-model 32 --train-length 32 --batch-size 8 "
+    "--warmup-steps 10 --device cpu --rank-timeout 5 --checkpoint-every 10"
+)
+TESTED = "--valid-lengths 32,64 --valid-tokens 512 --task perplexity,positions"
+
+pytestmark = pytest.mark.usefixtures("unrendered")
+
+
+@pytest.fixture(scope="module")
+def small(corpus, tmp_path_factory):
+    """Arguments that make training quick, over what a test says."""
+    return [*SMALL.split(), "--data", str(corpus), "--cache", str(tmp_path_factory.mktemp("cache"))]
+
+
+@pytest.fixture(scope="module")
+def alone(small, tmp_path_factory):
+    """A run of one process over 50 steps."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    main(["train", "--output", str(folder), *small, "--steps", "50"])
+    return folder
+
+
+def metrics(folder):
+    path = folder / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def losses(folder):
+    return [line["loss"] for line in metrics(folder)]
+
+
+# The loss does not depend on how it is computed
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["--parallel auto", "--parallel ddp --accumulation 2", "--parallel fsdp --accumulation 2"],
+)
+def test_the_loss_curve_is_that_of_one_process(small, alone, tmp_path, words):
+    run(["train", "--output", str(tmp_path / "run"), *small, "--steps", "50", *words.split()], tmp_path / "logs")
+    assert losses(tmp_path / "run") == pytest.approx(losses(alone), rel=1e-5)
+    norms, expected = ([line["gradient_norm"] for line in metrics(folder)] for folder in (tmp_path / "run", alone))
+    assert norms == pytest.approx(expected, rel=1e-5)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == sorted(path.name for path in alone.iterdir())
+    one, other = (load_model(folder).state_dict() for folder in (tmp_path / "run", alone))
+    # Adam divides by the root of a mean of squares: where a gradient is all but 0, its rounding takes whole steps.
+    assert all((one[name] - other[name]).abs().max() < 1e-3 for name in other)
+
+
+def test_positions_are_shifted_alike(small, tmp_path):
+    words = [*small, "--method", "sinusoidal-shifted", "--steps", "3", "--warmup-steps", "1"]
+    main(["train", "--output", str(tmp_path / "alone"), *words])
+    run(["train", "--output", str(tmp_path / "run"), *words], tmp_path / "logs")
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
+
+
+def test_dropout_draws_otherwise_on_each_rank_and_as_before_when_resumed():
+    draws = []
+    for rank, seed in ((0, 5), (1, 5), (1, 5), (2, 5), (1, 6)):
+        torch.manual_seed(1)
+        Ranks(rank, 3).draw_otherwise(0, seed)
+        draws.append(torch.rand(()).item())
+    torch.manual_seed(1)
+    assert draws[0] == torch.rand(()).item()
+    assert draws[1] == draws[2]
+    assert len(set(draws)) == 4
+
+
+@pytest.mark.parametrize(("first", "then"), [("alone", "ddp"), ("ddp", "fsdp"), ("fsdp", "alone")])
+def test_a_run_goes_on_however_many_processes_there_are(small, alone, tmp_path, first, then):
+    words = ["train", "--output", str(tmp_path / "run"), *small, "--steps", "50"]
+    interrupted = launch([*words, *_parallel(first)], tmp_path / "logs", size=1 if first == "alone" else 2)
+    until(lambda: len(metrics(tmp_path / "run")) > 12, interrupted)
+    for rank in interrupted:
+        rank.kill(signal.SIGKILL)
+        rank.wait()
+    assert (tmp_path / "run" / "checkpoint.pt").exists()
+    run([*words, *_parallel(then)], tmp_path / "logs", size=1 if then == "alone" else 2)
+    assert losses(tmp_path / "run") == pytest.approx(losses(alone), rel=1e-5)
+
+
+def _parallel(how):
+    return [] if how == "alone" else ["--parallel", how]
+
+
+def until(condition, ranks, seconds=30.0):
+    """Wait for something that processes do."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, [rank.errors.read_text() for rank in ranks]
+        time.sleep(0.01)
+
+
+# What ends
+
+
+@pytest.fixture
+def training(small, tmp_path):
+    """A training by two processes that goes on and on, and is 20 steps old."""
+    ranks = launch(["train", "--output", str(tmp_path / "run"), *small, "--steps", "1000000"], tmp_path / "logs")
+    until(lambda: len(metrics(tmp_path / "run")) > 20, ranks)
+    yield ranks
+    for rank in ranks:
+        if rank.status is None:
+            rank.kill(signal.SIGKILL)
+            rank.wait()
+
+
+def last_line(rank):
+    return rank.errors.read_text().splitlines()[-1]
+
+
+def done(folder):
+    return len(metrics(folder))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_any_rank_keeps_the_last_step(training, small, tmp_path, number):
+    training[1].kill(number)
+    status, word = {signal.SIGTERM: (75, "terminated"), signal.SIGINT: (130, "interrupted")}[number]
+    assert [rank.wait() for rank in training] == [status, status]
+    assert last_line(training[0]) == f"longreach train: {word}; run the same command again to go on"
+    assert training[1].errors.read_text() == ""
+    steps = done(tmp_path / "run")
+    ranks = launch(["train", "--output", str(tmp_path / "run"), *small, "--steps", "1000000"], tmp_path / "logs")
+    until(lambda: done(tmp_path / "run") > steps, ranks)
+    for rank in ranks:
+        rank.kill(number)
+    assert [rank.wait() for rank in ranks] == [status, status]
+    assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, done(tmp_path / "run") + 1))
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_killed_rank_ends_the_others(training, lost):
+    training[lost].kill(signal.SIGKILL)
+    assert training[1 - lost].wait() == 2
+    if lost == 1:
+        told = f"rank 1 (process {training[1].pid} on {socket.gethostname()}) ended without a word"
+        assert (
+            last_line(training[0])
+            == f"longreach train: {told}: run the same command again to go on from the last checkpoint"
+        )
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_hung_rank_is_named_within_the_timeout(training, lost):
+    training[lost].kill(signal.SIGSTOP)
+    assert training[1 - lost].wait() == 1
+    told = f"rank {lost} (process {training[lost].pid} on {socket.gethostname()}) gave no sign of life for 5 s"
+    assert (
+        last_line(training[1 - lost])
+        == f"longreach train: {told}: run the same command again to go on from the last checkpoint"
+    )
+
+
+def test_one_process_keeps_its_last_step_too(small, tmp_path):
+    words = ["train", "--output", str(tmp_path / "run"), *small, "--steps", "1000000", "--checkpoint-every", "1000000"]
+    for number, status in ((signal.SIGTERM, 75), (signal.SIGINT, 130)):
+        (rank,) = launch(words, tmp_path / "logs", size=1)
+        before = done(tmp_path / "run")
+        until(lambda before=before: done(tmp_path / "run") > before + 5, [rank])
+        rank.kill(number)
+        assert rank.wait() == status
+        assert before < done(tmp_path / "run")
+    assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, done(tmp_path / "run") + 1))
+
+
+# What is refused: one line, by rank 0
+
+
+@pytest.mark.parametrize(
+    ("words", "environment", "part"),
+    [
+        (["--batch-size", "7"], {}, "batch_size=7 cannot be shared by 2 processes x accumulation=1: give a multiple"),
+        (["--accumulation", "8"], {}, "batch_size=8 cannot be shared by 2 processes x accumulation=8: give a multiple"),
+        (["--parallel", "none"], {}, "parallel=none and 2 processes: give ddp or fsdp"),
+        (["--parallel", "pipeline"], {}, "--parallel='pipeline'"),
+        (["--rank-timeout", "1"], {}, "rank_timeout=1: give 5 to"),
+        (["--stepz", "3"], {}, "unknown option --stepz"),
+        (["--data", "nowhere"], {}, "nowhere"),
+        (["--device", "cuda:77"], {}, "device='cuda:77' is not to be had here"),
+        ([], {"MASTER_PORT": "x"}, "MASTER_PORT='x' in the environment beside RANK"),
+    ],
+)
+def test_mistakes_get_one_line_of_rank_0_and_leave_nothing(small, tmp_path, words, environment, part):
+    output = tmp_path / "run"
+    said = run(["train", "--output", str(output), *small, *words], tmp_path / "logs", status=2, **environment)
+    assert said[1] == ""
+    (line,) = (line for line in said[0].splitlines() if not line.startswith("reading"))
+    assert line.startswith("longreach train: ")
+    assert part in line
+    assert not output.exists()
+
+
+def test_a_port_that_is_taken_is_named(small, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        first, second = launch(["train", "--output", str(tmp_path / "x"), *small], tmp_path / "logs", MASTER_PORT=port)
+        assert first.wait() == 2
+        second.kill(signal.SIGKILL)  # it waits at the port for whoever has it
+        second.wait()
+    assert last_line(first).startswith("longreach train: MASTER_ADDR=127.0.0.1, MASTER_PORT=")
+    assert "(the port is taken): give another port" in last_line(first)
+
+
+def test_several_processes_are_for_torchrun(small, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", "--output", str(tmp_path / "run"), *small, "--parallel", "fsdp"])
+    assert "parallel=fsdp and one process: start it by torchrun" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"RANK": "1"}, "WORLD_SIZE='' in the environment"),
+        ({"WORLD_SIZE": "2"}, "RANK='' in the environment"),
+        (
+            {"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_PORT": "1"},
+            "RANK=2 in the environment is not below",
+        ),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_PORT": "1"},
+            "MASTER_ADDR is missing in the environment",
+        ),
+    ],
+)
+def test_an_environment_that_contradicts_itself_is_refused(environment, message):
+    with pytest.raises(ValueError, match=message):
+        read_launch(environment)
+
+
+def test_no_environment_is_one_process():
+    assert read_launch({}) is None
+
+
+# Evaluation
+
+
+def test_a_comparison_by_two_is_that_of_one(small, tmp_path):
+    words = [*small, *TESTED.split(), "--steps", "5", "--warmup-steps", "2", "--methods", "alibi,none"]
+    main(["compare", "--output", str(tmp_path / "one"), *words])
+    run(["compare", "--output", str(tmp_path / "two"), *words], tmp_path / "logs")
+    one, two = (Results.read(tmp_path / name / "results.json") for name in ("one", "two"))
+    assert one.cells() == two.cells()
+    assert {entry.key for entry in one.entries()} == {entry.key for entry in two.entries()}
+    expected = {entry.key: entry.nll for entry in one.records}
+    assert {entry.key: entry.nll for entry in two.records} == pytest.approx(expected, rel=1e-5)
+    assert (tmp_path / "two" / "report.html").exists()
+
+
+def test_an_evaluation_by_two_is_that_of_one(alone, tmp_path):
+    words = ["evaluate", str(alone), *TESTED.split(), "--strides", "16,32"]
+    main([*words, "--output", str(tmp_path / "one")])
+    run([*words, "--output", str(tmp_path / "two")], tmp_path / "logs")
+    one, two = (Results.read(tmp_path / name / "results.json") for name in ("one", "two"))
+    assert sorted(entry.key for entry in one.records) == sorted(entry.key for entry in two.records)
+    for kind in ("records", "contexts"):
+        expected = {entry.key: entry.nll for entry in getattr(one, kind)}
+        assert {entry.key: entry.nll for entry in getattr(two, kind)} == pytest.approx(expected, rel=1e-9)
+
+
+def test_an_error_of_one_rank_is_said_by_rank_0(alone, corpus, tmp_path):
+    run_folder = tmp_path / "run"
+    shutil.copytree(alone, run_folder)
+    (run_folder / "model.safetensors").write_bytes(b"torn")
+    said = run(["evaluate", str(run_folder), *TESTED.split()], tmp_path / "logs", status=2)
+    assert said[0].splitlines()[-1].startswith(f"longreach evaluate: {run_folder}: damaged")
+    assert said[1] == ""
+
+
+# torchrun itself
+
+
+def test_torchrun_trains_and_a_repeated_command_says_the_same(small, alone, tmp_path):
+    output = tmp_path / "run"
+    words = ["train", "--output", str(output), *small, "--steps", "50"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [*command, str(free_port()), "-m", "longreach", *words], capture_output=True, text=True, env=environment
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("alibi: 50 steps, 12,800 tokens, ")
+    assert len(result.stdout.splitlines()) == 1
+    assert losses(output) == pytest.approx(losses(alone), rel=1e-5)
