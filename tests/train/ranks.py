@@ -24,7 +24,7 @@ class Rank:
     errors: Path
     status: int | None = None
 
-    def wait(self, seconds=60.0):
+    def wait(self, seconds=300.0):
         """Its exit status, or that of the signal that killed it as a negative number."""
         until = time.monotonic() + seconds
         while self.status is None:

@@ -102,7 +102,7 @@ def _parallel(how):
     return [] if how == "alone" else ["--parallel", how]
 
 
-def until(condition, ranks, seconds=30.0):
+def until(condition, ranks, seconds=300.0):
     """Wait for something that processes do."""
     end = time.monotonic() + seconds
     while not condition():

@@ -36,7 +36,7 @@ Result = TypeVar("Result")
 FAILED = (ValueError, OSError, FloatingPointError, ModuleNotFoundError)
 """What a command ends with in one line: rank 0 says it for all."""
 
-BEAT = 1.0
+BEAT = 0.5
 """Seconds between two signs of life."""
 
 PAUSE = 0.02
@@ -413,7 +413,7 @@ def _outcome(error: Exception, launch: Launch, store: Any) -> BaseException:
     """What to raise for an error, after telling the others of it."""
     with suppress(RuntimeError):  # the store is gone, too
         store.compare_set("failed", "", f"rank {launch.rank}: {error}")
-        until = time.monotonic() + 2 * BEAT
+        until = time.monotonic() + 4 * BEAT
         gone = store.add("gone", 1)
         while launch.rank == 0 and gone < launch.size and time.monotonic() < until:  # this process may keep the store
             time.sleep(PAUSE)
@@ -465,8 +465,12 @@ class _Watch:
                     self._failure = (time.monotonic(), self._store.get("failed").decode())
 
     def _judge(self) -> None:
+        looked = time.monotonic()
         while not self._ended.wait(BEAT):
             now = time.monotonic()
+            if now - looked > 6 * BEAT:  # it is this process that was stopped, as others may have been that go on now
+                self._heard.update(dict.fromkeys(self._heard, now))
+            looked = now
             for rank, heard in self._heard.items():
                 if now - heard > self.timeout:
                     message = f"{self._names[rank]} gave no sign of life for {self.timeout:g} s: {GO_ON}"
