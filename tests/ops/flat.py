@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from longreach.ops.cpu import operators, products
+from longreach.ops.cpu.operators import cpu_attention as cpu
 from longreach.ops.flex import flex_alibi_attention as flex
 from longreach.ops.reach import key_ranges as ranges
 from longreach.ops.reference import reference_attention as reference
@@ -41,8 +41,7 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
     return flat(sdpa)(q, k, v, **options)[0]
 
 
-cpu_attention = flat(products.cpu_attention)
-compiled_cpu_attention = flat(operators.compiled_cpu_attention)
+cpu_attention = flat(cpu)
 triton_attention = flat(triton)
 flex_alibi_attention = flat(flex)
 

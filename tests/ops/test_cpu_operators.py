@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from flat import compiled_cpu_attention
+from flat import cpu_attention
 from torch import Tensor
 from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
@@ -10,27 +10,36 @@ from torch._inductor import config as inductor_config
 OPERATORS = torch.ops.longreach
 
 
-def cpu_tensors(learned: bool = False) -> list[Tensor]:
-    """q, k, v in memory as the projections of a model leave them, (B, T, H, D), with gradients, and slopes."""
-    torch.manual_seed(0)
-    qkv = [torch.rand(2, 30, heads, 16).transpose(1, 2).requires_grad_() for heads in (4, 2, 2)]
-    return [*qkv, torch.rand(4, requires_grad=learned)]
-
-
 @pytest.mark.parametrize("learned", [True, False])
+@pytest.mark.parametrize("learns", [True, False])
 @pytest.mark.parametrize("with_slopes", [True, False])
-def test_operators_of_the_cpu_keep_the_rules_of_torch_library(with_slopes: bool, learned: bool) -> None:
-    q, k, v, slopes = cpu_tensors(learned)
-    sides = (slopes, slopes.detach().expand(2, 4)) if with_slopes else (None, None)
-    options = (*sides, torch.arange(60).view(2, 30) % 7 == 0, None, None, 0.25, True, 9, None)
-    out, lse = OPERATORS.cpu_forward(q, k, v, *options)
-    grads = torch.ones_like(out), torch.ones_like(lse)
-    saved = [None if x is None else x.detach() for x in (q, k, v, *sides)]
-    for operator, arguments in (
-        (OPERATORS.cpu_forward, (q, k, v, *options)),
-        (OPERATORS.cpu_backward, (*grads, *saved, *options[2:], learned)),
-    ):
-        results = torch.library.opcheck(operator.default, arguments)
+def test_operators_of_the_cpu_keep_the_rules_of_torch_library(with_slopes: bool, learns: bool, learned: bool) -> None:
+    """With q, k and v in memory as the projections of a model leave them, (B, T, H, D)."""
+    torch.manual_seed(0)
+    inputs: list[Tensor | None] = [torch.rand(2, 30, heads, 16).transpose(1, 2) for heads in (4, 2, 2)]
+    slopes = torch.rand(4)
+    inputs += [slopes, slopes.expand(2, 4)] if with_slopes else [None, None]
+    for x in inputs[: 5 if learned else 3]:
+        if learns and x is not None:
+            x.requires_grad_()
+    masks, bounds = (torch.arange(60).view(2, 30) % 7 == 0, None), (0.25, True, 9)
+    arguments = (*inputs, *masks, None, *bounds, 2.0**-24, learns)
+    results = torch.library.opcheck(OPERATORS.cpu_forward.default, arguments)
+    assert set(results.values()) == {"SUCCESS"}
+    if learns:
+        out, lse, *kept = (x.detach() for x in OPERATORS.cpu_forward(*arguments))
+        saved = [None if x is None else x.detach() for x in inputs]
+        arguments = (
+            torch.ones_like(out),
+            torch.ones_like(lse),
+            *saved,
+            *masks,
+            out,
+            *kept,
+            *bounds,
+            learned and with_slopes,
+        )
+        results = torch.library.opcheck(OPERATORS.cpu_backward.default, arguments)
         assert set(results.values()) == {"SUCCESS"}
 
 
@@ -43,7 +52,7 @@ def test_inductor_trains_through_the_cpu(learned: bool) -> None:
 
     def layer(x: Tensor, weight: Tensor, slopes: Tensor) -> Tensor:
         q, k, v = (x @ weight).unflatten(2, (12, 16)).transpose(1, 2).split(4, dim=1)
-        out, lse = compiled_cpu_attention(q, k, v, slopes=slopes)
+        out, lse = cpu_attention(q, k, v, slopes=slopes)
         return out.transpose(1, 2).flatten(2).square().mean() + lse.mean()
 
     torch.manual_seed(0)

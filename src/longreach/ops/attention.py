@@ -7,6 +7,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 from torch.amp import is_autocast_available
+from torch.autograd import forward_ad
 
 from longreach.ops.arguments import (
     validate_bias,
@@ -17,12 +18,11 @@ from longreach.ops.arguments import (
     validate_types,
     validated_visibility,
 )
-from longreach.ops.cpu.operators import compiled_cpu_attention
-from longreach.ops.cpu.products import cpu_attention
+from longreach.ops.cpu.operators import cpu_attention
 from longreach.ops.lse_bound import FEW_QUERIES
 from longreach.ops.reach import KEY_BLOCK
 from longreach.ops.reference import reference_attention
-from longreach.ops.sdpa import sdpa_attention
+from longreach.ops.sdpa import sdpa_attention, surely
 from longreach.ops.triton.operators import triton_attention, triton_was_measured
 
 IMPLEMENTATIONS = ("reference", "sdpa", "cpu", "triton", "flex")
@@ -156,6 +156,8 @@ def attention(
         raise ValueError(f"impl={impl!r}: give one of {', '.join(('auto', *IMPLEMENTATIONS))}")
     if key_norms is not None:
         _validate_key_norms(key_norms, k, impl)
+    if impl == "auto" and forward_ad._current_level >= 0:
+        impl = "reference"  # the only one that is made of operations which have derivatives in forward mode
     if impl == "auto":
         impl = choose_impl(
             q.device.type,
@@ -216,7 +218,7 @@ def choose_impl(
     """
     if dense or not (kernels or device == "cpu"):
         return "sdpa"
-    decoding = query_length < FEW_QUERIES
+    decoding = surely(query_length < FEW_QUERIES)
     if kernels:
         crossover = TRITON_DECODE_CROSSOVERS if decoding else TRITON_CROSSOVERS
         long = (key_length if decoding else query_length * key_length) >= crossover[dtype.itemsize]
@@ -225,7 +227,7 @@ def choose_impl(
         return "cpu"
     if decoding:
         return "cpu" if reaching and has_key_norms and key_length >= CPU_DECODE_CROSSOVER else "sdpa"
-    return "cpu" if reaching and query_length * key_length >= CPU_CROSSOVER else "sdpa"
+    return "sdpa" if not reaching or surely(query_length * key_length < CPU_CROSSOVER) else "cpu"
 
 
 def uses_key_norms(impl: str, q: Tensor, key_length: int) -> bool:
@@ -263,7 +265,7 @@ def _reaching(impl: str, q: Tensor) -> Callable[..., tuple[Tensor, Any]]:
         return flex_alibi_attention
     if q.device.type != "cpu":
         raise ValueError(f'q is on {q.device} with impl="cpu": move it to the CPU, or use another impl')
-    return compiled_cpu_attention if torch.compiler.is_compiling() else cpu_attention
+    return cpu_attention
 
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from longreach.ops.alibi import dense_bias
 from longreach.ops.reach import KEY_BLOCK, default_tolerance, key_ranges, visible_ranges
 from longreach.ops.visibility import Visibility, without_padding
+from longreach.ops.vmapped import by_slices
 
 TAKES_WIDE_MASKS = ("cpu",)
 """Devices whose kernels add a float32 mask to the scores of half-type queries as it is."""
@@ -87,7 +88,7 @@ def sdpa_attention(
     k, v = without_padding(k, v, visibility.key_padding_mask)
     by_sequence, by_head = _axes_of_masks(visibility, slopes, bias, return_lse)
     size = visibility.query_length * visibility.key_length * (q.shape[1] if by_head else 1)
-    if size * (q.shape[0] if by_sequence else 1) <= MASK_LIMIT:
+    if surely(size * (q.shape[0] if by_sequence else 1) <= MASK_LIMIT):
         out, lse = _attend(
             q, k, v, visibility, None, slopes, bias, scale=scale, dropout_p=dropout_p, return_lse=return_lse
         )
@@ -96,8 +97,18 @@ def sdpa_attention(
     seed = torch.randint(2**62, ()) if dropout_p else None
     masks = (visibility.key_padding_mask, visibility.cu_seqlens)
     bounds = (visibility.causal, visibility.window_size, scale, dropout_p, tolerance, return_lse)
-    out, lse = _tiled(q, k, v, left, right, bias, *masks, seed, *bounds)
+    tiled = _tiled if torch.compiler.is_compiling() else _Tiled.apply
+    out, lse = tiled(q, k, v, left, right, bias, *masks, seed, *bounds)
     return out, lse if return_lse else None
+
+
+def surely(condition: bool) -> bool:
+    """Whether something said of lengths holds: under torch.export of all lengths that it leaves open."""
+    if not torch.compiler.is_exporting():
+        return bool(condition)
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # imports what eager programs need not
+
+    return statically_known_true(condition)
 
 
 def _attend(
@@ -375,14 +386,60 @@ def _(grad_out: Tensor, grad_lse: Tensor, q: Tensor, *others: Any) -> tuple[Tens
     return tuple(q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (q, *others[:5]))
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:9])
-    ctx.bounds = inputs[9:]
+by_slices(_tiled)
+by_slices(_tiled_backward)
 
 
-def _differentiate(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = _tiled_backward(grad_out, grad_lse, *ctx.saved_tensors, *ctx.bounds)
-    return *(g if wanted else None for g, wanted in zip(gradients, ctx.needs_input_grad, strict=False)), *(None,) * 9
+class _Tiled(torch.autograd.Function):
+    """The operator and its gradients."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+        return _tiled(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs[:9])
+        ctx.bounds = inputs[9:]
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, left, right, bias, *others = ctx.saved_tensors
+        fixed = (*others, *ctx.bounds)
+        gradients = _TiledGradients.apply(grad_out, grad_lse, q, k, v, left, right, bias, fixed)
+        return *(g if wanted else None for g, wanted in zip(gradients, ctx.needs_input_grad, strict=False)), *(
+            None,
+        ) * 9
 
 
-_tiled.register_autograd(_differentiate, setup_context=_save)
+class _TiledGradients(torch.autograd.Function):
+    """The backward operator, which has no derivatives."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(  # torch.compile counts its arguments
+        grad_out: Tensor,
+        grad_lse: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        left: Tensor | None,
+        right: Tensor | None,
+        bias: Tensor | None,
+        fixed: tuple[Any, ...],
+    ) -> tuple[Tensor, ...]:
+        return _tiled_backward(grad_out, grad_lse, q, k, v, left, right, bias, *fixed)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Nothing is needed."""
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise NotImplementedError('second derivatives of attention in tiles: use impl="reference", or shorter inputs')
+
+
+_tiled.register_autograd(_Tiled.backward, setup_context=_Tiled.setup_context)

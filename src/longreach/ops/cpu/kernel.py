@@ -7,6 +7,7 @@ key and each value once, and copies none. It is called directly because only tha
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -83,9 +84,9 @@ class FewQueries(_Tiles):
     @cached_property
     def _distances(self) -> Tensor:
         """(Tq, Tk)."""
-        dtype, visibility = self.lse.dtype, self.visibility
-        positions = torch.arange(visibility.offset, visibility.key_length, dtype=dtype)
-        return positions[:, None] - torch.arange(visibility.key_length, dtype=dtype)
+        options: dict[str, Any] = {"dtype": self.lse.dtype, "device": self.lse.device}
+        positions = torch.arange(self.visibility.offset, self.visibility.key_length, **options)
+        return positions[:, None] - torch.arange(self.visibility.key_length, **options)
 
     @cached_property
     def _slopes(self) -> tuple[Tensor, Tensor]:
@@ -118,7 +119,7 @@ class HalfTypes(_Tiles):
         The bias is -m (i - p) + m (j - p). The first term alters the LSE alone. The second becomes products of 8 more
         entries of q and k: (j - p) is split into 256 a + b and m into three parts, all exact in half precision.
         """
-        position, dtype = torch.arange(tile.width), self.q.dtype
+        position, dtype = torch.arange(tile.width, device=self.q.device), self.q.dtype
         slope = self.left.detach().to(torch.float32).expand(self.lse.shape[:2])[tile.batch, tile.heads, None]
         parts: list[Tensor] = []  # each [B, heads, 1]
         for _ in range(3):

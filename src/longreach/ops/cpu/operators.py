@@ -1,6 +1,7 @@
-"""Attention on the CPU as operators of torch.library, with shapes for tracing and formulas for autograd.
+"""Attention on the CPU as operators of torch.library: one path for eager, compiled, exported and transformed programs.
 
-torch.compile takes each operator as one opaque node: `products` plans its work from values, which cannot be traced.
+They are opaque to tracing, for `products` plans its work from values, and come with shapes, formulas for autograd, for
+second derivatives too, and a rule for vmap.
 """
 
 from typing import Any
@@ -8,11 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longreach.ops.cpu.products import cpu_attention
+from longreach.ops.cpu.plan import BLOCK_M
+from longreach.ops.cpu.products import Attended, attend, differentiate
+from longreach.ops.reach import default_tolerance
+from longreach.ops.reference import reference_attention
 from longreach.ops.visibility import Visibility
+from longreach.ops.vmapped import by_slices
 
 
-def compiled_cpu_attention(
+def cpu_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -23,17 +28,45 @@ def compiled_cpu_attention(
     tolerance: float | None = None,
     key_norms: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`cpu_attention` as one node of a graph: it plans its work from values, which cannot be traced.
+    """softmax(scale q k^T - m |i - j|) v over the visible keys within reach; arguments as in `longreach.attention`.
 
-    A node's outputs are all that its backward pass knows, so that one computes the forward pass once more.
+    Differentiable in q, k, v and the slopes. Reads only the keys that `longreach.reach` says each block of queries
+    needs, so that time grows linearly with length once length passes the reach.
+
+    Args:
+        q: (B, H, Tq, D) float64, float32, bfloat16 or float16.
+        k: (B, Hkv, Tk, D).
+        v: (B, Hkv, Tk, D).
+        visibility: which keys each query sees. Padding at the ends costs nothing, documents are computed by themselves.
+        slopes: (H,) or (B, H), a pair (left, right) of them, or None.
+        scale: factor of q . k; D**-0.5 when None.
+        tolerance: probability mass per row that may be dropped; `default_tolerance` of the dtype when None.
+        key_norms: `key_block_norms(k, BLOCK_N)`, kept by a cache so that decoding need not read all of k.
+
+    Returns:
+        The output (B, H, Tq, D) in the dtype of q, and the LSE (B, H, Tq) in float32, or float64 if q is.
     """
-    pair = slopes if isinstance(slopes, tuple) else (slopes, slopes)
-    bounds = (scale, visibility.causal, visibility.window_size, tolerance)
-    return _cpu_forward(q, k, v, *pair, visibility.key_padding_mask, visibility.cu_seqlens, key_norms, *bounds)
+    left, right = slopes if isinstance(slopes, tuple) else (slopes, slopes)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    tolerance = default_tolerance(q.dtype) if tolerance is None else tolerance
+    learns = torch.is_grad_enabled() and (
+        _transformed() or any(x is not None and x.requires_grad for x in (q, k, v, left, right))
+    )
+    masks = (visibility.key_padding_mask, visibility.cu_seqlens, key_norms)
+    bounds = (scale, visibility.causal, visibility.window_size, tolerance, learns)
+    # torch.compile takes the operator for what it is, and torch.func needs a Function with a setup_context.
+    function = _Attention.apply if learns and not torch.compiler.is_compiling() else _forward
+    out, lse, *_ = function(q, k, v, left, right, *masks, *bounds)
+    return out, lse
+
+
+def _transformed() -> bool:
+    """Whether torch.func may differentiate what it has wrapped, which hides that; torch.compile sees through it."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 @torch.library.custom_op("longreach::cpu_forward", mutates_args=())
-def _cpu_forward(
+def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -42,49 +75,31 @@ def _cpu_forward(
     key_padding_mask: Tensor | None,
     cu_seqlens: Tensor | None,
     key_norms: Tensor | None,
-    scale: float | None,
+    scale: float,
     causal: bool,
     window_size: int | None,
-    tolerance: float | None,
-) -> tuple[Tensor, Tensor]:
-    bounds = (scale, causal, window_size, tolerance)
-    return _run_on_cpu(q, k, v, left, right, key_padding_mask, cu_seqlens, key_norms, *bounds)
+    tolerance: float,
+    learns: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    visibility = Visibility(q.shape[2], k.shape[2], causal, window_size, key_padding_mask, cu_seqlens)
+    options: dict[str, Any] = {"scale": scale, "tolerance": tolerance, "learns": learns}
+    return attend(q, k, v, _slopes(q, left, right), visibility, key_norms, **options)
 
 
-def _run_on_cpu(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    left: Tensor | None,
-    right: Tensor | None,
-    key_padding_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    key_norms: Tensor | None,
-    scale: float | None,
-    causal: bool,
-    window_size: int | None,
-    tolerance: float | None,
-) -> tuple[Tensor, Tensor]:
-    return cpu_attention(
-        q,
-        k,
-        v,
-        Visibility(q.shape[2], k.shape[2], causal, window_size, key_padding_mask, cu_seqlens),
-        slopes=None if left is None or right is None else (left, right),
-        scale=scale,
-        tolerance=tolerance,
-        key_norms=key_norms,
+@_forward.register_fake
+def _(q: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    learns = others[-1]
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    lse, peak, total = (
+        q.new_empty(shape, dtype=dtype) for shape in (q.shape[:3], *(q.shape[:3] if learns else (0,),) * 2)
     )
-
-
-@_cpu_forward.register_fake
-def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    lse_dtype = torch.promote_types(q.dtype, torch.float32)
-    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=lse_dtype)
+    blocks = (*q.shape[:2], (q.shape[2] + BLOCK_M - 1) // BLOCK_M) if learns else (0,)
+    low, high = (q.new_empty(blocks, dtype=torch.int32) for _ in range(2))
+    return q.new_empty(q.shape), lse, peak, total, low, high
 
 
 @torch.library.custom_op("longreach::cpu_backward", mutates_args=())
-def _cpu_backward(
+def _backward(
     grad_out: Tensor,
     grad_lse: Tensor,
     q: Tensor,
@@ -94,26 +109,36 @@ def _cpu_backward(
     right: Tensor | None,
     key_padding_mask: Tensor | None,
     cu_seqlens: Tensor | None,
-    key_norms: Tensor | None,
-    scale: float | None,
+    out: Tensor,
+    peak: Tensor,
+    total: Tensor,
+    low: Tensor,
+    high: Tensor,
+    scale: float,
     causal: bool,
     window_size: int | None,
-    tolerance: float | None,
-    slopes_gradient: bool,
+    slopes_learn: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-    left, right = (None if x is None else x.detach().requires_grad_(slopes_gradient) for x in (left, right))
-    bounds = (scale, causal, window_size, tolerance)
-    with torch.enable_grad():
-        outputs = _run_on_cpu(q, k, v, left, right, key_padding_mask, cu_seqlens, key_norms, *bounds)
-    wanted = [q, k, v, *(x for x in (left, right) if slopes_gradient and x is not None)]
-    gradients = torch.autograd.grad(outputs, wanted, (grad_out, grad_lse), allow_unused=True)
-    found = [x.new_zeros(x.shape) if g is None else g.contiguous() for x, g in zip(wanted, gradients, strict=True)]
-    found += [q.new_empty(0) for _ in range(5 - len(found))]
-    return tuple(found)  # type: ignore[return-value]
+    visibility = Visibility(q.shape[2], k.shape[2], causal, window_size, key_padding_mask, cu_seqlens)
+    attended = Attended(out, peak, peak, total, low, high)
+    gradients = differentiate(
+        grad_out,
+        grad_lse,
+        q,
+        k,
+        v,
+        _slopes(q, left, right),
+        visibility,
+        attended,
+        scale=scale,
+        slopes_learn=slopes_learn,
+    )
+    dq, dk, dv, *of_slopes = gradients
+    dleft, dright = of_slopes if slopes_learn else (q.new_empty(0), q.new_empty(0))
+    return dq, dk, dv, dleft, dright
 
 
-@_cpu_backward.register_fake
+@_backward.register_fake
 def _(
     grad_out: Tensor,
     grad_lse: Tensor,
@@ -123,22 +148,92 @@ def _(
     left: Tensor | None,
     right: Tensor | None,
     *others: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     learned = (left, right) if others[-1] else (None, None)
     dleft, dright = (q.new_empty(0) if x is None else x.new_empty(x.shape) for x in learned)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dleft, dright
 
 
-def _cpu_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:8])
-    ctx.bounds = inputs[8:]
+def _slopes(q: Tensor, left: Tensor | None, right: Tensor | None) -> tuple[Tensor, Tensor]:
+    if left is None or right is None:
+        left = right = q.new_zeros(q.shape[1], dtype=torch.float32)
+    return left, right
 
 
-def _cpu_differentiate(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    slopes_gradient = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
-    dq, dk, dv, dleft, dright = _cpu_backward(grad_out, grad_lse, *ctx.saved_tensors, *ctx.bounds, slopes_gradient)
-    slopes = (dleft, dright) if slopes_gradient else (None, None)
-    return dq, dk, dv, *slopes, *(None,) * 7
+by_slices(_forward)
+by_slices(_backward)
 
 
-_cpu_forward.register_autograd(_cpu_differentiate, setup_context=_cpu_save)
+class _Attention(torch.autograd.Function):
+    """The forward operator and its gradients."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        return _forward(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        out, _, *others = output
+        ctx.mark_non_differentiable(*others)
+        ctx.save_for_backward(*inputs[:7], out, *others)
+        ctx.bounds = inputs[8:11]
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        slopes_learn = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
+        q, k, v, left, right, *others = ctx.saved_tensors
+        fixed = (*others, *ctx.bounds, slopes_learn)
+        dq, dk, dv, dleft, dright = _Gradients.apply(grad_out, grad_lse, q, k, v, left, right, fixed)
+        slopes = (dleft, dright) if slopes_learn else (None, None)
+        return dq, dk, dv, *slopes, *(None,) * 8
+
+
+class _Gradients(torch.autograd.Function):
+    """The backward operator, and second derivatives by the dense definition: nothing that is saved would help there."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(  # torch.compile counts its arguments
+        grad_out: Tensor,
+        grad_lse: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        left: Tensor | None,
+        right: Tensor | None,
+        fixed: tuple[Any, ...],
+    ) -> tuple[Tensor, ...]:
+        return _backward(grad_out, grad_lse, q, k, v, left, right, *fixed)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *factors, fixed = inputs
+        ctx.save_for_backward(*factors, *fixed[:2])
+        *ctx.bounds, ctx.slopes_learn = fixed[7:]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        *factors, key_padding_mask, cu_seqlens = ctx.saved_tensors  # grad_out, grad_lse, q, k, v, left, right
+        scale, causal, window_size = ctx.bounds
+
+        def gradients(grad_out: Tensor, grad_lse: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+            def dense(q: Tensor, k: Tensor, v: Tensor, *pair: Any) -> tuple[Tensor, Tensor]:
+                visibility = Visibility(q.shape[2], k.shape[2], causal, window_size, key_padding_mask, cu_seqlens)
+                out, lse = reference_attention(q, k, v, visibility, slopes=pair or None, scale=scale)
+                return out, lse.to(grad_lse.dtype)
+
+            return torch.func.vjp(dense, *inputs)[1]((grad_out, grad_lse))[: len(wanted)]
+
+        given = [n for n, x in enumerate(factors) if x is not None]
+        wanted = grads[: 5 if ctx.slopes_learn else 3]
+        found: list[Tensor | None] = [None] * 8
+        second = torch.func.vjp(gradients, *(factors[n] for n in given))[1]
+        for n, gradient in zip(given, second(wanted), strict=True):
+            found[n] = gradient
+        return tuple(found)
+
+
+_forward.register_autograd(_Attention.backward, setup_context=_Attention.setup_context)

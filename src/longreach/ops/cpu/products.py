@@ -8,12 +8,11 @@ by `kernel` where that is faster, as few queries are.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from longreach.ops.cpu.kernel import FewQueries, HalfTypes, fits_squares
 from longreach.ops.cpu.plan import (
@@ -33,7 +32,7 @@ from longreach.ops.cpu.plan import (
 )
 from longreach.ops.cpu.views import bias_of, distances, falloff, keys_of, kv_heads_of, lanes_of, rows_of
 from longreach.ops.lse_bound import FEW_QUERIES
-from longreach.ops.reach import default_tolerance, key_ranges
+from longreach.ops.reach import key_ranges
 from longreach.ops.visibility import Visibility
 
 LOG2_E = math.log2(math.e)
@@ -52,125 +51,134 @@ ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_cap
 """Whether oneDNN's products in float32 can be had: on processors that MKL does not favour they are twice as fast."""
 
 
-def cpu_attention(
+class Attended(NamedTuple):
+    """What the forward pass returns, and all but its LSE to the backward pass."""
+
+    out: Tensor
+    """(B, H, Tq, D) in the dtype of q."""
+    lse: Tensor
+    """(B, H, Tq) float32, or float64 where q is."""
+    peak: Tensor
+    """Likewise: each row's largest score by base 2, inf for rows that see no key; empty where no gradient is wanted."""
+    total: Tensor
+    """Likewise: the sum of weights relative to that, 0 for rows that see no key."""
+    low: Tensor
+    """(B, H, ceil(Tq / BLOCK_M)) int32: the first key that the backward pass needs; empty likewise."""
+    high: Tensor
+    """Likewise: one past the last."""
+
+
+def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    slopes: tuple[Tensor, Tensor],
     visibility: Visibility,
+    key_norms: Tensor | None,
     *,
-    slopes: Tensor | tuple[Tensor, Tensor] | None = None,
-    scale: float | None = None,
-    tolerance: float | None = None,
-    key_norms: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """softmax(scale q k^T - m |i - j|) v over the visible keys within reach; arguments as in `longreach.attention`.
-
-    Differentiable in q, k, v and the slopes. Reads only the keys that `longreach.reach` says each block of queries
-    needs, so that time grows linearly with length once length passes the reach.
-
-    Args:
-        q: (B, H, Tq, D) float64, float32, bfloat16 or float16.
-        k: (B, Hkv, Tk, D).
-        v: (B, Hkv, Tk, D).
-        visibility: which keys each query sees. Padding at the ends costs nothing, documents are computed by themselves.
-        slopes: (H,) or (B, H), a pair (left, right) of them, or None.
-        scale: factor of q . k; D**-0.5 when None.
-        tolerance: probability mass per row that may be dropped; `default_tolerance` of the dtype when None.
-        key_norms: `key_block_norms(k, BLOCK_N)`, kept by a cache so that decoding need not read all of k.
-
-    Returns:
-        The output (B, H, Tq, D) in the dtype of q, and the LSE (B, H, Tq) in float32, or float64 if q is.
-    """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    tolerance = default_tolerance(q.dtype) if tolerance is None else tolerance
-    if slopes is None:
-        slopes = torch.zeros(q.shape[1], dtype=torch.float32)
-    left, right = slopes if isinstance(slopes, tuple) else (slopes, slopes)
+    scale: float,
+    tolerance: float,
+    learns: bool,
+) -> Attended:
+    """The forward pass, arguments as in `longreach.attention`; `learns` is whether a backward pass may come."""
     seen = HostVisibility.read(visibility)
+    low, high = _bounded_ranges(q, k, slopes, visibility, seen, key_norms, scale, tolerance)
+    q, k, v = _readable(q, k, v, seen)
+    out = q.new_empty(q.shape)
+    lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+    if seen.may_hide_all_keys:
+        out.zero_()
+        lse.fill_(float("-inf"))
+    if not learns and (seen.query_length < FEW_QUERIES or _by_kernel(q)):
+        few = seen.query_length < FEW_QUERIES
+        tiles = (FewQueries if few else HalfTypes)(q, k, v, *slopes, out, lse, scale, seen)
+        square = not few and fits_squares(slopes[0], k.shape[2])
+        for tile in plan(q.shape, k.shape, seen, low, high, reading_cost if few else kernel_cost, square=square):
+            tiles.attend(tile)
+        return _unlearned(out, lse)
+    peak, total = torch.full_like(lse, float("inf")), torch.zeros_like(lse)
+    products = _Products(q, k, v, *slopes, scale, seen)
+    found = _FoundRanges(q, seen, tolerance) if learns else None
+    for tile in plan(q.shape, k.shape, seen, low, high, product_cost):
+        for piece in pieces(tile):
+            products.attend(piece, out, peak, total, found)
+    lse = total.log2().add_(peak.masked_fill(total == 0, 0.0)).mul_(1 / LOG2_E)
+    if found is None:
+        return _unlearned(out, lse)
+    low_needed, high_needed = found.by_block()
+    return Attended(out, lse, peak, total, low_needed, high_needed)
+
+
+def differentiate(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slopes: tuple[Tensor, Tensor],
+    visibility: Visibility,
+    attended: Attended,
+    *,
+    scale: float,
+    slopes_learn: bool,
+) -> tuple[Tensor, ...]:
+    """The gradients of q, k, v and both slopes, of those zeros unless `slopes_learn`."""
+    seen = HostVisibility.read(visibility)
+    q, k, v = _readable(q, k, v, seen)
+    gradients = _Gradients(_Products(q, k, v, *slopes, scale, seen), attended, grad_out, grad_lse, slopes_learn)
+    low, high = (x.transpose(0, 1).tolist() for x in (attended.low, attended.high))
+    for tile in plan(q.shape, k.shape, seen, low, high, product_cost):
+        for piece in pieces(tile):
+            gradients.add(piece)
+    return gradients.of_inputs()
+
+
+def _bounded_ranges(
+    q: Tensor,
+    k: Tensor,
+    slopes: tuple[Tensor, Tensor],
+    visibility: Visibility,
+    seen: HostVisibility,
+    key_norms: Tensor | None,
+    scale: float,
+    tolerance: float,
+) -> tuple[list[Ranges], list[Ranges]]:
+    """The keys within reach of each head for which finding them is worth it."""
+    left, right = slopes
     worth = heads_worth_bounding(q, k, left, right, seen, tolerance, key_norms, by_kernel=_by_kernel(q))
     low: list[Ranges] = [None] * q.shape[1]
     high = low.copy()
     if worth.stop > worth.start:
-        with torch.no_grad():
-            group = q.shape[1] // k.shape[1]
-            kv_heads = slice(worth.start // group, worth.stop // group)
-            starts, ends = key_ranges(
-                q[:, worth],
-                k[:, kv_heads],
-                (left[..., worth], right[..., worth]),
-                visibility,
-                scale=scale,
-                tolerance=tolerance,
-                block_m=BLOCK_M,
-                block_n=BLOCK_N,
-                key_norms=None if key_norms is None else key_norms[:, kv_heads],
-            )
-            low[worth] = starts.transpose(0, 1).mul(BLOCK_N).tolist()
-            high[worth] = ends.transpose(0, 1).mul(BLOCK_N).tolist()
-    return _TiledAttention.apply(q, k, v, left, right, scale, seen, tolerance, low, high)
+        group = q.shape[1] // k.shape[1]
+        kv_heads = slice(worth.start // group, worth.stop // group)
+        starts, ends = key_ranges(
+            q[:, worth],
+            k[:, kv_heads],
+            (left[..., worth], right[..., worth]),
+            visibility,
+            scale=scale,
+            tolerance=tolerance,
+            block_m=BLOCK_M,
+            block_n=BLOCK_N,
+            key_norms=None if key_norms is None else key_norms[:, kv_heads],
+        )
+        low[worth] = starts.transpose(0, 1).mul(BLOCK_N).tolist()
+        high[worth] = ends.transpose(0, 1).mul(BLOCK_N).tolist()
+    return low, high
 
 
-class _TiledAttention(torch.autograd.Function):
-    """Attention over a list of tiles, and its gradients with respect to q, k, v and both slopes."""
+def _readable(q: Tensor, k: Tensor, v: Tensor, visibility: HostVisibility) -> tuple[Tensor, Tensor, Tensor]:
+    """As tiles read them: rows dense in memory, and zeros in holes, so that NaN there meets weights of 0 as 0."""
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    if visibility.holes is not None:
+        k, v = (x.masked_fill(visibility.holes[:, None, :, None], 0.0) for x in (k, v))
+    return q, k, v
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        left: Tensor,
-        right: Tensor,
-        scale: float,
-        visibility: HostVisibility,
-        tolerance: float,
-        low: list[Ranges],
-        high: list[Ranges],
-    ) -> tuple[Tensor, Tensor]:
-        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-        if visibility.holes is not None:  # so that what lies in padding, NaN maybe, meets weights of 0 as 0
-            k, v = (x.masked_fill(visibility.holes[:, None, :, None], 0.0) for x in (k, v))
-        out = torch.empty(q.shape, dtype=q.dtype)
-        lse = torch.empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
-        peak, total = torch.full_like(lse, float("inf")), torch.zeros_like(lse)  # what rows that see no key keep
-        if visibility.may_hide_all_keys:
-            out.zero_()
-            lse.fill_(float("-inf"))
-        learns = any(ctx.needs_input_grad)
-        if visibility.query_length < FEW_QUERIES and not learns:
-            few = FewQueries(q, k, v, left, right, out, lse, scale, visibility)
-            for tile in plan(q.shape, k.shape, visibility, low, high, reading_cost):
-                few.attend(tile)
-        elif _by_kernel(q) and not learns:
-            half = HalfTypes(q, k, v, left, right, out, lse, scale, visibility)
-            for tile in plan(
-                q.shape, k.shape, visibility, low, high, kernel_cost, square=fits_squares(left, k.shape[2])
-            ):
-                half.attend(tile)
-        else:
-            products = _Products(q, k, v, left, right, scale, visibility)
-            found = _FoundRanges(q, visibility, tolerance) if learns else None
-            for tile in plan(q.shape, k.shape, visibility, low, high, product_cost):
-                for piece in pieces(tile):
-                    products.attend(piece, out, peak, total, found)
-            if found is not None:
-                low, high = found.by_head()
-            lse = total.log2().add_(peak.masked_fill(total == 0, 0.0)).mul_(1 / LOG2_E)
-        ctx.save_for_backward(q, k, v, left, right, out, peak, total)
-        ctx.scale, ctx.visibility, ctx.low, ctx.high = scale, visibility, low, high
-        ctx.set_materialize_grads(False)
-        return out, lse
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, left, right, out, peak, total = ctx.saved_tensors
-        products = _Products(q, k, v, left, right, ctx.scale, ctx.visibility)
-        gradients = _Gradients(products, out, peak, total, grad_out, grad_lse)
-        for tile in plan(q.shape, k.shape, ctx.visibility, ctx.low, ctx.high, product_cost):
-            for piece in pieces(tile):
-                gradients.add(piece)
-        return *gradients.of_inputs(), None, None, None, None, None
+def _unlearned(out: Tensor, lse: Tensor) -> Attended:
+    peak, total = (lse.new_empty(0) for _ in range(2))
+    low, high = (lse.new_empty(0, dtype=torch.int32) for _ in range(2))
+    return Attended(out, lse, peak, total, low, high)
 
 
 def _by_kernel(q: Tensor) -> bool:
@@ -196,11 +204,9 @@ def _dots(a: Tensor, b: Tensor, added: Tensor | None = None) -> Tensor:
 
 def _own_dots(a: Tensor, b: Tensor) -> Tensor:
     """The dot product of each row of a and the same row of b, (lanes, 1, rows), rounded as `_dots` rounds it."""
-    rows = a.shape[1]
+    lanes, rows = a.shape[:2]
     a, b = (F.pad(x, (0, 0, 0, -rows % ALIKE_ROWS)).unflatten(1, (-1, ALIKE_ROWS)).flatten(0, 1) for x in (a, b))
-    return (
-        torch.bmm(a, b.transpose(1, 2)).diagonal(dim1=1, dim2=2).reshape(-1, 1, rows + -rows % ALIKE_ROWS)[..., :rows]
-    )
+    return torch.bmm(a, b.transpose(1, 2)).diagonal(dim1=1, dim2=2).reshape(lanes, 1, -1)[..., :rows]
 
 
 def _product(a: Tensor, b: Tensor, added: Tensor | None = None) -> Tensor:
@@ -299,14 +305,14 @@ class _FoundRanges:
         batch, num_heads, query_length = q.shape[:3]
         rows = -(-query_length // BLOCK_M) * BLOCK_M
         # Rows that no tile holds need no keys; visibility alone says where causal rows end.
-        self.low = torch.full((batch, num_heads, rows), visibility.key_length, dtype=torch.int32)
+        self.low = q.new_full((batch, num_heads, rows), visibility.key_length, dtype=torch.int32)
         self.high = torch.full_like(self.low, visibility.key_length if visibility.causal else 0)
 
     def note(self, tile: Tile, by_block: Tensor, total: Tensor) -> None:
         """Keep what the rows of a tile, in reverse, need by their weights in each block of keys and in total."""
         first: Any = tile.key
         if tile.windows > 1:
-            first = tile.key + tile.rows * torch.arange(tile.windows)[:, None]
+            first = tile.key + tile.rows * torch.arange(tile.windows, device=total.device)[:, None]
         limit = total * self.limit  # [lanes, rows, 1]
         below = (by_block.cumsum(dim=-1) <= limit).sum(dim=-1)  # [lanes, rows]
         rows_of(self.low, tile).copy_(below.mul_(BLOCK_N).add_(first).flip(1)[None])
@@ -315,33 +321,27 @@ class _FoundRanges:
             past = (by_block.shape[-1] - above).mul_(BLOCK_N).add_(first)
             rows_of(self.high, tile).copy_(past.flip(1)[None])
 
-    def by_head(self) -> tuple[list[Ranges], list[Ranges]]:
-        """Ranges of each head, for each sequence and block of queries."""
-        low, high = (ends.transpose(0, 1).unflatten(2, (-1, BLOCK_M)) for ends in (self.low, self.high))
-        return low.amin(dim=-1).tolist(), high.amax(dim=-1).tolist()
+    def by_block(self) -> tuple[Tensor, Tensor]:
+        """First key and one past the last that any query of a block needs: each (B, H, blocks)."""
+        low, high = (ends.unflatten(2, (-1, BLOCK_M)) for ends in (self.low, self.high))
+        return low.amin(dim=-1), high.amax(dim=-1)
 
 
 class _Gradients:
     """Sums of the gradients of q, k, v and both slopes over tiles."""
 
     def __init__(
-        self,
-        products: _Products,
-        out: Tensor,
-        peak: Tensor,
-        total: Tensor,
-        grad_out: Tensor | None,
-        grad_lse: Tensor | None,
+        self, products: _Products, attended: Attended, grad_out: Tensor, grad_lse: Tensor, slopes_learn: bool
     ) -> None:
-        self.products, self.out, self.peak, self.dtype = products, out, peak, total.dtype
+        self.products, self.out, self.grad_out, self.slopes_learn = products, attended.out, grad_out, slopes_learn
+        self.peak, self.dtype = attended.peak, attended.peak.dtype
         q, k, v = products.q, products.k, products.v
-        self.grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        empty = total == 0  # rows that see no key
-        self.grad_lse = torch.zeros_like(total) if grad_lse is None else grad_lse.masked_fill(empty, 0.0)
-        self.share = total.reciprocal().masked_fill_(empty, 0.0)
-        self.of_q = torch.zeros(q.shape, dtype=q.dtype)  # no tile holds rows that need no keys
-        self.of_k, self.of_v = (torch.zeros(x.shape, dtype=self.dtype) for x in (k, v))
-        self.of_left, self.of_right = (torch.zeros(q.shape[:2], dtype=self.dtype) for _ in range(2))
+        empty = attended.total == 0  # rows that see no key
+        self.grad_lse = grad_lse.masked_fill(empty, 0.0)
+        self.share = attended.total.reciprocal().masked_fill_(empty, 0.0)
+        self.of_q = q.new_zeros(q.shape)  # no tile holds rows that need no keys
+        self.of_k, self.of_v = (x.new_zeros(x.shape, dtype=self.dtype) for x in (k, v))
+        self.of_left, self.of_right = (q.new_zeros(q.shape[:2], dtype=self.dtype) for _ in range(2))
 
     def of_inputs(self) -> tuple[Tensor, ...]:
         """The gradients of q, k, v, left and right in their shapes and dtypes."""
@@ -366,7 +366,6 @@ class _Gradients:
         offset = grad_lse * share - _own_dots(out, grad)
         scaled, scaled2 = rows * products.scale, rows * (products.scale * LOG2_E)
         of_rows = torch.zeros_like(rows).transpose(1, 2)  # [lanes, D, rows]
-        slopes_learn = products.left.requires_grad or products.right.requires_grad
         moments = rows.new_zeros(5, *rows.shape[:2])
         for strip in strips(tile):
             keys = products.keys(products.k, strip)  # [lanes, width, D]
@@ -376,10 +375,10 @@ class _Gradients:
             of_keys = _product(grad_scores, scaled.transpose(1, 2))
             self._add_to_keys(strip, of_keys, _product(weights, grad.transpose(1, 2)))
             of_rows += _product(keys.transpose(1, 2).contiguous(), grad_scores.transpose(1, 2))
-            if slopes_learn:
-                past, future = (x.T for x in distances(strip, products.visibility, self.dtype))
+            if self.slopes_learn:
+                past, future = (x.T for x in distances(strip, products.visibility, self.dtype, rows.device))
                 moments += _moments(weights, grad_scores, past, future)
-        if slopes_learn:
+        if self.slopes_learn:
             moments[3:].mul_(share[:, 0])
             self._add_to_slopes(tile, moments, grad_lse[:, 0])
         rows_of(self.of_q, tile).copy_(of_rows.mul_(products.scale).transpose(1, 2).flip(1)[None])

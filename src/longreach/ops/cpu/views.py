@@ -15,7 +15,7 @@ from longreach.ops.cpu.plan import HostVisibility, Tile
 def falloff(left: Tensor, right: Tensor, visibility: HostVisibility, dtype: torch.dtype) -> Tensor:
     """The bias at each distance of `_all_distances`, -inf where causality or the window hide: (1 or B, H, n)."""
     left, right = (m.detach().to(dtype)[..., None] for m in (left, right))
-    bias = bias_at(_all_distances(visibility, dtype), left, right, visibility)  # [(B,) H, n]
+    bias = bias_at(_all_distances(visibility, dtype, left.device), left, right, visibility)  # [(B,) H, n]
     return bias if bias.dim() == 3 else bias[None]
 
 
@@ -43,9 +43,11 @@ def bias_of(falloff: Tensor, tile: Tile, visibility: HostVisibility) -> Tensor:
     return bias.masked_fill(hidden[:, :, None], float("-inf"))
 
 
-def distances(tile: Tile, visibility: HostVisibility, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def distances(
+    tile: Tile, visibility: HostVisibility, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Distances to past and to future keys in a tile, rows in reverse, 0 for the other kind: 2 x (rows, width)."""
-    distance = _all_distances(visibility, dtype)
+    distance = _all_distances(visibility, dtype, device)
     return _diagonals(distance.clamp(min=0), tile, visibility), _diagonals((-distance).clamp(min=0), tile, visibility)
 
 
@@ -75,13 +77,10 @@ def kv_heads_of(x: Tensor, num_heads: int, tile: Tile) -> slice:
     return slice(tile.heads.start // group, (tile.heads.stop - 1) // group + 1)
 
 
-def _all_distances(visibility: HostVisibility, dtype: torch.dtype) -> Tensor:
+def _all_distances(visibility: HostVisibility, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Every distance from a query to a key: Tk - 1, Tk - 2, ..., 1 - Tq."""
-    return (
-        visibility.key_length
-        - 1
-        - torch.arange(max(0, visibility.key_length + visibility.query_length - 1), dtype=dtype)
-    )
+    count = max(0, visibility.key_length + visibility.query_length - 1)
+    return visibility.key_length - 1 - torch.arange(count, dtype=dtype, device=device)
 
 
 def _diagonals(vector: Tensor, tile: Tile, visibility: HostVisibility) -> Tensor:
