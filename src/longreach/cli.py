@@ -64,6 +64,14 @@ class Together:
             raise ValueError(f"rank_timeout={self.rank_timeout:g}: give 5 to 1000000 seconds")
 
 
+@dataclass(frozen=True)
+class EmbedOutput:
+    """Where vectors go."""
+
+    output: Path
+    """File for the vectors, .npy: float32, one row a document. Beside it, .npy.part holds what is finished."""
+
+
 def compare(parse: Parse) -> None:
     """`longreach compare`."""
     from rich.console import Console
@@ -158,6 +166,17 @@ def doctor(parse: Parse) -> None:
     print_checkup(checkup, Console())
 
 
+def embed(parse: Parse) -> None:
+    """`longreach embed`."""
+    from longreach.terminal import TerminalProgress
+    from longreach.verbs.embed import EmbedConfig, embed
+
+    to, config = parse(EmbedOutput, EmbedConfig, positional="model")
+    with TerminalProgress() as progress:
+        count, width = embed(config, to.output, progress)
+    print(f"{count:,} vectors of {width:,} numbers in {to.output}")
+
+
 def generate(parse: Parse) -> None:
     """`longreach generate`."""
     from longreach.verbs.generate import GenerateConfig, generate
@@ -215,6 +234,11 @@ VERBS: dict[str, tuple[Callable[[Parse], None], str, str]] = {
         "Examine a pretrained ALiBi model: what its stock code does wrong, how far its heads see, which scaling to "
         "use.",
         "With no text given it runs on random tokens, which show mistakes but cannot tell scalings apart.",
+    ),
+    "embed": (
+        embed,
+        "Write the vectors of all documents of a text by an ALiBi encoder: JinaBERT v2, MosaicBERT, DNABERT-2.",
+        "Run again, it goes on where it stopped.",
     ),
     "generate": (
         generate,

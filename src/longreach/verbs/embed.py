@@ -1,0 +1,163 @@
+"""Texts to vectors by an ALiBi encoder: `embed`."""
+
+import hashlib
+import shutil
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from longreach.data.corpora import Corpus, first_pieces, open_corpus
+from longreach.encoders.encode import texts_of
+from longreach.encoders.load import load_encoder
+from longreach.files import digest, digest_of, replacing, sync
+from longreach.folder import begin, hold
+from longreach.terminal import TerminalProgress
+from longreach.train.loop import resolve_device
+
+WORK = ".part"
+"""What the name of the folder has after that of the output, in which vectors are kept until all of them are made."""
+
+VECTORS = "vectors.f32"
+"""File in it: finished vectors, one after another, float32, little-endian."""
+
+CHUNK = 256
+"""How many texts are taken at a time: what a killed process loses."""
+
+BYTES_PER_TOKEN = 64
+"""How much of a text is read for each token that it may have, so that one of any size is: no language needs as much."""
+
+
+@dataclass(frozen=True)
+class EmbedConfig:
+    """What is to be embedded, and by what."""
+
+    model: str
+    """A folder or a name on the Hugging Face hub."""
+    data: str
+    """Text: a file, folder or glob of text or .jsonl files (also .gz, .xz, .zst), or hf:NAME[:CONFIG]. Every document
+    has a vector, an empty one too, in the order in which they are read."""
+    text_field: str = "text"
+    """Field of a .jsonl line, or column of a Hugging Face data set, that holds the text."""
+    max_length: int | None = None
+    """Tokens after which a text is cut off; what the model's files say when not given."""
+    tokenizer: str | None = None
+    """Folder or hub name of the tokenizer, where the model has none."""
+    scaling: str | None = None
+    """How slopes are scaled for texts past L: linear, ntk, linear-fixed=FACTOR or ntk-fixed=FACTOR."""
+    train_length: int | None = None
+    """L in tokens, where the model's configuration does not tell it."""
+    dtype: str = "auto"
+    """float32, bfloat16, float16, or auto for that of its files, and float32 on the CPU."""
+    batch_size: int = field(default=32, metadata={"may_differ": True})
+    """The most texts at a time."""
+    device: str = field(default="auto", metadata={"may_differ": True})
+    """Where to run: auto, cpu, cuda or another device of torch."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "max_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}: give at least 1")
+        if self.dtype != "auto" and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+            raise ValueError(f"dtype={self.dtype!r}: give auto, float32, bfloat16 or another dtype of torch")
+
+
+def embed(config: EmbedConfig, output: Path, progress: TerminalProgress) -> tuple[int, int]:
+    """Write the vectors of all documents of a text to a .npy file, float32 (N, C). Run again, it goes on.
+
+    Returns:
+        N and C.
+
+    Raises:
+        ValueError: the output is there already; the model, its tokenizer or the text cannot be read; or what was read
+            is not what the work was begun with.
+        OSError: the output cannot be written.
+    """
+    work = output.with_name(output.name + WORK)
+    if output.suffix != ".npy":
+        raise ValueError(f"output {output}: give a name that ends in .npy")
+    if output.exists() and not work.exists():
+        raise ValueError(f"output {output} is there already: give another name, or remove it")
+    device = resolve_device(config.device)
+    with hold(work, config):
+        model = _load(config, device)
+        texts = texts_of(model)
+        length = config.max_length or texts.max_length or model.sizes.max_position_embeddings
+        corpus = open_corpus(config.data, text_field=config.text_field)
+        count, fingerprint = _survey(corpus, length, progress)
+        digests = {
+            "text": fingerprint,
+            "tokenizer": digest_of(texts.tokenizer.to_str()),
+            f"weights of {config.model}": digest(model.source.find("config.json").parent),
+        }
+        begin(work, config, digests, device)
+        width = model.config.hidden_size
+        _append(model, config, corpus, length, work / VECTORS, count, progress)
+        _finish(work / VECTORS, output, (count, width))
+        shutil.rmtree(work, ignore_errors=True)
+    with suppress(OSError):
+        work.rmdir()
+    return count, width
+
+
+def _load(config: EmbedConfig, device: torch.device) -> Any:
+    return load_encoder(
+        config.model,
+        scaling=config.scaling,
+        train_length=config.train_length,
+        tokenizer=config.tokenizer,
+        dtype=None if config.dtype == "auto" else getattr(torch, config.dtype),
+        device=device,
+    )
+
+
+def _read(corpus: Corpus, length: int) -> Iterator[str]:
+    """As much of each document as can matter to so many tokens."""
+    for document in corpus.read():
+        yield "".join(first_pieces(document.pieces, BYTES_PER_TOKEN * length))
+
+
+def _survey(corpus: Corpus, length: int, progress: TerminalProgress) -> tuple[int, str]:
+    """How many documents there are, and a digest of them in their order."""
+    count, hashed = 0, hashlib.sha256()
+    for count, text in enumerate(_read(corpus, length), start=1):
+        hashed.update(hashlib.sha256(text.encode()).digest())
+        progress("reading", count, None)
+    if not count:
+        raise ValueError(f"{corpus.name!r} holds no document: name a source with text in it")
+    return count, hashed.hexdigest()
+
+
+def _append(
+    model: Any, config: EmbedConfig, corpus: Corpus, length: int, path: Path, count: int, progress: TerminalProgress
+) -> None:
+    """Add the vectors that a file lacks."""
+    row = 4 * model.config.hidden_size
+    with open(path, "ab") as file:
+        done = file.tell() // row
+        file.truncate(done * row)  # a killed process may have left half a vector
+        left = islice(_read(corpus, length), done, None)
+        while chunk := list(islice(left, CHUNK)):
+            progress("embedding", done, count)
+            vectors = model.encode(chunk, max_length=length, batch_size=config.batch_size)
+            file.write(vectors.numpy().astype("<f4").tobytes())
+            file.flush()
+            sync(path)
+            done += len(chunk)
+        progress("embedding", done, count)
+    if done != count:
+        raise ValueError(f"the text of {corpus.name!r} changed while it was read; run again once it rests")
+
+
+def _finish(path: Path, output: Path, shape: tuple[int, int]) -> None:
+    """Make a .npy file of finished vectors."""
+    header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+    with replacing(output) as temporary, open(temporary, "wb") as file, open(path, "rb") as vectors:
+        np.lib.format.write_array_header_1_0(file, header)
+        shutil.copyfileobj(vectors, file, 2**20)

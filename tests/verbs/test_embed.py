@@ -1,0 +1,113 @@
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from published import Published, write
+
+import longreach
+from longreach.cli import main
+from longreach.verbs import embed as verb
+
+TEXTS = ["the cat runs.", "", "and another word, again: 1 2 3", "dog " * 50, "is"]
+
+
+@pytest.fixture
+def model(tmp_path):
+    return write(Published("jina", layers=1), tmp_path / "model", pooling=("mean", True))
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "texts.jsonl.gz"
+    path.write_bytes(gzip.compress("".join(json.dumps({"body": text}) + "\n" for text in TEXTS).encode()))
+    return str(path)
+
+
+@pytest.fixture
+def command(model, data, tmp_path):
+    return ["embed", model, "--data", data, "--text-field", "body", "--output", str(tmp_path / "vectors.npy")]
+
+
+def test_every_document_has_a_row_in_order(command, model, tmp_path, capsys):
+    main(command)
+    assert "5 vectors of 48 numbers in" in capsys.readouterr().out
+    vectors = np.load(tmp_path / "vectors.npy")
+    np.testing.assert_allclose(vectors, longreach.load_encoder(model).encode(TEXTS), rtol=1e-5, atol=1e-6)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "texts.jsonl.gz", "vectors.npy"]
+
+
+def test_it_goes_on_where_it_was_killed(command, tmp_path, monkeypatch):
+    main(command)
+    right = np.load(tmp_path / "vectors.npy")
+    (tmp_path / "vectors.npy").unlink()
+    monkeypatch.setattr(verb, "CHUNK", 2)
+    finish, chunks, model_encode = verb._finish, [], longreach.load_encoder(command[1]).__class__.encode
+
+    def encode(model, texts, **options):
+        if len(chunks) == 2:
+            raise KeyboardInterrupt
+        chunks.append(texts)
+        return model_encode(model, texts, **options)
+
+    monkeypatch.setattr("longreach.encoders.model.EncoderModel.encode", encode)
+    with pytest.raises(SystemExit):
+        main(command)
+    part = tmp_path / "vectors.npy.part"
+    with open(part / verb.VECTORS, "ab") as file:
+        file.write(b"half a vector")
+    chunks.pop()
+    monkeypatch.setattr(verb, "_finish", lambda *_: (_ for _ in ()).throw(OSError("no room")))
+    with pytest.raises(SystemExit):
+        main(command)
+    assert not (tmp_path / "vectors.npy").exists()
+    monkeypatch.setattr(verb, "_finish", finish)
+    main(command)
+    np.testing.assert_allclose(np.load(tmp_path / "vectors.npy"), right, rtol=1e-5, atol=1e-6)
+    assert [len(chunk) for chunk in chunks] == [2, 1]  # one of the first start, the last of the second
+    assert not part.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--max-length", "0"], "max_length=0: give at least 1"),
+        (["--max-length", "1"], "max_length=1: its tokenizer adds 2"),
+        (["--dtype", "float3"], "dtype='float3'"),
+        (["--output", "vectors.txt"], "give a name that ends in .npy"),
+        (["--data", "nowhere"], "'nowhere' does not exist"),
+        (["--text-field", "text"], "has no text_field='text'"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_one_line(options, said, command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([*command, *options])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said in error
+
+
+def test_what_is_there_is_not_overwritten(command, tmp_path, capsys):
+    (tmp_path / "vectors.npy").write_text("mine")
+    with pytest.raises(SystemExit):
+        main(command)
+    assert "is there already: give another name" in capsys.readouterr().err
+    assert (tmp_path / "vectors.npy").read_text() == "mine"
+
+
+def test_another_text_is_not_gone_on_with(command, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(verb, "_finish", lambda *_: (_ for _ in ()).throw(OSError("no room")))
+    with pytest.raises(SystemExit):
+        main(command)
+    Path(data).write_bytes(gzip.compress(b'{"body": "another"}\n'))
+    with pytest.raises(SystemExit):
+        main(command)
+    assert "was begun with another text" in capsys.readouterr().err
+
+
+def test_no_document_at_all_is_refused(command, data, capsys):
+    Path(data).write_bytes(gzip.compress(b""))
+    with pytest.raises(SystemExit):
+        main(command)
+    assert "holds no document" in capsys.readouterr().err
