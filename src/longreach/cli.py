@@ -158,12 +158,13 @@ def doctor(parse: Parse) -> None:
     from rich.console import Console
 
     from longreach.terminal import TerminalProgress
-    from longreach.verbs.doctor import DoctorConfig, examine, print_checkup
+    from longreach.verbs import doctor, doctor_encoder
 
-    (config,) = parse(DoctorConfig, positional="model")
+    (config,) = parse(doctor.DoctorConfig, positional="model")
+    kind: Any = doctor_encoder if doctor_encoder.is_encoder(config.model) else doctor
     with TerminalProgress() as progress:
-        checkup = examine(config, progress)
-    print_checkup(checkup, Console())
+        checkup = kind.examine(config, progress)
+    kind.print_checkup(checkup, Console())
 
 
 def embed(parse: Parse) -> None:

@@ -129,7 +129,7 @@ def _call(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], heads: Heads) -> 
     if longest == 0:
         return q
     batch = len(lengths) if equal else 1
-    q, k, v = (x.unflatten(0, (batch, -1)).unflatten(-1, (heads.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
+    q, k, v = (split_heads(x, batch, heads.num_heads) for x in (q, k, v))
     out = attention(
         q,
         k,
@@ -141,6 +141,11 @@ def _call(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], heads: Heads) -> 
         dropout_p=heads.dropout_p,
     )
     return out.transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+def split_heads(x: Tensor, batch: int, num_heads: int) -> Tensor:
+    """(N, C) of texts of one length, or of one that holds others, to (B, H, T, D)."""
+    return x.unflatten(0, (batch, -1)).unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
 Arrangement = Packed | Dense

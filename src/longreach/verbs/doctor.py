@@ -224,10 +224,10 @@ def print_checkup(checkup: Checkup, console: Console) -> None:
     for name, words in _form(diagnosis):
         table.add_row(Text(name), Text(words))
     console.print(table)
-    _show(console, _stock_grid(checkup))
-    _show(console, _reach_grid(checkup))
+    show(console, _stock_grid(checkup))
+    show(console, reach_grid(diagnosis.heads, diagnosis.reach_length, diagnosis.tolerance, _source(checkup)))
     if checkup.trials:
-        _show(console, _scaling_grid(checkup))
+        show(console, _scaling_grid(checkup))
     _print(console, f"\n{_advice(checkup)}")
 
 
@@ -235,7 +235,7 @@ def _print(console: Console, line: str, style: str = "") -> None:
     console.print(Text(line, style=style))
 
 
-def _show(console: Console, grid: Grid) -> None:
+def show(console: Console, grid: Grid) -> None:
     """Print a grid whose title and note may be wider than it."""
     _print(console, f"\n{grid.title}", "bold")
     console.print(to_rich(replace(grid, title="", note="")))
@@ -290,16 +290,23 @@ def _source(checkup: Checkup) -> str:
     return "random tokens" if checkup.config.text is None else checkup.config.text
 
 
-def _reach_grid(checkup: Checkup) -> Grid:
-    diagnosis = checkup.diagnosis
-    heads = sorted(diagnosis.heads, key=lambda head: -head.slope)
+def reach_grid(heads: Sequence[HeadReach], length: int, tolerance: float, source: str) -> Grid:
+    """How far heads see at a length, steepest first.
+
+    Args:
+        heads: of all layers.
+        length: of the text, in tokens.
+        tolerance: what was tolerated.
+        source: the text, in words.
+    """
+    heads = sorted(heads, key=lambda head: -head.slope)
     borders = np.linspace(0, len(heads), min(HEAD_ROWS, len(heads)) + 1).round().astype(int)
-    rows = [_reach_row(heads[start:stop], diagnosis.reach_length) for start, stop in pairwise(borders)]
+    rows = [_reach_row(heads[start:stop], length) for start, stop in pairwise(borders)]
     share = float(np.mean([head.kept for head in heads]))
     rows.append(("all heads", *[""] * 3, format_percent(share)))
     note = (
-        f"At {diagnosis.reach_length:,} tokens, on {_source(checkup)}, over {len(heads[0].tokens)} layers: keys beyond "
-        f"hold at most {diagnosis.tolerance:.0e} of a token's attention together. Work: blocks within it."
+        f"At {length:,} tokens, on {source}, over {len(heads[0].tokens)} layers: keys beyond "
+        f"hold at most {tolerance:.0e} of a token's attention together. Work: blocks within it."
     )
     columns = (("slope",), ("min",), ("median",), ("max",), ("work", "kept"))
     return Grid("Reach of its heads, in tokens", note, columns, tuple(rows))

@@ -1,0 +1,194 @@
+"""One page on a pretrained ALiBi encoder: what stock loading makes of its files, how far its heads see: `doctor`."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.text import Text
+from torch import Tensor
+
+from longreach.data.corpora import first_pieces, open_corpus
+from longreach.encoders.config import LAYOUT, is_alibi_encoder
+from longreach.encoders.encode import texts_of
+from longreach.encoders.load import load_encoder
+from longreach.encoders.packing import Heads, Packed, split_heads
+from longreach.encoders.source import Source
+from longreach.ops.alibi import alibi_slopes
+from longreach.ops.reach import default_tolerance, reach
+from longreach.pretrained.diagnosis import BLOCK, HeadReach, Progress
+from longreach.report.grid import format_memory, format_percent
+from longreach.train.loop import resolve_device
+from longreach.verbs.doctor import SEED, DoctorConfig, reach_grid, show
+from longreach.verbs.embed import BYTES_PER_TOKEN
+
+
+@dataclass(frozen=True)
+class StockLoading:
+    """What transformers makes of the files without the code that came with them."""
+
+    refusal: str = ""
+    """What it raises, if it does."""
+    left_random: tuple[str, ...] = ()
+    """Weights of its BERT that no file has: random from load to load. Layers are counted once, as `*`."""
+    unread: tuple[str, ...] = ()
+    """Weights of the files that it has no place for, likewise."""
+    random_share: float = 0.0
+    """Numbers that are random, as a share of all in its model."""
+
+
+@dataclass(frozen=True)
+class EncoderCheckup:
+    """All that the page says."""
+
+    model: str
+    """What was examined."""
+    summary: str
+    """Layout, size and kind in one line."""
+    stock: StockLoading
+    """What stock loading does."""
+    heads: tuple[HeadReach, ...]
+    """How far its heads see, either way."""
+    length: int
+    """Of the text that this was measured on, in tokens."""
+    tolerance: float
+    """Probability mass per token that the reach may leave out."""
+    source: str
+    """The text, in words."""
+
+
+def is_encoder(name: str) -> bool:
+    """Whether a name is that of an ALiBi encoder that can be had now."""
+    try:
+        return is_alibi_encoder(Source(name).configuration())
+    except ValueError:  # whoever opens it next says what is wrong
+        return False
+
+
+def examine(config: DoctorConfig, progress: Progress = lambda stage, done, total: None) -> EncoderCheckup:
+    """Load an encoder and find out what the page says.
+
+    Raises:
+        ValueError: its files are not whole, or the text is shorter than the longest length.
+    """
+    dtype = None if config.dtype == "auto" else getattr(torch, config.dtype, None)
+    if config.dtype != "auto" and not isinstance(dtype, torch.dtype):
+        raise ValueError(f"dtype={config.dtype!r}: give auto, float32, bfloat16 or another dtype of torch")
+    device = resolve_device(config.device)
+    progress("loading", 0, None)
+    model = load_encoder(config.model, train_length=config.train_length, dtype=dtype, device=device)
+    sizes = model.sizes
+    longest = max(config.valid_lengths or (sizes.max_position_embeddings,))
+    ids = _tokens(model, config.text, longest)
+    progress("measuring reach", 0, None)
+    table = format_memory(4 * sizes.num_attention_heads * longest**2)
+    summary = (
+        f"{getattr(model.config, LAYOUT)} layout, {sizes.num_attention_heads} heads, {sizes.num_hidden_layers} layers, "
+        f"{str(model.dtype).removeprefix('torch.')}; its own code keeps {table} of biases for "
+        f"{longest:,} tokens"
+    )
+    return EncoderCheckup(
+        model=config.model,
+        summary=summary,
+        stock=_stock_loading(model.source),
+        heads=_head_reach(model, ids.to(device)),
+        length=longest,
+        tolerance=default_tolerance(model.dtype),
+        source="random tokens" if config.text is None else config.text,
+    )
+
+
+def _tokens(model: Any, text: str | None, count: int) -> Tensor:
+    """Ids (count,) of a text, or at random."""
+    if text is None:
+        return torch.randint(model.sizes.vocab_size, (count,), generator=torch.Generator().manual_seed(SEED))
+    tokenizer = texts_of(model).tokenizer
+    tokenizer.no_truncation()
+    ids: list[int] = []
+    for document in open_corpus(text):
+        piece = "".join(first_pieces(document.pieces, BYTES_PER_TOKEN * count))
+        ids += tokenizer.encode(piece, add_special_tokens=False).ids
+        if len(ids) >= count:
+            return torch.tensor(ids[:count])
+    raise ValueError(f"text {text!r} has {len(ids):,} tokens, the lengths need {count:,}: give more, or shorter ones")
+
+
+def _stock_loading(source: Source) -> StockLoading:
+    """Compare the weights of the files with those of the model that transformers makes of their configuration."""
+    from transformers import AutoConfig, AutoModel
+
+    try:
+        config = AutoConfig.from_pretrained(source.name, trust_remote_code=False)
+        with torch.device("meta"):
+            stock = AutoModel.from_config(config, trust_remote_code=False)
+    except (ValueError, OSError, KeyError) as error:
+        return StockLoading(refusal=(str(error).strip() or type(error).__name__).splitlines()[0])
+    files, shapes = source.weights(), {name: x.shape for name, x in stock.state_dict().items()}
+    heads = ("cls.", "classifier.")
+    lost = [name for name, shape in shapes.items() if name not in files or files[name].shape != shape]
+    total = sum(shape.numel() for shape in shapes.values())
+    return StockLoading(
+        left_random=_by_layer(lost),
+        unread=_by_layer(name for name in files if name not in shapes and not name.startswith(heads)),
+        random_share=sum(shapes[name].numel() for name in lost) / total,
+    )
+
+
+def _by_layer(names: Iterable[str]) -> tuple[str, ...]:
+    """Names with `*` for the number of a layer, each once, in their order."""
+    return tuple(dict.fromkeys(".".join("*" if part.isdigit() else part for part in name.split(".")) for name in names))
+
+
+class _Heard(Packed):
+    """One text, whose queries and keys are heard in each layer."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__((length,))
+        self.layers: list[tuple[list[int], list[float]]] = []
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, heads: Heads) -> Tensor:
+        """As any text."""
+        slopes = heads.scaling(alibi_slopes(heads.num_heads, device=q.device), len(q))
+        rows, keys = (split_heads(x, 1, heads.num_heads) for x in (q, k))
+        found = reach(rows, keys, slopes, causal=False, block_m=BLOCK, block_n=BLOCK)
+        first = torch.arange(0, len(q), BLOCK, device=q.device)  # [NQ]
+        past = (first + BLOCK).clamp(max=len(q))
+        back, ahead = past - found.starts[0] * BLOCK, (found.ends[0] * BLOCK).clamp(max=len(q)) - first
+        self.layers.append((torch.maximum(back, ahead).amax(dim=-1).tolist(), found.kept[0].tolist()))
+        return super().attend(q, k, v, heads)
+
+
+@torch.inference_mode()
+def _head_reach(model: Any, ids: Tensor) -> tuple[HeadReach, ...]:
+    """The reach of every head in every layer, on ids (T,)."""
+    heard = _Heard(len(ids))
+    model.encode_packed(ids, heard)
+    furthest, kept = (zip(*layers, strict=True) for layers in zip(*heard.layers, strict=True))
+    slopes = alibi_slopes(model.sizes.num_attention_heads).tolist()
+    return tuple(HeadReach(*head) for head in zip(slopes, furthest, kept, strict=True))
+
+
+def print_checkup(checkup: EncoderCheckup, console: Console) -> None:
+    """Print the page."""
+    import transformers
+
+    console.print(Text(checkup.model, style="bold"))
+    console.print(Text(checkup.summary))
+    console.print(Text(f"\nStock transformers {transformers.__version__}, without its code", style="bold"))
+    console.print(Text("\n".join(_of_stock(checkup.stock))))
+    show(console, reach_grid(checkup.heads, checkup.length, checkup.tolerance, checkup.source))
+    console.print(Text(f'\nUse longreach.load_encoder("{checkup.model}"), or longreach.register_encoders() first.'))
+
+
+def _of_stock(stock: StockLoading) -> list[str]:
+    if stock.refusal:
+        return [f"refuses it: {stock.refusal}"]
+    if not stock.left_random:
+        return ["has all weights"]
+    lines = [f"loads a BERT without a word of which {format_percent(stock.random_share)} is random:"]
+    for what, names in (("random", stock.left_random), ("unread", stock.unread)):
+        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+        lines += [f"  {what}: {', '.join(islice(names, 4))}{more}"] if names else []
+    return lines
