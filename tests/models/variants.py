@@ -4,6 +4,7 @@ METHODS = (
     "alibi",
     "alibi:scaling=linear-fixed=2",
     "alibi:learned=true",
+    "alibi:slopes=random:exponent=4",
     "learned:table_length=64",
     "none",
     "rotary",

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -68,3 +70,62 @@ def test_logn_multiplies_the_logits_and_leaves_the_slopes(size):
     assert torch.equal(given.slopes, alibi_slopes(3))
     assert given.logit_factor == pytest.approx(2.0)  # log 256 / log 16
     assert method.depends_on_length
+
+
+def geometric(num_heads, exponent):
+    return [2.0 ** (-exponent * head / num_heads) for head in range(1, num_heads + 1)]
+
+
+SEQUENCES = {
+    "paper:4": ("alibi:exponent=4", 4, geometric(4, 4.0)),
+    "paper:16": ("alibi:exponent=16", 8, geometric(8, 16.0)),
+    # Of twelve heads, eight are those of eight and four every other one of sixteen.
+    "paper, 12 heads": ("alibi:exponent=6", 12, geometric(8, 6.0) + geometric(16, 6.0)[0:8:2]),
+    "closed, 12 heads": ("alibi:slopes=closed", 12, geometric(12, 8.0)),
+    "closed, 3 heads": ("alibi:slopes=closed:exponent=5", 3, geometric(3, 5.0)),
+    "closed is the paper's at powers of two": ("alibi:slopes=closed", 8, geometric(8, 8.0)),
+    "equal": ("alibi:slopes=equal", 6, [2.0**-4] * 6),
+    "equal:3": ("alibi:slopes=equal:exponent=3", 2, [2.0**-1.5] * 2),
+}
+
+
+@pytest.mark.parametrize("name", SEQUENCES)
+@pytest.mark.parametrize("learned", ["", ":learned=true"])
+def test_other_sequences_of_slopes(size, name, learned):
+    spec, num_heads, expected = SEQUENCES[name]
+    given = build_method(spec + learned, size(num_heads=num_heads)).attend(torch.arange(3)[None], 3, 3).slopes
+    # Powers in float32, and of a logarithm of up to 11.1 that is rounded, where they are learned.
+    torch.testing.assert_close(given.double(), torch.tensor(expected).double(), rtol=16 * 2.0**-23, atol=0)
+    assert given.dtype == torch.float32
+
+
+def test_random_slopes_are_drawn_with_the_weights_and_kept_with_them(size):
+    def made(seed):
+        torch.manual_seed(seed)
+        return build_method("alibi:slopes=random:exponent=6", size(num_heads=1000))
+
+    method = made(0)
+    assert torch.equal(method.slopes, made(0).slopes)
+    assert not torch.equal(method.slopes, made(1).slopes)
+    exponents = -method.slopes.log2()
+    assert 0 <= exponents.min() < exponents.max() <= 6
+    # The mean of 1000 draws from 0 to 6, within five standard deviations of it.
+    assert abs(exponents.mean() - 3) < 5 * 6 / math.sqrt(12 * 1000)
+    again = made(2)
+    again.load_state_dict(method.state_dict())
+    assert torch.equal(again.slopes, method.slopes)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("exponent=0", "exponent=0"),
+        ("exponent=-8", "exponent=-8"),
+        ("exponent=65", "exponent=65"),
+        ("exponent=nan", "alibi:exponent=nan"),
+        ("slopes=steep", "alibi:slopes='steep'"),
+    ],
+)
+def test_sequences_that_there_are_not(size, option, message):
+    with pytest.raises(ValueError, match=f"^{message}.*: give"):
+        build_method(f"alibi:{option}", size())

@@ -15,7 +15,13 @@ from longreach.positions.t5 import T5Options
 SCALINGS = st.sampled_from(["none", "linear", "linear-fixed=2.5", "ntk", "ntk-fixed=4", "linear+logn"])
 OF_ROTARY = SCALINGS | st.sampled_from(["yarn", "yarn-fixed=2"])
 OPTIONS = {
-    "alibi": st.builds(AlibiOptions, scaling=SCALINGS, learned=st.booleans()),
+    "alibi": st.builds(
+        AlibiOptions,
+        scaling=SCALINGS,
+        learned=st.booleans(),
+        slopes=st.sampled_from(["paper", "closed", "equal", "random"]),
+        exponent=st.floats(0, 64, exclude_min=True),
+    ),
     "learned": st.builds(LearnedOptions, table_length=st.none() | st.integers(1, 10**6)),
     "none": st.just(NoneOptions()),
     "rotary": st.builds(RotaryOptions, base=st.floats(1, 1e12, exclude_min=True), scaling=OF_ROTARY),

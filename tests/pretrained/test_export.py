@@ -162,6 +162,8 @@ def test_writing_imports_no_transformers():
         ({"method": "alibi:scaling=linear-fixed=2"}, "its slopes are scaled"),
         ({"method": "alibi:scaling=linear"}, "its slopes are scaled"),
         ({"method": "alibi:learned=true"}, "its slopes are learned"),
+        ({"method": "alibi:slopes=closed"}, "its slopes are of another sequence"),
+        ({"method": "alibi:exponent=4"}, "its slopes are of another sequence"),
         ({"norm": "rmsnorm"}, "its norm is rmsnorm, MPT's is layernorm"),
         ({"activation": "swiglu"}, "its activation is swiglu, MPT's is gelu"),
         ({"bias": True}, "it has biases"),

@@ -330,7 +330,9 @@ def test_the_configuration_survives_its_file(pretrained, tmp_path):
     assert read_file(RunConfig, tmp_path / "config.toml") == config
 
 
-@pytest.mark.parametrize("method", ["rotary", "none", "alibi:scaling=linear", "alibi:learned=true"])
+@pytest.mark.parametrize(
+    "method", ["rotary", "none", "alibi:scaling=linear", "alibi:learned=true", "alibi:slopes=equal"]
+)
 def test_other_methods_are_refused(pretrained, method):
     config = dataclasses.replace(starting_config(pretrained("gpt2")), method=method)
     with pytest.raises(ValueError, match=rf"^method='{method}': a Hugging Face model is given alibi or alibi:"):

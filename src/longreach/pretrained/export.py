@@ -87,6 +87,7 @@ def _check(config: ModelConfig, max_length: int) -> None:
     obstacles = [
         *([f"its position method is {name}, MPT has ALiBi"] if name != "alibi" else []),
         *(["its slopes are scaled, MPT's are the paper's"] if name == "alibi" and options.scaling != "none" else []),
+        *(["its slopes are of another sequence than MPT's"] if name == "alibi" and not options.are_the_papers else []),
         *(["its slopes are learned, MPT's are the paper's"] if name == "alibi" and options.learned else []),
         *([f"its norm is {config.norm}, MPT's is layernorm"] if config.norm != "layernorm" else []),
         *([f"its activation is {config.activation}, MPT's is gelu"] if config.activation != "gelu" else []),

@@ -253,7 +253,8 @@ def _fingerprint(config: RunConfig) -> str:
 
 def _check_pretrained_method(method: str) -> None:
     name, options = parse_method(method)
-    if name != "alibi" or options.learned or not _is_fixed(parse_scaling(options.scaling, 2)):
+    plain = name == "alibi" and not options.learned and options.are_the_papers
+    if not plain or not _is_fixed(parse_scaling(options.scaling, 2)):
         raise ValueError(
             f"method={method!r}: a Hugging Face model is given alibi or alibi:scaling=linear-fixed=F; give one of these"
         )
