@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from variants import ARCHITECTURES, DYNAMIC, METHODS
+from variants import ARCHITECTURES, DYNAMIC, METHODS, STRETCHED
 
 from longreach.models.config import ModelConfig
 from longreach.models.decoder import Decoder
@@ -311,7 +311,7 @@ def test_length_below_what_is_there(build, tokens_of):
         model(tokens_of(1, 3), cache=cache, length=6)
 
 
-@pytest.mark.parametrize("method", DYNAMIC)
+@pytest.mark.parametrize("method", STRETCHED)
 @torch.no_grad()
 def test_dynamic_methods_change_with_length_only_past_training(build, tokens_of, method):
     model, tokens = build(method), tokens_of(1, 6)
@@ -364,3 +364,21 @@ def test_long_sequences_and_caches_take_the_fast_path_to_the_same_numbers(build,
     parts = [model(part, cache=cache) for part in tokens.split([1, 99, 470, 1, 1, 28], dim=1)]
     # What reach drops in float64 is at most 2^-53 of each row's mass, so only rounding is left.
     torch.testing.assert_close(torch.cat(parts, dim=1), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "method", ["t5:num_buckets=6:max_distance=12", "kerple", "kerple:kernel=power", "fire:width=8:threshold=90"]
+)
+def test_learned_biases_have_their_gradients_where_attention_goes_tile_by_tile(build, tokens_of, monkeypatch, method):
+    model, tokens = build(method), tokens_of(2, LENGTH)
+
+    def gradients():
+        model.zero_grad()
+        model.loss(tokens[:, :-1], tokens[:, 1:]).backward()
+        return [parameter.grad.clone() for parameter in model.positions.parameters()]
+
+    whole = gradients()
+    monkeypatch.setattr("longreach.ops.sdpa.MASK_LIMIT", 64)
+    for tiled, expected in zip(gradients(), whole, strict=True):
+        assert (expected != 0).any()
+        torch.testing.assert_close(tiled, expected, rtol=1e-9, atol=1e-12)

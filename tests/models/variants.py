@@ -5,18 +5,23 @@ METHODS = (
     "alibi:scaling=linear-fixed=2",
     "alibi:learned=true",
     "alibi:slopes=random:exponent=4",
+    "fire:width=8:threshold=6",
+    "kerple",
+    "kerple:kernel=power",
     "learned:table_length=64",
     "none",
     "rotary",
     "rotary:base=500:scaling=linear-fixed=2",
     "rotary:base=500:scaling=yarn-fixed=2",
+    "sandwich:dimension=16",
     "sinusoidal",
     "sinusoidal-shifted",
     "t5:num_buckets=6:max_distance=12",
+    "xpos:unit=16",
 )
 """Methods that do not look at the length of the whole sequence."""
 
-DYNAMIC = (
+STRETCHED = (
     "alibi:scaling=linear",
     "alibi:scaling=linear:learned=true",
     "alibi:scaling=ntk",
@@ -25,7 +30,10 @@ DYNAMIC = (
     "rotary:scaling=ntk",
     "rotary:scaling=yarn",
 )
-"""Methods that do."""
+"""Methods that do, past the training length."""
+
+DYNAMIC = (*STRETCHED, "rotary-randomized:range=64")
+"""All that look at it."""
 
 ARCHITECTURES = {
     "mpt": {},

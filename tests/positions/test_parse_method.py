@@ -6,11 +6,16 @@ from hypothesis import strategies as st
 
 from longreach.positions import METHODS, parse_method, with_scaling
 from longreach.positions.alibi import AlibiOptions
+from longreach.positions.fire import FireOptions
+from longreach.positions.kerple import KerpleOptions
 from longreach.positions.learned import LearnedOptions
 from longreach.positions.none import NoneOptions
+from longreach.positions.randomized import RandomizedRotaryOptions
 from longreach.positions.rotary import RotaryOptions
+from longreach.positions.sandwich import SandwichOptions
 from longreach.positions.sinusoidal import SinusoidalOptions
 from longreach.positions.t5 import T5Options
+from longreach.positions.xpos import XposOptions
 
 SCALINGS = st.sampled_from(["none", "linear", "linear-fixed=2.5", "ntk", "ntk-fixed=4", "linear+logn"])
 OF_ROTARY = SCALINGS | st.sampled_from(["yarn", "yarn-fixed=2"])
@@ -22,12 +27,17 @@ OPTIONS = {
         slopes=st.sampled_from(["paper", "closed", "equal", "random"]),
         exponent=st.floats(0, 64, exclude_min=True),
     ),
+    "fire": st.builds(FireOptions, width=st.integers(1, 99), threshold=st.none() | st.floats(1, 1e6)),
+    "kerple": st.builds(KerpleOptions, kernel=st.sampled_from(["log", "power"])),
     "learned": st.builds(LearnedOptions, table_length=st.none() | st.integers(1, 10**6)),
     "none": st.just(NoneOptions()),
     "rotary": st.builds(RotaryOptions, base=st.floats(1, 1e12, exclude_min=True), scaling=OF_ROTARY),
+    "rotary-randomized": st.builds(RandomizedRotaryOptions, range=st.none() | st.integers(1, 10**6)),
+    "sandwich": st.builds(SandwichOptions, dimension=st.integers(1, 99).map(lambda half: 2 * half)),
     "sinusoidal": st.just(SinusoidalOptions()),
     "sinusoidal-shifted": st.just(SinusoidalOptions()),
     "t5": st.builds(T5Options, num_buckets=st.integers(2, 64), max_distance=st.integers(33, 10**6)),
+    "xpos": st.builds(XposOptions, gamma=st.floats(0.01, 10), unit=st.integers(1, 10**6)),
 }
 
 

@@ -3,7 +3,8 @@ import sys
 
 from drawn_curves import curves
 
-from longreach.report.drawing import DARK, to_png, to_svg
+from longreach.positions import METHODS
+from longreach.report.drawing import DARK, LIGHT, looks, to_png, to_svg
 from longreach.report.subjects.paper import (
     paper_figure,
 )
@@ -17,6 +18,14 @@ def test_a_method_has_one_colour_everywhere(demo, empty, record):
     assert list(curves(alone)) == [list(curves(axes))[3]]
     markers = [line.get_marker() for line in axes.lines if len(line.get_xdata()) and line.get_linestyle() != "None"]
     assert len(set(markers)) == 6  # five methods, and the training length has none
+
+
+def test_every_method_of_ours_looks_like_no_other():
+    for theme in (LIGHT, DARK):
+        chosen = looks(list(METHODS), theme)
+        assert len({colour for colour, _, _ in chosen.values()}) == len(METHODS)
+        assert len({marker for _, marker, _ in chosen.values()}) == len(METHODS)
+        assert {line for _, _, line in chosen.values()} == {"-"}
 
 
 def test_written_bytes_depend_on_the_results_alone(demo, monkeypatch):

@@ -192,7 +192,7 @@ class SelfAttention(nn.Module):
         heads = self.qkv(x).unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)  # [B, H + 2 Hkv, T, D]
         q, k, v = heads.split(self.heads, dim=1)
         if positions.rotation is not None:
-            q, k = rotate(q, positions.rotation), rotate(k, positions.rotation)
+            q, k = rotate(q, positions.rotation), rotate(k, positions.key_rotation or positions.rotation)
         key_norms = None
         if cache is not None:
             k, v = cache.append(self.layer, k, v)

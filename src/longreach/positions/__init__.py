@@ -7,13 +7,18 @@ import dataclasses
 from typing import Any
 
 from longreach.positions.alibi import Alibi, AlibiOptions
+from longreach.positions.fire import Fire, FireOptions
+from longreach.positions.kerple import Kerple, KerpleOptions
 from longreach.positions.learned import Learned, LearnedOptions
 from longreach.positions.method import AttentionPositions, ModelSize, PositionMethod
 from longreach.positions.none import NoneOptions, NonePositions
+from longreach.positions.randomized import RandomizedRotary, RandomizedRotaryOptions
 from longreach.positions.rotary import Rotary, RotaryOptions, rotate
+from longreach.positions.sandwich import Sandwich, SandwichOptions
 from longreach.positions.scaling import parse_scaling
 from longreach.positions.sinusoidal import ShiftedSinusoidal, Sinusoidal, SinusoidalOptions
 from longreach.positions.t5 import T5, T5Options
+from longreach.positions.xpos import Xpos, XposOptions
 from longreach.reading import read_words
 
 __all__ = [
@@ -29,12 +34,17 @@ __all__ = [
 
 METHODS: dict[str, tuple[Any, Any]] = {
     "alibi": (Alibi, AlibiOptions),
+    "fire": (Fire, FireOptions),
+    "kerple": (Kerple, KerpleOptions),
     "learned": (Learned, LearnedOptions),
     "none": (NonePositions, NoneOptions),
     "rotary": (Rotary, RotaryOptions),
+    "rotary-randomized": (RandomizedRotary, RandomizedRotaryOptions),
+    "sandwich": (Sandwich, SandwichOptions),
     "sinusoidal": (Sinusoidal, SinusoidalOptions),
     "sinusoidal-shifted": (ShiftedSinusoidal, SinusoidalOptions),
     "t5": (T5, T5Options),
+    "xpos": (Xpos, XposOptions),
 }
 """Name -> the method's class and the class of its options."""
 

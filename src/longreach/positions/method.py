@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from longreach.ops.alibi import alibi_distance
+
 
 @dataclass(frozen=True)
 class ModelSize:
@@ -26,11 +28,13 @@ class AttentionPositions:
     """What every attention layer of one forward pass is told about positions."""
 
     rotation: tuple[Tensor, Tensor] | None = None
-    """cos and sin, each (B or 1, 1, Tq, D) float32, for rotating queries and new keys."""
+    """cos and sin, each (B or 1, 1, Tq, D) float32, for rotating queries, and new keys where these have none."""
+    key_rotation: tuple[Tensor, Tensor] | None = None
+    """Likewise, for new keys."""
     slopes: Tensor | None = None
     """(H,) float32, for the bias -slopes * distance."""
     bias: Tensor | None = None
-    """(H, Tq, Tk) float32, added to the scaled scores."""
+    """(H, Tq, Tk) or (B, H, Tq, Tk) float32, added to the scaled scores."""
     logit_factor: float = 1.0
     """Factor of the logits q . k."""
 
@@ -60,3 +64,9 @@ class PositionMethod(nn.Module):
         become.
         """
         return AttentionPositions()
+
+
+def bias_by_distance(values: Tensor, query_length: int) -> Tensor:
+    """The dense bias (H, Tq, Tk) of the values (H, Tk) at distances 0 to Tk - 1; the future has that of 0."""
+    distance = alibi_distance(query_length, values.shape[-1], device=values.device)
+    return values[:, distance.clamp(min=0)]

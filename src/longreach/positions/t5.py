@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from longreach.ops.alibi import alibi_distance
-from longreach.positions.method import AttentionPositions, ModelSize, PositionMethod
+from longreach.positions.method import AttentionPositions, ModelSize, PositionMethod, bias_by_distance
 
 
 @dataclass(frozen=True)
@@ -37,9 +36,8 @@ class T5(PositionMethod):
 
     def attend(self, positions: Tensor, key_length: int, length: int) -> AttentionPositions:
         """Give the bias. It is dense: T5's bias has no cheaper form for PyTorch's attention."""
-        distance = alibi_distance(positions.shape[-1], key_length, device=positions.device)
         by_distance = self.bias(self.bucket(torch.arange(key_length, device=positions.device)))  # [Tk, H]
-        return AttentionPositions(bias=by_distance.t()[:, distance.clamp(min=0)])  # [H, Tq, Tk]
+        return AttentionPositions(bias=bias_by_distance(by_distance.t(), positions.shape[-1]))
 
     def bucket(self, distance: Tensor) -> Tensor:
         """Bucket of each distance i - j >= 0, int64: causal T5 spends all its buckets on the past."""

@@ -47,7 +47,14 @@ _LOOKS: dict[str, tuple[tuple[str, str], str]] = {
     "sinusoidal-shifted": (("#a8507f", "#e79cc6"), "v"),
     "learned": (("#6f5bb5", "#b3a4f0"), "P"),
     "none": (("#59636e", "#a9b3be"), "X"),
+    "kerple": (("#00748c", "#4fc3d9"), "<"),
+    "fire": (("#b3261e", "#f2837b"), "p"),
+    "sandwich": (("#5d7a00", "#a9c940"), "h"),
+    "xpos": (("#8a5a2b", "#d6a878"), ">"),
+    "rotary-randomized": (("#8f6a00", "#d9bd4a"), "d"),
 }
+_PICKED = 7
+"""Names from outside this package have the looks of one of so many, from the first on."""
 _LINES = ("-", "--", "-.", ":")
 FONT_SIZE = 9.0
 """Of all text but titles, in points."""
@@ -71,7 +78,7 @@ Look = tuple[str, str, str]
 def looks(methods: list[str], theme: Theme) -> dict[str, Look]:
     """A method always has the same colour; its variants (`rotary:scaling=ntk`) differ from it in the line."""
     chosen: dict[str, Look] = {}
-    known = list(_LOOKS.values())
+    known = list(_LOOKS.values())[:_PICKED]
     for method in methods:
         base = method.partition(":")[0]
         # A name from outside this package takes the colour that its spelling picks, the same in every report.
