@@ -83,7 +83,10 @@ def free(kind):
 
 
 def test_what_may_differ_is_this_alone():
-    assert set(free(RunConfig)) == {"cache", "streaming", "device", "compile", "checkpoint_every", "parallel"}
+    assert set(free(RunConfig)) == {
+        *("cache", "streaming", "device", "parallel", "compile", "recompute"),
+        *("checkpoint_every", "keep_checkpoints", "async_checkpoint", "validate_every"),
+    }
     assert set(free(CompareConfig)) == set(free(RunConfig))
     assert set(free(EvaluationConfig)) == {"device"}
 

@@ -1,6 +1,7 @@
 """Processes as torchrun starts them, but forked: whatever Python has loaded already is not loaded again."""
 
 import os
+import resource
 import signal
 import socket
 import sys
@@ -47,14 +48,20 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def launch(words, folder, size=2, **environment):
-    """Start `longreach WORDS` in several processes; their output goes into files of a folder."""
+def launch(words, folder, size=2, largest_file=resource.RLIM_INFINITY, **environment):
+    """Start `longreach WORDS` in several processes; their output goes into files of a folder.
+
+    The system refuses to grow a file over so many bytes, as a full disk would.
+    """
     folder.mkdir(exist_ok=True)
     common = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **environment}
-    return [_fork(words, folder, {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(size)]
+    return [
+        _fork(words, folder, largest_file, {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(size)
+    ]
 
 
-def _fork(words, folder, environment):
+def _fork(words, folder, largest_file, environment):
     rank = environment["RANK"]
     output, errors = folder / f"out{rank}", folder / f"err{rank}"
     with warnings.catch_warnings():
@@ -68,6 +75,7 @@ def _fork(words, folder, environment):
             os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
         sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
         os.environ.update(environment)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
         torch.set_num_threads(1)
         main(words)
         status = 0
@@ -81,9 +89,9 @@ def _fork(words, folder, environment):
         os._exit(status)
 
 
-def run(words, folder, size=2, status=0, **environment):
-    """Run `longreach WORDS` in several processes to its end; what each printed as errors."""
-    ranks = launch(words, folder, size, **environment)
+def run(words, folder, size=2, status=0, **options):
+    """Run `longreach WORDS` in several processes, as `launch` does, to its end; what each printed as errors."""
+    ranks = launch(words, folder, size, **options)
     ended = [rank.wait() for rank in ranks]
     said = [rank.errors.read_text() for rank in ranks]
     assert ended == [status] * size, said

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from longreach.files import HashingWriter
-from longreach.train.checkpoint import load_checkpoint, save_checkpoint
+from longreach.train.checkpoint import Writer, load_checkpoint, remove_checkpoints, save_checkpoint
 
 
 def state(value):
@@ -41,7 +41,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
     script = f"""
 import resource, signal, torch
 from pathlib import Path
-from longreach.train.checkpoint import load_checkpoint, save_checkpoint
+from longreach.train.checkpoint import Writer, load_checkpoint, remove_checkpoints, save_checkpoint
 path = Path({str(tmp_path / "checkpoint.pt")!r})
 save_checkpoint({{"step": 1, "w": torch.zeros(10)}}, path)
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -102,3 +102,51 @@ def test_an_interrupt_in_mid_save_stays_one_and_leaves_the_old_checkpoint(tmp_pa
         save_checkpoint(state(2), path)
     assert load_checkpoint(path)["step"] == 1
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_last_checkpoints_are_kept_and_offered_where_the_last_is_damaged(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    (tmp_path / "checkpoint-best.pt").touch()  # the user's own
+    for step in (8, 9, 10, 11):
+        save_checkpoint(state(step), path, keep=3)
+    assert names(tmp_path) == [
+        *("checkpoint-10.pt", "checkpoint-11.pt", "checkpoint-9.pt", "checkpoint-best.pt", "checkpoint.pt")
+    ]
+    path.write_bytes(b"torn")  # the same file as that of step 11
+    with pytest.raises(
+        ValueError, match=r"checkpoint\.pt is damaged: put checkpoint-10\.pt in its place, or delete it"
+    ):
+        load_checkpoint(path)
+    (tmp_path / "checkpoint-10.pt").replace(path)
+    assert load_checkpoint(path)["step"] == 10
+    save_checkpoint(state(11), path, keep=1)
+    assert names(tmp_path) == ["checkpoint-best.pt", "checkpoint.pt"]
+    remove_checkpoints(path)
+    assert names(tmp_path) == ["checkpoint-best.pt"]
+
+
+def test_a_checkpoint_behind_is_of_the_moment_when_it_was_asked_for(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    weights = torch.zeros(1000)
+    with Writer(path, 1, behind=True) as writer:
+        for step in range(3):
+            writer.save({"step": step, "w": weights, "list": [{"w": weights}]})
+            weights += 1
+    loaded = load_checkpoint(path)
+    assert (loaded["step"], loaded["w"].max(), loaded["list"][0]["w"].max()) == (2, 2, 2)
+
+
+@pytest.mark.parametrize("ends_by", [None, KeyboardInterrupt])
+def test_an_error_behind_comes_out(tmp_path, ends_by):
+    def save_and_end():
+        with Writer(tmp_path / "nowhere" / "checkpoint.pt", 1, behind=True) as writer:
+            writer.save(state(1))
+            if ends_by is not None:
+                raise ends_by
+
+    with pytest.raises(OSError, match="nowhere"):
+        save_and_end()
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())

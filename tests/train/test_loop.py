@@ -126,12 +126,47 @@ def test_accumulation_changes_nothing_but_rounding(tmp_path):
     assert metrics(tmp_path / "parts")[0]["loss"] == pytest.approx(metrics(tmp_path / "whole")[0]["loss"], rel=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own look at it
 def test_compiled_training_is_the_same_training(tmp_path, monkeypatch):
     # The eager backend traces the model without needing a C++ compiler.
     compile_with = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f: compile_with(f, backend="eager"))
     compiled = run(tmp_path / "compiled", config=dataclasses.replace(CONFIG, compile=True))
     assert timeless(compiled) == timeless(run(tmp_path / "plain"))
+
+
+@pytest.mark.parametrize("changes", [{"recompute": True}, {"async_checkpoint": True}, {"keep_checkpoints": 3}], ids=str)
+def test_what_saves_memory_or_time_changes_no_step(tmp_path, changes):
+    model = dataclasses.replace(MODEL, residual_dropout=0.3)
+    whole = run(tmp_path / "whole", model)
+    config = dataclasses.replace(CONFIG, **changes)
+    with pytest.raises(Interrupted):
+        run(tmp_path / "run", model, config, stop_after=11)
+    assert timeless(run(tmp_path / "run", model, config)) == timeless(whole)
+    assert not list((tmp_path / "run").glob("checkpoint*"))
+
+
+def test_recomputed_blocks_run_twice(tmp_path, monkeypatch):
+    calls = []
+    forward = loop.Decoder.__init__.__globals__["Block"].forward
+    monkeypatch.setattr("longreach.models.decoder.Block.forward", lambda *a: calls.append(1) or forward(*a))
+    for recompute, times in ((False, 1), (True, 2)):
+        calls.clear()
+        run(tmp_path / str(recompute), config=dataclasses.replace(CONFIG, recompute=recompute))
+        assert len(calls) == times * MODEL.num_layers * CONFIG.steps
+
+
+def test_validation_is_measured_between_steps_and_changes_none(tmp_path):
+    model = dataclasses.replace(MODEL, residual_dropout=0.3)
+    config = dataclasses.replace(CONFIG, validate_every=4)
+    valid = [CountingBatches().rows(99, range(4))] * 2
+    record = train(builder(model), config, CountingBatches(), tmp_path / "run", valid_batches=valid)
+    assert timeless(record) == timeless(run(tmp_path / "whole", model))
+    measured = {line["step"]: line["valid_loss"] for line in metrics(tmp_path / "run") if "valid_loss" in line}
+    assert list(measured) == [4, 8, 12]
+    tokens = torch.from_numpy(valid[0])
+    last = load_model(tmp_path / "run").loss(tokens[:, :-1], tokens[:, 1:])
+    assert measured[12] == pytest.approx(last.item(), rel=1e-6)
 
 
 def test_shifted_training_draws_positions_up_to_the_longest_length(tmp_path, monkeypatch):

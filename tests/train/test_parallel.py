@@ -73,6 +73,19 @@ def test_positions_are_shifted_alike(small, tmp_path):
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
 
 
+def test_validation_is_shared_and_recomputed_blocks_are_sharded(small, tmp_path):
+    words = [*small, "--steps", "10", "--validate-every", "5", "--batch-size", "4"]
+    main(["train", "--output", str(tmp_path / "alone"), *words])
+    run(["train", "--output", str(tmp_path / "run"), *words, "--parallel", "fsdp", "--recompute"], tmp_path / "logs")
+    one, other = (
+        {line["step"]: line["valid_loss"] for line in metrics(tmp_path / name) if "valid_loss" in line}
+        for name in ("run", "alone")
+    )
+    assert one == pytest.approx(other, rel=1e-5)
+    assert list(one) == [5, 10]
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
+
+
 def test_dropout_draws_otherwise_on_each_rank_and_as_before_when_resumed():
     draws = []
     for rank, seed in ((0, 5), (1, 5), (1, 5), (2, 5), (1, 6)):
@@ -170,6 +183,22 @@ def test_a_hung_rank_is_named_within_the_timeout(training, lost):
         last_line(training[1 - lost])
         == f"longreach train: {told}: run the same command again to go on from the last checkpoint"
     )
+
+
+def test_a_full_disk_is_said_by_rank_0_and_the_last_checkpoint_is_kept(small, alone, tmp_path):
+    words = ["train", "--output", str(tmp_path / "run"), *small, "--steps", "50"]
+    first = launch([*words, "--keep-checkpoints", "2"], tmp_path / "logs")
+    until(lambda: done(tmp_path / "run") > 12, first)
+    for rank in first:
+        rank.kill(signal.SIGTERM)
+        rank.wait()
+    said = run([*words, "--async-checkpoint"], tmp_path / "logs", status=2, largest_file=100_000)
+    message = f"while writing {tmp_path / 'run' / 'checkpoint.pt'}: the checkpoint before it is kept; mend that and run"
+    assert message in said[0].splitlines()[-1]
+    assert said[1] == ""
+    run(words, tmp_path / "logs")
+    assert losses(tmp_path / "run") == pytest.approx(losses(alone), rel=1e-5)
+    assert not list((tmp_path / "run").glob("checkpoint*"))
 
 
 def test_one_process_keeps_its_last_step_too(small, tmp_path):

@@ -2,18 +2,26 @@
 
 import os
 import pickle
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
 
 from longreach.files import DIGEST_SIZE, HashingWriter, digest_of_start, replacing
+from longreach.stopping import Terminated
 
 
-def save_checkpoint(state: dict[str, Any], path: Path) -> None:
+def save_checkpoint(state: dict[str, Any], path: Path, keep: int = 1) -> None:
     """Replace the checkpoint at path by state, atomically: a kill at any moment leaves the old or the new one.
 
     The file is what torch.save writes, followed by its SHA-256: torch itself does not notice a flipped bit.
+
+    Args:
+        state: tensors and plain values, among them `step`.
+        path: the file.
+        keep: of how many steps checkpoints stay. More than this one have a second name, checkpoint-STEP.pt.
 
     Raises:
         OSError: the disk is full or the folder cannot be written; the old checkpoint is untouched.
@@ -26,12 +34,78 @@ def save_checkpoint(state: dict[str, Any], path: Path) -> None:
     except BaseException as error:
         # torch.save hides what stopped it, a full disk or Ctrl-C for instance, behind an error of its own.
         cause = error.__context__ if isinstance(error, RuntimeError) else error
-        if isinstance(cause, KeyboardInterrupt):
+        if isinstance(cause, KeyboardInterrupt | Terminated):
             raise cause from None
         if not isinstance(cause, OSError):
             raise
         message = f"{cause.strerror} while writing {path}: the checkpoint before it is kept; mend that and run again"
         raise OSError(cause.errno, message) from error
+    if keep > 1:
+        named = path.with_stem(f"{path.stem}-{state['step']}")
+        named.unlink(missing_ok=True)
+        os.link(path, named)
+    for older in numbered(path)[keep if keep > 1 else 0 :]:
+        older.unlink()
+
+
+def numbered(path: Path) -> list[Path]:
+    """The checkpoints of single steps that were kept beside path, the last first."""
+    steps = {file: file.stem.removeprefix(f"{path.stem}-") for file in path.parent.glob(f"{path.stem}-*{path.suffix}")}
+    return sorted((file for file in steps if steps[file].isdecimal()), key=lambda file: -int(steps[file]))
+
+
+def remove_checkpoints(path: Path) -> None:
+    """Remove the checkpoint at path and those of single steps."""
+    for file in (*numbered(path), path):
+        file.unlink(missing_ok=True)
+
+
+class Writer:
+    """Saves checkpoints at once, or in a thread while training goes on, one at a time; done when the block ends.
+
+    Args:
+        path: the file.
+        keep: as `save_checkpoint` has it.
+        behind: whether in a thread, from a copy of the state.
+    """
+
+    def __init__(self, path: Path, keep: int, behind: bool) -> None:
+        self._path, self._keep = path, keep
+        self._threads = ThreadPoolExecutor(1) if behind else None
+        self._saving: Future[None] | None = None
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._threads is not None:
+            self._threads.shutdown()
+            if error is None or not isinstance(error, Exception):  # a signal leaves a checkpoint, or says why not
+                self._wait()
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Save a state, as `save_checkpoint` does, whose errors come out here, or at the next time behind."""
+        if self._threads is None:
+            save_checkpoint(state, self._path, self._keep)
+        else:
+            self._wait()
+            self._saving = self._threads.submit(save_checkpoint, _copied(state), self._path, self._keep)
+
+    def _wait(self) -> None:
+        if self._saving is not None:
+            saving, self._saving = self._saving, None
+            saving.result()
+
+
+def _copied(state: Any) -> Any:
+    """A state that training does not change, on the CPU."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {name: _copied(value) for name, value in state.items()}
+    return [_copied(value) for value in state] if isinstance(state, list) else state
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -40,7 +114,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: the file is damaged.
     """
-    damaged = f"checkpoint {path} is damaged: delete it to train this run from the start"
+    before = [file.name for file in numbered(path) if not file.samefile(path)]
+    instead = f"put {before[0]} in its place, or " if before else ""
+    damaged = f"checkpoint {path} is damaged: {instead}delete it to train this run from the start"
     with open(path, "rb") as file:
         size = max(0, os.path.getsize(path) - DIGEST_SIZE)
         file.seek(size)

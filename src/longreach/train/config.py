@@ -37,9 +37,17 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """bf16 runs under autocast, weights staying in fp32; auto is bf16 on CUDA devices that have it, else fp32."""
     compile: bool = field(default=False, metadata={"may_differ": True})
-    """Whether to run the model through torch.compile."""
+    """Whether to run each block of the model through torch.compile."""
+    recompute: bool = field(default=False, metadata={"may_differ": True})
+    """Whether to compute each block again for its gradient rather than to keep what it computed, to save memory."""
     checkpoint_every: int = field(default=50, metadata={"may_differ": True})
     """Steps between checkpoints."""
+    keep_checkpoints: int = field(default=1, metadata={"may_differ": True})
+    """How many of the last checkpoints are kept."""
+    async_checkpoint: bool = field(default=False, metadata={"may_differ": True})
+    """Whether to write checkpoints while training goes on, from a copy in memory."""
+    validate_every: int | None = field(default=None, metadata={"may_differ": True})
+    """Steps between measurements of the loss on the validation text, for metrics.jsonl; never when not given."""
     device: str = field(default="auto", metadata={"may_differ": True})
     """Where to run: cpu, cuda, cuda:1, ...; auto is cuda where there is one."""
     parallel: Literal["auto", "none", "ddp", "fsdp"] = field(default="auto", metadata={"may_differ": True})
@@ -52,8 +60,16 @@ class TrainConfig:
     """Synthetic sequences among those of the text, as NAME=SHARE of all: retrieval=0.2."""
 
     def __post_init__(self) -> None:
-        for name in ("train_length", "steps", "batch_size", "accumulation", "checkpoint_every"):
-            if getattr(self, name) < 1:
+        for name in (
+            "train_length",
+            "steps",
+            "batch_size",
+            "accumulation",
+            "checkpoint_every",
+            "keep_checkpoints",
+            "validate_every",
+        ):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: give a positive integer")
         if self.seed < 0:
             raise ValueError(f"seed={self.seed}: give at least 0")

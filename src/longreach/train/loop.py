@@ -5,7 +5,8 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
+from torch.utils.checkpoint import checkpoint
 
 from longreach.cost import Cost
 from longreach.files import write_atomically
@@ -21,7 +23,7 @@ from longreach.models.files import save_model
 from longreach.reading import parse_json, read_values
 from longreach.results import Model, TrainingRecord, read_training, write_training
 from longreach.stopping import deferred, exception
-from longreach.train.checkpoint import load_checkpoint, save_checkpoint
+from longreach.train.checkpoint import Writer, load_checkpoint, remove_checkpoints
 from longreach.train.config import TrainConfig
 from longreach.train.optim import build_optimizer, independent_of_steps, learning_rate
 from longreach.train.parallel import ALONE, Loss, Ranks, restore, whole
@@ -46,6 +48,8 @@ class Step:
     """Tokens trained on so far."""
     seconds: float
     """Time spent training so far, over all sessions of the run."""
+    valid_loss: float | None = None
+    """Mean nll on the validation text after the update, in nats per token, where it was measured."""
 
 
 class BatchSource(Protocol):
@@ -97,6 +101,7 @@ def train(
     folder: Path,
     on_step: Callable[[Step], None] = lambda step: None,
     ranks: Ranks = ALONE,
+    valid_batches: Sequence[np.ndarray] = (),
 ) -> TrainingRecord:
     """Train a model into a folder: metrics.jsonl, then the files of the model and training.json.
 
@@ -111,6 +116,7 @@ def train(
         folder: where to write.
         on_step: called after each step.
         ranks: the processes that share each batch, all of which call this; rank 0 writes.
+        valid_batches: what this rank measures of the validation text where `config` asks for it, each (B, L + 1).
 
     Raises:
         ValueError: the checkpoint is damaged, or the ranks cannot share a batch.
@@ -129,20 +135,23 @@ def train(
         ranks.computing(),
         Cost(run.device) as cost,
         open(metrics_path, "a", encoding="utf-8") as metrics,
+        Writer(folder / "checkpoint.pt", config.keep_checkpoints, config.async_checkpoint) as checkpoints,
         deferred() as signal,
     ):
         for number in range(run.step, config.steps):
             step = run.advance(batches.rows(number, ranks.rows(config.batch_size)))
-            metrics.write(json.dumps(asdict(step)) + "\n")
+            if config.validate_every and run.step % config.validate_every == 0:
+                step = replace(step, valid_loss=run.validate(valid_batches))
+            metrics.write(json.dumps({name: value for name, value in asdict(step).items() if value is not None}) + "\n")
             metrics.flush()
             on_step(step)
             asked = ranks.largest(signal())
             if asked or (run.step % config.checkpoint_every == 0 and run.step < config.steps):
-                run.save()
+                run.save(checkpoints)
             if asked:
                 raise exception(asked)
         if independent_of_steps(config, config.steps):
-            run.save()  # to go on from, should it be made longer
+            run.save(checkpoints)  # to go on from, should it be made longer
         weights = ranks.whole(run.trainee.model.state_dict())
     with ranks.leading():
         if ranks.is_first:
@@ -168,7 +177,7 @@ def _finish(run: "_Run", cost: Cost, weights: dict[str, Tensor]) -> None:
     )
     write_training(record, finished)
     if not independent_of_steps(config, config.steps):
-        (folder / "checkpoint.pt").unlink(missing_ok=True)
+        remove_checkpoints(folder / "checkpoint.pt")
 
 
 def steps_done(folder: Path) -> int:
@@ -214,8 +223,14 @@ class _Run:
         )
         torch.manual_seed(config.seed)
         self.trainee = build(self.device)
-        loss: Loss = torch.compile(self.trainee.loss) if config.compile else self.trainee.loss
-        self.loss, self.syncing = ranks.spread(config.parallel, self.trainee.model, self.trainee.blocks, loss)
+        for block in self.trainee.blocks or (self.trainee.model,):
+            if config.recompute:
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+            if config.compile:
+                block.compile()
+        self.loss, self.syncing = ranks.spread(
+            config.parallel, self.trainee.model, self.trainee.blocks, self.trainee.loss
+        )
         self.optimizer = build_optimizer(self.trainee.model, config)
         self.step = 0
         self.seconds = 0.0
@@ -256,7 +271,21 @@ class _Run:
         tokens = self.step * self.config.batch_size * self.config.train_length
         return Step(self.step, loss, rate, norm, tokens, self.seconds)
 
-    def save(self) -> None:
+    @torch.no_grad()
+    def validate(self, batches: Sequence[np.ndarray]) -> float:
+        """Mean nll in nats per token of this rank's batches (B, L + 1) and those of all others, as many on each."""
+        model = self.trainee.model.eval()
+        losses = []
+        for batch in batches:
+            sequences = torch.from_numpy(batch).to(self.device)
+            positions = torch.arange(self.config.train_length, device=self.device).expand(len(sequences), -1)
+            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+                losses.append(self.loss(sequences[:, :-1], sequences[:, 1:], positions).item())
+        model.train()
+        (mean,) = self.ranks.mean(sum(losses) / len(losses))
+        return mean
+
+    def save(self, checkpoints: Writer) -> None:
         """Write the checkpoint: model, optimizer, step (which is the data's position too) and random state."""
         state = {
             "model": self.trainee.model.state_dict(),
@@ -269,7 +298,7 @@ class _Run:
             state["cuda_random_state"] = torch.cuda.get_rng_state(self.device)
         state = self.ranks.whole(state)
         if self.ranks.is_first:
-            save_checkpoint(state, self.folder / "checkpoint.pt")
+            checkpoints.save(state)
 
     def _restore(self, state: dict[str, Any]) -> None:
         restore(self.trainee.model, self.optimizer, state)

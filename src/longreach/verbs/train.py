@@ -1,5 +1,6 @@
 """A run: one trained model in its folder, with the configuration it came from."""
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,9 @@ from longreach.train.loop import BatchSource, Step, Trainee, resolve_device, ste
 from longreach.train.optim import independent_of_steps
 from longreach.train.parallel import ALONE, Ranks
 from longreach.verbs.start import build_trainee, check_held_out, check_start, digest_of_weights
+
+VALIDATION_TOKENS = 1 << 17
+"""How much of the validation text `validate_every` measures the loss on, about."""
 
 
 class Progress(Protocol):
@@ -92,6 +96,7 @@ def train_run(
             prepared = prepared or prepare(config.data, config.train.seed, progress)
             check_held_out(config, prepared)
             batches = training_batches(config.train, prepared)
+            valid_batches = _validation_batches(config.train, prepared, ranks) if config.train.validate_every else ()
             if ranks.is_first:
                 weights = {} if config.start_from is None else digest_of_weights(config.start_from)
                 begin(folder, config, prepared.digests | weights, device)
@@ -107,7 +112,7 @@ def train_run(
         def build(device: torch.device) -> Trainee:
             return build_trainee(config, tokenizer, device)
 
-        return train(build, config.train, batches, folder, on_step, ranks)
+        return train(build, config.train, batches, folder, on_step, ranks, valid_batches)
 
 
 def _check_steps(folder: Path, before: TrainConfig, now: TrainConfig) -> None:
@@ -139,6 +144,25 @@ def training_batches(config: TrainConfig, prepared: PreparedData) -> BatchSource
     """
     batches = Batches(prepared.train, config.train_length, config.batch_size, config.seed)
     return MixedBatches(batches, config.mix, prepared.tokenizer, config.seed) if config.mix else batches
+
+
+def _validation_batches(config: TrainConfig, prepared: PreparedData, ranks: Ranks) -> Sequence[np.ndarray]:
+    """This rank's part of the validation text, up to `VALIDATION_TOKENS` of it, in as many batches on each rank.
+
+    Raises:
+        ValueError: it is too short for one batch.
+    """
+    length, size = config.train_length, config.batch_size
+    count = min((len(prepared.valid) - 1) // (length * size), max(1, VALIDATION_TOKENS // (length * size)))
+    if not count:
+        raise ValueError(
+            f"validate_every={config.validate_every}: the validation text of {len(prepared.valid)} tokens is less than "
+            f"a batch of {size} x {length}; give more text, a larger valid_fraction, or leave it out"
+        )
+    rows = ranks.rows(size)
+    starts = [(batch * size + row) * length for batch in range(count) for row in rows]
+    sequences = np.stack([prepared.valid.read(start, start + length + 1) for start in starts])
+    return np.split(sequences, count)
 
 
 def open_run(folder: Path, device: str | None = None, method: str | None = None) -> Run:
