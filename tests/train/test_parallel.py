@@ -195,7 +195,7 @@ def test_a_full_disk_is_said_by_rank_0_and_the_last_checkpoint_is_kept(small, al
     said = run([*words, "--async-checkpoint"], tmp_path / "logs", status=2, largest_file=100_000)
     message = f"while writing {tmp_path / 'run' / 'checkpoint.pt'}: the checkpoint before it is kept; mend that and run"
     assert message in said[0].splitlines()[-1]
-    assert said[1] == ""
+    assert "longreach train" not in said[1]  # torch itself may warn there that rank 0 is gone
     run(words, tmp_path / "logs")
     assert losses(tmp_path / "run") == pytest.approx(losses(alone), rel=1e-5)
     assert not list((tmp_path / "run").glob("checkpoint*"))
