@@ -324,6 +324,26 @@ def test_attention_after_the_scale_in_a_dialect_before_it():
     assert diagnoses(check_attention(ours, dialect=falcon, **FEW_HEADS)) == {"the bias is added after the scale"}
 
 
+@pytest.mark.parametrize(
+    ("dialect", "factor", "options", "diagnosis"),
+    [
+        ("relative", 4, {}, "the bias is sqrt(D) too large, as if it were added before the scale"),
+        ("bloom", 4, {}, "the bias is sqrt(D) too large, as if it were added before the scale"),
+        ("mpt", 4, {}, "the bias is sqrt(D) too large, as if it were added before the scale"),
+        ("encoder", 4, {"causal": False}, "the bias is sqrt(D) too large, as if it were added before the scale"),
+        ("btlm", 16, {"scale": 1 / 16}, "the bias is D too large, as if it were added before the scale"),
+        ("btlm", 1 / 16, {"scale": 1 / 16}, "the bias is added before the scale"),
+        ("before", 1 / 16, {}, "the bias is divided by sqrt(D) twice"),
+    ],
+)
+def test_a_bias_scaled_for_the_wrong_place(dialect, factor, options, diagnosis):
+    def fn(q, k, v, padding):
+        return ours(q, k, v, padding, slopes=factor * alibi_slopes(q.shape[1]), **options)
+
+    meant = DIALECTS[dialect] if dialect in DIALECTS else Dialect(bias_before_scale=True)
+    assert diagnoses(check_attention(fn, dialect=meant, **FEW_HEADS)) == {diagnosis}
+
+
 @pytest.mark.parametrize("positions", ["first", "last"])
 def test_a_bias_collapsed_by_rounding(positions):
     def fn(q, k, v, padding):
@@ -419,7 +439,7 @@ def test_report_as_text():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"positions": "absolute"}, r"positions='absolute': give relative, first or last"),
+        ({"positions": "absolute"}, r"positions='absolute': give one of relative, first, last"),
         ({"positions": "first", "causal": False}, r"positions='first' with causal=False"),
         ({"bias_dtype": torch.int8}, r"bias_dtype=torch.int8: give"),
         ({"factors_dtype": "bfloat16"}, r"factors_dtype='bfloat16': give"),
@@ -439,5 +459,5 @@ def test_impossible_head_counts(num_heads):
 @pytest.mark.parametrize("options", [{"head_counts": ()}, {"length": 0}, {"head_counts": [0]}])
 @pytest.mark.parametrize("check", [check_bias, check_attention])
 def test_impossible_questions(check, options):
-    with pytest.raises(ValueError, match=r"head_counts is empty|length=0|num_heads=0"):
+    with pytest.raises(ValueError, match=r"head_counts is empty|length=0|head_counts=0"):
         check(lambda *arguments: None, **options)

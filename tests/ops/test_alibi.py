@@ -83,7 +83,7 @@ def test_distance_is_square_by_default():
 
 @pytest.mark.parametrize(("lengths", "name"), [((-1,), "query_length"), ((2, -3), "key_length")])
 def test_negative_lengths(lengths, name):
-    with pytest.raises(ValueError, match=rf"^{name}=-\d: give at least 0$"):
+    with pytest.raises(ValueError, match=rf"^{name}=-\d: give an integer of at least 0$"):
         alibi_bias(torch.ones(2), *lengths)
 
 

@@ -86,7 +86,7 @@ def test_logn():
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ({"name": "cubic"}, "scaling='cubic'.*none, linear, linear-fixed, ntk"),
+        ({"name": "cubic"}, "name='cubic'.*none, linear, linear-fixed, ntk"),
         ({"name": "yarn"}, "train_length=None"),
         ({"name": "yarn-fixed", "factor": 2.0}, "train_length=None"),
         ({"name": "yarn-fixed", "train_length": 16}, "factor=None"),

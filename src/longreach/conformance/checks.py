@@ -10,9 +10,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from longreach.conformance.golden import Dialect, Reading, from_own_key, golden_slopes
+from longreach.conformance.golden import Dialect, from_own_key, golden_slopes, reading_of
 from longreach.conformance.mistakes import SLOPE_MISTAKES, attention_mistakes, bias_mistakes, group_mistakes
 from longreach.ops.alibi import alibi_distance
+from longreach.ops.arguments import shown, validate_integer
 from longreach.ops.visibility import without_padding
 
 SlopesFunction = Callable[[int], Tensor | Sequence[float]]
@@ -106,6 +107,9 @@ def check_alibi(
         head_counts: the numbers of heads that attention and bias are asked for.
         length: Tk of their long cases; take one beyond any table that is kept.
     """
+    for name, fn in (("attention", attention), ("slopes", slopes), ("shard_slopes", shard_slopes), ("bias", bias)):
+        if fn is not None or name == "attention":
+            _require_function(name, fn)
     reports = []
     if slopes is not None:
         reports.append(check_slopes(slopes))
@@ -123,6 +127,9 @@ def check_slopes(fn: SlopesFunction, *, head_counts: Iterable[int] = range(1, 12
     Args:
         fn: see `SlopesFunction`.
         head_counts: the numbers of heads to ask for.
+
+    Raises:
+        ValueError: fn is no function, or head_counts is empty or holds no positive integers.
     """
 
     def case(num_heads: int) -> _Judged:
@@ -132,7 +139,8 @@ def check_slopes(fn: SlopesFunction, *, head_counts: Iterable[int] = range(1, 12
             f"slopes of {num_heads} heads", lambda: fn(num_heads), expected, _SLOPE_ERROR, mistakes, _relative_error
         )
 
-    return _report([case(num_heads) for num_heads in head_counts])
+    _require_function("fn", fn)
+    return _report([case(num_heads) for num_heads in _head_counts(head_counts)])
 
 
 def check_shards(fn: ShardFunction) -> Report:
@@ -153,6 +161,7 @@ def check_shards(fn: ShardFunction) -> Report:
         expected = whole[rank * size : (rank + 1) * size]
         return _judge(name, lambda: fn(num_heads, rank, world_size), expected, _SLOPE_ERROR, mistakes, _relative_error)
 
+    _require_function("fn", fn)
     worlds = ((8, 2), (12, 2), (12, 4), (40, 8), (112, 8))
     return _report([case(heads, rank, size) for heads, size in worlds for rank in range(size)])
 
@@ -176,9 +185,11 @@ def check_bias(
         length: Tk of the long cases; take one beyond any table that is kept.
 
     Raises:
-        ValueError: head_counts is empty or holds no positive integers, or length is below 1.
+        ValueError: fn is no function, dialect no dialect, head_counts is empty or holds no positive integers, or length
+            is below 1.
     """
-    golden = Reading(dialect or Dialect())
+    _require_function("fn", fn)
+    golden = reading_of(dialect)
 
     def case(num_heads: int, shape: _Shape) -> _Judged:
         padding = shape.padding()
@@ -228,9 +239,13 @@ def check_attention(
         length: Tk of the long cases; take one beyond any table that is kept.
 
     Raises:
-        ValueError: head_counts is empty or holds no positive integers, or length is below 1.
+        ValueError: fn is no function, dialect no dialect, head_counts is empty or holds no positive integers, or length
+            is below 1.
     """
-    golden = Reading(dialect or Dialect())
+    _require_function("fn", fn)
+    golden = reading_of(dialect)
+    if not isinstance(dtype, torch.dtype) or dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype={shown(dtype)}: give torch.float64, torch.float32, torch.bfloat16 or torch.float16")
 
     def case(num_heads: int, shape: _Shape, group: int = 1) -> _Judged:
         q, k, v = shape.inputs(num_heads, num_heads // group, dtype)
@@ -324,10 +339,8 @@ _CACHED_SHAPES = (
 
 def _asked(causal: bool, head_counts: Sequence[int], length: int) -> Iterator[tuple[int, _Shape]]:
     """The number of heads and the shape of every case."""
-    if not head_counts:
-        raise ValueError("head_counts is empty: give at least one number of heads")
-    if length < 1:
-        raise ValueError(f"length={length}: give at least 1, in tokens")
+    head_counts = _head_counts(head_counts)
+    length = validate_integer("length", length, 1, "at least 1, in tokens")
     shapes: tuple[_Shape, ...] = _SHAPES
     if causal:
         shapes = (*shapes, *_CACHED_SHAPES, _Shape(f"decoding, 1 query over {length} keys", 1, length))
@@ -335,6 +348,24 @@ def _asked(causal: bool, head_counts: Sequence[int], length: int) -> Iterator[tu
         for shape in shapes:
             yield num_heads, shape
     yield head_counts[0], _Shape(f"{length} queries over {length} keys", length, length)
+
+
+def _head_counts(head_counts: Iterable[int]) -> tuple[int, ...]:
+    """At least one positive integer."""
+    if isinstance(head_counts, str | bytes | Mapping) or not isinstance(head_counts, Iterable):
+        raise ValueError(f"head_counts={shown(head_counts)}: give a list of numbers of heads")
+    try:
+        counts = tuple(head_counts)
+    except TypeError:  # of a tensor without axes, which is iterable by its class
+        counts = (head_counts,)  # type: ignore[assignment]
+    if not counts:
+        raise ValueError("head_counts is empty: give at least one number of heads")
+    return tuple(validate_integer("head_counts", count, 1, "positive integers, one a case") for count in counts)
+
+
+def _require_function(name: str, fn: object) -> None:
+    if not callable(fn):
+        raise ValueError(f"{name}={shown(fn)}: give a function")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from longreach.ops.arguments import (
+    shown,
+    validate_choice,
+    validate_flags,
+    validate_integer,
+    validate_kind,
+    validate_tensors,
+    validate_types,
+)
 from longreach.ops.attention import attention
 
 
@@ -32,14 +41,16 @@ class Dialect:
     """What their product is rounded to; not rounded, but to float32 at most, when None."""
 
     def __post_init__(self) -> None:
-        if self.positions not in ("relative", "first", "last"):
-            raise ValueError(f"positions={self.positions!r}: give relative, first or last")
+        validate_choice("positions", self.positions, ("relative", "first", "last"))
+        validate_flags(bias_before_scale=self.bias_before_scale, mup_scale=self.mup_scale, causal=self.causal)
         if not self.causal and self.positions != "relative":
             raise ValueError(f"positions={self.positions!r} with causal=False: |i - j| needs the relative form")
         for name in ("factors_dtype", "bias_dtype"):
             dtype = getattr(self, name)
-            if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
-                raise ValueError(f"{name}={dtype!r}: give torch.float32, torch.bfloat16, torch.float16 or None")
+            if dtype is not None and not (
+                isinstance(dtype, torch.dtype) and dtype in (torch.float32, torch.bfloat16, torch.float16)
+            ):
+                raise ValueError(f"{name}={shown(dtype)}: give torch.float32, torch.bfloat16, torch.float16 or None")
 
     @property
     def rounded(self) -> bool:
@@ -90,8 +101,7 @@ def golden_slopes(num_heads: int) -> Tensor:
     Returns:
         (H,) float64.
     """
-    if isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1:
-        raise ValueError(f"num_heads={num_heads!r}: give a positive integer")
+    num_heads = validate_integer("num_heads", num_heads, 1, "a positive integer")
     return torch.tensor(_exact_slopes(num_heads), dtype=torch.float64)
 
 
@@ -122,7 +132,11 @@ def golden_bias(
     Returns:
         (B, H, Tq, Tk) float64; B is 1 without a mask.
     """
-    return Reading(dialect or Dialect()).bias(num_heads, query_length, key_length, key_padding_mask)
+    golden_slopes(num_heads)  # refuses what is no number of heads
+    query_length = validate_integer("query_length", query_length, 0)
+    key_length = validate_integer("key_length", key_length, 0)
+    _validate_padding(key_padding_mask, key_length)
+    return reading_of(dialect).bias(num_heads, query_length, key_length, key_padding_mask)
 
 
 def golden_attention(
@@ -133,7 +147,19 @@ def golden_attention(
     Returns:
         (B, H, Tq, D) float64.
     """
-    return Reading(dialect or Dialect()).attention(q, k, v, key_padding_mask)
+    validate_types(q=q, k=k, v=v)
+    validate_tensors(q, k, v)
+    _validate_padding(key_padding_mask, k.shape[2])
+    return reading_of(dialect).attention(q, k, v, key_padding_mask)
+
+
+def _validate_padding(key_padding_mask: Tensor | None, key_length: int) -> None:
+    if key_padding_mask is None:
+        return
+    validate_types(key_padding_mask=key_padding_mask)
+    if key_padding_mask.dtype != torch.bool or key_padding_mask.shape[1:] != (key_length,):
+        given = f"shape {tuple(key_padding_mask.shape)} and {key_padding_mask.dtype}"
+        raise ValueError(f"key_padding_mask of {given}: give (B, Tk) = (B, {key_length}) bool, True for padding")
 
 
 @dataclass(frozen=True)
@@ -144,6 +170,8 @@ class Reading:
     slopes: Callable[[int], Tensor] = golden_slopes
     strength: float = 1.0
     """What the bias is multiplied by."""
+    scalings: int = 0
+    """How often the bias of attention is multiplied by the scale besides; below 0, how often it is divided by it."""
     sees_future: bool = False
     """Whether all keys are seen, with the bias that the formula gives there without | |."""
     top_left: bool = False
@@ -202,13 +230,19 @@ class Reading:
             q,
             k,
             v,
-            bias=bias * scale if self.dialect.bias_before_scale else bias,
+            bias=bias * scale ** (self.scalings + self.dialect.bias_before_scale),
             causal=self.dialect.causal and not self.sees_future,
             scale=scale,
             key_padding_mask=padding,
             impl="reference",
         )
         return out
+
+
+def reading_of(dialect: Dialect | None) -> Reading:
+    """A dialect without any mistake; the paper's equation when None."""
+    validate_kind("dialect", dialect, Dialect | None, "one of longreach.conformance.DIALECTS, a Dialect or None")
+    return Reading(dialect or Dialect())
 
 
 def from_own_key(bias: Tensor) -> Tensor:

@@ -90,6 +90,11 @@ def attention_mistakes(golden: Reading) -> Iterator[tuple[str, Reading]]:
     moved = replace(dialect, bias_before_scale=not dialect.bias_before_scale)
     side = "after" if dialect.bias_before_scale else "before"
     yield f"the bias is added {side} the scale", replace(golden, dialect=moved)
+    factor = "D" if dialect.mup_scale else "sqrt(D)"
+    if dialect.bias_before_scale:
+        yield f"the bias is divided by {factor} twice", replace(golden, scalings=1)
+    else:
+        yield f"the bias is {factor} too large, as if it were added before the scale", replace(golden, scalings=-1)
     rescaled = replace(dialect, mup_scale=not dialect.mup_scale)
     scale = "1 / sqrt(D)" if dialect.mup_scale else "1 / D"
     yield f"the scale is {scale}", replace(golden, dialect=rescaled)

@@ -8,7 +8,8 @@ import torch
 from longreach.encoders.heads import EncoderForMaskedLM, EncoderForSequenceClassification
 from longreach.encoders.model import HUB_OPTIONS, EncoderModel, PublishedConfig
 from longreach.encoders.source import Source
-from longreach.positions.scaling import Scaling
+from longreach.ops.arguments import shown, validate_choice, validate_device, validate_kind, validate_path
+from longreach.positions.scaling import Scaling, require_tokens
 
 KINDS: dict[str, type[Any]] = {
     "none": EncoderModel,
@@ -55,8 +56,16 @@ def load_encoder(
     Raises:
         ValueError: it is no ALiBi encoder, cannot be had, lacks a weight or has one too many; all are named.
     """
-    if head not in KINDS:
-        raise ValueError(f"head={head!r}: give one of {', '.join(KINDS)}")
+    validate_path("name", name)
+    validate_choice("head", head, tuple(KINDS))
+    if not (dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)):
+        raise ValueError(f"dtype={shown(dtype)}: give one of torch for floating point, such as torch.float32, or None")
+    validate_device(device)
+    validate_kind("scaling", scaling, str | Scaling | None, 'a name such as "linear", a longreach.Scaling or None')
+    if train_length is not None:
+        require_tokens("train_length", train_length, 1)
+    if tokenizer is not None:
+        validate_path("tokenizer", tokenizer)
     if unknown := [option for option in hub if option not in HUB_OPTIONS]:
         raise ValueError(f"{unknown[0]}={hub[unknown[0]]!r}: beside its own options, give {', '.join(HUB_OPTIONS)}")
     source = Source(os.fspath(name), hub)

@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from longreach.ops.arguments import validate_device, validate_integer, validate_types, validate_values
+
 
 def alibi_slopes(num_heads: int, *, device: torch.device | str | None = None) -> Tensor:
     """Slopes of ALiBi for any number of heads, by the rule of the paper's code.
@@ -22,10 +24,10 @@ def alibi_slopes(num_heads: int, *, device: torch.device | str | None = None) ->
         (H,) float32, all positive.
 
     Raises:
-        ValueError: num_heads is not a positive integer.
+        ValueError: num_heads is not a positive integer, or the device is not here.
     """
-    if isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1:
-        raise ValueError(f"num_heads={num_heads!r}: give a positive integer")
+    num_heads = validate_integer("num_heads", num_heads, 1, "a positive integer")
+    validate_device(device)
     power = 2 ** math.floor(math.log2(num_heads))
     slopes = _geometric(power) + _geometric(2 * power)[0::2][: num_heads - power]
     return torch.tensor(slopes, dtype=torch.float32, device=device)
@@ -52,12 +54,11 @@ def alibi_distance(
         (Tq, Tk) int64.
 
     Raises:
-        ValueError: a length is negative.
+        ValueError: a length is negative or no integer.
     """
     key_length = query_length if key_length is None else key_length
-    for name, length in (("query_length", query_length), ("key_length", key_length)):
-        if length < 0:
-            raise ValueError(f"{name}={length}: give at least 0")
+    query_length = validate_integer("query_length", query_length, 0)
+    key_length = validate_integer("key_length", key_length, 0)
     query_positions = torch.arange(query_length, device=device) + (key_length - query_length)
     return query_positions[:, None] - torch.arange(key_length, device=device)
 
@@ -78,12 +79,15 @@ def alibi_bias(slopes: Tensor, query_length: int, key_length: int | None = None)
         (H, Tq, Tk) or (B, H, Tq, Tk) in the dtype of the slopes.
 
     Raises:
-        ValueError: slopes are not of that shape, or not floating point; a length is negative.
+        ValueError: slopes are not of that shape, not floating point or not finite; a length is negative or no
+            integer.
     """
+    validate_types(slopes=slopes)
     if slopes.dim() not in (1, 2) or not slopes.is_floating_point():
         raise ValueError(
             f"slopes of shape {tuple(slopes.shape)} and {slopes.dtype}: give a floating-point tensor (H,) or (B, H)"
         )
+    validate_values("slopes", slopes)
     distance = alibi_distance(query_length, key_length, device=slopes.device).abs()
     return -slopes[..., None, None] * distance.to(slopes.dtype)  # [H, Tq, Tk]
 

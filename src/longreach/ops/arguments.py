@@ -2,7 +2,9 @@
 
 import math
 import operator
+import os
 from itertools import pairwise
+from numbers import Real
 from typing import Any
 
 import torch
@@ -10,12 +12,78 @@ from torch import Tensor
 
 from longreach.ops.visibility import Visibility
 
+_SHOWN = 100
+"""The most characters of a refused value that an error repeats."""
+
+_LARGEST = 2**63
+"""Numbers below fit the 64 bits of integers in tensors."""
+
+
+def shown(value: object) -> str:
+    """A refused value in one line, however large it is."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
 
 def validate_types(**arguments: object) -> None:
     """Tensors."""
     for name, x in arguments.items():
         if not isinstance(x, Tensor):
             raise ValueError(f"{name} of {type(x).__name__}: give a tensor")
+
+
+def validate_flags(**arguments: object) -> None:
+    """True or False: any text is true, also "no"."""
+    for name, value in arguments.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name}={shown(value)}: give True or False")
+
+
+def validate_integer(name: str, value: Any, least: int, mend: str = "") -> int:
+    """An int of at least `least`, whatever integer type it has: NumPy's are none of Python's, and True is no number."""
+    number = None if isinstance(value, bool) else value
+    if number is not None and not isinstance(number, int | torch.SymInt):  # what is traced must stay what it is
+        try:
+            number = operator.index(number)
+        except (TypeError, RuntimeError):  # of tensors that hold no integer, or on a device without values
+            number = None
+    if number is None or not least <= number < _LARGEST:
+        raise ValueError(f"{name}={shown(value)}: give {mend or f'an integer of at least {least}'}")
+    return number  # type: ignore[return-value]  # a traced length serves as an int
+
+
+def validate_kind(name: str, value: object, kind: Any, mend: str) -> None:
+    """An instance of a class."""
+    if not isinstance(value, kind):
+        raise ValueError(f"{name}={shown(value)}: give {mend}")
+
+
+def validate_path(name: str, value: object) -> None:
+    """A path, or text that may be one."""
+    if not isinstance(value, str | os.PathLike) or not os.fspath(value):
+        raise ValueError(f"{name}={shown(value)}: give a path")
+
+
+def validate_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """One of some words."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name}={shown(value)}: give one of {', '.join(choices)}")
+
+
+def validate_device(device: Any) -> None:
+    """None, or a device that is here."""
+    if device is None or torch.compiler.is_compiling():
+        return
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"device={shown(device)} is not to be had here ({reason}): give another") from error
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a real number, as NumPy's are, and neither a truth value nor a tensor."""
+    return isinstance(value, Real | torch.SymInt | torch.SymFloat) and not isinstance(value, bool)
 
 
 def validate_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -39,8 +107,8 @@ def validate_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError("q has head_dim D=0: give at least 1")
 
 
-def validate_slopes(slopes: Tensor | tuple[Tensor, Tensor] | None, q: Tensor) -> None:
-    """(H,) or (B, H) floating point, or a pair of such."""
+def validate_slopes(slopes: Tensor | tuple[Tensor, Tensor] | None, q: Tensor, least: float = 0.0) -> None:
+    """(H,) or (B, H) floating point of at least `least`, or a pair of such."""
     batch, num_heads = q.shape[:2]
     if isinstance(slopes, tuple) and len(slopes) != 2:
         raise ValueError(f"slopes is a tuple of {len(slopes)}: give one tensor, or the pair (left, right)")
@@ -51,6 +119,7 @@ def validate_slopes(slopes: Tensor | tuple[Tensor, Tensor] | None, q: Tensor) ->
             expected = f"({num_heads},) or ({batch}, {num_heads})"
             raise ValueError(f"slopes of shape {tuple(side.shape)}: give (H,) or (B, H), here {expected}")
         _validate_float("slopes", side, q)
+        validate_values("slopes", side, least)
 
 
 def validate_bias(bias: Tensor | None, q: Tensor, k: Tensor) -> None:
@@ -74,6 +143,7 @@ def validated_visibility(
     cu_seqlens: Tensor | None,
 ) -> Visibility:
     """A window of at least 1, a bool mask (B, Tk), borders of documents (N + 1,), whose values only the CPU reads."""
+    validate_flags(causal=causal)
     batch, query_length, key_length = q.shape[0], q.shape[2], k.shape[2]
     if key_padding_mask is not None:
         validate_types(key_padding_mask=key_padding_mask)
@@ -92,35 +162,52 @@ def validated_visibility(
         if query_length != key_length:
             raise ValueError(f"cu_seqlens with Tq={query_length} and Tk={key_length}: packed documents need Tq = Tk")
         _validate_device("cu_seqlens", cu_seqlens, q)
-        # Elsewhere the host would wait for the device. What is traced has no values yet, nor has a fake tensor.
-        if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling() and type(cu_seqlens) is Tensor:
+        if _can_be_read(cu_seqlens):
             _validate_borders(cu_seqlens.tolist(), key_length)
     return Visibility(query_length, key_length, causal, _window_as_int(window_size), key_padding_mask, cu_seqlens)
 
 
 def validate_scale(scale: float | None) -> None:
     """Positive and finite: what `reach` says of the largest scores would be said of the smallest below 0."""
-    if scale is not None and not 0 < scale < math.inf:
-        raise ValueError(f"scale={scale!r}: give a positive number, or None for D**-0.5")
+    if scale is not None and not (is_number(scale) and 0 < scale < _LARGEST):
+        raise ValueError(f"scale={shown(scale)}: give a positive number, or None for D**-0.5")
 
 
 def validate_tolerance(tolerance: float | None) -> None:
     """A probability mass that leaves something."""
-    if tolerance is not None and not 0.0 <= tolerance < 1.0:
-        raise ValueError(f"tolerance={tolerance!r}: give at least 0 and below 1, or None for the default of the dtype")
+    if tolerance is not None and not (is_number(tolerance) and 0.0 <= tolerance < 1.0):
+        mend = "give at least 0 and below 1, or None for the default of the dtype"
+        raise ValueError(f"tolerance={shown(tolerance)}: {mend}")
+
+
+def validate_dropout(dropout_p: float) -> None:
+    """A probability that leaves something."""
+    if not (is_number(dropout_p) and 0.0 <= dropout_p < 1.0):
+        raise ValueError(f"dropout_p={shown(dropout_p)}: give at least 0 and below 1")
 
 
 def _window_as_int(window_size: Any) -> int | None:
-    """The window as an int, whatever integer type it has: NumPy's are none of Python's, and True is no number."""
-    window = None if isinstance(window_size, bool) else window_size
-    if window is not None and not isinstance(window, int):  # which a length under tracing is, and must stay
-        try:
-            window = operator.index(window)
-        except TypeError:
-            window = None
-    if window_size is not None and (window is None or window < 1):
-        raise ValueError(f"window_size={window_size!r}: give an integer of at least 1, or None for no window")
-    return window
+    if window_size is None:
+        return None
+    return validate_integer("window_size", window_size, 1, "an integer of at least 1, or None for no window")
+
+
+def _can_be_read(x: Tensor) -> bool:
+    """Whether values can be looked at: elsewhere the host would wait for the device, and what is traced has none."""
+    if torch.compiler.is_compiling() or x.device.type != "cpu":
+        return False
+    return type(x) in (Tensor, torch.nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def validate_values(name: str, x: Tensor, least: float = -math.inf) -> None:
+    """Finite and at least `least`, where values can be looked at."""
+    if x.numel() and _can_be_read(x):
+        low, high = (float(end) for end in x.detach().aminmax())
+        if not (math.isfinite(low) and math.isfinite(high) and low >= least):
+            wrong = low if not math.isfinite(low) or low < least else high  # NaN is both ends
+            raise ValueError(
+                f"{name} holds {wrong:g}: give finite numbers{'' if least < 0 else f' of at least {least:g}'}"
+            )
 
 
 def _validate_borders(borders: list[int], length: int) -> None:

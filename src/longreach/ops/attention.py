@@ -1,5 +1,6 @@
 """The public attention function: validate once, choose an implementation, call it."""
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, overload
@@ -11,6 +12,9 @@ from torch.autograd import forward_ad
 
 from longreach.ops.arguments import (
     validate_bias,
+    validate_choice,
+    validate_dropout,
+    validate_flags,
     validate_scale,
     validate_slopes,
     validate_tensors,
@@ -145,15 +149,14 @@ def attention(
     validate_types(q=q, k=k, v=v)
     q, k, v = _autocast(q, k, v)
     validate_tensors(q, k, v)
-    validate_slopes(slopes, q)
+    validate_choice("impl", impl, ("auto", *IMPLEMENTATIONS))
+    validate_slopes(slopes, q, least=-math.inf if impl in ("reference", "sdpa") else 0.0)  # of which both take any
     validate_bias(bias, q, k)
     validate_scale(scale)
     visibility = validated_visibility(q, k, causal, window_size, key_padding_mask, cu_seqlens)
     validate_tolerance(tolerance)
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p={dropout_p!r}: give at least 0 and below 1")
-    if impl != "auto" and impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl={impl!r}: give one of {', '.join(('auto', *IMPLEMENTATIONS))}")
+    validate_dropout(dropout_p)
+    validate_flags(return_lse=return_lse)
     if key_norms is not None:
         _validate_key_norms(key_norms, k, impl)
     if impl == "auto" and forward_ad._current_level >= 0:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longreach.ops.arguments import (
+    validate_integer,
     validate_scale,
     validate_slopes,
     validate_tensors,
@@ -108,8 +109,7 @@ def reach(
     visibility = validated_visibility(q, k, causal, window_size, key_padding_mask, cu_seqlens)
     validate_tolerance(tolerance)
     for name, size in (("block_m", block_m), ("block_n", block_n)):
-        if size < 1:
-            raise ValueError(f"{name}={size}: give at least 1")
+        validate_integer(name, size, 1)
     return find_reach(q, k, slopes, visibility, scale=scale, tolerance=tolerance, block_m=block_m, block_n=block_n)
 
 

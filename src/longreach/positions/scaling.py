@@ -17,6 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longreach.ops.arguments import (
+    is_number,
+    shown,
+    validate_choice,
+    validate_flags,
+    validate_integer,
+    validate_kind,
+)
 from longreach.reading import read_word
 
 SCALINGS = ("none", "linear", "linear-fixed", "ntk", "ntk-fixed", "yarn", "yarn-fixed")
@@ -41,8 +49,8 @@ class Scaling:
     """Whether the logits q . k are multiplied with max(1, log L' / log L); the bias is left to the rest."""
 
     def __post_init__(self) -> None:
-        if self.name not in SCALINGS:
-            raise ValueError(f"scaling={self.name!r}: give one of {', '.join(SCALINGS)}")
+        validate_choice("name", self.name, SCALINGS)
+        validate_flags(logn=self.logn)
         if self.train_length is not None:
             require_tokens("train_length", self.train_length, 2 if self.logn else 1)
         if (self.depends_on_length or self.kind == "yarn") and self.train_length is None:
@@ -92,9 +100,14 @@ class Scaling:
             (H,), or (B, H) for a length per sequence.
 
         Raises:
-            ValueError: it is yarn, which scales no slopes.
+            ValueError: it is yarn, which scales no slopes, slopes are no floating point, or length is no number.
         """
         self.require_slopes()
+        validate_kind("slopes", slopes, Tensor, "a tensor (H,)")
+        if not slopes.is_floating_point():
+            raise ValueError(f"slopes of {slopes.dtype}: give floating point")
+        if not isinstance(length, Tensor) and not (is_number(length) and 0 <= length < 2**63):
+            raise ValueError(f"length={shown(length)}: give a number of tokens, or a tensor (B,) of them")
         if self.name == "none":
             return slopes
         stretch: float | Tensor
@@ -163,8 +176,7 @@ def require_tokens(name: str, value: Any, least: int) -> None:
     Raises:
         ValueError: it is no integer, or below `least`; the name is told.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}={value!r}: give an integer of at least {least}, in tokens")
+    validate_integer(name, value, least, f"an integer of at least {least}, in tokens")
 
 
 def _ntk_exponents(slopes: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from longreach.conformance.golden import Reading
 from longreach.ops.alibi import dense_bias
+from longreach.ops.arguments import validate_kind
 from longreach.ops.attention import attention, uses_key_norms
 from longreach.positions.scaling import Scaling, require_tokens
 from longreach.pretrained.caches import sink_window, streaming_attention
@@ -213,6 +214,7 @@ def extension_of(model: nn.Module) -> Extension:
     Raises:
         ValueError: it is not.
     """
+    validate_kind("model", model, nn.Module, "a model that longreach.extend was given")
     extension = find_extension(model)
     if extension is None:
         raise ValueError(f"{type(model).__name__} is not extended: call longreach.extend(model) first")

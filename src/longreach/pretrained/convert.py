@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import nn
 
+from longreach.ops.arguments import validate_kind
 from longreach.pretrained.attend import ATTRIBUTE
 from longreach.pretrained.extend import extend
 from longreach.pretrained.families import CONVERTIBLE
@@ -71,6 +72,7 @@ def unconvert(model: nn.Module) -> nn.Module:
 
 def _configs(model: nn.Module) -> list[Any]:
     """The configurations in a model that belong to families which can be converted."""
+    validate_kind("model", model, nn.Module, "a loaded model of transformers")
     configs = {id(config): config for config in (getattr(module, "config", None) for module in model.modules())}
     return [config for config in configs.values() if getattr(config, "model_type", None) in CONVERTIBLE]
 

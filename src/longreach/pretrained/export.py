@@ -17,6 +17,7 @@ from torch import Tensor
 from longreach.files import sync
 from longreach.models.config import ModelConfig
 from longreach.models.decoder import Decoder
+from longreach.ops.arguments import validate_kind, validate_path
 from longreach.positions import parse_method
 from longreach.positions.scaling import require_tokens
 from longreach.pretrained.lengths import TRAIN_LENGTH
@@ -51,6 +52,11 @@ def export_mpt(
         FileExistsError: there is something at `folder`.
         OSError: the disk is full or cannot be written; nothing is left behind.
     """
+    validate_kind("model", model, Decoder, "a decoder of longreach, as longreach.models.files.load_model reads one")
+    validate_path("folder", folder)
+    if tokenizer is not None:
+        validate_path("tokenizer", tokenizer)
+    validate_kind("card_table", card_table, str | None, "Markdown, or None")
     folder = Path(os.path.abspath(folder))  # a relative one may have no name
     _check(model.config, max_length)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -10,6 +10,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import nn
 
+from longreach.ops.arguments import validate_choice, validate_flags, validate_kind, validate_tolerance
 from longreach.ops.attention import IMPLEMENTATIONS
 from longreach.positions.scaling import Scaling, parse_scaling, require_tokens
 from longreach.pretrained.attend import ATTRIBUTE, Extension, Stated, find_extension
@@ -109,6 +110,7 @@ def _chosen_scaling(layout: Layout, scaling: str | Scaling | None, train_length:
             raise ValueError(f"train_length={train_length} beside {scaling!r}: it has its own, give only one")
         return scaling
     if scaling is not None:
+        validate_kind("scaling", scaling, str, 'a name such as "linear", a longreach.Scaling or None')
         return parse_scaling(scaling, layout.train_length if train_length is None else train_length)
     declared = layout.scaling
     known = declared.train_length or layout.train_length
@@ -117,12 +119,13 @@ def _chosen_scaling(layout: Layout, scaling: str | Scaling | None, train_length:
 
 def _check(extension: Extension) -> None:
     """Check the arguments of `extend` against each other and the model."""
-    layout, impl = extension.layout, extension.impl
+    layout, impl, tolerance = extension.layout, extension.impl, extension.tolerance
     extension.scaling.require_slopes()
-    length, sinks, window, tolerance = extension.length, extension.sinks, extension.window, extension.tolerance
+    length, sinks, window = extension.length, extension.sinks, extension.window
     for name, value, least in (("length", length, 1), ("sinks", sinks, 0), ("window", window, 1)):
         if value is not None:
             require_tokens(name, value, least)
+    validate_flags(per_step=extension.per_step)
     if extension.per_step and (length is not None or not extension.scaling.depends_on_length):
         asked = f"length={length}" if length is not None else f'scaling="{extension.scaling}", which has no L\''
         raise ValueError(f"per_step=True with {asked}: per_step takes L' from each step, give one of the two")
@@ -130,10 +133,8 @@ def _check(extension: Extension) -> None:
         raise ValueError(f"sinks={sinks} and window={window}: give both, or neither")
     if sinks is not None and layout.keeps_tuples:
         raise ValueError(f"sinks={sinks}: {layout.family} caches in tuples, from which nothing drops: leave sinks out")
-    if tolerance is not None and not 0.0 <= tolerance < 1.0:
-        raise ValueError(f"tolerance={tolerance!r}: give at least 0 and below 1, or None for the default of the dtype")
-    if impl not in ("auto", *IMPLEMENTATIONS):
-        raise ValueError(f"impl={impl!r}: give one of {', '.join(('auto', *IMPLEMENTATIONS))}")
+    validate_tolerance(tolerance)
+    validate_choice("impl", impl, ("auto", *IMPLEMENTATIONS))
 
 
 class Generates:

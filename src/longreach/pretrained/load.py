@@ -11,6 +11,7 @@ import safetensors
 from torch import nn
 
 from longreach.models.files import MODEL_TYPE
+from longreach.ops.arguments import validate_path
 from longreach.pretrained.attend import fixed_length
 from longreach.pretrained.convert import convert
 from longreach.pretrained.extend import extend
@@ -36,6 +37,7 @@ def load_pretrained(name: str | os.PathLike[str], **options: Any) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
+    validate_path("name", name)
     model = AutoModelForCausalLM.from_pretrained(name, **options)
     adapt(model)
     return model

@@ -8,6 +8,7 @@ from typing import Any
 import safetensors
 from torch import nn
 
+from longreach.ops.arguments import validate_path
 from longreach.pretrained.attend import Extension, extension_of
 from longreach.pretrained.lengths import SCALING, write_alibi_scaling
 
@@ -34,6 +35,7 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str], **options:
     from transformers import PreTrainedModel
 
     extension = extension_of(model)
+    validate_path("folder", folder)
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"{type(model).__name__} is no model of transformers: merge adapters first, or unwrap it")
     _require_storable(extension)

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
+from longreach.ops.arguments import validate_kind
 from longreach.pretrained.families.baichuan import baichuan_layout, is_baichuan_base
 from longreach.pretrained.families.bloom import bloom_layout, is_bloom_base
 from longreach.pretrained.families.falcon import check_falcon, falcon_layout, is_falcon_base
@@ -62,6 +63,7 @@ def find_layout(model: nn.Module) -> Layout:
         ValueError: it is of no known family, has no ALiBi, or holds more than one base model; or transformers is older
             than OLDEST_TRANSFORMERS.
     """
+    validate_kind("model", model, nn.Module, "a loaded model of transformers")
     _require_transformers()
     kinds = {getattr(getattr(module, "config", None), "model_type", None) for module in model.modules()}
     known = sorted(kind for kind in kinds if kind in FAMILIES)
