@@ -147,7 +147,7 @@ def test_attention_weights_are_those_of_the_stock_code(form):
         for model in (stock, ours):
             given = {"attention_mask": HOLES if form == "2-D" else None}
             if form == "static":
-                given["past_key_values"] = static_cache(model)
+                given = {"attention_mask": torch.ones(3, 32), "past_key_values": static_cache(model)}
             found.append(model(ids, output_attentions=True, **given))
         assert len(found[1].attentions) == 2
         mask = HOLES.bool() if form == "2-D" else torch.ones(3, 20, dtype=torch.bool)
@@ -230,6 +230,11 @@ def test_a_static_cache_under_compile_is_one_graph(model, scaling, masked):
 def test_models_and_masks_without_values(model):
     longreach.extend(model, scaling="linear", train_length=8)
     ids, mask = tokens(3, 20).to("meta"), HOLES.to("meta")
+    extended = copy.deepcopy(model)
+    expected = model(tokens(3, 20)).logits
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+        extended(torch.ones(3, 20).long())
+    assert torch.equal(extended(tokens(3, 20)).logits, expected)  # what was kept is no fake
     assert model.to("meta")(ids, attention_mask=mask).logits.shape[:2] == (3, 20)
     longreach.restore(model)
     with torch._subclasses.FakeTensorMode():

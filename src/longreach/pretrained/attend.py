@@ -19,7 +19,7 @@ from longreach.ops.attention import attention, uses_key_norms
 from longreach.positions.scaling import Scaling, require_tokens
 from longreach.pretrained.caches import sink_window, streaming_attention
 from longreach.pretrained.layout import Layout
-from longreach.pretrained.masks import Carried, has_values, unpack
+from longreach.pretrained.masks import NOTHING, Carried, has_values, unpack
 from longreach.pretrained.room import LEAST_ROOM
 
 ATTRIBUTE = "_longreach"
@@ -145,7 +145,8 @@ class Extension:
         if known is None or known[:2] != (length, factor):
             with torch.inference_mode(False):  # a tensor of inference mode could not serve training later
                 known = length, factor, self.scaling(self.layout.slopes.to(device), length) * factor
-            self.known_slopes[device] = known
+            if has_values(known[2]):
+                self.known_slopes[device] = known
         return known[2]
 
     def decoding_bias(self, slopes: Tensor, key_length: int, dtype: torch.dtype) -> Tensor:
@@ -390,9 +391,9 @@ def _attend_documents(
         q_part, k_part, v_part = (x[:, :, start:stop] for x in (q, k, v))
         part_length = length if stated else stop - start
         if squares is None:
-            pieces.append(_attend(extension, q_part, k_part, v_part, Carried(), part_length, **arguments))
+            pieces.append(_attend(extension, q_part, k_part, v_part, NOTHING, part_length, **arguments))
         else:
-            within = (extension, q_part, k_part, v_part, Carried(), stop - start, part_length, True)
+            within = (extension, q_part, k_part, v_part, NOTHING, stop - start, part_length, True)
             piece, shares = _attend_densely(*within, **arguments)
             squares[:, :, start:stop, start:stop] = shares  # type: ignore[assignment]  # which are wanted
             pieces.append(piece)

@@ -52,6 +52,10 @@ class Carried:
         return (~self.padding).cumsum(dim=1) - 1
 
 
+NOTHING = Carried()
+"""Neither padding nor documents."""
+
+
 def pack(padding: Tensor | None, starts: Tensor | None, device: torch.device, *, counted: bool = True) -> Tensor:
     """Carrier of padding (B, Tk) bool, or of the starts of documents (T,) bool, or of neither."""
     if starts is not None:
@@ -69,7 +73,7 @@ def is_carrier(mask: Any) -> bool:
 def unpack(carrier: Tensor | None) -> Carried:
     """What a carrier says; None says nothing. MPT turns its carriers into bool on the way, which loses nothing."""
     if carrier is None or carrier.shape[3] == 0:
-        return Carried()
+        return NOTHING
     if carrier.shape[3] == 1 < carrier.shape[2]:
         starts = carrier[0, 0, :, 0].nonzero().flatten()
         return Carried(borders=torch.cat((starts, starts.new_tensor([carrier.shape[2]]))))
