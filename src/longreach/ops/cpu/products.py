@@ -8,6 +8,8 @@ by `kernel` where that is faster, as few queries are.
 """
 
 import math
+from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +33,7 @@ from longreach.ops.cpu.plan import (
     strips,
 )
 from longreach.ops.cpu.views import bias_of, distances, falloff, keys_of, kv_heads_of, lanes_of, rows_of
+from longreach.ops.cpu.workers import share_out
 from longreach.ops.lse_bound import FEW_QUERIES
 from longreach.ops.reach import key_ranges
 from longreach.ops.visibility import Visibility
@@ -46,6 +49,11 @@ ALIKE_ROWS = 16
 
 ALIKE_DIM = 192
 """Longest rows whose dot products MKL adds up in one go, as oneDNN does."""
+
+PART_PAIRS = 2**22
+"""Pairs of a query and a key of a head from which on heads are shared out: for fewer, threads of Python wait for each
+other longer than those of a product do. Beside one busy process on two cores, sharing out takes half the time at 8k, and
+half of that of forward and backward at 2k; where nothing else runs it makes no difference."""
 
 ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 """Whether oneDNN's products in float32 can be had: on processors that MKL does not favour they are twice as fast."""
@@ -68,6 +76,48 @@ class Attended(NamedTuple):
     """Likewise: one past the last."""
 
 
+class _Part(NamedTuple):
+    """Some heads of some sequences, which are computed by themselves where several threads share out the work."""
+
+    batch: slice
+    """Which sequences."""
+    heads: slice
+    """Which query heads."""
+    kv_heads: slice
+    """The heads of k and v that these read."""
+
+    def queries(self, x: Tensor) -> Tensor:
+        """View x (B, H, ...)."""
+        return x[self.batch, self.heads]
+
+    def keys(self, x: Tensor) -> Tensor:
+        """View x (B, Hkv, ...)."""
+        return x[self.batch, self.kv_heads]
+
+    def inputs(
+        self, q: Tensor, k: Tensor, v: Tensor, slopes: tuple[Tensor, Tensor], visibility: Visibility
+    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor], Visibility]:
+        """View what the part reads."""
+        left, right = (x[self.heads] if x.dim() == 1 else self.queries(x) for x in slopes)
+        if visibility.key_padding_mask is not None:
+            visibility = replace(visibility, key_padding_mask=visibility.key_padding_mask[self.batch])
+        return self.queries(q), self.keys(k), self.keys(v), (left, right), visibility
+
+
+def _parts(q: Tensor, k: Tensor, slopes: tuple[Tensor, Tensor]) -> list[_Part]:
+    """One part for each key head of each sequence, the shallowest first, which take longest; or all as one."""
+    batch, num_heads, query_length, num_kv_heads = *q.shape[:3], k.shape[1]
+    group = num_heads // num_kv_heads
+    if torch.get_num_threads() == 1 or query_length < FEW_QUERIES or query_length * k.shape[2] < PART_PAIRS:
+        return [_Part(slice(0, batch), slice(0, num_heads), slice(0, num_kv_heads))]
+    parts = [
+        _Part(slice(sequence, sequence + 1), slice(head * group, (head + 1) * group), slice(head, head + 1))
+        for sequence in range(batch)
+        for head in range(num_kv_heads)
+    ]
+    return sorted(parts, key=lambda part: float(slopes[0][..., part.heads].min()))
+
+
 def attend(
     q: Tensor,
     k: Tensor,
@@ -81,32 +131,58 @@ def attend(
     learns: bool,
 ) -> Attended:
     """The forward pass, arguments as in `longreach.attention`; `learns` is whether a backward pass may come."""
+    lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+    peak, total = (lse.new_empty(lse.shape if learns else 0) for _ in range(2))
+    blocks = (*q.shape[:2], -(-q.shape[2] // BLOCK_M))
+    low, high = (q.new_empty(blocks if learns else 0, dtype=torch.int32) for _ in range(2))
+    whole = Attended(q.new_empty(q.shape), lse, peak, total, low, high)
+
+    def job(part: _Part) -> None:
+        into = Attended(*(part.queries(x) if x.dim() > 1 else x for x in whole))
+        norms = None if key_norms is None else part.keys(key_norms)
+        inputs = part.inputs(q, k, v, slopes, visibility)
+        _attend(*inputs, norms, into, scale=scale, tolerance=tolerance, learns=learns)
+
+    share_out([partial(job, part) for part in _parts(q, k, slopes)])
+    return whole
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slopes: tuple[Tensor, Tensor],
+    visibility: Visibility,
+    key_norms: Tensor | None,
+    into: Attended,
+    *,
+    scale: float,
+    tolerance: float,
+    learns: bool,
+) -> None:
     seen = HostVisibility.read(visibility)
     low, high = _bounded_ranges(q, k, slopes, visibility, seen, key_norms, scale, tolerance)
     q, k, v = _readable(q, k, v, seen)
-    out = q.new_empty(q.shape)
-    lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
     if seen.may_hide_all_keys:
-        out.zero_()
-        lse.fill_(float("-inf"))
+        into.out.zero_()
+        into.lse.fill_(float("-inf"))
     if not learns and (seen.query_length < FEW_QUERIES or _by_kernel(q)):
         few = seen.query_length < FEW_QUERIES
-        tiles = (FewQueries if few else HalfTypes)(q, k, v, *slopes, out, lse, scale, seen)
+        tiles = (FewQueries if few else HalfTypes)(q, k, v, *slopes, into.out, into.lse, scale, seen)
         square = not few and fits_squares(slopes[0], k.shape[2])
         for tile in plan(q.shape, k.shape, seen, low, high, reading_cost if few else kernel_cost, square=square):
             tiles.attend(tile)
-        return _unlearned(out, lse)
-    peak, total = torch.full_like(lse, float("inf")), torch.zeros_like(lse)
+        return
+    peak, total = torch.full_like(into.lse, float("inf")), torch.zeros_like(into.lse)
     products = _Products(q, k, v, *slopes, scale, seen)
     found = _FoundRanges(q, seen, tolerance) if learns else None
     for tile in plan(q.shape, k.shape, seen, low, high, product_cost):
         for piece in pieces(tile):
-            products.attend(piece, out, peak, total, found)
-    lse = total.log2().add_(peak.masked_fill(total == 0, 0.0)).mul_(1 / LOG2_E)
-    if found is None:
-        return _unlearned(out, lse)
-    low_needed, high_needed = found.by_block()
-    return Attended(out, lse, peak, total, low_needed, high_needed)
+            products.attend(piece, into.out, peak, total, found)
+    torch.add(total.log2(), peak.masked_fill(total == 0, 0.0), out=into.lse).mul_(1 / LOG2_E)
+    if found is not None:
+        for target, values in zip(into[2:], (peak, total, *found.by_block()), strict=True):
+            target.copy_(values)
 
 
 def differentiate(
@@ -123,14 +199,29 @@ def differentiate(
     slopes_learn: bool,
 ) -> tuple[Tensor, ...]:
     """The gradients of q, k, v and both slopes, of those zeros unless `slopes_learn`."""
-    seen = HostVisibility.read(visibility)
-    q, k, v = _readable(q, k, v, seen)
-    gradients = _Gradients(_Products(q, k, v, *slopes, scale, seen), attended, grad_out, grad_lse, slopes_learn)
-    low, high = (x.transpose(0, 1).tolist() for x in (attended.low, attended.high))
-    for tile in plan(q.shape, k.shape, seen, low, high, product_cost):
-        for piece in pieces(tile):
-            gradients.add(piece)
-    return gradients.of_inputs()
+    of_q, of_k, of_v = (x.new_empty(x.shape) for x in (q, k, v))
+    of_slopes = [attended.peak.new_empty(q.shape[:2]) for _ in slopes]
+
+    def job(part: _Part) -> None:
+        rows, keys, values, pair, visible = part.inputs(q, k, v, slopes, visibility)
+        seen = HostVisibility.read(visible)
+        products = _Products(*_readable(rows, keys, values, seen), *pair, scale, seen)
+        known = Attended(*map(part.queries, attended))
+        gradients = _Gradients(products, known, part.queries(grad_out), part.queries(grad_lse), slopes_learn)
+        low, high = (x.transpose(0, 1).tolist() for x in (known.low, known.high))
+        for tile in plan(rows.shape, keys.shape, seen, low, high, product_cost):
+            for piece in pieces(tile):
+                gradients.add(piece)
+        targets = (part.queries(of_q), part.keys(of_k), part.keys(of_v), *map(part.queries, of_slopes))
+        found = (gradients.of_q, gradients.of_k, gradients.of_v, gradients.of_left, gradients.of_right)
+        for target, sums in zip(targets, found, strict=True):
+            target.copy_(sums)
+
+    share_out([partial(job, part) for part in _parts(q, k, slopes)])
+    shaped = [
+        (x.sum(dim=0) if slope.dim() == 1 else x).to(slope.dtype) for x, slope in zip(of_slopes, slopes, strict=True)
+    ]
+    return of_q, of_k, of_v, *shaped
 
 
 def _bounded_ranges(
@@ -173,12 +264,6 @@ def _readable(q: Tensor, k: Tensor, v: Tensor, visibility: HostVisibility) -> tu
     if visibility.holes is not None:
         k, v = (x.masked_fill(visibility.holes[:, None, :, None], 0.0) for x in (k, v))
     return q, k, v
-
-
-def _unlearned(out: Tensor, lse: Tensor) -> Attended:
-    peak, total = (lse.new_empty(0) for _ in range(2))
-    low, high = (lse.new_empty(0, dtype=torch.int32) for _ in range(2))
-    return Attended(out, lse, peak, total, low, high)
 
 
 def _by_kernel(q: Tensor) -> bool:
@@ -342,14 +427,6 @@ class _Gradients:
         self.of_q = q.new_zeros(q.shape)  # no tile holds rows that need no keys
         self.of_k, self.of_v = (x.new_zeros(x.shape, dtype=self.dtype) for x in (k, v))
         self.of_left, self.of_right = (q.new_zeros(q.shape[:2], dtype=self.dtype) for _ in range(2))
-
-    def of_inputs(self) -> tuple[Tensor, ...]:
-        """The gradients of q, k, v, left and right in their shapes and dtypes."""
-        slopes = [
-            (total.sum(dim=0) if slope.dim() == 1 else total).to(slope.dtype)
-            for total, slope in ((self.of_left, self.products.left), (self.of_right, self.products.right))
-        ]
-        return self.of_q, self.of_k.to(self.products.k.dtype), self.of_v.to(self.products.v.dtype), *slopes
 
     def add(self, tile: Tile) -> None:
         """Add the gradients of a tile, a strip of its keys at a time.

@@ -1,0 +1,46 @@
+"""Threads that share out heads, each with its part of PyTorch's own threads.
+
+Work on one head is a chain of some hundred products and sums. Where PyTorch's threads share each of them, all wait for
+the last at its end, and beside a busy process that one is not running then. Heads need not wait for each other.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from os import getpid
+from typing import TypeVar
+
+import torch
+
+Result = TypeVar("Result")
+
+
+def share_out(jobs: Sequence[Callable[[], Result]]) -> list[Result]:
+    """The results of all jobs, which whoever is free takes in their order; they record no gradient."""
+    threads = torch.get_num_threads()
+    workers = min(threads, len(jobs))
+    if workers < 2:
+        return [job() for job in jobs]
+    return list(_pool(workers, threads, getpid()).map(_without_gradient, jobs))
+
+
+def _without_gradient(job: Callable[[], Result]) -> Result:
+    with torch.no_grad():  # which each thread has to say for itself
+        return job()
+
+
+@lru_cache(maxsize=1)
+def _pool(workers: int, threads: int, process: int) -> ThreadPoolExecutor:
+    """So many workers; a forked process has none of its parent's."""
+    pool, all_here = ThreadPoolExecutor(workers, "longreach"), threading.Barrier(workers)
+
+    def begin() -> None:
+        torch.set_num_threads(threads // workers)
+        torch.get_num_threads()  # the number is the thread's from its first use on
+        all_here.wait()
+
+    for begun in [pool.submit(begin) for _ in range(workers)]:
+        begun.result()
+    torch.set_num_threads(threads)  # of threads that are yet to come; it was never another one for this thread
+    return pool
