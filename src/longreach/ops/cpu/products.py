@@ -52,7 +52,7 @@ ALIKE_DIM = 192
 
 PART_PAIRS = 2**22
 """Pairs of a query and a key of a head from which on heads are shared out: for fewer, threads of Python wait for each
-other longer than those of a product do. Beside one busy process on two cores, sharing out takes half the time at 8k, and
+other longer than those of a product do. Beside one busy process on two cores, sharing out takes half the time at 8k and
 half of that of forward and backward at 2k; where nothing else runs it makes no difference."""
 
 ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
