@@ -39,6 +39,7 @@ from longreach.results import (
     read_training,
     write_training,
 )
+from longreach.results.document import pack_entries, unpack_entries
 
 KINDS = {
     "provenance": Provenance,
@@ -210,6 +211,19 @@ def test_one_method_at_several_seeds():
     results = RESULTS.add(*again, dataclasses.replace(TRAINING, model=Model("alibi", 128, seed=2)))
     assert results.models()[:2] == (ALIBI, Model("alibi", 128, seed=2))
     assert results.methods() == ("alibi", "learned")
+
+
+def test_one_method_in_several_shapes(tmp_path):
+    shaped = [dataclasses.replace(record("alibi", 128), model=Model("alibi", 128, 0, f"2x{n}")) for n in (64, 128)]
+    results = RESULTS.add(*shaped)
+    assert set(results.methods()) == {"alibi", "learned", "alibi:2x64", "alibi:2x128"}
+    assert str(shaped[0].model) == "alibi:2x64 trained at 128, seed 0"
+    results.write(tmp_path / "results.json")
+    assert Results.read(tmp_path / "results.json") == results
+    assert unpack_entries(pack_entries(shaped)) == shaped
+    written = [entry["model"] for entry in json.loads((tmp_path / "results.json").read_text())["records"]]
+    assert written[-1] == {"method": "alibi", "train_length": 128, "seed": 0, "shape": "2x128"}
+    assert all("shape" not in model for model in written[:-2])
 
 
 def test_failures_are_told_apart_from_what_cannot_be_done():

@@ -213,6 +213,44 @@ def test_a_seed_among_several_gives_the_numbers_that_it_gives_alone(config, tmp_
     assert [r.nll for r in several.records if r.seed == 4] == [r.nll for r in other.records]
 
 
+def test_several_shapes_stand_in_one_file(config, tmp_path):
+    config = replace(config, methods=("alibi", "sinusoidal"), shapes=("1x16", "2x24"))
+    results = compare(config, tmp_path / "out", silent)
+    names = [f"{method}-{shape}" for method in ("alibi", "sinusoidal") for shape in ("1x16", "2x24")]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir() if path.is_dir()) == sorted([*names, "figures"])
+    shapes = {name: read_file(RunConfig, tmp_path / "out" / name / "config.toml").model for name in names}
+    assert {(name[-4:], model.num_layers, model.d_model, model.num_heads) for name, model in shapes.items()} == {
+        ("1x16", 1, 16, 2),
+        ("2x24", 2, 24, 2),
+    }
+    models = tuple(Model(m, 16, 0, shape) for shape in ("1x16", "2x24") for m in ("alibi", "sinusoidal"))
+    assert results.models() == models
+    assert tuple(entry.model for entry in results.training) == models
+    assert results.methods() == ("alibi:1x16", "sinusoidal:1x16", "alibi:2x24", "sinusoidal:2x24")
+    assert compare(config, tmp_path / "out", silent) == results
+    assert Results.read(tmp_path / "out" / "results.json") == results
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert all(name in page for name in results.methods())
+    alone = compare(replace(config, shapes=("2x24",)), tmp_path / "alone", silent)
+    assert alone.models() == tuple(Model(m, 16, 0) for m in ("alibi", "sinusoidal"))  # as where no shapes are given
+    assert [r.nll for r in alone.records] == [r.nll for r in results.records if r.model.shape == "2x24"]
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        (("1x16", "2x24", "1x16"), "shapes=1x16,2x24,1x16: give each shape once"),
+        (("2",), "shapes='2': give layers x width, as in 2x128"),
+        (("0x16",), "shapes='0x16': give layers x width"),
+        (("2x16x4",), "shapes='2x16x4': give layers x width"),
+        (("2x17",), "num_heads=2 does not divide d_model=17: change one of them"),
+    ],
+)
+def test_shapes_that_make_no_comparison(config, shapes, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        replace(config, shapes=shapes)
+
+
 def test_seeds_that_make_no_comparison(config):
     with pytest.raises(ValueError, match=r"^seeds=1,2,1: give each seed once"):
         replace(config, seeds=(1, 2, 1))

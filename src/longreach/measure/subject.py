@@ -68,7 +68,7 @@ class Subject:
     @property
     def name(self) -> str:
         """What it is called: its position method, or its name where it was trained elsewhere."""
-        return self.identity.method
+        return self.identity.name
 
     @property
     def train_length(self) -> int:

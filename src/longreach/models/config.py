@@ -1,6 +1,7 @@
 """What a decoder is made of."""
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -69,6 +70,22 @@ class Architecture:
     def head_dim(self) -> int:
         """D."""
         return self.d_model // self.num_heads
+
+    @property
+    def shape(self) -> str:
+        """Layers x width, as in 2x128."""
+        return f"{self.num_layers}x{self.d_model}"
+
+    def of_shape(self, shape: str) -> "Architecture":
+        """The same with other layers and width; num_heads stays, and d_ff where it is given.
+
+        Raises:
+            ValueError: the shape is not of the form 2x128, or does not go with the rest.
+        """
+        layers, _, width = shape.partition("x")
+        if not (re.fullmatch("[1-9][0-9]*", layers) and re.fullmatch("[1-9][0-9]*", width)):
+            raise ValueError(f"shapes={shape!r}: give layers x width, as in 2x128")
+        return dataclasses.replace(self, num_layers=int(layers), d_model=int(width))
 
 
 ARCHITECTURES = {

@@ -33,7 +33,7 @@ def mean_over_seeds(entries: Iterable[Kind]) -> list[Kind]:
 
 def _mean(group: list[Kind]) -> Kind:
     one = group[0]
-    changes: dict[str, Any] = {"model": Model(one.method, one.train_length, None)}
+    changes: dict[str, Any] = {"model": replace(one.model, seed=None)}
     for name in (field.name for field in fields(one)):
         values = [getattr(entry, name) for entry in group]
         if None in values:
@@ -79,7 +79,7 @@ def ratio_to(ours: list[Record], theirs: list[Record]) -> OverSeeds | None:
 def seed_counts(entries: Iterable[Entry | TrainingRecord]) -> set[int]:
     """How many seeds methods have: {3}, or {2, 3} where they differ."""
     models = {entry.model for entry in entries}
-    return set(Counter((model.method, model.train_length) for model in models).values())
+    return set(Counter((model.name, model.train_length) for model in models).values())
 
 
 def counted(entries: Iterable[Entry | TrainingRecord]) -> str:

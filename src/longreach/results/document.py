@@ -109,7 +109,7 @@ class Results:
     def methods(self, train_length: int | None = None) -> tuple[str, ...]:
         """Names of the methods, trained at `train_length` if given, in order of appearance."""
         models = (model for model in self.models() if train_length in (None, model.train_length))
-        return tuple(dict.fromkeys(model.method for model in models))
+        return tuple(dict.fromkeys(model.name for model in models))
 
     def train_lengths(self) -> tuple[int, ...]:
         """The training lengths, ascending."""
@@ -127,7 +127,7 @@ class Results:
         """Write strict JSON, whole or not at all. Raises OSError where the system does (the old file then stays)."""
         document: dict[str, Any] = {"version": self.version, "provenance": dataclasses.asdict(self.provenance)}
         for name in _LISTS:
-            document[name] = [dataclasses.asdict(entry) for entry in getattr(self, name)]
+            document[name] = list(map(_table, getattr(self, name)))
         write_atomically(Path(path), (json.dumps(document, indent=2, allow_nan=False) + "\n").encode())
 
     @classmethod
@@ -159,10 +159,18 @@ _LISTS: dict[str, type[Any]] = {
 """Name of each list of `Results` -> kind of its entries."""
 
 
+def _table(entry: Any) -> dict[str, Any]:
+    """The fields of an entry, those of its model without a shape where it has none."""
+    fields = dataclasses.asdict(entry)
+    if fields["model"]["shape"] is None:
+        del fields["model"]["shape"]
+    return fields
+
+
 def pack_entries(entries: Sequence[Entry]) -> str:
     """Entries as JSON, for another process."""
     of_kinds = {name: [entry for entry in entries if isinstance(entry, kind)] for name, kind in _LISTS.items()}
-    return json.dumps({name: list(map(dataclasses.asdict, listed)) for name, listed in of_kinds.items()})
+    return json.dumps({name: list(map(_table, listed)) for name, listed in of_kinds.items()})
 
 
 def unpack_entries(text: str) -> list[Entry]:
@@ -173,7 +181,7 @@ def unpack_entries(text: str) -> list[Entry]:
 
 def write_training(training: TrainingRecord, path: str | os.PathLike[str]) -> None:
     """Write the record of one training as JSON, whole or not at all. Raises OSError where the system does."""
-    write_atomically(Path(path), (json.dumps(dataclasses.asdict(training), indent=2) + "\n").encode())
+    write_atomically(Path(path), (json.dumps(_table(training), indent=2) + "\n").encode())
 
 
 def read_training(path: str | os.PathLike[str]) -> TrainingRecord:

@@ -43,8 +43,8 @@ class OfModel:
 
     @property
     def method(self) -> str:
-        """As `Model.method`."""
-        return self.model.method
+        """As `Model.name`: its method, and its shape where there are several."""
+        return self.model.name
 
     @property
     def train_length(self) -> int:

@@ -42,6 +42,9 @@ class CompareConfig:
     train_lengths: tuple[int, ...] = ()
     """L: every method is trained at each of these lengths; at train_length alone when none are given. A batch holds as
     many tokens at each as batch_size sequences of train_length do."""
+    shapes: tuple[str, ...] = ()
+    """Every method is trained in each of these shapes, layers x width as in 2x128,4x256, with all else as it is given
+    (num_heads, d_ff, learning_rate); in that of num_layers and d_model alone when none are given."""
     seeds: tuple[int, ...] = ()
     """Every method is trained at each length with each of these seeds; with seed alone when none are given. All learn
     from one split of the text, that of split_seed, or of seed."""
@@ -53,6 +56,8 @@ class CompareConfig:
             raise ValueError(f"methods={','.join(self.methods)}: give each method once")
         if len(set(self.train_lengths)) < len(self.train_lengths):
             raise ValueError(f"train_lengths={','.join(map(str, self.train_lengths))}: give each length once")
+        if len(set(self.shapes)) < len(self.shapes):
+            raise ValueError(f"shapes={','.join(self.shapes)}: give each shape once")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds={','.join(map(str, self.seeds))}: give each seed once")
         self.runs()  # refuses what does not fit together
@@ -71,13 +76,14 @@ class CompareConfig:
     def runs(self) -> tuple[RunConfig, ...]:
         """All training runs: what one seed has to say is complete before the next begins."""
         seeds = self.seeds or (self.train.seed,)
+        models = tuple(map(self.model.of_shape, self.shapes)) or (self.model,)
         return tuple(
-            self.run(method, train_length, seed)
-            for seed, train_length, method in itertools.product(seeds, self.lengths, self.methods)
+            self.run(method, model, train_length, seed)
+            for seed, model, train_length, method in itertools.product(seeds, models, self.lengths, self.methods)
         )
 
-    def run(self, method: str, train_length: int, seed: int) -> RunConfig:
-        """The training run of one method at one length with one seed."""
+    def run(self, method: str, model: Architecture, train_length: int, seed: int) -> RunConfig:
+        """The training run of one method in one shape at one length with one seed."""
         batch_tokens = self.train.batch_size * self.train.train_length
         if train_length < 1 or batch_tokens % train_length:
             raise ValueError(
@@ -88,15 +94,20 @@ class CompareConfig:
             method=method,
             longest_length=self.longest_length,
             data=replace(self.data, split_seed=self.data.seed_of_split(self.train.seed)),
-            model=self.model,
+            model=model,
             train=replace(self.train, train_length=train_length, batch_size=batch_tokens // train_length, seed=seed),
         )
 
+    def identity(self, run: RunConfig) -> Model:
+        """Which model a run is among the others: with its shape where there are several."""
+        return replace(run.identity, shape=run.model.shape) if len(self.shapes) > 1 else run.identity
+
     def folder(self, model: Model) -> str:
-        """Name of a run's folder: that of its method, with the training length and the seed where there are several."""
+        """Name of a run's folder: that of its method, with shape, training length and seed where there are several."""
+        shape = "" if model.shape is None else f"-{model.shape}"
         length = f"-{model.train_length}" if len(self.lengths) > 1 else ""
         seed = f"-seed{model.seed}" if len(self.seeds) > 1 else ""
-        return run_name(model.method) + length + seed
+        return run_name(model.method) + shape + length + seed
 
 
 def compare(
@@ -149,11 +160,12 @@ def compare(
 
         def finish(run: RunConfig) -> Iterator[Results]:
             """Train and measure one model; the results after each step."""
-            folder = output / config.folder(run.identity)
-            training = train_run(run, folder, progress, prepared, ranks)
+            identity = config.identity(run)
+            folder = output / config.folder(identity)
+            training = replace(train_run(run, folder, progress, prepared, ranks), model=identity)
             trained = results if training in results.training else results.add(training)
             yield trained
-            subject = open_run(folder).subject()
+            subject = replace(open_run(folder).subject(), identity=identity)
             yield from measure(subject, material, config.evaluate, trained, starts, path, progress, ranks)
 
         for run in config.runs():
@@ -161,11 +173,11 @@ def compare(
                 for so_far in finish(run):
                     results = so_far
             except FAILURES as error:
-                failed = failures(run.identity, config.evaluate, material, results.cells(), error)
+                failed = failures(config.identity(run), config.evaluate, material, results.cells(), error)
                 results = results.started(starts).add(*failed)
                 if ranks.is_first:
                     results.write(path)
-            on_model(results, run.identity)
+            on_model(results, config.identity(run))
         if ranks.is_first:
             write_report(results, output, partial(progress, "drawing the report"))
     return results

@@ -45,6 +45,23 @@ def test_the_papers_headline(rivals):
     assert "one seed" in finding.certainty
 
 
+def test_shapes_are_compared_with_their_own(empty, trained, record):
+    def shaped(entry, shape):
+        return replace(entry, model=replace(entry.model, shape=shape))
+
+    results = empty
+    for shape, perplexity in (("2x64", 20.0), ("4x128", 10.0)):
+        for method, length in (("alibi", 128), ("sinusoidal", 128), ("sinusoidal", 256)):
+            entries = trained(method, length, 1000.0), record(method, 256, perplexity, length)
+            results = results.add(*(shaped(entry, shape) for entry in entries))
+    finding = training_advantage(results)
+    assert "alibi:2x64 trained at 128 is at or below sinusoidal:2x64 trained at 256" in finding.sentence
+    assert "alibi:4x128 trained at 128 is at or below sinusoidal:4x128 trained at 256" in finding.details
+    assert "4x128" not in finding.sentence
+    # Each beside the sinusoidal model of its own shape, which trains as fast.
+    assert [row[3] for row in cost_grid(results).rows] == ["1.0x"] * 6
+
+
 def test_it_says_when_it_is_not_so(rivals):
     sentence = training_advantage(rivals(19.0, 18.0, speeds=(800.0, 1000.0), memories=(3 * 2**30, 2**31))).sentence
     assert "alibi trained at 128 is worse than sinusoidal trained at 256 (19.00 and 18.00)" in sentence

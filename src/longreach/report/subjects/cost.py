@@ -45,14 +45,14 @@ def sections(results: Results) -> Iterator[Section]:
 def cost(results: Results) -> Finding | None:
     """Speed and memory of training beside sinusoidal's at the same length; None where it was not trained."""
     training = mean_over_seeds(results.training)
-    baselines = {entry.train_length: entry for entry in training if entry.method == BASELINE}
+    baselines = {_of(entry): entry for entry in training if entry.model.method == BASELINE}
     compared = []
     for entry in training:
-        baseline = baselines.get(entry.train_length)
+        baseline = baselines.get(_of(entry))
         if baseline is not None and entry is not baseline:
             relative = entry.tokens_per_second / baseline.tokens_per_second
             speed = "as fast" if is_alike(relative) else f"at {format_rough(relative)} the speed"
-            at = f" at {entry.train_length:,}" if len(baselines) > 1 else ""
+            at = f" at {entry.train_length:,}" if len({length for length, _ in baselines}) > 1 else ""
             compared.append(f"{entry.method}{at} trains {speed}{_used(entry, baseline)}")
     if not compared:
         return None
@@ -100,8 +100,14 @@ def _trained(results: Results, base: str) -> list[TrainingRecord]:
     return [entry for entry in mean_over_seeds(results.training) if entry.method.partition(":")[0] == base]
 
 
+def _of(entry: TrainingRecord) -> tuple[int, str | None]:
+    """What a model and its baseline have in common."""
+    return entry.train_length, entry.model.shape
+
+
 def _rivals(results: Results, ours: TrainingRecord) -> list[TrainingRecord]:
-    longer = [entry for entry in _trained(results, BASELINE) if entry.train_length > ours.train_length]
+    alike = [entry for entry in _trained(results, BASELINE) if entry.model.shape == ours.model.shape]
+    longer = [entry for entry in alike if entry.train_length > ours.train_length]
     lengths = {entry.train_length for entry in longer}
     double = 2 * ours.train_length
     chosen = double if double in lengths else min(lengths, default=0)
@@ -149,10 +155,10 @@ def _efforts(ours: TrainingRecord, theirs: TrainingRecord) -> str:
 def cost_grid(results: Results) -> Grid:
     """The paper's Table 1: speed and memory by method and training length, and relative to sinusoidal where it is."""
     training = mean_over_seeds(results.training)
-    baselines = {entry.train_length: entry for entry in training if entry.method == BASELINE}
+    baselines = {_of(entry): entry for entry in training if entry.model.method == BASELINE}
     rows = []
     for entry in sorted(training, key=lambda entry: entry.train_length):
-        baseline = baselines.get(entry.train_length)
+        baseline = baselines.get(_of(entry))
         others = (None, None, None) if baseline is None else _costs(results, baseline)
         row = [entry.method, f"{entry.train_length:,}"]
         formats = (format_speed, format_speed, format_memory)

@@ -30,7 +30,7 @@ def skipped_grid(results: Results) -> Grid:
         lengths = skipped.setdefault((entry.reason, entry.model), {})
         lengths.setdefault(entry.protocol or entry.task, set()).add(entry.valid_length)
     alike = _together(
-        ((reason, _missed(by), model.train_length, model.method), model) for (reason, model), by in skipped.items()
+        ((reason, _missed(by), model.train_length, model.name), model) for (reason, model), by in skipped.items()
     )
     models = _together(((reason, missed, n), _named(results, alone)) for (reason, missed, n, _), alone in alike.items())
     rows = _together(((reason, missed, tuple(methods)), n) for (reason, missed, n), methods in models.items())
@@ -48,8 +48,8 @@ def skipped_grid(results: Results) -> Grid:
 
 def _named(results: Results, models: list[Model]) -> str:
     """The method of all models, and their seeds where the method has others."""
-    method, train_length = models[0].method, models[0].train_length
-    others = [model for model in results.models() if (model.method, model.train_length) == (method, train_length)]
+    method, train_length = models[0].name, models[0].train_length
+    others = [model for model in results.models() if (model.name, model.train_length) == (method, train_length)]
     if len(others) == len(models):
         return method
     seeds = " and ".join(str(model.seed) for model in models)
