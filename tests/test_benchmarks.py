@@ -280,3 +280,20 @@ def test_the_drawing_is_named_after_the_machine(scripts, monkeypatch, tmp_path, 
         assert (tmp_path / drawing).read_bytes().startswith(b"<?xml")
     assert "| H | D |" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "docs").iterdir()} == {"attention-h200.svg", "attention.svg"}
+
+
+@torch.no_grad()
+def test_encoders_are_timed_after_their_outputs_agree(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    encoders = importlib.import_module("encoders")
+    monkeypatch.setattr(encoders, "TABLE", 64)  # of Jina's code, 3 GiB as it is
+    found = encoders.measure("512", ["ours", "padded"], None, rounds=1, small=True)
+    assert found["seconds"].keys() == {"ours", "padded"}
+    assert found["max_difference"] < encoders.ALLOWED
+    monkeypatch.setattr(encoders.Padded, "attend", lambda self, q, k, v, heads: v)
+    with pytest.raises(SystemExit, match="512: outputs of padded differ by"):
+        encoders.measure("512", ["ours", "padded"], None, rounds=1, small=True)
+    encoders.check_published()
+    assert capsys.readouterr().out.count("skipped: model 'jinaai/") == len(encoders.PRINTED)
+    for name in ("encoders", "attention"):
+        del sys.modules[name]

@@ -7,6 +7,7 @@ import torch
 from published import Published, expected, write
 
 import longreach
+from longreach.encoders.layouts.blocks import Linear
 from longreach.encoders.model import EncoderModel, PublishedConfig
 from longreach.encoders.packing import Packed
 
@@ -212,3 +213,18 @@ def test_a_new_model_begins_with_random_weights():
     model = EncoderModel(config)
     assert model(draw(1, 5)).last_hidden_state.isfinite().all()
     assert not hasattr(config, "auto_map")
+
+
+@pytest.mark.parametrize("rows", [(1,), (7,), (2, 33), (0,)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_layers_for_inference(rows, bias):
+    """oneDNN's sums of 48 products err no more than any others of float32 may."""
+    linear = Linear(48, 64, bias=bias)
+    x = torch.randn(*rows, 48)
+    with torch.no_grad():
+        out, right = linear(x), linear.double()(x.double())
+    linear.float()
+    assert out.shape == (*rows, 64)
+    torch.testing.assert_close(out.double(), right, rtol=0, atol=48 * 2.0**-24 * 4)
+    linear(x.requires_grad_()).sum().backward()
+    assert x.grad.shape == x.shape

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from longreach.encoders.config import EncoderConfig
-from longreach.encoders.layouts.blocks import Attend, Attention, Projections, gate, layer_norm
+from longreach.encoders.layouts.blocks import Attend, Attention, Linear, Projections, by_rows, gate, layer_norm
 
 
 class NormedProjections(Projections):
@@ -24,13 +24,16 @@ class SecondHalfMLP(nn.Module):
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        self.up_gated_layer = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.down_layer = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.up_gated_layer = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down_layer = Linear(config.intermediate_size, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.act = gate(config)
 
     def forward(self, h: Tensor) -> Tensor:
         """(..., C) to (..., C)."""
+        return by_rows(self._of_rows, h)
+
+    def _of_rows(self, h: Tensor) -> Tensor:
         first, second = self.up_gated_layer(h).chunk(2, dim=-1)
         out: Tensor = self.down_layer(self.dropout(first * self.act(second)))
         return out

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from longreach.encoders.config import EncoderConfig
-from longreach.encoders.layouts.blocks import Attend, Attention, GatedMLP
+from longreach.encoders.layouts.blocks import Attend, Attention, GatedMLP, Linear
 
 
 class OneProjection(nn.Module):
@@ -12,7 +12,7 @@ class OneProjection(nn.Module):
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        self.Wqkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.Wqkv = Linear(config.hidden_size, 3 * config.hidden_size)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(..., C) to three of (..., C)."""

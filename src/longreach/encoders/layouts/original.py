@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from longreach.encoders.config import EncoderConfig
-from longreach.encoders.layouts.blocks import Added, Attend, Attention, Projections
+from longreach.encoders.layouts.blocks import Added, Attend, Attention, Linear, Projections, by_rows
 
 
 class Intermediate(nn.Module):
@@ -13,7 +13,7 @@ class Intermediate(nn.Module):
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.dense = Linear(config.hidden_size, config.intermediate_size)
 
     def forward(self, h: Tensor) -> Tensor:
         """(..., C) to (..., I)."""
@@ -32,5 +32,4 @@ class OriginalLayer(GradientCheckpointingLayer):
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
         """(..., C) to (..., C)."""
         h = self.attention(x, attend)
-        out: Tensor = self.output(self.intermediate(h), h)
-        return out
+        return by_rows(lambda rows: self.output(self.intermediate(rows), rows), h)
