@@ -254,14 +254,14 @@ def test_a_cache_of_unknown_origin_is_taken_at_a_stated_length(model, scaling):
     with fixed_length(model, 20):
         expected = model(ids).logits[:, 12:]
         filled = model(ids[:, :12], use_cache=True).past_key_values
-        given = [DynamicCache([(layer.keys, layer.values) for layer in filled.layers]) for _ in range(3)]
+        given = [DynamicCache([(layer.keys, layer.values) for layer in filled.layers]) for _ in range(4)]
         torch.testing.assert_close(model(ids[:, 12:], past_key_values=given[0]).logits, expected, **CLOSE)
     with pytest.raises(ValueError, match="length L' of a cached forward pass is not stated"):
         model(ids[:, 12:], past_key_values=given[1])
     with pytest.raises(ValueError, match=r"computed for L'=unknown, this call has L'=21"):
-        model.generate(ids, past_key_values=given[1], max_new_tokens=1)
+        model.generate(ids, past_key_values=given[2], max_new_tokens=1)
     longreach.extend(model, scaling=scaling, train_length=8, length=20)
-    torch.testing.assert_close(model(ids[:, 12:], past_key_values=given[2]).logits, expected, **CLOSE)
+    torch.testing.assert_close(model(ids[:, 12:], past_key_values=given[3]).logits, expected, **CLOSE)
 
 
 def test_a_conversation_shares_a_cache_under_a_length_for_all_of_it():
