@@ -234,3 +234,16 @@ def test_tokenizers_that_cannot_be_had(tmp_path, monkeypatch):
     ) as error:
         load_tokenizer("no-such/name")
     assert "\n" not in str(error.value)
+
+
+def test_added_special_tokens_need_no_room_in_a_model(tmp_path):
+    trained = train_tokenizer(["some text"], 260)
+    trained.save(tmp_path / "tokenizer.json")
+    backend = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    backend.add_special_tokens(["<pad>"])
+    padded = Tokenizer(backend, trained.eos_token)
+    assert padded.vocab_size == trained.vocab_size + 1
+    assert padded.text_vocab_size == trained.text_vocab_size == trained.vocab_size
+    assert max(padded.encode("<pad> some text")) < trained.vocab_size
+    backend.add_tokens(["word"])
+    assert Tokenizer(backend, trained.eos_token).text_vocab_size == trained.vocab_size + 2

@@ -9,7 +9,7 @@ from tiny_subjects import decoder_subject, tokenizer
 
 from longreach.measure.generation import generate_greedily
 from longreach.measure.subject import Unsupported
-from longreach.measure.summaries import MeetingCase, measure_summaries, prompt_tokens, read_meetings
+from longreach.measure.summaries import MeetingCase, WordsOfAnyScript, measure_summaries, prompt_tokens, read_meetings
 from longreach.results import Model
 
 TRANSCRIPT = "Ann: the sum of 1 and 2\n  is 3 , I {vocalsound} guess .\nBob:\tit is 7 .\n" * 4
@@ -249,3 +249,25 @@ def test_without_rouge_score_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
     with pytest.raises(ValueError, match=r"qmsum needs rouge-score: pip install 'longreach\[eval\]'"):
         measured(PAIRS)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("The meetings' 2nd_part: don\u2019t run, running!", None),  # as rouge-score has them
+        ("Совещание прошло хорошо.", ["совещание", "прошло", "хорошо"]),
+        ("会议很好。OK 3", ["会", "议", "很", "好", "ok", "3"]),
+        ("बैठक अच्छी रही", ["बैठक", "अच्छी", "रही"]),
+        ("الاجتماع، كان", ["الاجتماع", "كان"]),
+        ("ประชุม", list("ประชุม")),
+        ("회의는 좋았다", ["회의는", "좋았다"]),
+        ("cafe\u0301 Été", ["café", "été"]),
+    ],
+)
+def test_words_of_any_script(text, words):
+    from rouge_score.rouge_scorer import RougeScorer
+    from rouge_score.tokenizers import DefaultTokenizer
+
+    words = DefaultTokenizer(use_stemmer=True).tokenize(text) if words is None else words
+    assert WordsOfAnyScript().tokenize(text) == words
+    assert RougeScorer(["rougeL"], tokenizer=WordsOfAnyScript()).score(text, text)["rougeL"].fmeasure == 1.0

@@ -273,7 +273,7 @@ def test_a_subject_comes_in_the_dtype_of_its_files_or_in_the_one_asked_for(tmp_p
     name = saved(transformers_model("llama").bfloat16(), tmp_path)
     assert load_subject(name, device=CPU).model.model.dtype == torch.bfloat16
     assert load_subject(name, device=CPU, dtype="float32").model.model.dtype == torch.float32
-    with pytest.raises(ValueError, match="dtype='float31': give auto, float32"):
+    with pytest.raises(ValueError, match="dtype='float31': give one of auto, float32"):
         load_subject(name, device=CPU, dtype="float31")
 
 

@@ -1,14 +1,15 @@
 """Text in: the documents of a corpus, each as pieces of bounded size, whatever they are stored in."""
 
 import codecs
+import csv
 import glob
-import gzip
 import hashlib
 import itertools
 import json
 import lzma
 import os
 import platform
+import sys
 import sysconfig
 import zlib
 from array import array
@@ -21,11 +22,11 @@ from typing import Any, BinaryIO
 import numpy as np
 import zstandard
 
+from longreach.data.content import HEAD_BYTES, compression_of, dialect_of, foreign, kind_of
+
 PIECE_CHARS = 1 << 16
 BLOCK_BYTES = 1 << 18
 COMPRESSED_BLOCK_BYTES = 1 << 14  # a block may unpack to a thousand times its size
-
-OPENERS: dict[str, Callable[[Path], Any]] = {"": partial(open, mode="rb"), ".gz": gzip.open, ".xz": lzma.open}
 
 ReadProgress = Callable[[int], None]
 """Told how many bytes of text have been read."""
@@ -84,9 +85,10 @@ def open_corpus(source: str | None, *, text_field: str = "text", streaming: bool
 
     - None: the source code of the running Python's standard library, without its tests and its editor; the few
       files there that are no UTF-8 are left out.
-    - A file. `.jsonl` holds one document a line, in the field `text_field`; anything else is UTF-8 text, one
-      document, a leading byte order mark dropped and line ends kept as they are. Each may be compressed:
-      `.gz`, `.xz`, `.zst`.
+    - A file. What it holds is told by its content, whatever its name: JSON lines, one document a line in the field
+      `text_field`; a table separated by commas or tabs, one document a row in that column; else UTF-8 text, one
+      document, a leading byte order mark dropped and line ends kept as they are. Each may be compressed by gzip,
+      bzip2, xz or zstd. Archives, HTML, XML, PDF, parquet and other JSON are refused.
     - A folder: all files below it, ordered by path. Hidden ones and binary ones (a zero byte among their first
       8192) are passed over, so that a source tree can be given as it is.
     - A glob, `**` included: the files that it matches. What is matched is read or refused, never passed over.
@@ -233,6 +235,10 @@ def _find_files(source: str) -> list[Path]:
         if not files:
             raise ValueError(f"the pattern {source!r} matches no file; quote it and check it with ls")
         return files
+    if source and path.exists():
+        raise ValueError(f"{source!r} is neither a file nor a folder, but a device, pipe or socket; give a file")
+    if not source.strip():
+        raise ValueError("it is empty: give a file, a folder, a glob or hf:NAME")
     raise ValueError(f"{source!r} does not exist; give a file, a folder, a glob or hf:NAME")
 
 
@@ -246,9 +252,18 @@ def _walk(folder: Path, left_out: Collection[str] = ()) -> list[Path]:
 
 
 def _is_binary(path: Path) -> bool:
-    head = next(_unpacked_blocks(path), b"")[:8192]
-    # UTF-16 is text: it is refused with a mend rather than passed over.
-    return b"\0" in head and not head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    head = _head(path)
+    # UTF-16 is text: it is refused with a mend rather than passed over. So are archives.
+    return b"\0" in head and not head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) and not foreign(head)
+
+
+def _head(path: Path) -> bytes:
+    head = b""
+    for block in _unpacked_blocks(path):
+        head += block
+        if len(head) >= HEAD_BYTES:
+            break
+    return head[:HEAD_BYTES]
 
 
 def _read_standard_library() -> Iterator[Document]:
@@ -263,18 +278,34 @@ def _read_standard_library() -> Iterator[Document]:
 
 def _read_files(paths: list[Path], text_field: str) -> Iterator[Document]:
     for path in paths:
-        if _suffixes(path)[0] == ".jsonl":
+        kind = kind_of(_head(path), str(path), text_field)
+        if kind == "json-lines":
             yield from _read_json_documents(path, text_field)
+        elif kind == "table":
+            yield from _read_table(path, text_field)
         else:
             yield Document(str(path), cut_pieces(_decode(path)))
 
 
-def _suffixes(path: Path) -> tuple[str, str]:
-    """What the file holds and how that is compressed: ("", "") to (".jsonl", ".zst")."""
-    suffix = path.suffix.lower()
-    if suffix in (".gz", ".xz", ".zst"):
-        return Path(path.stem).suffix.lower(), suffix
-    return suffix, ""
+def _read_table(path: Path, text_field: str) -> Iterator[Document]:
+    lines = (line.decode() + "\n" for line in _lines(block.encode() for block in _decode(path)))
+    first = next(lines)
+    csv.field_size_limit(sys.maxsize)
+    rows = csv.reader(itertools.chain([first], lines), delimiter=dialect_of(first), strict=True)
+    names = [name.strip() for name in next(rows)]
+    if text_field not in names:
+        columns = ", ".join(map(repr, names))
+        raise ValueError(f"{str(path)!r} has no text_field={text_field!r}; its columns are {columns}: name one of them")
+    column = names.index(text_field)
+    try:
+        for row in rows:
+            if row:
+                place = f"{path}:{rows.line_num}"
+                if len(row) != len(names):
+                    raise ValueError(f"{place} has {len(row)} cells, the first row {len(names)}; mend or drop it")
+                yield Document(place, _cut_string(row[column]))
+    except csv.Error as error:
+        raise ValueError(f"{path}:{rows.line_num} is no row of a table ({error}); mend or drop it") from error
 
 
 def _decode(path: Path) -> Iterator[str]:
@@ -287,6 +318,9 @@ def _decode(path: Path) -> Iterator[str]:
         except UnicodeDecodeError as error:
             wrong = f"byte 0x{error.object[error.start]:02x} at offset {offset + error.start}"
             raise ValueError(f"{str(path)!r} is not UTF-8: {wrong}; convert it, for example with iconv") from error
+        if "\0" in text:
+            place = offset + len(text[: text.index("\0")].encode())
+            raise ValueError(f"{str(path)!r} is binary: byte 0x00 at offset {place}; give text")
         yield text.removeprefix("\ufeff") if offset == 0 else text
         blocks_end += len(block)
 
@@ -346,17 +380,23 @@ def _lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
 
 def _unpacked_blocks(path: Path) -> Iterator[bytes]:
     """The file's content, unpacked, in blocks of which none is empty."""
-    compression = _suffixes(path)[1]
-    try:
-        if compression == ".zst":
-            with open(path, "rb") as packed:
+    with open(path, "rb") as packed:
+        compression = compression_of(packed.read(8))
+        packed.seek(0)
+        if compression is None:
+            while block := packed.read(BLOCK_BYTES):
+                yield block
+            return
+        name, opener = compression
+        try:
+            if opener is None:
                 yield from _zstd_blocks(packed)
-        else:
-            with OPENERS[compression](path) as file:
+                return
+            with opener(path) as file:
                 while block := file.read(BLOCK_BYTES):
                     yield block
-    except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, zstandard.ZstdError) as error:
-        raise ValueError(f"{str(path)!r} is no whole {compression} file ({error}); make or fetch it again") from error
+        except (EOFError, OSError, zlib.error, lzma.LZMAError, zstandard.ZstdError) as error:
+            raise ValueError(f"{str(path)!r} is no whole {name} file ({error}); make or fetch it again") from error
 
 
 def _zstd_blocks(file: BinaryIO) -> Iterator[bytes]:
@@ -379,11 +419,13 @@ def _open_hugging_face(source: str, text_field: str, streaming: bool) -> Corpus:
         import datasets
     except ImportError as error:
         raise ValueError(f"{source!r} needs Hugging Face datasets: pip install 'longreach[hf]'") from error
-    name, _, config = source.removeprefix("hf:").partition(":")
+    name, *rest = source.removeprefix("hf:").split(":")
+    if not name.strip() or len(rest) > 1 or (rest and not rest[0].strip()):
+        raise ValueError(f"{source!r} names no data set: give hf:NAME, or hf:NAME:CONFIG")
     try:
-        splits = datasets.load_dataset(name, config or None, streaming=streaming)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error).split())
+        splits = datasets.load_dataset(name, rest[0] if rest else None, streaming=streaming)
+    except Exception as error:  # whatever a name leads others' code to
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
             f"{source!r} cannot be loaded ({reason}); check the name, the config and the network"
         ) from error

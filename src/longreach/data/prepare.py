@@ -31,13 +31,13 @@ class DataConfig:
     """Which text to learn from and how to make tokens of it."""
 
     data: str | None = None
-    """Training text: a file, folder or glob of text or .jsonl files (also .gz, .xz, .zst), or hf:NAME[:CONFIG];
-    by default the source code of Python's standard library."""
+    """Training text: a file, folder or glob of text, JSON lines, or comma- or tab-separated tables, also packed
+    by gzip, bzip2, xz or zstd, or hf:NAME[:CONFIG]; by default the source code of Python's standard library."""
     valid_data: str | None = None
     """Validation text, given as `data` is; by default the validation split that comes with `data`, else some of
     its documents."""
     text_field: str = "text"
-    """Field of a .jsonl line, or column of a Hugging Face data set, that holds the text."""
+    """Field of a JSON line, or column of a table or a Hugging Face data set, that holds the text."""
     streaming: bool = field(default=False, metadata={"may_differ": True})
     """Read Hugging Face data sets from their server instead of downloading them first."""
     tokenizer: str | None = None
@@ -275,6 +275,8 @@ def _naming(argument: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"{argument}: {error}") from error
+    except OSError as error:
+        raise ValueError(f"{argument}: {error.filename} cannot be read ({error.strerror}); mend that") from error
 
 
 def _trained_tokenizer(

@@ -48,6 +48,16 @@ class Tokenizer:
         # Some vocabularies have gaps, so that the number of tokens can be less than the largest id demands.
         self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
 
+    @property
+    def text_vocab_size(self) -> int:
+        """One more than the largest id that text or its end becomes: special tokens, such as padding, never come of it.
+
+        The least vocabulary that a model must have to read what this tokenizer gives.
+        """
+        special = {index for index, token in self._backend.get_added_tokens_decoder().items() if token.special}
+        ids = set(self._backend.get_vocab(with_added_tokens=True).values())
+        return max(ids - special | {self.eos_id}) + 1
+
     def encode(self, text: str) -> list[int]:
         """The tokens of `text`, without any eos."""
         return self.encode_batch([text])[0]

@@ -2,6 +2,7 @@
 
 import re
 import time
+import unicodedata
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,11 @@ PROMPT = "{transcript}\n\nQuery: {query}\nSummary:"
 """What a model is given. All that it then writes, up to eos or max_new_tokens, is its summary."""
 
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL")
+
+UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+)
+"""A character of Thai, Lao, Burmese, Khmer, Japanese or Chinese, which put no spaces between words."""
 
 SEED = 0
 """Of the bootstrap's draws."""
@@ -104,8 +110,8 @@ def measure_summaries(
 ) -> SummaryRecord:
     """Have each case summarized from a prompt that leaves room for max_new_tokens within valid_length, and score it.
 
-    ROUGE-1, ROUGE-2 and ROUGE-L F-measures (Lin, 2004) of `rouge-score` with its stemmer, averaged over the cases,
-    each with the percentile bootstrap interval over them.
+    ROUGE-1, ROUGE-2 and ROUGE-L F-measures (Lin, 2004) of `rouge-score` with its stemmer, averaged over the cases, of
+    `WordsOfAnyScript`; each with the percentile bootstrap interval over them.
 
     Args:
         generate: continues a prompt; greedy decoding by convention.
@@ -145,6 +151,26 @@ def measure_summaries(
     )
 
 
+class WordsOfAnyScript:
+    """Words as ROUGE counts them, of any script; those of ASCII text are the ones of `rouge-score` with its stemmer.
+
+    A word is a run of letters, marks and digits, in lower case and Unicode's composed form. Where a script puts no
+    spaces between words, each of its characters is one: figures of such languages are of characters.
+    """
+
+    def __init__(self) -> None:
+        from rouge_score.tokenizers import DefaultTokenizer
+
+        self._stemmed = DefaultTokenizer(use_stemmer=True).tokenize
+
+    def tokenize(self, text: str) -> list[str]:
+        """The words of a text, in order."""
+        composed = unicodedata.normalize("NFC", text).lower()
+        kept = "".join(char if unicodedata.category(char)[0] in "LMN" else " " for char in composed)
+        words = UNSPACED.sub(r" \g<0> ", kept).split()
+        return [token for word in words for token in (self._stemmed(word) if word.isascii() else [word])]
+
+
 def _figures(scores: np.ndarray) -> dict[str, Any]:
     """Mean of each column of scores (cases, 3) with the ends of its interval, under the names of the record."""
     ends = intervals(scores, np.ones_like(scores), SEED)
@@ -159,7 +185,7 @@ def _rouge_scorer() -> Any:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
         raise ValueError("qmsum needs rouge-score: pip install 'longreach[eval]'") from error
-    return RougeScorer(ROUGE_TYPES, use_stemmer=True)
+    return RougeScorer(ROUGE_TYPES, tokenizer=WordsOfAnyScript())
 
 
 def _transcript(meeting: dict[str, Any], place: str) -> str:

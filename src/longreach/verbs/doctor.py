@@ -120,7 +120,7 @@ def examine(config: DoctorConfig, progress: Progress = lambda stage, done, total
     config = replace(config, valid_lengths=tuple(sorted(set(config.valid_lengths or (length, 2 * length)))))
     longest = max(config.valid_lengths)
     if config.text is None:
-        tokens = np.random.default_rng(SEED).integers(0, subject.tokenizer.vocab_size, longest)
+        tokens = np.random.default_rng(SEED).integers(0, subject.tokenizer.text_vocab_size, longest)
     else:
         tokens = read_tokens(config.text, subject.tokenizer, least=longest + 1, most=WINDOWS * longest + 1)
     assert isinstance(subject.model, HuggingFaceModel)  # load_subject makes no other

@@ -12,6 +12,9 @@ from longreach.pretrained.lengths import longest_model_input, training_length
 from longreach.pretrained.load import load_causal_model, load_configuration
 from longreach.results import Model
 
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+"""In what weights may be loaded, auto for what their files are in."""
+
 
 def load_subject(
     name: str,
@@ -37,15 +40,15 @@ def load_subject(
         ValueError: transformers is not installed, there is no such model or it cannot be had now, a file is missing
             or damaged, the tokenizer is not the model's, or the training length is not known.
     """
-    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise ValueError(f"dtype={dtype!r}: give auto, float32, bfloat16 or another dtype of torch")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r}: give one of {', '.join(DTYPES)}")
     config = load_configuration(name, trust_remote_code=trust_remote_code)
     length = training_length(name, config, train_length)
     tokenizer = load_tokenizer(name)
     vocab_size = config.get_text_config().vocab_size
-    if tokenizer.vocab_size > vocab_size:
+    if tokenizer.text_vocab_size > vocab_size:  # padding and the like may be added beyond
         raise ValueError(
-            f"model {name!r} has {vocab_size} tokens and its tokenizer {tokenizer.vocab_size}: "
+            f"model {name!r} has {vocab_size} tokens and its tokenizer {tokenizer.text_vocab_size}: "
             "the tokenizer is not the model's"
         )
     loaded = load_causal_model(name, dtype=dtype, trust_remote_code=trust_remote_code)

@@ -184,7 +184,7 @@ def _pretrained_trainee(config: RunConfig, tokenizer: Tokenizer, device: torch.d
     """A model of transformers with ALiBi, in float32 whatever its files are in."""
     assert config.start_from is not None
     model = load_causal_model(config.start_from, dtype="float32")
-    if tokenizer.vocab_size > model.config.get_text_config().vocab_size:
+    if tokenizer.text_vocab_size > model.config.get_text_config().vocab_size:
         raise ValueError(f"start_from={config.start_from!r} has fewer tokens than its tokenizer: give the model's own")
     scaling = parse_scaling(parse_method(config.method)[1].scaling)
     (convert if model.config.model_type in CONVERTIBLE else extend)(model, scaling=scaling)

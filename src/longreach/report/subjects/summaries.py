@@ -30,7 +30,8 @@ def summaries(results: Results) -> Finding:
     return Finding(
         f"{sentence}; it cannot be told apart from {listed(alike)}." if alike else f"{sentence}.",
         f"Transcripts that did not fit and were cut: {listed(cuts)}.",
-        "Intervals: 95% bootstrap over the cases. ROUGE counts shared words, not whether a summary is true.",
+        "Intervals: 95% bootstrap over the cases. ROUGE counts shared words (characters, in scripts without spaces), "
+        "not whether a summary is true.",
     )
 
 

@@ -1,0 +1,137 @@
+"""Files whose names say nothing or lie: read as documents by their content, or refused with what they are."""
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+import tarfile
+import zipfile
+
+import pytest
+import zstandard
+
+from longreach.data.content import kind_of
+from longreach.data.corpora import open_corpus
+
+DOCUMENTS = ['first, the\n"one" in two lines', "second 日本", "third"]
+LINES = "".join(json.dumps({"text": text, "url": "x"}) + "\n" for text in DOCUMENTS).encode()
+TABLE = 'id,text\n1,"first, the\n""one"" in two lines"\n2,second 日本\n3,third\n'.encode()
+TABS = b"id\ttext\n1\tfirst\n2\tsecond\n"
+PACKED = {
+    "gzip": gzip.compress,
+    "bzip2": bz2.compress,
+    "xz": lzma.compress,
+    "zstd": lambda data: zstandard.ZstdCompressor().compress(data),
+}
+
+
+def texts(path, **options):
+    return ["".join(document.pieces) for document in open_corpus(str(path), **options)]
+
+
+def archive(kind):
+    data = io.BytesIO()
+    if kind == "zip":
+        with zipfile.ZipFile(data, "w") as packed:
+            packed.writestr("a.txt", "text")
+    else:
+        with tarfile.open(fileobj=data, mode="w") as packed:
+            entry = tarfile.TarInfo("a.txt")
+            entry.size = 4
+            packed.addfile(entry, io.BytesIO(b"text"))
+    return data.getvalue()
+
+
+@pytest.mark.parametrize("name", ["a", "a.txt", "a.json", "a.json.gz", "a.ndjson", "a.csv", "a.jsonl", "a.zst"])
+@pytest.mark.parametrize("content", [LINES, b"\xef\xbb\xbf" + LINES, b"\n\n" + LINES])
+def test_json_lines_under_any_name(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    assert texts(tmp_path / name) == DOCUMENTS
+
+
+@pytest.mark.parametrize("packed", PACKED)
+@pytest.mark.parametrize("name", ["c4-train.json.gz", "a", "a.jsonl", "a.csv"])
+def test_compressed_under_any_name(tmp_path, packed, name):
+    (tmp_path / name).write_bytes(PACKED[packed](LINES))
+    assert texts(tmp_path / name) == DOCUMENTS
+
+
+@pytest.mark.parametrize("name", ["a.txt.gz", "a.xz", "a.zst", "a.bz2", "a.md"])
+def test_text_under_any_name(tmp_path, name):
+    (tmp_path / name).write_bytes(b"plain text")
+    assert texts(tmp_path / name) == ["plain text"]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.txt", "a", "a.tsv"])
+def test_tables_under_any_name(tmp_path, name):
+    (tmp_path / name).write_bytes(TABLE)
+    assert texts(tmp_path / name) == DOCUMENTS
+    assert texts(tmp_path / name, text_field="id") == ["1", "2", "3"]
+    (tmp_path / name).write_bytes(TABS)
+    assert texts(tmp_path / name) == ["first", "second"]
+    with pytest.raises(ValueError, match="no text_field='body'; its columns are 'id', 'text'"):
+        texts(tmp_path / name, text_field="body")
+
+
+REFUSED = {
+    "a zip archive": archive("zip"),
+    "a tar archive": archive("tar"),
+    "a parquet file": b"PAR1\x15\x04" + bytes(20),
+    "an Arrow file": b"ARROW1\0\0" + bytes(20),
+    "an Arrow stream": b"\xff\xff\xff\xff" + bytes(20),
+    "a PDF": b"%PDF-1.7\n%\xe2\xe3",
+    "an SQLite database": b"SQLite format 3\0" + bytes(20),
+    "HTML or XML": b"\n<!DOCTYPE html><html><body>text</body></html>",
+    "is HTML or XML": b'<?xml version="1.0"?><page>text</page>',
+    "JSON but not": json.dumps([{"text": "one"}]).encode(),
+    "is JSON but not": json.dumps({"text": "one"}, indent=1).encode(),
+    "JSON but": b"[1.5, 2, 3]",
+    "UTF-16": "text".encode("utf-16"),
+    "UTF-32": "text".encode("utf-32"),
+    "binary: byte 0x00": b"some text" * 2000 + b"\0",
+}
+
+
+@pytest.mark.parametrize("told", REFUSED)
+@pytest.mark.parametrize("name", ["a.txt", "a", "a.jsonl.gz"])
+def test_what_is_no_text_is_refused_by_what_it_is(tmp_path, told, name):
+    path = tmp_path / name
+    for content in (REFUSED[told], gzip.compress(REFUSED[told])):
+        path.write_bytes(content)
+        as_lines = ".jsonl" in name and ("JSON" in told or "binary" in told)  # refused at its first line
+        with pytest.raises(ValueError, match="every line must be one JSON object" if as_lines else told) as raised:
+            texts(path)
+        assert str(path) in str(raised.value)
+        assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Hello, world\nand so on\n",
+        "[1] A reference, and more.\n[2] Another.\n",
+        "{curly} prose is prose\n",
+        "import os, sys\nimport re, csv\n\nx = 1\n",
+        "Dear all,\nwe meet, as ever, at noon.\nYours,\n",
+        "<unk> is a token of WikiText\n = Title = \n",
+        "a\tb\n",
+        "",
+    ],
+)
+def test_prose_and_source_are_text(text):
+    assert kind_of(text.encode(), "a.txt", "text") == "text"
+
+
+@pytest.mark.parametrize("source", ["hf:", "hf::", "hf: ", "hf:name:", "hf::config", "hf:a:b:c"])
+def test_names_of_data_sets(source):
+    with pytest.raises(ValueError, match="names no data set: give hf:NAME"):
+        open_corpus(source)
+
+
+@pytest.mark.parametrize(
+    ("source", "told"), [("", "empty"), (" ", "empty"), ("/dev/null", "neither a file"), ("nowhere", "does not exist")]
+)
+def test_what_is_no_source(source, told):
+    with pytest.raises(ValueError, match=told):
+        open_corpus(source)
