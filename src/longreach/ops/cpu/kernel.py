@@ -1,8 +1,8 @@
-"""Tiles by PyTorch's flash attention for the CPU: of half types, and of few queries.
+"""Tiles by PyTorch's flash attention for the CPU: of few queries, and of all where products are no faster.
 
-Where the processor has units for matrices of half types (AMX) this kernel, which `scaled_dot_product_attention` uses
-too, is several times as fast as products in float32; on other processors it is slower. With few queries it reads each
-key and each value once, and copies none. It is called directly because only that returns the LSE.
+With few queries this kernel, which `scaled_dot_product_attention` uses too, reads each key and each value once and
+copies none. It is called directly because only that returns the LSE. There is no backward pass for what it computes: it
+rounds scores otherwise than products do.
 """
 
 from dataclasses import dataclass
@@ -10,22 +10,10 @@ from functools import cached_property
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from longreach.ops.cpu.plan import HostVisibility, Tile
 from longreach.ops.cpu.views import bias_at, bias_of, falloff, keys_of, rows_of
-
-SQUARE_KEYS = 2**14
-"""Largest square tile: up to here the half types hold 256 a + b exactly."""
-
-SQUARE_BIAS = 2.0**10
-"""Largest bias in a square tile, where float32 errs by 2^-14, little against half precision."""
-
-
-def fits_squares(left: Tensor, key_length: int) -> bool:
-    """Whether heads that need all keys may be computed in square tiles, the bias made from key positions."""
-    return key_length <= SQUARE_KEYS and bool((left * key_length <= SQUARE_BIAS).all())
 
 
 @dataclass
@@ -54,16 +42,13 @@ class _Tiles:
     def _with_bias(self, rows: Tensor, bias: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
         """Output and LSE of queries (B, lanes, rows, D) of a tile, given its bias (1 or B, 1 or lanes, rows, width)."""
         bias = bias.expand(*rows.shape[:3], tile.width)
+        keys, values = (keys_of(x, self.q.shape[1], tile) for x in (self.k, self.v))
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            rows, *self._keys_and_values(tile), 0.0, False, attn_mask=bias, scale=self.scale
+            rows, keys, values, 0.0, False, attn_mask=bias, scale=self.scale
         )
         if self.visibility.may_leave_rows_empty:
             lse = lse.masked_fill((bias == float("-inf")).all(dim=-1), float("-inf"))
         return out, lse
-
-    def _keys_and_values(self, tile: Tile) -> tuple[Tensor, Tensor]:
-        num_heads = self.q.shape[1]
-        return keys_of(self.k, num_heads, tile), keys_of(self.v, num_heads, tile)
 
 
 class FewQueries(_Tiles):
@@ -95,8 +80,8 @@ class FewQueries(_Tiles):
         return left, right
 
 
-class HalfTypes(_Tiles):
-    """Tiles of half types."""
+class ManyQueries(_Tiles):
+    """Tiles that see a bias without making it."""
 
     @cached_property
     def falloff(self) -> Tensor:
@@ -104,37 +89,8 @@ class HalfTypes(_Tiles):
         return falloff(self.left, self.right, self.visibility, self.lse.dtype)
 
     def attend(self, tile: Tile) -> None:
-        """Compute a tile, whole heads as squares that the kernel knows to be causal, others with their bias as mask."""
-        if tile.square:
-            self._attend_square(tile)
-            return
+        """Compute a tile of one window or several."""
         bias = bias_of(self.falloff, tile, self.visibility)
         out, lse = self._with_bias(rows_of(self.q, tile).flip(-2), bias, tile)
         rows_of(self.out, tile).copy_(out.flip(-2))
         rows_of(self.lse, tile).copy_(lse.flip(-1))
-
-    def _attend_square(self, tile: Tile) -> None:
-        """Attend within a square tile, p being its first position.
-
-        The bias is -m (i - p) + m (j - p). The first term alters the LSE alone. The second becomes products of 8 more
-        entries of q and k: (j - p) is split into 256 a + b and m into three parts, all exact in half precision.
-        """
-        position, dtype = torch.arange(tile.width, device=self.q.device), self.q.dtype
-        slope = self.left.detach().to(torch.float32).expand(self.lse.shape[:2])[tile.batch, tile.heads, None]
-        parts: list[Tensor] = []  # each [B, heads, 1]
-        for _ in range(3):
-            parts.append((slope / self.scale - sum(parts)).to(dtype).float())
-        of_q = F.pad(torch.cat(parts, dim=-1).repeat_interleave(2, dim=-1), (0, 2)).to(dtype)  # [B, heads, 8]
-        of_k = F.pad(torch.stack([position // 256 * 256, position % 256], dim=-1).repeat(1, 3), (0, 2)).to(dtype)
-        rows = rows_of(self.q, tile)
-        keys, values = self._keys_and_values(tile)
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            torch.cat([rows, of_q[:, :, None].expand(*rows.shape[:3], -1)], dim=-1),
-            torch.cat([keys, of_k.expand(*keys.shape[:3], -1)], dim=-1),
-            F.pad(values, (0, 8)),
-            0.0,
-            True,
-            scale=self.scale,
-        )
-        rows_of(self.out, tile).copy_(out[..., : self.q.shape[3]])
-        rows_of(self.lse, tile).copy_(lse - slope * position)

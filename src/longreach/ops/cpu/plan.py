@@ -49,7 +49,7 @@ ALIGNED = 64
 """Widths are rounded up to multiples of this, so that few sizes of products occur: each is compiled when first used."""
 
 BOUND_COST = 120
-"""Work of finding a head's ranges, in keys per query; five times as many beside the faster kernel."""
+"""Work of finding a head's ranges, in keys per query."""
 
 BOUND_CALL_COST = 2**21
 """Work of finding any ranges at all, in pairs: some hundred small operations."""
@@ -78,8 +78,6 @@ class Tile(NamedTuple):
     """First key of the first window."""
     width: int
     """Keys in a window."""
-    square: bool = False
-    """Whether queries and keys are the same positions, so that the kernel can skip what causality hides."""
 
 
 @dataclass(frozen=True)
@@ -130,8 +128,6 @@ def heads_worth_bounding(
     visibility: HostVisibility,
     tolerance: float,
     key_norms: Tensor | None,
-    *,
-    by_kernel: bool,
 ) -> slice:
     """The heads, in whole groups, whose reach can be expected to save more work than bounding it costs."""
     query_length, key_length, group = visibility.query_length, visibility.key_length, q.shape[1] // k.shape[1]
@@ -140,8 +136,7 @@ def heads_worth_bounding(
         dense = min(dense, visibility.window_size)
     exponent = -math.log(tolerance) if tolerance else 104.0
     # Every key that is read costs as much as 40 more queries; the bound reads k alone, and that not given its norms.
-    dear = 5 if by_kernel else 1
-    per_key, per_head, per_call = query_length + 40, dear * BOUND_COST * query_length, dear * BOUND_CALL_COST
+    per_key, per_head, per_call = query_length + 40, BOUND_COST * query_length, BOUND_CALL_COST
     if query_length < FEW_QUERIES:  # reading is all that counts, and to find the norms is half of it
         per_key, per_head, per_call = 1, key_length if key_norms is None else 0, BOUND_READS
     elif key_norms is None:
@@ -200,13 +195,8 @@ def plan(
     low: list[Ranges],
     high: list[Ranges],
     cost: Cost,
-    *,
-    square: bool = False,
 ) -> Iterator[Tile]:
-    """Cover by few tiles all keys from low to high; for a head without ranges, all that are visible.
-
-    With `square` those heads' tiles are square, where visibility permits it.
-    """
+    """Cover by few tiles all keys from low to high; for a head without ranges, all that are visible."""
     batch, num_heads = q_shape[:2]
     group = num_heads // k_shape[1]
     whole = [(slice(0, batch), (0, visibility.key_length))]
@@ -223,15 +213,7 @@ def plan(
                 rows = max(rows[0], keys[0] - visibility.offset), rows[1]
             if keys[0] >= keys[1] or rows[0] >= rows[1]:
                 continue
-            whole_heads: list[tuple[int, _Block]] = []
-            unbroken = visibility.causal and visibility.window_size is None and visibility.holes is None
-            if square and unbroken and rows == keys:
-                block = _Block(rows[0], rows[1] - rows[0], *keys)
-                whole_heads = [(head, block) for head in range(num_heads) if lowest[head] is None]
-            for call in _calls(whole_heads, group, cost):
-                heads = slice(call[0][0], call[-1][0] + 1)
-                yield Tile(sequences, heads, rows[0], block.rows, 1, keys[0], block.rows, square=True)
-            unbounded = [] if whole_heads else _blocks(rows, keys, visibility, None, None, cost)
+            unbounded = _blocks(rows, keys, visibility, None, None, cost)
             blocks = [
                 unbounded if starts is None else _blocks(rows, keys, visibility, starts, ends, cost)
                 for starts, ends in zip(lowest, highest, strict=True)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longreach.ops.cpu.kernel import FewQueries, HalfTypes, fits_squares
+from longreach.ops.cpu.kernel import FewQueries, ManyQueries
 from longreach.ops.cpu.plan import (
     ALIGNED,
     BLOCK_M,
@@ -41,9 +41,6 @@ from longreach.ops.visibility import Visibility
 LOG2_E = math.log2(math.e)
 """To exponentiate by base 2: exp is a hundred times slower where its result underflows."""
 
-MATRIX_UNITS = torch.cpu._is_amx_tile_supported()
-"""Whether the processor multiplies matrices of half types itself."""
-
 ALIKE_ROWS = 16
 """Rows and columns from which on MKL adds up each element of a product in one order."""
 
@@ -56,7 +53,8 @@ other longer than those of a product do. Beside one busy process on two cores, s
 half of that of forward and backward at 2k; where nothing else runs it makes no difference."""
 
 ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-"""Whether oneDNN's products in float32 can be had: on processors that MKL does not favour they are twice as fast."""
+"""Whether oneDNN's products in float32 can be had where they are fast: twice as fast as MKL's on AVX-512 that MKL does
+not favour. On AVX2 the two are alike, and so `kernel` computes what no backward pass may follow."""
 
 
 class Attended(NamedTuple):
@@ -166,11 +164,10 @@ def _attend(
     if seen.may_hide_all_keys:
         into.out.zero_()
         into.lse.fill_(float("-inf"))
-    if not learns and (seen.query_length < FEW_QUERIES or _by_kernel(q)):
-        few = seen.query_length < FEW_QUERIES
-        tiles = (FewQueries if few else HalfTypes)(q, k, v, *slopes, into.out, into.lse, scale, seen)
-        square = not few and fits_squares(slopes[0], k.shape[2])
-        for tile in plan(q.shape, k.shape, seen, low, high, reading_cost if few else kernel_cost, square=square):
+    few = seen.query_length < FEW_QUERIES
+    if not learns and (few or not ONEDNN):
+        tiles = (FewQueries if few else ManyQueries)(q, k, v, *slopes, into.out, into.lse, scale, seen)
+        for tile in plan(q.shape, k.shape, seen, low, high, reading_cost if few else kernel_cost):
             tiles.attend(tile)
         return
     peak, total = torch.full_like(into.lse, float("inf")), torch.zeros_like(into.lse)
@@ -236,7 +233,7 @@ def _bounded_ranges(
 ) -> tuple[list[Ranges], list[Ranges]]:
     """The keys within reach of each head for which finding them is worth it."""
     left, right = slopes
-    worth = heads_worth_bounding(q, k, left, right, seen, tolerance, key_norms, by_kernel=_by_kernel(q))
+    worth = heads_worth_bounding(q, k, left, right, seen, tolerance, key_norms)
     low: list[Ranges] = [None] * q.shape[1]
     high = low.copy()
     if worth.stop > worth.start:
@@ -264,10 +261,6 @@ def _readable(q: Tensor, k: Tensor, v: Tensor, visibility: HostVisibility) -> tu
     if visibility.holes is not None:
         k, v = (x.masked_fill(visibility.holes[:, None, :, None], 0.0) for x in (k, v))
     return q, k, v
-
-
-def _by_kernel(q: Tensor) -> bool:
-    return MATRIX_UNITS and q.dtype.itemsize == 2
 
 
 def _dots(a: Tensor, b: Tensor, added: Tensor | None = None) -> Tensor:
