@@ -23,8 +23,9 @@ def stream(
     """Continue each prompt, yielding one token per prompt at a time.
 
     Prompts of different lengths are padded on the left and hidden by a mask, so that each is continued as it would
-    be alone. Methods that depend on the length of the whole sequence are given one constant length for the call,
-    the longest prompt + max_new_tokens: then decoding with the cache equals the full forward pass.
+    be alone; but all rows draw from one generator, so that what is drawn depends on the others. Methods that depend
+    on the length of the whole sequence are given one constant length for the call, the longest prompt +
+    max_new_tokens: then decoding with the cache equals the full forward pass.
 
     Args:
         model: the decoder; there is no limit on length but that of its position method.
