@@ -42,6 +42,8 @@ class TrainOutput:
 
     output: Path
     """Folder for the model, its tokenizer and metrics.jsonl."""
+    dry_run: bool = False
+    """Only say what it will take, memory, time and epochs, after three steps of which nothing is kept."""
 
 
 @dataclass(frozen=True)
@@ -106,13 +108,23 @@ def train(parse: Parse) -> None:
     from longreach.terminal import TerminalProgress
     from longreach.train.config import RunConfig
     from longreach.train.parallel import joined
+    from longreach.verbs.dry_run import dry_run
     from longreach.verbs.train import train_run
 
     start = partial(_starting_values, RunConfig)
     to, together, _, config = parse(TrainOutput, Together, Start, RunConfig, start=start)
     with joined("longreach train", together.rank_timeout) as ranks, TerminalProgress(ranks.is_first) as progress:
-        record = train_run(config, to.output, progress, ranks=ranks)
-    if ranks.is_first:
+        if to.dry_run:
+            forecast = dry_run(config, progress, ranks)
+        else:
+            record = train_run(config, to.output, progress, ranks=ranks)
+    if to.dry_run:
+        if ranks.is_first:
+            print(*forecast.lines(), sep="\n")
+        if not forecast.fits:
+            mend = "give --recompute, a larger --accumulation, or --parallel fsdp and more processes"
+            _fail("longreach train", f"it will not fit: {mend}", status=1)
+    elif ranks.is_first:
         print(
             f"{record.method}: {record.steps} steps, {record.tokens:,} tokens, {record.tokens_per_second:,.0f} "
             f"tokens/s, loss {record.final_loss:.3f} nats per token; model in {to.output}"

@@ -123,6 +123,14 @@ def until(condition, ranks, seconds=300.0):
         time.sleep(0.01)
 
 
+def test_a_dry_run_by_two_counts_a_part_of_the_weights_in_each(small, tmp_path):
+    words = ["train", "--output", str(tmp_path / "run"), *small, "--dry-run", "--parallel", "fsdp"]
+    run(words, tmp_path / "logs")
+    assert (tmp_path / "logs" / "out0").read_text().splitlines()[0].endswith(" parameters, 2 processes")
+    assert (tmp_path / "logs" / "out1").read_text() == ""
+    assert not (tmp_path / "run").exists()
+
+
 # What ends
 
 

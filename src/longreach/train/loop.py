@@ -129,7 +129,8 @@ def train(
     if finished.exists() and (record := read_training_record(finished)).steps >= config.steps:
         return record
     folder.mkdir(parents=True, exist_ok=True)
-    run = _Run(build, config, folder, ranks)
+    run = _Run(build, config, ranks)
+    run.resume(folder)
     metrics_path = folder / "metrics.jsonl" if ranks.is_first else Path(os.devnull)
     with (
         ranks.computing(),
@@ -155,13 +156,35 @@ def train(
         weights = ranks.whole(run.trainee.model.state_dict())
     with ranks.leading():
         if ranks.is_first:
-            _finish(run, cost, weights)
+            _finish(run, folder, cost, weights)
         return read_training_record(finished)
 
 
-def _finish(run: "_Run", cost: Cost, weights: dict[str, Tensor]) -> None:
+@dataclass(frozen=True)
+class Trial:
+    """What a few steps took."""
+
+    seconds_per_step: float
+    """Of the last one."""
+    peak_memory: int | None
+    """As `Cost` has it, of this process."""
+
+
+def try_out(
+    build: Callable[[torch.device], Trainee], config: TrainConfig, batches: BatchSource, steps: int, ranks: Ranks
+) -> Trial:
+    """Take the first steps of a training, of which nothing is kept. Arguments as in `train`."""
+    run = _Run(build, config, ranks)
+    with ranks.computing(), Cost(run.device) as cost:
+        for number in range(steps):
+            before = run.seconds
+            run.advance(batches.rows(number, ranks.rows(config.batch_size)))
+    return Trial(run.seconds - before, cost.peak_memory)
+
+
+def _finish(run: "_Run", folder: Path, cost: Cost, weights: dict[str, Tensor]) -> None:
     """Write the model and the record of a run whose steps are done."""
-    config, folder = run.config, run.folder
+    config = run.config
     finished = folder / "training.json"
     finished.unlink(missing_ok=True)  # that of the shorter run
     run.trainee.save(folder, weights)
@@ -212,15 +235,20 @@ def resolve_device(device: str) -> torch.device:
     return resolved
 
 
+def runs_in_bf16(config: TrainConfig, device: torch.device) -> bool:
+    """Whether a training computes in bf16 under autocast on a device."""
+    return config.precision == "bf16" or (
+        config.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
+    )
+
+
 class _Run:
     """All that changes while a model trains, in memory and in its checkpoint."""
 
-    def __init__(self, build: Callable[[torch.device], Trainee], config: TrainConfig, folder: Path, ranks: Ranks):
-        self.config, self.folder, self.ranks = config, folder, ranks
+    def __init__(self, build: Callable[[torch.device], Trainee], config: TrainConfig, ranks: Ranks):
+        self.config, self.ranks = config, ranks
         self.device = resolve_device(config.device)
-        self.bf16 = config.precision == "bf16" or (
-            config.precision == "auto" and self.device.type == "cuda" and torch.cuda.is_bf16_supported()
-        )
+        self.bf16 = runs_in_bf16(config, self.device)
         torch.manual_seed(config.seed)
         self.trainee = build(self.device)
         for block in self.trainee.blocks or (self.trainee.model,):
@@ -234,9 +262,12 @@ class _Run:
         self.optimizer = build_optimizer(self.trainee.model, config)
         self.step = 0
         self.seconds = 0.0
+
+    def resume(self, folder: Path) -> None:
+        """Go on from the checkpoint of a folder, if it has one."""
         if (folder / "checkpoint.pt").exists():
             self._restore(load_checkpoint(folder / "checkpoint.pt"))
-        if ranks.is_first:
+        if self.ranks.is_first:
             _keep_metrics(folder / "metrics.jsonl", self.step)
 
     def advance(self, rows: np.ndarray) -> Step:

@@ -108,6 +108,11 @@ class Ranks:
         """Whether this is rank 0, which prints and writes."""
         return self.rank == 0
 
+    @property
+    def processes_here(self) -> int:
+        """How many of them are on this machine, as torchrun says."""
+        return min(self.size, int(os.environ.get("LOCAL_WORLD_SIZE", self.size)))
+
     def rows(self, batch_size: int) -> range:
         """Which sequences of a batch are this rank's."""
         each = batch_size // self.size

@@ -101,7 +101,7 @@ def check_start(config: RunConfig) -> None:
     if config.start_from is None:
         return
     start = starting_config(config.start_from)
-    pretrained = _is_pretrained(config.start_from)
+    pretrained = is_pretrained(config.start_from)
     for field in fields(Architecture):
         there, asked = getattr(start.model, field.name), getattr(config.model, field.name)
         if asked != there and (pretrained or not field.name.endswith("_dropout")):
@@ -169,7 +169,7 @@ def build_trainee(config: RunConfig, tokenizer: Tokenizer, device: torch.device)
     """
     if config.start_from is None:
         return decoder_trainee(Decoder(config.model_config(tokenizer.vocab_size)).to(device))
-    if _is_pretrained(config.start_from):
+    if is_pretrained(config.start_from):
         return _pretrained_trainee(config, tokenizer, device)
     model = Decoder(config.model_config(tokenizer.vocab_size))
     try:
@@ -236,7 +236,7 @@ def _same_source(one: str | None, other: str | None) -> bool:
     return one == other or (None not in (one, other) and os.path.abspath(str(one)) == os.path.abspath(str(other)))
 
 
-def _is_pretrained(source: str) -> bool:
+def is_pretrained(source: str) -> bool:
     """Whether a model that can be started from is one of transformers."""
     return not Path(source).is_dir() or holds_pretrained(Path(source))
 
