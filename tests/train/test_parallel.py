@@ -304,6 +304,9 @@ def test_a_comparison_by_two_is_that_of_one(small, tmp_path):
     expected = {entry.key: entry.nll for entry in one.records}
     assert {entry.key: entry.nll for entry in two.records} == pytest.approx(expected, rel=1e-5)
     assert (tmp_path / "two" / "report.html").exists()
+    # What fails on rank 0, which alone holds the folder, fails for all, and all go on with the other models.
+    (tmp_path / "two" / "alibi" / "folder.toml").write_text("torn")
+    run(["compare", "--output", str(tmp_path / "two"), *words], tmp_path / "logs")
 
 
 def test_an_evaluation_by_two_is_that_of_one(alone, tmp_path):

@@ -271,16 +271,28 @@ class Ranks:
 
     @contextmanager
     def leading(self) -> Iterator[None]:
-        """The block runs on rank 0 first, then on the others, or on none of these where it failed there."""
+        """The block runs on rank 0 first, then on the others.
+
+        Where it failed on rank 0, it runs on none of the others, and there is the same kind of error on all.
+        """
         if self.size == 1:
             yield
             return
         stage = self._next_stage()
-        if not self.is_first:
-            self._wait(stage)
-        yield
         if self.is_first:
-            self._store.set(stage, "")
+            try:
+                yield
+            except Exception as error:
+                self._store.set(f"{stage}/{'lost' if isinstance(error, OSError) else 'error'}", str(error))
+                raise
+            finally:
+                self._store.set(stage, "")
+        else:
+            self._wait(stage)
+            for name, kind in (("lost", RankLost), ("error", ValueError)):
+                if self._store.check([f"{stage}/{name}"]):
+                    raise kind(self._store.get(f"{stage}/{name}").decode())
+            yield
 
     def whole(self, state: Any) -> Any:
         """A state dict with its sharded tensors put together, on the CPU of rank 0; all ranks must call it."""

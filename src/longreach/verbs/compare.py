@@ -165,7 +165,8 @@ def compare(
             training = replace(train_run(run, folder, progress, prepared, ranks), model=identity)
             trained = results if training in results.training else results.add(training)
             yield trained
-            subject = replace(open_run(folder).subject(), identity=identity)
+            with ranks.computing():
+                subject = replace(open_run(folder).subject(), identity=identity)
             yield from measure(subject, material, config.evaluate, trained, starts, path, progress, ranks)
 
         for run in config.runs():
