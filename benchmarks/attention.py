@@ -24,6 +24,8 @@ import gc
 import json
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -67,6 +69,9 @@ CROSSOVER_LENGTHS = {
 
 DENSE_LIMIT = 32768
 """Above this length dense attention takes minutes a call on a CPU: what counts there is how our own time grows."""
+
+BUSY_LENGTHS = (1024, 2048, 8192)
+"""Where a CPU is also measured beside one busy process."""
 
 STD_LENGTH = 8192
 """The length at which larger scores, which reach farther, are measured too."""
@@ -115,16 +120,28 @@ def measure(
                 call: Callable[[], None] = functools.partial(_call, attend, tensors, gradient)
                 extra[name] = peak_memory(call, device)  # a warm-up at the same time
                 calls[name] = call
-    for _ in range(rounds):
-        for name, call in calls.items():
-            if name not in failed:
-                with peer_may_fail(name, failed):
-                    times[name].append(timed(call, device))
+    with busy_process() if workload.busy else contextlib.nullcontext():
+        for _ in range(rounds):
+            for name, call in calls.items():
+                if name not in failed:
+                    with peer_may_fail(name, failed):
+                        times[name].append(timed(call, device))
     return [
         Figure(name, statistics.median(times[name]), times[name], extra[name], errors[name])
         for name in calls
         if name not in failed
     ], failed
+
+
+@contextlib.contextmanager
+def busy_process() -> Iterator[None]:
+    """A process beside this one that wants a core for itself."""
+    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
 
 
 @contextlib.contextmanager
@@ -253,6 +270,8 @@ def cpu_workloads(lengths: list[int]) -> list[Workload]:
         everything += [Workload("forward", dtype, length) for dtype in ("float32", "bfloat16")]
         everything.append(Workload("training", "float32", length))
         everything.append(Workload("decode", "float32", length))
+        if length in BUSY_LENGTHS:
+            everything += [Workload(mode, "float32", length, busy=True) for mode in ("forward", "training")]
         if length == STD_LENGTH:
             everything += [Workload("forward", "float32", length, std) for std in (2.0, 4.0, NOTHING_SKIPPED)]
             everything.append(Workload("forward", "bfloat16", length, NOTHING_SKIPPED))
@@ -315,11 +334,11 @@ def run(
 ) -> None:
     """Measure one workload after the other; what is known by then is written after each."""
     start, last = time.perf_counter(), None
-    known = [record["workload"] for record in document["records"]]
+    known = [Workload(**record["workload"]) for record in document["records"]]
     for workload in work:
-        if asdict(workload) in known:
+        if workload in known:
             continue
-        shape = replace(workload, mode="", dtype="", std=1.0)
+        shape = replace(workload, mode="", dtype="", std=1.0, busy=False)
         if shape != last:
             torch.compiler.reset()  # torch keeps eight graphs of a function and compiles no more, so those of one shape
         last = shape
@@ -338,7 +357,8 @@ def report(workload: Workload, figures: list[Figure], failed: dict[str, str], el
     fastest = min(dense, key=lambda figure: figure.seconds, default=None)
     what = f"{workload.mode} {workload.dtype} B={workload.batch} T={workload.length} H={workload.heads}"
     ours = f"{mine * 1e3:.1f} ms, {figures[0].extra_bytes / 2**20:.0f} MiB more"
-    lines = [f"[{elapsed:4.0f} s] {what} D={workload.head_dim} std={workload.std:g}: {ours}"]
+    lines = [f"[{elapsed:4.0f} s] {what} D={workload.head_dim} std={workload.std:g}"]
+    lines[0] += f"{', beside one busy process' if workload.busy else ''}: {ours}"
     for figure in figures[1:]:
         remark = ", the fastest dense peer" if figure is fastest else ""
         error = ", without the bias" if figure.max_error is None else f", off by {figure.max_error:.0e}"

@@ -55,6 +55,8 @@ class Workload:
     """Query heads and key heads."""
     head_dim: int = 64
     """D."""
+    busy: bool = False
+    """Whether another process keeps a core busy meanwhile."""
 
     def tensors(self, device: str) -> list[Tensor]:
         """q, k and v, Gaussian."""

@@ -44,10 +44,11 @@ def panel(record: Record) -> Panel:
 
 
 def drawn(records: list[Record]) -> dict[Panel, list[Record]]:
-    """What each panel shows: full sequences, at scores of standard deviation 1."""
+    """What each panel shows: full sequences, at scores of standard deviation 1, where nothing else runs."""
     found: dict[Panel, list[Record]] = {}
     for record in records:
-        if record["workload"]["mode"] != "decode" and record["workload"]["std"] == 1.0:
+        workload = record["workload"]
+        if workload["mode"] != "decode" and workload["std"] == 1.0 and not workload.get("busy"):
             found.setdefault(panel(record), []).append(record)
     return found
 
@@ -130,6 +131,7 @@ def tables(records: list[Record]) -> str:
         peers = [figure for name, figure in figures.items() if is_dense_peer(name)]
         peer = min(peers, key=lambda figure: figure["seconds"], default=None)
         row = [f"{MODES[workload['mode']]}, {workload['dtype']}"]
+        row[0] += ", beside one busy process" if workload.get("busy") else ""
         row += [str(workload["heads"]), str(workload["head_dim"])] if named else []
         row += [f"{workload['length']:,}", f"{workload['std']:g}", f"{ours * 1e3:,.{places}f} ms"]
         row.append("-" if peer is None else f"{peer['contender']}, {peer['seconds'] * 1e3:,.{places}f} ms")

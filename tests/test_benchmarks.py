@@ -141,10 +141,38 @@ def test_what_runs_on_a_gpu_and_where_impl_changes_over(scripts):
     assert peers.PRUNED in peers.contenders("cuda")
     assert not peers.is_dense_peer(peers.PRUNED)
     cpu = attention.workloads("cpu", attention.LENGTHS["cpu"])
+    assert len(cpu) == len(set(cpu))
+    assert {(w.mode, w.length) for w in cpu if w.busy} == {
+        (mode, length) for mode in ("forward", "training") for length in (1024, 2048, 8192)
+    }
     worst = {(w.mode, w.dtype) for w in cpu if w.std == attention.NOTHING_SKIPPED}
     assert worst == {("forward", "float32"), ("forward", "bfloat16"), ("training", "float32")}
     assert peers.NO_NORMS in attention.chosen(peers.Workload("decode", "float32", 64), "cpu", set(), True)
     assert peers.NO_NORMS not in attention.chosen(peers.Workload("forward", "float32", 64), "cpu", set(), True)
+
+
+def test_a_process_is_busy_while_others_are_timed(scripts, run, monkeypatch):
+    peers, attention, plot = scripts
+    started = []
+
+    class Process:
+        def __init__(self, command):
+            started.append(self)
+            self.ended = []
+
+        def kill(self):
+            self.ended.append("kill")
+
+        def wait(self):
+            self.ended.append("wait")
+
+    monkeypatch.setattr(attention.subprocess, "Popen", Process)
+    shape = {"heads": 2, "head_dim": 16}
+    work = [peers.Workload("forward", "float32", 48, busy=busy, **shape) for busy in (False, True)]
+    _, record = run({peers.OURS: peers.ours}, *work)
+    assert [process.ended for process in started] == [["kill", "wait"]]
+    assert "| forward, float32, beside one busy process | 48 |" in plot.tables([record])
+    assert not plot.drawn([record])
 
 
 def test_growth_is_measured_in_turn_where_dense_attention_takes_minutes(scripts, run):
