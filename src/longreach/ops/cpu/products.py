@@ -47,10 +47,10 @@ ALIKE_ROWS = 16
 ALIKE_DIM = 192
 """Longest rows whose dot products MKL adds up in one go, as oneDNN does."""
 
-PART_PAIRS = 2**22
+PART_PAIRS = 2**26
 """Pairs of a query and a key of a head from which on heads are shared out: for fewer, threads of Python wait for each
-other longer than those of a product do. Beside one busy process on two cores, sharing out takes half the time at 8k and
-half of that of forward and backward at 2k; where nothing else runs it makes no difference."""
+other, and for those of the operation before, longer than those of a product do. Beside one busy process on two cores,
+sharing out takes half the time at 8k; where nothing else runs it makes no difference there."""
 
 ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 """Whether oneDNN's products in float32 can be had where they are fast: twice as fast as MKL's on AVX-512 that MKL does
