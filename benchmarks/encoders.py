@@ -114,7 +114,7 @@ def padded(model: EncoderModel) -> Callable[[Tensor, Tensor], Tensor]:
 
     def run(ids: Tensor, mask: Tensor) -> Tensor:
         arrangement: Any = Padded(mask, table)
-        return model._layers(model.embeddings.word_embeddings(ids), None, arrangement, keep=False)[-1]
+        return model.encode_packed(ids, arrangement)
 
     return run
 

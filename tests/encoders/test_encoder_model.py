@@ -170,12 +170,17 @@ def test_packing():
         Packed.of(torch.ones(2, 4), (2, 3))
 
 
-def test_documents_elsewhere_are_packed_with_borders(kind):
-    """What GPUs run: neighbours of the same slopes in one call. Their borders are those of the texts."""
-    _, _, model = kind
-    packed = Packed((3, 5, 0, 2))
-    assert list(packed._calls(torch.device("cuda"), model.sizes.scaling)) == [[3, 5, 0, 2]]
-    assert list(packed._calls(torch.device("cpu"), model.sizes.scaling)) == [[3], [5], [0], [2]]
+@torch.no_grad()
+@pytest.mark.parametrize("scaling", ["none", "linear"])
+def test_texts_elsewhere_are_packed_with_borders(scaling, tmp_path, monkeypatch):
+    """As on GPUs, where neighbours of the same slopes share a call: what is beyond L = 6 has slopes of its own."""
+    model = longreach.load_encoder(write(KINDS["jina"], tmp_path), scaling=scaling, train_length=6, dtype=torch.float64)
+    packed, ids = Packed((3, 5, 0, 2, 9, 9, 7)), draw(35)
+    right, calls = model.encode_packed(ids, packed), Packed._calls
+    elsewhere = list(calls(packed, torch.device("cuda"), model.sizes.scaling))
+    assert elsewhere == ([[3, 5, 0, 2, 9, 9, 7]] if scaling == "none" else [[3, 5, 0, 2], [9, 9], [7]])
+    monkeypatch.setattr(Packed, "_calls", lambda *_: iter(elsewhere))
+    torch.testing.assert_close(model.encode_packed(ids, packed), right, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("given", [{}, {"input_ids": draw(1, 3), "inputs_embeds": torch.zeros(1, 3, 48)}])
