@@ -15,7 +15,7 @@ KINDS = {
     "jina": Published("jina"),
     "reglu": Published("jina", feed_forward="reglu", prefix="bert."),
     "jina-code": Published("jina-code"),
-    "original": Published("original", heads=4),
+    "original": Published("original"),
     "mosaic": Published("mosaic", prefix="bert.", head="lm"),
 }
 
