@@ -1,7 +1,9 @@
 """Tiny models of the three families, and what they compute, written down anew in float64 from their state dicts."""
 
 import math
+from contextlib import contextmanager
 
+import pytest
 import torch
 import torch.nn.functional as F
 import transformers
@@ -61,6 +63,16 @@ def _ready(model):
     model.generation_config.eos_token_id = None  # generate to the end
     model.generation_config.pad_token_id = 0
     return model.eval()
+
+
+@contextmanager
+def in_float64():
+    """Stock BLOOM and MPT turn their scores into float32 for the softmax, whatever the dtype."""
+    softmax = F.softmax
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "softmax", lambda x, dim, dtype=None: softmax(x, dim=dim))
+        patch.setattr(torch.Tensor, "float", lambda x: x)
+        yield
 
 
 def tokens(batch, length, seed=0):

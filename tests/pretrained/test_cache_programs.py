@@ -2,13 +2,14 @@
 
 import copy
 import pickle
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from family_models import in_float64
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
@@ -45,16 +46,6 @@ def stock_model(family):
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(family, vocab_size=VOCABULARY, initializer_range=0.3, **SHAPES[family])
     return transformers.AutoModelForCausalLM.from_config(config).double().eval()
-
-
-@contextmanager
-def in_float64():
-    """Stock BLOOM and MPT turn their scores into float32 for the softmax, whatever the dtype."""
-    softmax = F.softmax
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(F, "softmax", lambda x, dim, dtype=None: softmax(x, dim=dim))
-        patch.setattr(torch.Tensor, "float", lambda x: x)
-        yield
 
 
 MODES = {"gradients": torch.enable_grad, "no gradients": torch.no_grad, "inference": torch.inference_mode}
