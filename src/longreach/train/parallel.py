@@ -29,7 +29,6 @@ from torch.nn.parallel import DistributedDataParallel
 Engine = Literal["auto", "none", "ddp", "fsdp"]
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 GO_ON = "run the same command again to go on from the last checkpoint"
-
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -153,10 +152,9 @@ class Ranks:
 
     def largest(self, value: int) -> int:
         """The largest value of all ranks."""
-        if self.size == 1:
-            return value
         highest = torch.tensor(value)
-        dist.all_reduce(highest, dist.ReduceOp.MAX)
+        if self.size > 1:
+            dist.all_reduce(highest, dist.ReduceOp.MAX)
         return int(highest)
 
     def first_one_s(self, values: Tensor) -> Tensor:
