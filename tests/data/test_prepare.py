@@ -130,6 +130,41 @@ def test_validation_text_of_its_own_is_the_same_for_every_seed(source, tmp_path)
     assert prepare(config_of(source, tmp_path, **options), seed=0).valid_hash != first.valid_hash
 
 
+@pytest.mark.parametrize(
+    ("text", "fraction"),
+    [
+        ("one text of some words " * 9, 0.05),
+        ("one text of some words " * 9, 0.9),
+        ("many pieces of one long text " * 10_000, 0.25),
+        ("no spaces: " + "文" * 500, 0.1),
+        ("ab", 0.05),
+    ],
+)
+def test_the_tail_of_one_document_validates_whatever_the_seed(tmp_path, text, fraction):
+    (tmp_path / "book.txt").write_text(text)
+    config = config_of(tmp_path / "book.txt", tmp_path, valid_fraction=fraction)
+    told = []
+    first, second = (prepare(config, seed, lambda stage, *_: told.append(stage)) for seed in (0, 1))
+    (head,), (tail,) = (documents(stream, first.tokenizer) for stream in (first.train, first.valid))
+    assert head + tail == text
+    assert abs(len(tail) - fraction * len(text)) <= 101
+    assert tail[0].isspace() or " " not in text[len(head) - 100 : len(head)]
+    share = f"its last {100 * fraction:g}% for validation"
+    assert f"splitting one document, {share}" in told
+    assert first.corpus_name == f"{tmp_path / 'book.txt'} (one document, {share})"
+    assert (first.split_off, first.split_seed) == (True, None)
+    assert (first.valid_hash, first.corpus_hash) == (second.valid_hash, second.corpus_hash)
+    for cache in ("cache", "empty"):
+        elsewhere = config_of(tmp_path / "book.txt", tmp_path, valid_fraction=fraction, cache=str(tmp_path / cache))
+        alone = prepare_validation(elsewhere, first.tokenizer, 5, len(first.valid))
+        assert everything(alone.valid) == everything(first.valid)
+        assert (alone.corpus_name, alone.digests, alone.valid_hash) == (
+            first.corpus_name,
+            first.digests,
+            first.valid_hash,
+        )
+
+
 def test_given_validation_text_is_kept_apart_and_in_order(source, tmp_path):
     texts = ["z last", "a first", "m middle"]
     (tmp_path / "valid.jsonl").write_text("\n".join(json.dumps({"body": text}) for text in texts))
@@ -293,8 +328,9 @@ def test_bad_text_is_named_by_argument_and_leaves_no_cache(source, tmp_path):
     (source / "20.txt").write_bytes(b"\xe9")
     with pytest.raises(ValueError, match=r"^data: '.*/20\.txt' is not UTF-8: byte 0xe9 at offset 0; convert"):
         prepare(config_of(source, tmp_path), 0)
+    (source / "20.txt").write_text("x")
     with pytest.raises(ValueError, match=r"^data: 1 document cannot be split"):
-        prepare(config_of(source / "00.txt", tmp_path), 0)
+        prepare(config_of(source / "20.txt", tmp_path), 0)
     assert not (tmp_path / "cache").exists()
 
 

@@ -26,6 +26,7 @@ from longreach.data.content import HEAD_BYTES, compression_of, dialect_of, forei
 
 PIECE_CHARS = 1 << 16
 BLOCK_BYTES = 1 << 18
+LONGEST_WORD = 100  # characters within which a place between two words is looked for
 COMPRESSED_BLOCK_BYTES = 1 << 14  # a block may unpack to a thousand times its size
 
 ReadProgress = Callable[[int], None]
@@ -175,6 +176,34 @@ def beginning(corpus: Corpus, num_bytes: int) -> Corpus:
                 return
 
     return Corpus(corpus.name, read)
+
+
+def in_two(corpus: Corpus, head_bytes: int, name: str) -> Corpus:
+    """The one document of `corpus` as two: about its first `head_bytes` bytes, up to a word's end, and its tail."""
+
+    def read() -> Iterator[Document]:
+        for document in corpus.read():
+            tail: list[str] = []
+            yield Document(f"{document.name}, head", _head_pieces(document.pieces, head_bytes, tail))
+            yield Document(f"{document.name}, tail", itertools.chain(tail, document.pieces))
+
+    return Corpus(name, read)
+
+
+def _head_pieces(pieces: Iterator[str], num_bytes: int, rest: list[str]) -> Iterator[str]:
+    """The pieces up to about `num_bytes` of text; what is left of the one that is cut goes to `rest`."""
+    for piece in pieces:
+        encoded = piece.encode()
+        if num_bytes < len(encoded):
+            end = len(encoded[:num_bytes].decode(errors="ignore"))
+            near = max(0, end - LONGEST_WORD)
+            end = near + _last_cut(piece[near:], end - near)
+            rest.append(piece[end:])
+            if end:
+                yield piece[:end]
+            return
+        num_bytes -= len(encoded)
+        yield piece
 
 
 def first_pieces(pieces: Iterator[str], num_bytes: int) -> list[str]:

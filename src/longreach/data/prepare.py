@@ -11,7 +11,7 @@ import numpy as np
 import tokenizers
 
 from longreach.data.cache import cached
-from longreach.data.corpora import Corpus, Document, Scan, beginning, first_pieces, open_corpus, reread, scan
+from longreach.data.corpora import Corpus, Document, Scan, beginning, first_pieces, in_two, open_corpus, reread, scan
 from longreach.data.tokenizer import MIN_VOCAB_SIZE, Tokenizer, load_tokenizer, train_tokenizer
 from longreach.data.tokens import TokenStream, find_tokens, split_documents, tokenize, tokenize_in_memory
 from longreach.files import digest_of
@@ -46,7 +46,8 @@ class DataConfig:
     vocab_size: int = 1024
     """Tokens of the BPE that is trained where no tokenizer is given."""
     valid_fraction: float = 0.05
-    """Share of the text, in whole documents, that is kept for validation where none is given."""
+    """Share of the text, in whole documents, that is kept for validation where none is given; of a text that is one
+    document its tail."""
     split_seed: int | None = None
     """Seed of the choice of those documents and of the order of the others. When not given it is the seed of training,
     so that one seed decides on all of a run; runs of several seeds share one split, that of the seed of training."""
@@ -84,15 +85,12 @@ class ValidationData:
     corpus_name: str
     corpus_hash: str
     """SHA-256 (hex) over the text that decides on these tokens."""
+    split_off: bool
+    """Whether the validation documents were split off from the others, or are a text of their own."""
     split_seed: int | None
-    """What the validation documents were split off with; None where they are a text of their own."""
+    """What chose the validation documents among the others; None where no seed did."""
     valid_hash: str
     """Equal where two read the same validation documents in the same order, whatever their tokenizers."""
-
-    @property
-    def split_off(self) -> bool:
-        """Whether the validation documents were split off from the others, or are a text of their own."""
-        return self.split_seed is not None
 
     @property
     def digests(self) -> dict[str, str]:
@@ -129,13 +127,14 @@ def prepare(config: DataConfig, seed: int, progress: Progress = lambda stage, do
     corpus = _open("data", config.data, config)
     valid_corpus = corpus.validation if config.valid_data is None else _open("valid_data", config.valid_data, config)
 
-    text = _scan("data", corpus, progress)
+    chosen_by = None
     if valid_corpus is None:
-        valid_text = text
-        with _naming("data"):
-            train_ids, valid_ids = split_documents(text.scan.sizes, config.valid_fraction, split_seed)
+        split = _split(corpus, config, split_seed, progress)
+        text = valid_text = split.text
+        train_ids, valid_ids, chosen_by = split.train_ids, split.valid_ids, split.seed
         corpus_hash = text.scan.fingerprint
     else:
+        text = _scan("data", corpus, progress)
         valid_text = _scan("valid_data", valid_corpus, progress)
         train_ids = np.random.default_rng([split_seed, 0]).permutation(len(text.scan.sizes))
         valid_ids = np.arange(len(valid_text.scan.sizes))
@@ -152,7 +151,8 @@ def prepare(config: DataConfig, seed: int, progress: Progress = lambda stage, do
         valid,
         text.corpus.name,
         corpus_hash,
-        split_seed=split_seed if valid_corpus is None else None,
+        split_off=valid_corpus is None,
+        split_seed=chosen_by,
         valid_hash=digest_of(valid_text.scan.fingerprint, valid_ids.tobytes().hex()),
         train=train,
     )
@@ -192,7 +192,7 @@ def prepare_validation(
         text = _scan("valid_data", beginning(valid_corpus, num_bytes), progress)
         valid = _tokens_of(reread(text.corpus, text.scan, text.progress("tokenizing", progress)), tokenizer)
         fingerprint = text.scan.fingerprint
-        data = ValidationData(tokenizer, valid, valid_corpus.name, fingerprint, split_seed=None, valid_hash=fingerprint)
+        data = ValidationData(tokenizer, valid, valid_corpus.name, fingerprint, False, None, fingerprint)
         return data, bool(text.scan.sizes.sum() < num_bytes)
 
     return _enough(num_tokens, within)
@@ -201,14 +201,12 @@ def prepare_validation(
 def _split_off(
     corpus: Corpus, config: DataConfig, tokenizer: Tokenizer, seed: int, num_tokens: int, progress: Progress
 ) -> ValidationData:
-    text = _scan("data", corpus, progress)
-    split_seed = config.seed_of_split(seed)
-    with _naming("data"):
-        _, ids = split_documents(text.scan.sizes, config.valid_fraction, split_seed)
+    split = _split(corpus, config, config.seed_of_split(seed), progress)
+    text, ids = split.text, split.valid_ids
     valid_hash = digest_of(text.scan.fingerprint, ids.tobytes().hex())
 
     def data_of(valid: TokenStream) -> ValidationData:
-        return ValidationData(tokenizer, valid, corpus.name, text.scan.fingerprint, split_seed, valid_hash)
+        return ValidationData(tokenizer, valid, text.corpus.name, text.scan.fingerprint, True, split.seed, valid_hash)
 
     def within(num_bytes: int) -> tuple[ValidationData, bool]:
         valid = _tokens_of(_excerpt(text, ids, num_bytes, progress), tokenizer)
@@ -256,6 +254,31 @@ class _Text:
     def progress(self, stage: str, progress: Progress) -> Callable[[int], None]:
         total = int(self.scan.sizes.sum())
         return lambda done: progress(stage, done, total)
+
+
+@dataclass(frozen=True)
+class _Split:
+    """A text of which some is held out."""
+
+    text: _Text
+    train_ids: np.ndarray
+    valid_ids: np.ndarray
+    seed: int | None
+    """What chose them; None where it is the tail of one document, whatever the seed."""
+
+
+def _split(corpus: Corpus, config: DataConfig, seed: int, progress: Progress) -> _Split:
+    """Read a text and hold out some of its documents, or the tail of its only one."""
+    text = _scan("data", corpus, progress)
+    if len(text.scan.sizes) == 1:
+        share = f"its last {100 * config.valid_fraction:g}% for validation"
+        head_bytes = int((1 - config.valid_fraction) * float(text.scan.sizes[0]))
+        halves = in_two(corpus, head_bytes, f"{corpus.name} (one document, {share})")
+        text = _scan("data", halves, lambda _, done, total: progress(f"splitting one document, {share}", done, total))
+        if len(text.scan.sizes) == 2:
+            return _Split(text, np.array([0]), np.array([1]), None)
+    with _naming("data"):
+        return _Split(text, *split_documents(text.scan.sizes, config.valid_fraction, seed), seed)
 
 
 def _open(argument: str, source: str | None, config: DataConfig) -> Corpus:
