@@ -176,7 +176,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 """
     peaks = []
     for megabytes in (3, 9):
-        (tmp_path / "text.txt").write_text("some words to tokenize, line after line\n" * (megabytes * 25_000))
+        (tmp_path / "text.txt").write_text("some words to tokenize: line after line\n" * (megabytes * 25_000))
         command = [sys.executable, "-c", script, tmp_path / "text.txt", tmp_path / str(megabytes)]
         peaks.append(int(subprocess.run(command, capture_output=True, check=True).stdout))
     # The 6 MB more have 2 million tokens: as Python lists 70 MB, as encodings several times that.
