@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, pre_tokenizers
 
-from longreach.data import corpora
+from longreach.data import corpora, unpack
 from longreach.data.corpora import PIECE_CHARS, Corpus, Document, cut_pieces, open_corpus, reread, scan
 
 COMPRESSORS = {
@@ -206,7 +206,7 @@ def write_and_open(path: Path, content: bytes) -> None:
     texts_of(open_corpus(str(path)))
 
 
-BIG = b"a" * (corpora.BLOCK_BYTES - 2)
+BIG = b"a" * (unpack.BLOCK_BYTES - 2)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
+import gzip
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -183,7 +185,7 @@ def test_a_validation_split_that_comes_with_the_data_is_used_unless_another_is_g
         return Corpus(name, lambda: (Document(text, iter([text])) for text in texts), validation)
 
     sources = {"hf:set": corpus("hf:set", "one", validation=corpus("split", "two")), "mine": corpus("mine", "three")}
-    monkeypatch.setattr(prepare_module, "open_corpus", lambda source, text_field, streaming: sources[source])
+    monkeypatch.setattr(prepare_module, "open_corpus", lambda source, **_: sources[source])
     for valid_data, expected in ((None, ["two"]), ("mine", ["three"])):
         data = prepare(config_of("hf:set", tmp_path, valid_data=valid_data, streaming=True), seed=0)
         assert documents(data.train, data.tokenizer) == ["one"]
@@ -332,6 +334,53 @@ def test_bad_text_is_named_by_argument_and_leaves_no_cache(source, tmp_path):
     with pytest.raises(ValueError, match=r"^data: 1 document cannot be split"):
         prepare(config_of(source / "20.txt", tmp_path), 0)
     assert not (tmp_path / "cache").exists()
+
+
+BAD_FILES = {
+    "latin.txt": b"caf\xe9",
+    "late.txt": b"text " * 60_000 + b"\xff",
+    "cut.txt.gz": gzip.compress(b"text of some length")[:-9],
+    "wide.txt": "wide".encode("utf-16"),
+    "paper.pdf": b"%PDF-1.7",
+}
+BAD_LINES = (b"{", b"[1]", b'{"other": 1}', b'{"text": 3}', b'{"text": "\xe9"}', b'{"text": "\\ud800"}')
+
+
+@pytest.mark.parametrize("as_lines", [False, True])
+def test_what_is_bad_among_many_is_refused_or_left_out_counted_and_named(source, tmp_path, as_lines):
+    texts = sorted(path.read_text() for path in source.iterdir())
+    if as_lines:
+        path = tmp_path / "lines.jsonl"
+        good = [json.dumps({"text": text}).encode() for text in texts]
+        path.write_bytes(b"\n".join([good[0], *BAD_LINES, *good[1:]]))
+        bad = [f"{path}:{number}" for number in range(2, 2 + len(BAD_LINES))]
+    else:
+        path = source
+        for name, content in BAD_FILES.items():
+            (source / name).write_bytes(content)
+        bad = [str(source / name) for name in sorted(BAD_FILES)]
+    config = config_of(path, tmp_path)
+    with pytest.raises(ValueError, match=r"^data: '?.*, or leave out all that is bad \(--skip-bad\)$"):
+        prepare(config, 0)
+    config = replace(config, skip_bad=True)
+    told = []
+    data = prepare(config, 0, lambda stage, *_: told.append(stage))
+    assert sorted(documents(data.train, data.tokenizer) + documents(data.valid, data.tokenizer)) == texts
+    left_out = f"{len(bad)} bad files or lines: {', '.join(bad[:3])}, ..."
+    assert told.count(f"left out {left_out}") == 1
+    assert data.corpus_name == f"{path}, without {left_out}"
+    alone = prepare_validation(config, data.tokenizer, 0, len(data.valid))
+    assert (alone.corpus_name, alone.valid_hash) == (data.corpus_name, data.valid_hash)
+    given = replace(config, valid_data=str(path))
+    assert prepare(given, 0).corpus_name.endswith(f"; validation without {left_out}")
+    assert prepare_validation(given, data.tokenizer, 0, 10**6).corpus_name == data.corpus_name
+
+
+def test_a_text_that_is_all_bad_is_refused_all_the_same(tmp_path):
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    config = config_of(tmp_path / "latin.txt", tmp_path, skip_bad=True)
+    with pytest.raises(ValueError, match=r"holds no text without 1 bad file or line: .*latin\.txt; name a source"):
+        prepare(config, 0)
 
 
 def test_importing_it_loads_nothing_heavy():

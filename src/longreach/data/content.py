@@ -13,6 +13,11 @@ from typing import Any, Literal
 HEAD_BYTES = 8192
 """How much of a file is looked at."""
 
+
+class BadText(ValueError):
+    """A file or a line is no text that can be read; among many it can be left out."""
+
+
 Kind = Literal["text", "json-lines", "table"]
 """What can be read as documents. A table is comma- or tab-separated with the names of its columns in its first row."""
 
@@ -71,13 +76,13 @@ def kind_of(head: bytes, name: str, text_field: str) -> Kind:
         ValueError: it holds no documents that can be read; the line says what it is, and what to do.
     """
     if told := foreign(head):
-        raise ValueError(f"{name!r} is {told}")
+        raise BadText(f"{name!r} is {told}")
     if head.startswith(_UNICODE):
-        raise ValueError(f"{name!r} is UTF-16 or UTF-32, not UTF-8; convert it, for example with iconv")
+        raise BadText(f"{name!r} is UTF-16 or UTF-32, not UTF-8; convert it, for example with iconv")
     text = head.decode(errors="replace").lstrip("\ufeff \t\r\n")
     ending = Path(name).suffixes[-2:]
     if _MARKUP.match(text):
-        raise ValueError(f"{name!r} is HTML or XML: extract its text first")
+        raise BadText(f"{name!r} is HTML or XML: extract its text first")
     if any(suffix.lower() in (".jsonl", ".ndjson") for suffix in ending):
         return "json-lines"
     if _OBJECT.match(text):
@@ -85,7 +90,7 @@ def kind_of(head: bytes, name: str, text_field: str) -> Kind:
         if not rest or _is_object(first):
             return "json-lines"
     if _OBJECT.match(text) or _LIST.match(text):
-        raise ValueError(f"{name!r} is JSON but not JSON lines: write one object a line, for example with jq -c")
+        raise BadText(f"{name!r} is JSON but not JSON lines: write one object a line, for example with jq -c")
     if _is_table(text, text_field) or any(suffix.lower() in (".csv", ".tsv") for suffix in ending):
         return "table"
     return "text"

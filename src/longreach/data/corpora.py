@@ -6,28 +6,26 @@ import glob
 import hashlib
 import itertools
 import json
-import lzma
 import os
 import platform
 import sys
 import sysconfig
-import zlib
 from array import array
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
-import zstandard
 
-from longreach.data.content import HEAD_BYTES, compression_of, dialect_of, foreign, kind_of
+from longreach.data.content import HEAD_BYTES, BadText, dialect_of, foreign, kind_of
+from longreach.data.unpack import decoded, lines_of, unpacked_blocks
 
 PIECE_CHARS = 1 << 16
-BLOCK_BYTES = 1 << 18
+NAMED = 3  # of what is left out
 LONGEST_WORD = 100  # characters within which a place between two words is looked for
-COMPRESSED_BLOCK_BYTES = 1 << 14  # a block may unpack to a thousand times its size
 
 ReadProgress = Callable[[int], None]
 """Told how many bytes of text have been read."""
@@ -45,6 +43,27 @@ class Document:
     """Its text in order, in pieces of at most PIECE_CHARS characters, none of them empty."""
 
 
+@dataclass
+class Skipped:
+    """What the last pass over a corpus left out because it is no text."""
+
+    count: int = 0
+    """Files and lines."""
+    first: list[str] = field(default_factory=list)
+    """Where the first few stand."""
+
+    def __str__(self) -> str:
+        more = ", ..." if self.count > len(self.first) else ""
+        kind = "bad file or line" if self.count == 1 else "bad files or lines"
+        return f"{self.count:,} {kind}: {', '.join(self.first)}{more}"
+
+    def add(self, name: str) -> None:
+        """Count one more."""
+        self.count += 1
+        if len(self.first) < NAMED:
+            self.first.append(name)
+
+
 @dataclass(frozen=True)
 class Corpus:
     """Documents in a fixed order. Every iteration reads them anew; documents without text are left out.
@@ -59,8 +78,13 @@ class Corpus:
     """Opens the source and yields its documents, empty ones included."""
     validation: "Corpus | None" = None
     """The validation split that came with it, if any."""
+    skipped: Skipped | None = None
+    """What the last iteration left out; None where what is no text is refused."""
 
     def __iter__(self) -> Iterator[Document]:
+        if self.skipped is not None:
+            self.skipped.count = 0
+            self.skipped.first.clear()
         empty = True
         for document in self.read():
             first = next(document.pieces, None)
@@ -68,7 +92,8 @@ class Corpus:
                 empty = False
                 yield Document(document.name, itertools.chain([first], document.pieces))
         if empty:
-            raise ValueError(f"{self.name!r} holds no text; name a source with text in it")
+            without = f" without {self.skipped}" if self.skipped and self.skipped.count else ""
+            raise ValueError(f"{self.name!r} holds no text{without}; name a source with text in it")
 
 
 @dataclass(frozen=True)
@@ -81,7 +106,9 @@ class Scan:
     """UTF-8 bytes of each document, int64 [documents]."""
 
 
-def open_corpus(source: str | None, *, text_field: str = "text", streaming: bool = False) -> Corpus:
+def open_corpus(
+    source: str | None, *, text_field: str = "text", streaming: bool = False, skip_bad: bool = False
+) -> Corpus:
     """A corpus from wherever its text lies.
 
     - None: the source code of the running Python's standard library, without its tests and its editor; the few
@@ -100,6 +127,7 @@ def open_corpus(source: str | None, *, text_field: str = "text", streaming: bool
         source: as above.
         text_field: the field of a .jsonl line or the column of a data set that holds the text.
         streaming: read a Hugging Face data set from its server in every pass instead of downloading it first.
+        skip_bad: leave out files, lines and rows that are no text, and count them in `Corpus.skipped`.
 
     Raises:
         ValueError: nothing is found there, or `datasets` is needed and not installed.
@@ -107,8 +135,9 @@ def open_corpus(source: str | None, *, text_field: str = "text", streaming: bool
     if source is None:
         return Corpus(f"Python {platform.python_version()} standard library", _read_standard_library)
     if source.startswith("hf:"):
-        return _open_hugging_face(source, text_field, streaming)
-    return Corpus(source, partial(_read_files, _find_files(source), text_field))
+        return _open_hugging_face(source, text_field, streaming, skip_bad)
+    skipped = Skipped() if skip_bad else None
+    return Corpus(source, partial(_read_files, _find_files(source), text_field, skipped), skipped=skipped)
 
 
 class _Scanner:
@@ -175,7 +204,7 @@ def beginning(corpus: Corpus, num_bytes: int) -> Corpus:
             if left <= 0:
                 return
 
-    return Corpus(corpus.name, read)
+    return replace(corpus, read=read)
 
 
 def in_two(corpus: Corpus, head_bytes: int, name: str) -> Corpus:
@@ -187,7 +216,7 @@ def in_two(corpus: Corpus, head_bytes: int, name: str) -> Corpus:
             yield Document(f"{document.name}, head", _head_pieces(document.pieces, head_bytes, tail))
             yield Document(f"{document.name}, tail", itertools.chain(tail, document.pieces))
 
-    return Corpus(name, read)
+    return replace(corpus, name=name, read=read)
 
 
 def _head_pieces(pieces: Iterator[str], num_bytes: int, rest: list[str]) -> Iterator[str]:
@@ -281,14 +310,17 @@ def _walk(folder: Path, left_out: Collection[str] = ()) -> list[Path]:
 
 
 def _is_binary(path: Path) -> bool:
-    head = _head(path)
+    try:
+        head = _head(path)
+    except BadText:
+        return False  # to be refused where it is read
     # UTF-16 is text: it is refused with a mend rather than passed over. So are archives.
     return b"\0" in head and not head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) and not foreign(head)
 
 
 def _head(path: Path) -> bytes:
     head = b""
-    for block in _unpacked_blocks(path):
+    for block in unpacked_blocks(path):
         head += block
         if len(head) >= HEAD_BYTES:
             break
@@ -305,19 +337,34 @@ def _read_standard_library() -> Iterator[Document]:
             yield Document(str(path), _cut_string(text))
 
 
-def _read_files(paths: list[Path], text_field: str) -> Iterator[Document]:
+@contextmanager
+def _skipping(skipped: Skipped | None, name: str) -> Iterator[None]:
+    """Leave out the file or line of this name if it turns out to be no text, where that is wanted."""
+    try:
+        yield
+    except BadText:
+        if skipped is None:
+            raise
+        skipped.add(name)
+
+
+def _read_files(paths: list[Path], text_field: str, skipped: Skipped | None) -> Iterator[Document]:
     for path in paths:
-        kind = kind_of(_head(path), str(path), text_field)
-        if kind == "json-lines":
-            yield from _read_json_documents(path, text_field)
-        elif kind == "table":
-            yield from _read_table(path, text_field)
-        else:
-            yield Document(str(path), cut_pieces(_decode(path)))
+        with _skipping(skipped, str(path)):
+            kind = kind_of(_head(path), str(path), text_field)
+            if kind == "json-lines":
+                yield from _read_json_documents(path, text_field, skipped)
+            elif kind == "table":
+                yield from _read_table(path, text_field, skipped)
+            else:
+                if skipped is not None:
+                    for _ in decoded(path):
+                        pass  # to its end, before any of it counts
+                yield Document(str(path), cut_pieces(decoded(path)))
 
 
-def _read_table(path: Path, text_field: str) -> Iterator[Document]:
-    lines = (line.decode() + "\n" for line in _lines(block.encode() for block in _decode(path)))
+def _read_table(path: Path, text_field: str, skipped: Skipped | None) -> Iterator[Document]:
+    lines = (line.decode() + "\n" for line in lines_of(block.encode() for block in decoded(path)))
     first = next(lines)
     csv.field_size_limit(sys.maxsize)
     rows = csv.reader(itertools.chain([first], lines), delimiter=dialect_of(first), strict=True)
@@ -330,28 +377,12 @@ def _read_table(path: Path, text_field: str) -> Iterator[Document]:
         for row in rows:
             if row:
                 place = f"{path}:{rows.line_num}"
-                if len(row) != len(names):
-                    raise ValueError(f"{place} has {len(row)} cells, the first row {len(names)}; mend or drop it")
-                yield Document(place, _cut_string(row[column]))
+                with _skipping(skipped, place):
+                    if len(row) != len(names):
+                        raise BadText(f"{place} has {len(row)} cells, the first row {len(names)}; mend or drop it")
+                    yield Document(place, _cut_string(row[column]))
     except csv.Error as error:
-        raise ValueError(f"{path}:{rows.line_num} is no row of a table ({error}); mend or drop it") from error
-
-
-def _decode(path: Path) -> Iterator[str]:
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    blocks_end = 0
-    for block in itertools.chain(_unpacked_blocks(path), [b""]):
-        offset = blocks_end - len(decoder.getstate()[0])  # a block may end inside a character
-        try:
-            text = decoder.decode(block, final=not block)
-        except UnicodeDecodeError as error:
-            wrong = f"byte 0x{error.object[error.start]:02x} at offset {offset + error.start}"
-            raise ValueError(f"{str(path)!r} is not UTF-8: {wrong}; convert it, for example with iconv") from error
-        if "\0" in text:
-            place = offset + len(text[: text.index("\0")].encode())
-            raise ValueError(f"{str(path)!r} is binary: byte 0x00 at offset {place}; give text")
-        yield text.removeprefix("\ufeff") if offset == 0 else text
-        blocks_end += len(block)
+        raise BadText(f"{path}:{rows.line_num} is no row of a table ({error}); mend or drop it") from error
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -361,24 +392,34 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         ValueError: a line is no JSON object, or the file is no whole file of its compression.
         OSError: the file cannot be read.
     """
-    for number, line in enumerate(_lines(_unpacked_blocks(path)), start=1):
+    for name, line in _numbered_lines(path):
+        yield name, _json_object(name, line)
+
+
+def _numbered_lines(path: Path) -> Iterator[tuple[str, bytes]]:
+    for number, line in enumerate(lines_of(unpacked_blocks(path)), start=1):
         if line.strip():
-            name = f"{path}:{number}"
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{name} is not JSON ({error}); every line must be one JSON object") from error
-            if not isinstance(record, dict):
-                raise ValueError(f"{name} holds {type(record).__name__}; every line must be one JSON object")
-            yield name, record
+            yield f"{path}:{number}", line
 
 
-def _read_json_documents(path: Path, text_field: str) -> Iterator[Document]:
-    for name, record in read_json_lines(path):
-        if text_field not in record:
-            fields = ", ".join(map(repr, record)) or "none"
-            raise ValueError(f"{name} has no text_field={text_field!r}; its fields are {fields}: name one of them")
-        yield Document(name, _cut_string(checked_text(record[text_field], f"{name}, field {text_field!r}")))
+def _json_object(name: str, line: bytes) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise BadText(f"{name} is not JSON ({error}); every line must be one JSON object") from error
+    if not isinstance(record, dict):
+        raise BadText(f"{name} holds {type(record).__name__}; every line must be one JSON object")
+    return record
+
+
+def _read_json_documents(path: Path, text_field: str, skipped: Skipped | None) -> Iterator[Document]:
+    for name, line in _numbered_lines(path):
+        with _skipping(skipped, name):
+            record = _json_object(name, line)
+            if text_field not in record:
+                fields = ", ".join(map(repr, record)) or "none"
+                raise BadText(f"{name} has no text_field={text_field!r}; its fields are {fields}: name one of them")
+            yield Document(name, _cut_string(checked_text(record[text_field], f"{name}, field {text_field!r}")))
 
 
 def checked_text(text: Any, name: str) -> str:
@@ -388,62 +429,15 @@ def checked_text(text: Any, name: str) -> str:
         ValueError: it is not; the line names its place.
     """
     if not isinstance(text, str):
-        raise ValueError(f"{name} holds {type(text).__name__}, not text; mend or drop it")
+        raise BadText(f"{name} holds {type(text).__name__}, not text; mend or drop it")
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{name} holds half a surrogate pair at character {error.start}; mend or drop it") from error
+        raise BadText(f"{name} holds half a surrogate pair at character {error.start}; mend or drop it") from error
     return text
 
 
-def _lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
-    unfinished: list[bytes] = []
-    for block in blocks:
-        *ends, rest = block.split(b"\n")
-        for end in ends:
-            yield b"".join([*unfinished, end])
-            unfinished = []
-        unfinished.append(rest)
-    yield b"".join(unfinished)
-
-
-def _unpacked_blocks(path: Path) -> Iterator[bytes]:
-    """The file's content, unpacked, in blocks of which none is empty."""
-    with open(path, "rb") as packed:
-        compression = compression_of(packed.read(8))
-        packed.seek(0)
-        if compression is None:
-            while block := packed.read(BLOCK_BYTES):
-                yield block
-            return
-        name, opener = compression
-        try:
-            if opener is None:
-                yield from _zstd_blocks(packed)
-                return
-            with opener(path) as file:
-                while block := file.read(BLOCK_BYTES):
-                    yield block
-        except (EOFError, OSError, zlib.error, lzma.LZMAError, zstandard.ZstdError) as error:
-            raise ValueError(f"{str(path)!r} is no whole {name} file ({error}); make or fetch it again") from error
-
-
-def _zstd_blocks(file: BinaryIO) -> Iterator[bytes]:
-    # zstandard's own file objects take a file that was cut short for a whole one.
-    frame = None
-    while block := file.read(COMPRESSED_BLOCK_BYTES):
-        while block:
-            frame = frame or zstandard.ZstdDecompressor().decompressobj()
-            if unpacked := frame.decompress(block):
-                yield unpacked
-            block = frame.unused_data
-            if frame.eof:
-                frame = None
-    if frame is not None:
-        raise EOFError("it ends in the middle of a frame")
-
-
-def _open_hugging_face(source: str, text_field: str, streaming: bool) -> Corpus:
+def _open_hugging_face(source: str, text_field: str, streaming: bool, skip_bad: bool) -> Corpus:
     try:
         import datasets
     except ImportError as error:
@@ -460,16 +454,22 @@ def _open_hugging_face(source: str, text_field: str, streaming: bool) -> Corpus:
         ) from error
     if "train" not in splits:
         raise ValueError(f"{source!r} has no split 'train', only {', '.join(splits)}; name a data set that has one")
-    validation = None
-    if "validation" in splits:
-        validation = Corpus(f"{source} (validation)", partial(_read_rows, splits["validation"], source, text_field))
-    return Corpus(source, partial(_read_rows, splits["train"], source, text_field), validation)
+
+    def corpus(split: str, name: str, validation: Corpus | None = None) -> Corpus:
+        skipped = Skipped() if skip_bad else None
+        return Corpus(name, partial(_read_rows, splits[split], source, text_field, skipped), validation, skipped)
+
+    held_out = corpus("validation", f"{source} (validation)") if "validation" in splits else None
+    return corpus("train", source, held_out)
 
 
-def _read_rows(rows: Iterable[dict[str, Any]], source: str, text_field: str) -> Iterator[Document]:
+def _read_rows(
+    rows: Iterable[dict[str, Any]], source: str, text_field: str, skipped: Skipped | None
+) -> Iterator[Document]:
     for number, row in enumerate(rows):
         name = f"{source}, row {number}"
         if text_field not in row:
             columns = ", ".join(map(repr, row))
             raise ValueError(f"{name} has no text_field={text_field!r}; its columns are {columns}: name one of them")
-        yield Document(name, _cut_string(checked_text(row[text_field], name)))
+        with _skipping(skipped, name):
+            yield Document(name, _cut_string(checked_text(row[text_field], name)))

@@ -11,6 +11,7 @@ import numpy as np
 import tokenizers
 
 from longreach.data.cache import cached
+from longreach.data.content import BadText
 from longreach.data.corpora import Corpus, Document, Scan, beginning, first_pieces, in_two, open_corpus, reread, scan
 from longreach.data.tokenizer import MIN_VOCAB_SIZE, Tokenizer, load_tokenizer, train_tokenizer
 from longreach.data.tokens import TokenStream, find_tokens, split_documents, tokenize, tokenize_in_memory
@@ -40,6 +41,8 @@ class DataConfig:
     """Field of a JSON line, or column of a table or a Hugging Face data set, that holds the text."""
     streaming: bool = field(default=False, metadata={"may_differ": True})
     """Read Hugging Face data sets from their server instead of downloading them first."""
+    skip_bad: bool = False
+    """Leave out files and lines that are no text, instead of refusing them; they are counted."""
     tokenizer: str | None = None
     """A tokenizer.json, a folder with one, or a name on the Hugging Face hub; by default a byte-level BPE is
     trained on the training text."""
@@ -146,10 +149,11 @@ def prepare(config: DataConfig, seed: int, progress: Progress = lambda stage, do
         TokenStream(tokenize(part.corpus, part.scan, tokenizer, cache, part.progress("tokenizing", progress)), ids)
         for part, ids in ((text, train_ids), (valid_text, valid_ids))
     )
+    skipped = None if valid_text is text else valid_text.corpus.skipped
     return PreparedData(
         tokenizer,
         valid,
-        text.corpus.name,
+        text.corpus.name + (f"; validation without {skipped}" if skipped and skipped.count else ""),
         corpus_hash,
         split_off=valid_corpus is None,
         split_seed=chosen_by,
@@ -192,7 +196,7 @@ def prepare_validation(
         text = _scan("valid_data", beginning(valid_corpus, num_bytes), progress)
         valid = _tokens_of(reread(text.corpus, text.scan, text.progress("tokenizing", progress)), tokenizer)
         fingerprint = text.scan.fingerprint
-        data = ValidationData(tokenizer, valid, valid_corpus.name, fingerprint, False, None, fingerprint)
+        data = ValidationData(tokenizer, valid, text.corpus.name, fingerprint, False, None, fingerprint)
         return data, bool(text.scan.sizes.sum() < num_bytes)
 
     return _enough(num_tokens, within)
@@ -283,12 +287,16 @@ def _split(corpus: Corpus, config: DataConfig, seed: int, progress: Progress) ->
 
 def _open(argument: str, source: str | None, config: DataConfig) -> Corpus:
     with _naming(argument):
-        return open_corpus(source, text_field=config.text_field, streaming=config.streaming)
+        return open_corpus(source, text_field=config.text_field, streaming=config.streaming, skip_bad=config.skip_bad)
 
 
 def _scan(argument: str, corpus: Corpus, progress: Progress) -> _Text:
     with _naming(argument):
-        return _Text(corpus, scan(corpus, lambda done: progress("reading", done, None)))
+        found = scan(corpus, lambda done: progress("reading", done, None))
+    if corpus.skipped is None or not corpus.skipped.count:
+        return _Text(corpus, found)
+    progress(f"left out {corpus.skipped}", 1, 1)
+    return _Text(replace(corpus, name=f"{corpus.name}, without {corpus.skipped}"), found)
 
 
 @contextmanager
@@ -296,6 +304,8 @@ def _naming(argument: str) -> Iterator[None]:
     """Say which argument a source that cannot be read was given for."""
     try:
         yield
+    except BadText as error:
+        raise ValueError(f"{argument}: {error}, or leave out all that is bad (--skip-bad)") from error
     except ValueError as error:
         raise ValueError(f"{argument}: {error}") from error
     except OSError as error:
