@@ -194,7 +194,7 @@ def generate(parse: Parse) -> None:
     """`longreach generate`."""
     from longreach.verbs.generate import GenerateConfig, generate
 
-    (config,) = parse(GenerateConfig, positional="run")
+    (config,) = parse(GenerateConfig, positional="model")
     for piece in generate(replace(config, prompt=sys.stdin.read()) if config.prompt == "-" else config):
         print(piece, end="", flush=True)
     print()
@@ -255,7 +255,7 @@ VERBS: dict[str, tuple[Callable[[Parse], None], str, str]] = {
     ),
     "generate": (
         generate,
-        "Continue a text with a trained run, token by token, past the training length if asked to.",
+        "Continue a text with a run or a Hugging Face model, token by token, past the training length if asked to.",
         "",
     ),
     "export": (export, "Write a trained ALiBi run as an MPT model, which stock transformers loads.", ""),

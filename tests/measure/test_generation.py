@@ -6,7 +6,7 @@ import torch
 from continuations import generate
 from tiny_subjects import LENGTH, decoder_subject, transformers_subject
 
-from longreach.measure.generation import generate_greedily, stream_greedily
+from longreach.measure.generation import generate_greedily, stream_tokens
 
 PROMPT = [5, 270, 31, 8, 8, 119, 40]
 
@@ -59,7 +59,7 @@ def test_each_token_is_read_once_and_only_one_logit_vector_is_made_for_it():
 
 def test_tokens_can_be_had_as_they_come():
     subject = ending_at(decoder_subject(), -1)
-    stream = stream_greedily(subject, PROMPT, 1000)
+    stream = stream_tokens(subject, PROMPT, 1000)
     assert [next(stream) for _ in range(4)] == generate_greedily(subject, PROMPT, 4)
 
 
@@ -76,7 +76,7 @@ def test_tokens_can_be_had_as_they_come():
 def test_bad_input_is_refused_before_the_first_token(prompt, max_new_tokens, message):
     subject = dataclasses.replace(decoder_subject("learned"), max_length=LENGTH)
     with pytest.raises(ValueError, match=message):
-        stream_greedily(subject, prompt, max_new_tokens)
+        stream_tokens(subject, prompt, max_new_tokens)
 
 
 def test_a_table_of_positions_can_be_used_to_its_end():

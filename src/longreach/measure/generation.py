@@ -1,11 +1,16 @@
-"""Text from any model that evaluation knows, the likeliest token at a time."""
+"""Text from any model that evaluation knows, a token at a time."""
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from longreach.measure.subject import Subject, Unsupported
+
+
+def likeliest(logits: Tensor) -> Tensor:
+    """The token id of the highest of each row of logits (B, V), as (B,)."""
+    return logits.max(dim=-1).indices
 
 
 def generate_greedily(
@@ -13,12 +18,14 @@ def generate_greedily(
     prompt: Sequence[int],
     max_new_tokens: int,
 ) -> list[int]:
-    """Continue a prompt; see `stream_greedily`, which this collects."""
-    return list(stream_greedily(subject, prompt, max_new_tokens))
+    """Continue a prompt; see `stream_tokens`, which this collects."""
+    return list(stream_tokens(subject, prompt, max_new_tokens))
 
 
-def stream_greedily(subject: Subject, prompt: Sequence[int], max_new_tokens: int) -> Iterator[int]:
-    """Continue a prompt with the likeliest token each time, until eos, which is not given out.
+def stream_tokens(
+    subject: Subject, prompt: Sequence[int], max_new_tokens: int, choose: Callable[[Tensor], Tensor] = likeliest
+) -> Iterator[int]:
+    """Continue a prompt, until eos, which is not given out.
 
     The prompt goes through the model at once and each new token alone, with a cache. A model that depends on the
     length of the whole sequence is given one constant length, len(prompt) + max_new_tokens.
@@ -27,6 +34,7 @@ def stream_greedily(subject: Subject, prompt: Sequence[int], max_new_tokens: int
         subject: the model with its tokenizer, whose eos_id ends the text.
         prompt: token ids, at least one.
         max_new_tokens: how many tokens to add at most, at least 1.
+        choose: gives the next token id, (1,), for logits (1, V) in float32.
 
     Returns:
         An iterator over the new token ids.
@@ -34,23 +42,24 @@ def stream_greedily(subject: Subject, prompt: Sequence[int], max_new_tokens: int
     Raises:
         ValueError: an empty prompt, a token outside the vocabulary, a value out of range, or a prompt that leaves no
             room for max_new_tokens in what the model can take; at the call, before the first token.
-        Unsupported: logits that are no numbers, among which none is likeliest.
+        Unsupported: logits that are no numbers, among which none can be chosen.
     """
     _check(subject, prompt, max_new_tokens)
-    return _steps(subject, prompt, max_new_tokens)
+    return _steps(subject, prompt, max_new_tokens, choose)
 
 
 @torch.inference_mode()
-def _steps(subject: Subject, prompt: Sequence[int], max_new_tokens: int) -> Iterator[int]:
+def _steps(
+    subject: Subject, prompt: Sequence[int], max_new_tokens: int, choose: Callable[[Tensor], Tensor]
+) -> Iterator[int]:
     cache = subject.model.new_cache(len(prompt) + max_new_tokens)
     tokens = list(prompt)
     for _ in range(max_new_tokens):
         inputs = torch.tensor([tokens], device=subject.device)
         (logits,) = subject.model.logits(inputs, 1, last=1, cache=cache)  # [1, 1, V]
-        highest, likeliest = logits[0, 0].max(dim=-1)
-        if math.isnan(highest):
+        if logits.isnan().any():
             raise Unsupported(f"logits after {len(prompt)} tokens of prompt are no numbers: load it in float32")
-        token = int(likeliest)
+        token = int(choose(logits[:, 0].float()))
         if token == subject.tokenizer.eos_id:
             return
         yield token

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longreach.measure.generation import stream_greedily
+from longreach.measure.generation import stream_tokens
 from longreach.measure.score import LOGITS_PER_CHUNK
 from longreach.measure.subject import Subject
 
@@ -122,7 +122,7 @@ class HarnessModel(TemplateLM):
         prompt = self.tok_encode(context)[-room:] or [self.prefix_token_id]
         stops = [stop for stop in options["until"] if stop]
         text, tokens = "", []
-        for token in stream_greedily(self.subject, prompt, options["max_gen_toks"]):
+        for token in stream_tokens(self.subject, prompt, options["max_gen_toks"]):
             tokens.append(token)
             text = self.subject.tokenizer.decode(tokens)
             if any(stop in text for stop in stops):

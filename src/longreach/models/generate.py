@@ -44,11 +44,28 @@ def stream(
     Raises:
         ValueError: no prompt, an empty prompt, or a value out of range; at the call, before the first token.
     """
-    _check(model, prompts, max_new_tokens, temperature, top_k, top_p)
-    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
-    return _steps(
-        model, prompts, max_new_tokens, eos_id, lambda logits: _choose(logits, temperature, top_k, top_p, generator)
-    )
+    _check(model, prompts, max_new_tokens)
+    device = next(model.parameters()).device
+    choose = sampler(device, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    return _steps(model, prompts, max_new_tokens, eos_id, choose)
+
+
+def sampler(
+    device: torch.device, *, temperature: float, top_k: int | None, top_p: float | None, seed: int
+) -> Callable[[Tensor], Tensor]:
+    """What chooses one token id for each row of logits (B, V), as (B,); arguments as `stream` has them.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+    if not 0.0 <= temperature < float("inf"):
+        raise ValueError(f"temperature={temperature}: give 0 for the likeliest token, or a positive number")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k={top_k}: give at least 1")
+    if top_p is not None and not 0.0 < top_p <= 1.0:
+        raise ValueError(f"top_p={top_p}: give more than 0 and at most 1")
+    generator = torch.Generator(device).manual_seed(seed)
+    return lambda logits: _choose(logits, temperature, top_k, top_p, generator)
 
 
 @torch.inference_mode()
@@ -103,9 +120,6 @@ def _check(
     model: Decoder,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
 ) -> None:
     if not prompts or not all(prompts):
         raise ValueError(f"prompts of lengths {[len(prompt) for prompt in prompts]}: give at least one token in each")
@@ -115,12 +129,6 @@ def _check(
                 raise ValueError(f"token id {token}: the model's vocabulary has {model.config.vocab_size} tokens")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens}: give at least 1")
-    if not 0.0 <= temperature < float("inf"):
-        raise ValueError(f"temperature={temperature}: give 0 for the likeliest token, or a positive number")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k={top_k}: give at least 1")
-    if top_p is not None and not 0.0 < top_p <= 1.0:
-        raise ValueError(f"top_p={top_p}: give more than 0 and at most 1")
     longest = max(len(prompt) for prompt in prompts) + max_new_tokens - 1  # the last token is not read
     if model.positions.max_length is not None and longest > model.positions.max_length:
         raise ValueError(

@@ -26,15 +26,14 @@ from longreach.positions.scaling import Scaling, parse_scaling
 from longreach.pretrained.attend import extension_of, fixed_length
 from longreach.pretrained.extend import extend
 from longreach.pretrained.lengths import training_length
-from longreach.pretrained.load import adapt, holds_pretrained, load_configuration
-from longreach.reading import read_file
+from longreach.pretrained.load import adapt, load_configuration
 from longreach.report.page import write_report
 from longreach.results import Model, Provenance, Results, Start, TrainingRecord
 from longreach.results.document import pack_entries, unpack_entries
 from longreach.train.config import RunConfig
 from longreach.train.loop import read_training_record, resolve_device
 from longreach.train.parallel import ALONE, Ranks
-from longreach.verbs.open import load_subject
+from longreach.verbs.open import fine_tuning, load_subject, names_pretrained
 from longreach.verbs.start import digest_of_weights
 from longreach.verbs.train import Progress, num_read, open_run, provenance, read_run, text_of
 
@@ -172,12 +171,8 @@ def evaluate_models(
 
 def _find(name: str, config: EvaluationConfig, scaling: str | None) -> _Model:
     """A model under a scaling."""
-    folder = Path(name)
-    trained_here = (folder / "config.toml").exists()
-    if holds_pretrained(folder) or not (trained_here or (folder.is_dir() and not (folder / "config.json").exists())):
-        model = _find_pretrained(
-            name, config, scaling, read_file(RunConfig, folder / "config.toml") if trained_here else None
-        )
+    if names_pretrained(name):
+        model = _find_pretrained(name, config, scaling, fine_tuning(name))
     else:
         model = _find_run(name, config, scaling)
     if config.data is None:

@@ -1,11 +1,22 @@
-"""A text continued by a trained run: `generate`."""
+"""A text continued by a trained run or a pretrained model: `generate`."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from longreach.data.tokenizer import StreamingDecoder
-from longreach.models.generate import stream
+from longreach.data.tokenizer import StreamingDecoder, Tokenizer
+from longreach.measure.generation import stream_tokens
+from longreach.measure.transformers import StateLength
+from longreach.models.generate import sampler, stream
+from longreach.pretrained.attend import fixed_length
+from longreach.pretrained.extend import extend
+from longreach.pretrained.families import find_layout
+from longreach.pretrained.load import adapt
+from longreach.train.loop import resolve_device
+from longreach.verbs.doctor_encoder import is_encoder
+from longreach.verbs.open import fine_tuning, load_subject, names_pretrained
 from longreach.verbs.train import open_run
 
 
@@ -13,8 +24,8 @@ from longreach.verbs.train import open_run
 class GenerateConfig:
     """What is to be continued, and how."""
 
-    run: Path
-    """Folder of a trained run."""
+    model: str
+    """Folder of a trained run, or a Hugging Face model: a folder or a name on the hub."""
     prompt: str | None = None
     """Text to continue, or - for standard input; by default the start of a document."""
     max_new_tokens: int = 256
@@ -28,21 +39,43 @@ class GenerateConfig:
     seed: int = 0
     """Seed of the draws."""
     device: str | None = None
-    """Where to run; by default where the run was trained."""
+    """Where to run; by default where the model was trained, and cuda for one trained elsewhere where there is one."""
+    dtype: str | None = None
+    """Of a Hugging Face model: float32, bfloat16, float16, or auto for that of its files, the default."""
+    train_length: int | None = None
+    """L in tokens of a Hugging Face model, where its configuration does not tell it."""
+    scaling: str | None = None
+    """How the slopes of a Hugging Face model with ALiBi are scaled past L, as in extend; by default as its
+    configuration says."""
+
+    def __post_init__(self) -> None:
+        if self.prompt == "":
+            raise ValueError("prompt is empty: give text, or leave it out to start a document")
 
 
 def generate(config: GenerateConfig) -> Iterator[str]:
-    """The prompt, then what the run adds, piece by piece as it is drawn.
+    """The prompt, then what the model adds, piece by piece as it is drawn.
 
     Raises:
         FileNotFoundError: the folder holds no finished run.
-        ValueError: its files are damaged, or a setting is out of range.
+        ValueError: there is no such model, its files are damaged, or a setting is out of range or not for such a model.
     """
-    run = open_run(config.run, config.device)
-    ids = run.tokenizer.encode(config.prompt) if config.prompt else [run.tokenizer.eos_id]
+    tokenizer, tokens = (_of_pretrained if names_pretrained(config.model) else _of_run)(config)
+    decoder = StreamingDecoder(tokenizer)
+    yield config.prompt or ""
+    for token in tokens:
+        yield decoder.push(token)
+    yield decoder.finish()
+
+
+def _of_run(config: GenerateConfig) -> tuple[Tokenizer, Iterator[int]]:
+    for name in ("dtype", "train_length", "scaling"):
+        if (value := getattr(config, name)) is not None:
+            raise ValueError(f"{name}={value}: {config.model} is a run, which has its own; leave it out")
+    run = open_run(Path(config.model), config.device)
     steps = stream(
         run.model,
-        [ids],
+        [_ids(run.tokenizer, config)],
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
         top_k=config.top_k,
@@ -50,9 +83,38 @@ def generate(config: GenerateConfig) -> Iterator[str]:
         eos_id=run.tokenizer.eos_id,
         seed=config.seed,
     )
-    decoder = StreamingDecoder(run.tokenizer)
-    yield config.prompt or ""
-    for (token,) in steps:
-        if token is not None:
-            yield decoder.push(token)
-    yield decoder.finish()
+    return run.tokenizer, (token for (token,) in steps if token is not None)
+
+
+def _of_pretrained(config: GenerateConfig) -> tuple[Tokenizer, Iterator[int]]:
+    if is_encoder(config.model):
+        raise ValueError(f"model {config.model!r} is an encoder: longreach embed is for it; give a decoder")
+    fine_tuned = fine_tuning(config.model)
+    train_length = config.train_length or (fine_tuned.train.train_length if fine_tuned else None)
+    device = resolve_device(config.device or (fine_tuned.train.device if fine_tuned else "auto"))
+    choose = sampler(device, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=config.seed)
+    subject = load_subject(
+        config.model,
+        device=device,
+        dtype=config.dtype or "auto",
+        train_length=train_length,
+        adapt=partial(_extended, config.scaling, train_length),
+    )
+    return subject.tokenizer, stream_tokens(subject, _ids(subject.tokenizer, config), config.max_new_tokens, choose)
+
+
+def _extended(scaling: str | None, train_length: int | None, model: Any) -> StateLength | None:
+    """Make a loaded model exact and longer in place where it has ALiBi; else it is left to its own code."""
+    if scaling is None:
+        if (state_length := adapt(model)) is not None:
+            return state_length
+        try:
+            find_layout(model)
+        except ValueError:  # no ALiBi
+            return None
+    extend(model, scaling=scaling, train_length=train_length)
+    return partial(fixed_length, model)
+
+
+def _ids(tokenizer: Tokenizer, config: GenerateConfig) -> list[int]:
+    return tokenizer.encode(config.prompt) if config.prompt else [tokenizer.eos_id]

@@ -1,6 +1,7 @@
 """Models of Hugging Face opened for measurement."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,11 +10,31 @@ from longreach.data.tokenizer import load_tokenizer
 from longreach.measure.subject import Subject
 from longreach.measure.transformers import HuggingFaceModel, StateLength
 from longreach.pretrained.lengths import longest_model_input, training_length
-from longreach.pretrained.load import load_causal_model, load_configuration
+from longreach.pretrained.load import holds_pretrained, load_causal_model, load_configuration
+from longreach.reading import read_file
 from longreach.results import Model
+from longreach.train.config import RunConfig
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 """In what weights may be loaded, auto for what their files are in."""
+
+
+def names_pretrained(name: str) -> bool:
+    """Whether a name is that of a model of Hugging Face, fine-tuned here or not, rather than the folder of a run."""
+    folder = Path(name)
+    if holds_pretrained(folder):
+        return True
+    return not (folder / "config.toml").exists() and (not folder.is_dir() or (folder / "config.json").exists())
+
+
+def fine_tuning(name: str) -> RunConfig | None:
+    """How a model of Hugging Face was fine-tuned by `train --from`; None for one that was not.
+
+    Raises:
+        ValueError: its config.toml is damaged.
+    """
+    path = Path(name) / "config.toml"
+    return read_file(RunConfig, path) if path.exists() else None
 
 
 def load_subject(
