@@ -3,6 +3,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import transformers
 from rich.console import Console
 
 from longreach.cli import main
+from longreach.data.corpora import open_corpus
 from longreach.data.tokenizer import train_tokenizer
 from longreach.measure.bootstrap import Units
 from longreach.verbs.doctor import DoctorConfig, Trial, examine, print_checkup, read_tokens
@@ -106,7 +108,7 @@ def test_perplexities_are_those_of_models_with_scaled_slopes(bloom, text, tokeni
     """The stock code's own bias is multiplied here, which knows nothing of scalings."""
     length = 64
     checkup = examine(DoctorConfig(bloom, text=text, valid_lengths=(length,)))
-    ids = torch.from_numpy(read_tokens(text, tokenizer, 4 * length + 1, 4 * length + 1))
+    ids = torch.from_numpy(read_tokens(open_corpus(text), tokenizer, 4 * length + 1, 4 * length + 1))
     assert checkup.tokens == 4 * length
     model = transformers.BloomForCausalLM.from_pretrained(bloom).eval()
     stretch = length / TRAIN_LENGTH
@@ -190,8 +192,23 @@ def test_documents_of_a_text_are_parted_by_eos(tmp_path, tokenizer):
     (tmp_path / "two.jsonl").write_text("\n".join(lines))
     first, second = (tokenizer.encode(text) for text in ("document 1 line 2", "sum of 1"))
     expected = [*first, tokenizer.eos_id, *second, tokenizer.eos_id]
-    assert read_tokens(str(tmp_path / "two.jsonl"), tokenizer, 2, 1000).tolist() == expected
-    assert read_tokens(str(tmp_path / "two.jsonl"), tokenizer, 2, 3).tolist() == expected[:3]
+    corpus = open_corpus(str(tmp_path / "two.jsonl"))
+    assert read_tokens(corpus, tokenizer, 2, 1000).tolist() == expected
+    assert read_tokens(corpus, tokenizer, 2, 3).tolist() == expected[:3]
+
+
+def test_the_text_may_stand_in_another_field_and_bad_lines_are_left_out(bloom, text, tmp_path):
+    path = tmp_path / "text.jsonl"
+    path.write_text("{\n" + json.dumps({"body": Path(text).read_text()}))
+    config = DoctorConfig(bloom, text=str(path), text_field="body", valid_lengths=(8,))
+    with pytest.raises(ValueError, match=r"^text: .*:1 is not JSON .* \(--skip-bad\)$"):
+        examine(config)
+    told = []
+    examine(replace(config, skip_bad=True), lambda stage, *_: told.append(stage))
+    assert told[0] == f"left out 1 bad file or line: {path}:1"
+    for option in ({"text_field": "body"}, {"skip_bad": True}):
+        with pytest.raises(ValueError, match=r"^(text_field=body|skip_bad=True): it is for text; give that too"):
+            DoctorConfig(bloom, **option)
 
 
 def test_the_verb_prints_the_page(bloom, text, capsys, monkeypatch):

@@ -1,4 +1,5 @@
 import hashlib
+import json
 import re
 import shutil
 from dataclasses import replace
@@ -115,6 +116,20 @@ def test_only_what_is_scored_is_tokenized_and_once_for_all_runs(comparison, corp
     evaluate_models(config, None, silent)
     texts = [path.read_text() for path in sorted(corpus.iterdir())]
     assert tokenized == texts[:1] if given else len(tokenized) == 1 and tokenized[0] in texts
+
+
+def test_the_text_may_stand_in_another_field_and_bad_lines_are_left_out(comparison, corpus, tmp_path):
+    texts = [path.read_text() for path in sorted(corpus.rglob("*")) if path.is_file()]
+    path = tmp_path / "text.jsonl"
+    path.write_text("{\n" + "\n".join(json.dumps({"body": text}) for text in texts))
+    config = EvaluationConfig((str(comparison / "none"),), EVALUATE, data=str(path), text_field="body")
+    with pytest.raises(ValueError, match=r"^valid_data: .*:1 is not JSON .* \(--skip-bad\)$"):
+        evaluate_models(config, None, silent)
+    results = evaluate_models(replace(config, skip_bad=True), None, silent)
+    assert results.provenance.corpus == f"{path}, without 1 bad file or line: {path}:1"
+    for option in ({"text_field": "body"}, {"skip_bad": True}):
+        with pytest.raises(ValueError, match=r"^(text_field=body|skip_bad=True): it is for data; give that too"):
+            EvaluationConfig(config.models, EVALUATE, **option)
 
 
 def test_interrupted_it_goes_on_and_nothing_is_measured_twice(comparison, tmp_path):

@@ -281,17 +281,17 @@ def _split(corpus: Corpus, config: DataConfig, seed: int, progress: Progress) ->
         text = _scan("data", halves, lambda _, done, total: progress(f"splitting one document, {share}", done, total))
         if len(text.scan.sizes) == 2:
             return _Split(text, np.array([0]), np.array([1]), None)
-    with _naming("data"):
+    with naming("data"):
         return _Split(text, *split_documents(text.scan.sizes, config.valid_fraction, seed), seed)
 
 
 def _open(argument: str, source: str | None, config: DataConfig) -> Corpus:
-    with _naming(argument):
+    with naming(argument):
         return open_corpus(source, text_field=config.text_field, streaming=config.streaming, skip_bad=config.skip_bad)
 
 
 def _scan(argument: str, corpus: Corpus, progress: Progress) -> _Text:
-    with _naming(argument):
+    with naming(argument):
         found = scan(corpus, lambda done: progress("reading", done, None))
     if corpus.skipped is None or not corpus.skipped.count:
         return _Text(corpus, found)
@@ -300,7 +300,7 @@ def _scan(argument: str, corpus: Corpus, progress: Progress) -> _Text:
 
 
 @contextmanager
-def _naming(argument: str) -> Iterator[None]:
+def naming(argument: str) -> Iterator[None]:
     """Say which argument a source that cannot be read was given for."""
     try:
         yield

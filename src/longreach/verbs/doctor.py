@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from longreach.data.corpora import open_corpus
+from longreach.data.corpora import Corpus, open_corpus
+from longreach.data.prepare import naming
 from longreach.data.tokenizer import Tokenizer
 from longreach.measure.bootstrap import Units, intervals, units
 from longreach.measure.plan import EvaluateConfig
@@ -49,6 +50,10 @@ class DoctorConfig:
     """A folder or a name on the Hugging Face hub."""
     text: str | None = None
     """Text to examine it on: file, folder or glob; random tokens when none is given."""
+    text_field: str | None = None
+    """Field or column of text that holds it; text when none is given."""
+    skip_bad: bool = False
+    """Leave out files and lines that are no text, instead of refusing them."""
     valid_lengths: tuple[int, ...] = ()
     """Lengths in tokens at which it is wanted; its training length and twice that when none are given."""
     train_length: int | None = None
@@ -66,8 +71,17 @@ class DoctorConfig:
         for length in self.valid_lengths:
             if length < 2:
                 raise ValueError(f"valid_lengths has {length}: give lengths of at least 2 tokens")
+        if self.text is None:
+            for name, default in (("text_field", None), ("skip_bad", False)):
+                if getattr(self, name) != default:
+                    raise ValueError(f"{name}={getattr(self, name)}: it is for text; give that too, or leave it out")
         if not self.max_memory > 0:
             raise ValueError(f"max_memory={self.max_memory}: give a positive number of GiB")
+
+    def corpus(self) -> Corpus:
+        """The text, of which one is given."""
+        assert self.text is not None
+        return open_corpus(self.text, text_field=self.text_field or "text", skip_bad=self.skip_bad)
 
 
 @dataclass(frozen=True)
@@ -122,7 +136,11 @@ def examine(config: DoctorConfig, progress: Progress = lambda stage, done, total
     if config.text is None:
         tokens = np.random.default_rng(SEED).integers(0, subject.tokenizer.text_vocab_size, longest)
     else:
-        tokens = read_tokens(config.text, subject.tokenizer, least=longest + 1, most=WINDOWS * longest + 1)
+        with naming("text"):
+            corpus = config.corpus()
+            tokens = read_tokens(corpus, subject.tokenizer, least=longest + 1, most=WINDOWS * longest + 1)
+        if corpus.skipped is not None and corpus.skipped.count:
+            progress(f"left out {corpus.skipped}", 1, 1)
     assert isinstance(subject.model, HuggingFaceModel)  # load_subject makes no other
     model = subject.model.model
     diagnosis = diagnose(
@@ -140,11 +158,11 @@ def examine(config: DoctorConfig, progress: Progress = lambda stage, done, total
     return replace(checkup, base_perplexity=base, tokens=len(tokens) - 1, trials=trials)
 
 
-def read_tokens(text: str, tokenizer: Tokenizer, least: int, most: int) -> np.ndarray:
+def read_tokens(corpus: Corpus, tokenizer: Tokenizer, least: int, most: int) -> np.ndarray:
     """The first tokens of a text, (N,) int64 with least <= N <= most, eos after each document.
 
     Args:
-        text: a file, folder or glob of text, as training reads it.
+        corpus: the text.
         tokenizer: the model's.
         least: how many it takes.
         most: how many are wanted.
@@ -153,7 +171,7 @@ def read_tokens(text: str, tokenizer: Tokenizer, least: int, most: int) -> np.nd
         ValueError: it cannot be read, or has fewer.
     """
     ids: list[int] = []
-    for document in open_corpus(text):
+    for document in corpus:
         for piece in document.pieces:
             ids += tokenizer.encode(piece)
             if len(ids) >= most:
@@ -161,7 +179,7 @@ def read_tokens(text: str, tokenizer: Tokenizer, least: int, most: int) -> np.nd
         ids.append(tokenizer.eos_id)
     if len(ids) < least:
         raise ValueError(
-            f"text {text!r} has {len(ids):,} tokens, the lengths need {least:,}: give more, or shorter ones"
+            f"{corpus.name!r} has {len(ids):,} tokens, the lengths need {least:,}: give more, or shorter ones"
         )
     return np.array(ids)
 

@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.text import Text
 from torch import Tensor
 
-from longreach.data.corpora import first_pieces, open_corpus
+from longreach.data.corpora import Corpus, first_pieces
+from longreach.data.prepare import naming
 from longreach.encoders.config import LAYOUT, is_alibi_encoder
 from longreach.encoders.encode import texts_of
 from longreach.encoders.load import load_encoder
@@ -81,7 +82,8 @@ def examine(config: DoctorConfig, progress: Progress = lambda stage, done, total
     model = load_encoder(config.model, train_length=config.train_length, dtype=dtype, device=device)
     sizes = model.sizes
     longest = max(config.valid_lengths or (sizes.max_position_embeddings,))
-    ids = _tokens(model, config.text, longest)
+    with naming("text"):
+        ids = _tokens(model, None if config.text is None else config.corpus(), longest)
     progress("measuring reach", 0, None)
     table = format_memory(4 * sizes.num_attention_heads * longest**2)
     summary = (
@@ -100,19 +102,19 @@ def examine(config: DoctorConfig, progress: Progress = lambda stage, done, total
     )
 
 
-def _tokens(model: Any, text: str | None, count: int) -> Tensor:
+def _tokens(model: Any, corpus: Corpus | None, count: int) -> Tensor:
     """Ids (count,) of a text, or at random."""
-    if text is None:
+    if corpus is None:
         return torch.randint(model.sizes.vocab_size, (count,), generator=torch.Generator().manual_seed(SEED))
     tokenizer = texts_of(model).tokenizer
     tokenizer.no_truncation()
     ids: list[int] = []
-    for document in open_corpus(text):
+    for document in corpus:
         piece = "".join(first_pieces(document.pieces, BYTES_PER_TOKEN * count))
         ids += tokenizer.encode(piece, add_special_tokens=False).ids
         if len(ids) >= count:
             return torch.tensor(ids[:count])
-    raise ValueError(f"text {text!r} has {len(ids):,} tokens, the lengths need {count:,}: give more, or shorter ones")
+    raise ValueError(f"{corpus.name!r} has {len(ids):,} tokens, the lengths need {count:,}: give more, or shorter ones")
 
 
 def _stock_loading(source: Source) -> StockLoading:

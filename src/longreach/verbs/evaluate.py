@@ -52,6 +52,10 @@ class EvaluationConfig:
     data: str | None = None
     """Text to test on: file, folder, glob or hf:NAME[:CONFIG]; by default the validation text of each run, and for
     models trained elsewhere the source code of Python's standard library."""
+    text_field: str | None = None
+    """Field or column of data that holds the text; by default that of each run's own text, else text."""
+    skip_bad: bool = False
+    """Leave out files and lines of data that are no text, instead of refusing them; they are counted."""
     device: str | None = field(default=None, metadata={"may_differ": True})
     """Where to run; by default where a run was trained, and cuda for other models where there is one."""
     train_length: int | None = None
@@ -75,6 +79,10 @@ class EvaluationConfig:
             raise ValueError(f"MODELS={' '.join(self.models)}: give each model once")
         if self.train_length is not None and self.train_length < 1:
             raise ValueError(f"train_length={self.train_length}: give a positive number of tokens")
+        if self.data is None:
+            for name, default in (("text_field", None), ("skip_bad", False)):
+                if getattr(self, name) != default:
+                    raise ValueError(f"{name}={getattr(self, name)}: it is for data; give that too, or leave it out")
         if len(set(self.scalings)) < len(self.scalings):
             raise ValueError(f"scalings={','.join(self.scalings)}: give each once")
         for scaling in self.scalings:
@@ -179,7 +187,15 @@ def _find(name: str, config: EvaluationConfig, scaling: str | None) -> _Model:
         return model
     return replace(
         model,
-        data=replace(model.data, data=config.data, valid_data=config.data, streaming=False, split_seed=0),
+        data=replace(
+            model.data,
+            data=config.data,
+            valid_data=config.data,
+            text_field=config.text_field or model.data.text_field,
+            skip_bad=config.skip_bad,
+            streaming=False,
+            split_seed=0,
+        ),
     )
 
 
