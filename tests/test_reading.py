@@ -186,6 +186,8 @@ def test_words_change_what_they_start_from():
         ({"method": "a", "steps": "ten"}, "--steps='ten': give an integer"),
         ({"method": "a", "steps": "3.0"}, "--steps='3.0': give an integer"),
         ({"method": "a", "steps": ""}, "--steps='': give an integer"),
+        ({"method": "a", "steps": "٣"}, "--steps='٣': give an integer"),
+        ({"method": "a", "rate": "٣.٣"}, "--rate='٣.٣': give a number"),
         ({"method": "a", "steps": "none"}, "--steps='none': give an integer"),
         ({"method": "a", "limit": "some"}, "--limit='some': give an integer"),
         ({"method": "a", "steps": "9" * 20}, "--steps does not fit 64 bits: give a smaller number"),

@@ -3,6 +3,7 @@ import gzip
 import itertools
 import json
 import lzma
+import os
 import subprocess
 import sys
 import textwrap
@@ -134,6 +135,21 @@ def test_a_big_file_is_never_whole_in_memory(tmp_path):
     tracemalloc.stop()
     assert found.sizes.tolist() == [19_000_000]
     assert peak < 4e6
+
+
+def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch):
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "a.txt").write_text("text")
+    scandir = os.scandir
+
+    def refused(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(PermissionError, match="closed"):
+        open_corpus(str(tmp_path))
 
 
 def test_folder_is_searched_for_text(tmp_path):

@@ -55,7 +55,7 @@ def test_without_a_prompt_it_begins_a_document(config):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"temperature": -1.0}, {"top_k": 0}, {"top_p": 1.5}, {"max_new_tokens": 0}], ids=str
+    "changes", [{"temperature": -1.0}, {"top_k": 0}, {"top_p": 1.5}, {"max_new_tokens": 0}, {"seed": -1}], ids=str
 )
 def test_values_out_of_range_are_named(config, changes):
     (name,) = changes

@@ -303,10 +303,14 @@ def _find_files(source: str) -> list[Path]:
 def _walk(folder: Path, left_out: Collection[str] = ()) -> list[Path]:
     """All files below `folder` that are not hidden, ordered by path, without the folders named `left_out`."""
     files: list[Path] = []
-    for parent, subfolders, names in os.walk(folder):
+    for parent, subfolders, names in os.walk(folder, onerror=_raise):
         subfolders[:] = [name for name in subfolders if not name.startswith(".") and name not in left_out]
         files += [Path(parent, name) for name in names if not name.startswith(".")]
     return sorted(file for file in files if file.is_file())
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _is_binary(path: Path) -> bool:

@@ -57,6 +57,8 @@ class EvaluateConfig:
     """The most tokens of a summary."""
 
     def __post_init__(self) -> None:
+        if self.cases_seed < 0:
+            raise ValueError(f"cases_seed={self.cases_seed}: give at least 0")
         for name, known in (("tasks", TASKS), ("protocols", PROTOCOLS)):
             for value in getattr(self, name):
                 if value not in known:
@@ -68,8 +70,10 @@ class EvaluateConfig:
         for name in ("valid_lengths", "strides", "offsets", "tasks", "protocols"):
             values = getattr(self, name)
             shown = ",".join(map(str, values))
-            if any(value < (0 if name == "offsets" else 1) for value in values if isinstance(value, int)):
-                raise ValueError(f"{name}={shown}: give positive integers")
+            least = 0 if name == "offsets" else 1
+            if any(value < least for value in values if isinstance(value, int)):
+                mend = "give positive integers" if least else "give positions of at least 0"
+                raise ValueError(f"{name}={shown}: {mend}")
             if len(set(values)) < len(values):
                 raise ValueError(f"{name}={shown}: give each once")
         for name in (

@@ -49,6 +49,8 @@ class GenerateConfig:
     configuration says."""
 
     def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed}: give at least 0")
         if self.prompt == "":
             raise ValueError("prompt is empty: give text, or leave it out to start a document")
 
