@@ -350,15 +350,18 @@ def test_evaluate_refuses_another_training_length_for_a_run(capsys, trained):
 
 def test_evaluate_prints_what_was_measured_before_a_model_failed(capsys, trained, tmp_path):
     broken = shutil.copytree(trained, tmp_path / "broken")
-    config = (broken / "config.toml").read_text()
-    (broken / "config.toml").write_text(config.replace('method = "alibi"', 'method = "none"'))
+    for name, is_its in (("config.toml", " = "), ("config.json", ": "), ("training.json", ": ")):
+        text = (broken / name).read_text()
+        (broken / name).write_text(text.replace(f'{is_its}"alibi"', f'{is_its}"none"'))
     (broken / "model.safetensors").write_bytes(b"damaged")
     with pytest.raises(SystemExit) as end:
         main(["evaluate", str(trained), str(broken), "--lengths", "16"])
     captured = capsys.readouterr()
     assert end.value.code == 2
     assert "alibi" in captured.out
-    assert captured.err.splitlines()[-1].startswith(f"longreach evaluate: {broken}: damaged or not a longreach model")
+    assert captured.err.splitlines()[-1].startswith(
+        f"longreach evaluate: {broken}/model.safetensors: damaged or not a longreach model"
+    )
 
 
 def test_evaluate_on_other_text(capsys, trained, tmp_path):

@@ -4,6 +4,7 @@ A verb's own modules are loaded when it runs, so that what needs no model answer
 """
 
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -195,9 +196,19 @@ def generate(parse: Parse) -> None:
     from longreach.verbs.generate import GenerateConfig, generate
 
     (config,) = parse(GenerateConfig, positional="model")
-    for piece in generate(replace(config, prompt=sys.stdin.read()) if config.prompt == "-" else config):
+    for piece in generate(replace(config, prompt=_read_prompt()) if config.prompt == "-" else config):
         print(piece, end="", flush=True)
     print()
+
+
+def _read_prompt() -> str:
+    """The prompt that stands on standard input."""
+    try:
+        text = sys.stdin.read()
+        text.encode()  # some systems read what is none as half a surrogate pair
+        return text
+    except UnicodeError as error:
+        raise ValueError(f"--prompt=-: standard input is not UTF-8 ({error}): convert it") from error
 
 
 def export(parse: Parse) -> None:
@@ -276,6 +287,9 @@ def speaks() -> bool:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run `longreach VERB ...`. Exits with 2 and one line on standard error for what the user can mend."""
     words = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what its encoding has not is written as it can be
+            stream.reconfigure(errors="replace" if stream is sys.stdout else "backslashreplace")
     try:
         with contextlib.suppress(BrokenPipeError):  # who reads, as `head` does, has had enough
             _run(words)
@@ -304,13 +318,29 @@ def _run(words: list[str]) -> None:
             _run_verb(program, *VERBS[verb], words[1:])
     except BrokenPipeError:
         raise
-    except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
+    except OSError as error:
+        _fail(program, f"{error.filename}: {error.strerror}; mend that" if error.filename else str(error))
+    except (ValueError, FloatingPointError, ModuleNotFoundError) as error:
         _fail(program, str(error))
+    except (MemoryError, RuntimeError) as error:
+        from longreach.cost import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        _fail(program, "out of memory: give a smaller model, shorter lengths or smaller batches")
     except (KeyboardInterrupt, Terminated) as stop:
-        lost = verb in ("evaluate", "extend") and not any(word.startswith("--output") for word in words)
-        mend = "give --output to be able to go on" if lost else "run the same command again to go on"
         what, status = ("interrupted", 130) if isinstance(stop, KeyboardInterrupt) else ("terminated", STATUS)
-        _fail(program, f"{what}; {mend}", status)
+        _fail(program, what + _how_to_go_on(verb, words), status)
+
+
+def _how_to_go_on(verb: str, words: list[str]) -> str:
+    """What to do after a verb was interrupted, where there is anything."""
+    if verb in ("compare", "train"):
+        return "; run the same command again to go on"
+    if verb not in ("evaluate", "extend"):
+        return ""
+    kept = any(word.startswith("--output") for word in words)
+    return f"; {'run the same command again' if kept else 'give --output to be able'} to go on"
 
 
 def _run_verb(program: str, command: Callable[[Parse], None], does: str, note: str, words: list[str]) -> None:

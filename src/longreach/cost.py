@@ -2,6 +2,8 @@
 
 import ctypes
 import gc
+import os
+import sys
 import time
 from pathlib import Path
 from types import TracebackType
@@ -45,6 +47,19 @@ class Cost:
             mark = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
             self.peak_memory = int(mark.split()[1]) * 1024
         self.seconds = time.perf_counter() - self._start
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes of memory that a device has."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else sys.maxsize
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is that of an allocator."""
+    # PyTorch's CPU allocator raises a bare RuntimeError, and its name is what stays the same between systems.
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _give_back_freed_memory() -> None:

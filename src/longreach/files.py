@@ -7,6 +7,7 @@ import re
 import secrets
 import stat
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
 from typing import IO, BinaryIO
 
@@ -20,6 +21,14 @@ MODEL_FILES = (".safetensors", ".bin", ".json", ".py")
 
 DIGEST_SIZE = hashlib.sha256().digest_size
 """Bytes of a digest that is not written as hexadecimal digits."""
+
+_KINDS = {
+    "a folder": stat.S_ISDIR,
+    "a pipe": stat.S_ISFIFO,
+    "a socket": stat.S_ISSOCK,
+    "a device": lambda mode: stat.S_ISCHR(mode) or stat.S_ISBLK(mode),
+}
+"""What may stand under the name of a file -> whether a mode is that of one."""
 
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 """Names of files that are being written, and that a killed process leaves."""
@@ -83,10 +92,31 @@ def lock(file: IO[bytes], *, wait: bool) -> None:
         fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
+def open_file(path: Path) -> BufferedReader:
+    """Open a file to read its bytes, and nothing else: a pipe would be waited for, and a device has no end.
+
+    Raises:
+        FileNotFoundError: there is none.
+        OSError: it is something else, or may not be read.
+    """
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISREG(mode):
+            return open(path, "rb")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file") from None
+    except OSError as error:
+        raise type(error)(f"{path} cannot be read: {error.strerror}; mend that or give another file") from error
+    except ValueError:  # a zero byte is in the name
+        raise FileNotFoundError(f"{str(path)!r}: no file can have this name; give another") from None
+    kind = next((name for name, is_such in _KINDS.items() if is_such(mode)), "of an unknown kind")
+    raise OSError(f"{path} is {kind}: give a file")
+
+
 def digest(path: Path) -> str:
     """SHA-256 (hex) of a file, or of all in a folder that a model is made from, which may be larger than memory."""
-    if path.is_file():
-        with open(path, "rb") as file:
+    if not path.is_dir():
+        with open_file(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     files = sorted(file for file in path.iterdir() if file.suffix in MODEL_FILES and file.is_file())
     return hashlib.sha256("".join(f"{file.name} {digest(file)}\n" for file in files).encode()).hexdigest()
@@ -100,7 +130,7 @@ def digest_of(*parts: str) -> str:
 def digest_of_start(path: Path, size: int) -> bytes:
     """SHA-256 of the first size bytes of a file, or of all that it holds if that is less."""
     hashed = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         while size > 0 and (block := file.read(min(size, 2**20))):
             hashed.update(block)
             size -= len(block)

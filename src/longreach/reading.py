@@ -18,6 +18,8 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
+from longreach.files import open_file
+
 Kind = TypeVar("Kind")
 Place = tuple[str | int, ...]
 """Names of fields and indices of lists, from the outermost in."""
@@ -69,12 +71,11 @@ def parse_file(path: Path) -> Any:
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is neither, or holds a key twice.
+        OSError: it may not be read.
     """
     name = "TOML" if path.suffix == ".toml" else "JSON"
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file") from None
+    with open_file(path) as file:
+        data = file.read()
     try:
         text = data.decode()
         return tomllib.loads(text) if name == "TOML" else parse_json(text)

@@ -225,7 +225,7 @@ def test_tokenizers_that_cannot_be_had(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="eos_token='c' is not in the vocabulary"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("[")
-    with pytest.raises(ValueError, match=r"tokenizer_config\.json' is no JSON object"):
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json': not a JSON file"):
         load_tokenizer(tmp_path)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))

@@ -119,7 +119,11 @@ def test_files_may_be_compressed(tmp_path, suffix, pack):
         ("passkey", {"prompt": ["x"]}, r"field 'prompt' holds list, not text"),
         ("passkey", {"answer": 1}, r"the answer '1' does not stand in the prompt"),
         ("retrieval", {"answer": "nam"}, r"the answer 'nam' does not stand in the prompt"),
-        ("retrieval", {"prompt": ""}, r"does not stand in the prompt"),
+        ("retrieval", {"prompt": ""}, r"the prompt is empty"),
+        ("passkey", {"prompt": " \n"}, r"the prompt is empty"),
+        ("passkey", {"prompt": "", "answer": ""}, r"the prompt is empty"),
+        ("retrieval", {"answer": ""}, r"the answer is empty"),
+        ("kv", {"value": " "}, r"the answer is empty"),
         ("retrieval", {"prompt": "\ud800 x"}, r"half a surrogate pair"),
     ],
 )

@@ -32,7 +32,7 @@ def test_every_kind_of_damage_is_noticed(tmp_path):
     flipped[len(good) // 2] ^= 1
     for bad in (bytes(flipped), good[:-1], good[: len(good) // 2], good[:10], b"", good + b"x"):
         path.write_bytes(bad)
-        with pytest.raises(ValueError, match=r"checkpoint .*checkpoint\.pt is damaged: delete it"):
+        with pytest.raises(ValueError, match=r"checkpoint .*checkpoint\.pt is damaged \(.*\); delete it"):
             load_checkpoint(path)
 
 

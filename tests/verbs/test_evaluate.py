@@ -258,7 +258,7 @@ def test_what_was_measured_before_a_model_failed_is_told_and_reported(comparison
     (broken / "model.safetensors").write_bytes(b"damaged")
     config = EvaluationConfig(models=(str(comparison / "alibi"), str(broken)), evaluate=EVALUATE)
     told = []
-    with pytest.raises(ValueError, match=r"broken: damaged or not a longreach model"):
+    with pytest.raises(ValueError, match=r"broken/model.safetensors: damaged or not a longreach model"):
         evaluate_models(config, tmp_path / "out", silent, told.append)
     assert told[-1] == Results.read(tmp_path / "out" / "results.json")
     assert {entry.method for entry in told[-1].entries()} == {"alibi"}

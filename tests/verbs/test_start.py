@@ -243,7 +243,7 @@ def test_weights_that_are_not_those_of_the_run_are_refused(trained, data, tmp_pa
     damaged = tmp_path / "run" / "model.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-10])
     config = fine_tuning(str(tmp_path / "run"), data)
-    with pytest.raises(ValueError, match=r"run: damaged or not a longreach model"):
+    with pytest.raises(ValueError, match=r"run/model.safetensors: damaged or not a longreach model"):
         run(config, tmp_path / "next")
 
 

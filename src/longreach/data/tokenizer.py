@@ -1,21 +1,26 @@
 """Tokenizers: a byte-level BPE trained here, or any Hugging Face one, behind the few methods that we need."""
 
+import contextlib
 import functools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
-from longreach.files import digest_of, write_atomically
+from longreach.files import digest_of, open_file, write_atomically
+from longreach.foreign import in_native_silence, in_silence, refusing
+from longreach.reading import parse_file
 
 END_OF_TEXT = "<|endoftext|>"
 # The names under which public models' tokenizers end a document, tried in this order where none is declared.
 KNOWN_EOS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]")
 BYTE_CHARS = frozenset(pre_tokenizers.ByteLevel.alphabet())
 MIN_VOCAB_SIZE = len(BYTE_CHARS) + 1
+MAX_VOCAB_SIZE = 1 << 24
+"""The most tokens that are taken for a vocabulary, and not for one large id among few tokens."""
 
 
 class Tokenizer:
@@ -42,11 +47,17 @@ class Tokenizer:
         backend.no_padding()
         backend.add_special_tokens([AddedToken(eos_token, special=True, normalized=False)])
         backend.encode_special_tokens = True
+        if getattr(backend.model, "dropout", None):  # some were trained with it, and kept it
+            backend.model.dropout = None
         self._backend = backend
         self.eos_token = eos_token
         self.eos_id: int = eos_id
         # Some vocabularies have gaps, so that the number of tokens can be less than the largest id demands.
         self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        if self.vocab_size > MAX_VOCAB_SIZE:
+            raise ValueError(
+                f"it has the token id {self.vocab_size - 1}: give one whose ids are below {MAX_VOCAB_SIZE}"
+            )
 
     @property
     def text_vocab_size(self) -> int:
@@ -64,12 +75,14 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The tokens of each text, computed in parallel."""
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        with self._at_work("encode the text"):
+            encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`. Special tokens have none; bytes that are not UTF-8 become U+FFFD."""
-        return self._backend.decode([int(token) for token in ids], skip_special_tokens=True)
+        with self._at_work("decode its tokens"):
+            return self._backend.decode([int(token) for token in ids], skip_special_tokens=True)
 
     def count_bytes(self, ids: Sequence[int] | np.ndarray) -> int:
         """The UTF-8 bytes of the text that `ids` stand for; special tokens stand for none.
@@ -100,6 +113,18 @@ class Tokenizer:
             (path, self._backend.to_str(pretty=True)),
         ):
             write_atomically(target, (text + "\n").encode())
+
+    @functools.cached_property
+    def _has_patterns(self) -> bool:
+        """Whether it brings regular expressions of its own, at which its library may panic."""
+        return '"Regex"' in self._backend.to_str()
+
+    @contextlib.contextmanager
+    def _at_work(self, purpose: str) -> Iterator[None]:
+        """In force while its library works; what that fails at is a ValueError."""
+        silence = in_native_silence() if self._has_patterns else contextlib.nullcontext()
+        with silence, refusing(f"the tokenizer cannot {purpose}", "give another tokenizer.json"):
+            yield
 
     @functools.cached_property
     def _byte_counts(self) -> np.ndarray | None:
@@ -189,7 +214,7 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     if path.is_dir():
         path = path / "tokenizer.json"
     declared = None
-    if path.is_file():
+    if path.exists():
         backend = _read_backend(path)
         declared = _declared_eos(path.parent)
     elif path.name.endswith(".json") or path.is_absolute():
@@ -203,32 +228,35 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
 
 
 def _read_backend(path: Path) -> tokenizers.Tokenizer:
-    try:
-        return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exceptions
-        raise ValueError(f"tokenizer={str(path)!r} is no tokenizer.json ({error}); write or fetch it again") from error
+    with open_file(path) as file:
+        data = file.read()
+    with in_native_silence(), refusing(f"tokenizer={str(path)!r} is no tokenizer.json", "write or fetch it again"):
+        return tokenizers.Tokenizer.from_buffer(data)
 
 
 def _fetch_backend(name: str) -> tokenizers.Tokenizer:
-    try:
+    subject = f"tokenizer={name!r} is no file or folder here, nor to be had from the Hugging Face hub"
+    with (
+        in_silence("huggingface_hub"),
+        refusing(subject, "give the path of a tokenizer.json, or a hub name while there is a network"),
+    ):
         return tokenizers.Tokenizer.from_pretrained(name)
-    except Exception as error:  # the library raises bare Exceptions
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"tokenizer={name!r} is no file or folder here, nor to be had from the Hugging Face hub ({reason}); "
-            "give the path of a tokenizer.json, or a hub name while there is a network"
-        ) from error
 
 
 def _declared_eos(folder: Path) -> str | None:
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        if (folder / name).is_file():
-            try:
-                eos = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token")
-            except (ValueError, AttributeError) as error:
-                raise ValueError(f"tokenizer: {str(folder / name)!r} is no JSON object ({error}); mend it") from error
-            if eos:
-                return eos["content"] if isinstance(eos, dict) else eos
+    for path in (folder / "tokenizer_config.json", folder / "special_tokens_map.json"):
+        try:
+            values = parse_file(path)
+            eos = values.get("eos_token") if isinstance(values, dict) else values
+            eos = eos.get("content") if isinstance(eos, dict) else eos
+            if not isinstance(eos, str | None) or not isinstance(values, dict):
+                raise ValueError(f"eos_token={str(eos)[:40]!r}: give the text of a token in a JSON object")
+        except FileNotFoundError:
+            continue
+        except ValueError as error:
+            raise ValueError(f"tokenizer: {str(path)!r}: {error}") from error
+        if eos:
+            return eos
     return None
 
 

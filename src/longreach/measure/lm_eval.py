@@ -133,19 +133,22 @@ class HarnessModel(TemplateLM):
         self, requests: Sequence[Request], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
         """Log-likelihood in nats of each continuation after its context, and whether greedy decoding would give it."""
-        for _, _, continuation in requests:
+        results: dict[int, tuple[float, bool]] = {}
+        for index, (_, _, continuation) in enumerate(requests):
+            if not continuation:  # a certainty, and what anything would write
+                results[index] = (0.0, True)
             if len(continuation) > self.max_length:
                 raise ValueError(
                     f"a continuation of {len(continuation)} tokens with max_length={self.max_length}: "
                     "give a greater max_length"
                 )
-        results: dict[int, tuple[float, bool]] = {}
 
         def length(index: int) -> int:
             return min(len(requests[index][1]) + len(requests[index][2]) - 1, self.max_length)
 
-        progress = tqdm(total=len(requests), disable=disable_tqdm, desc="Scoring")
-        longest_first = sorted(range(len(requests)), key=length, reverse=True)
+        progress = tqdm(total=len(requests) - len(results), disable=disable_tqdm, desc="Scoring")
+        left = (index for index in range(len(requests)) if index not in results)
+        longest_first = sorted(left, key=length, reverse=True)
         for _, alike in itertools.groupby(longest_first, key=length):
             while batch := list(itertools.islice(alike, self.batch_size)):
                 scored = self._score([requests[index][1:] for index in batch])

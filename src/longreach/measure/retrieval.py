@@ -262,6 +262,9 @@ class _Fields:
 
     def case(self, task: str, prompt: str, answer: str, pattern: str) -> Case:
         """The case whose answer stands where `pattern` first matches its prompt."""
+        for name, text in (("prompt", prompt), ("answer", answer)):
+            if not text.strip():
+                raise ValueError(f"{self.name}: the {name} is empty; fill it or drop the line")
         found = re.search(pattern, prompt, re.IGNORECASE)
         if found is None:
             raise ValueError(f"{self.name}: the answer {answer!r} does not stand in the prompt; mend or drop it")

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 
 import numpy as np
-import torch
 
+from longreach.cost import is_out_of_memory
 from longreach.measure.generation import generate_greedily
 from longreach.measure.plan import RETRIEVAL_TASKS, EvaluateConfig, planned
 from longreach.measure.retrieval import Case, bucket, generate_cases, max_new_tokens, measure_retrieval, possible_depths
@@ -99,7 +99,7 @@ class _Sweep:
         except Unsupported as error:
             return [_skipped(cell, str(error))]
         except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             return [_skipped(cell, "out of memory")]
 
@@ -221,11 +221,6 @@ class _Sweep:
 
 def _num_targets(material: Material) -> int:
     return 0 if material.text is None else material.text.num_targets
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # PyTorch's CPU allocator raises a bare RuntimeError, and its name is what stays the same between systems.
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _skipped(cell: Cell, reason: str, failed: bool = False) -> Skipped:

@@ -1,6 +1,7 @@
 """A pre-LN decoder that leaves positions to a position method."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -152,6 +153,16 @@ class Decoder(nn.Module):
                 f"position method {self.config.method!r} depends on the length of the whole sequence: "
                 "make the cache by KVCache(length=...)"
             )
+
+
+def count_weights(config: ModelConfig) -> int:
+    """How many numbers the state dict of a decoder holds, found without making it, which may be too large for that."""
+    with torch.device("meta"):
+        one, two = (
+            sum(weight.numel() for weight in Decoder(replace(config, num_layers=layers)).state_dict().values())
+            for layers in (1, 2)
+        )
+    return one + (config.num_layers - 1) * (two - one)
 
 
 class Block(nn.Module):

@@ -10,9 +10,10 @@ import safetensors
 import safetensors.torch
 import torch
 
-from longreach.files import replacing
+from longreach.files import open_file, replacing
+from longreach.foreign import refusing
 from longreach.models.config import ModelConfig
-from longreach.models.decoder import Decoder
+from longreach.models.decoder import Decoder, count_weights
 from longreach.reading import parse_file, read_values
 
 MODEL_TYPE = "longreach"
@@ -40,6 +41,25 @@ def save_model(
         raise OSError(f"{path} cannot be written ({error}): mend that and run again") from error
 
 
+def read_model_config(folder: str | os.PathLike[str]) -> ModelConfig:
+    """The configuration that `save_model` wrote.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged.
+    """
+    path = Path(folder) / "config.json"
+    try:
+        values = parse_file(path)
+        if not isinstance(values, dict) or values.pop("model_type", None) != MODEL_TYPE:
+            raise ValueError(f"model_type is not {MODEL_TYPE!r}")
+        return read_values(ModelConfig, values)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}; give the folder of a trained run") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged or not a longreach model ({error}); train it again") from error
+
+
 def load_model(
     folder: str | os.PathLike[str], device: torch.device | str = "cpu", method: str | None = None
 ) -> Decoder:
@@ -53,25 +73,24 @@ def load_model(
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is damaged, or the weights are not those of the configuration.
+        ValueError: a file is damaged, or the weights are not those of the configuration, or no numbers.
     """
-    folder = Path(folder)
-    config_path, weights_path = folder / "config.json", folder / "model.safetensors"
-    for path in (config_path, weights_path):
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file; give the folder of a trained run")
+    config, path = read_model_config(folder), Path(folder) / "model.safetensors"
     try:
-        values = parse_file(config_path)
-        if not isinstance(values, dict) or values.pop("model_type", None) != MODEL_TYPE:
-            raise ValueError(f"model_type is not {MODEL_TYPE!r}")
-        config = read_values(ModelConfig, values)
-        weights = safetensors.torch.load_file(weights_path)
-    except (ValueError, safetensors.SafetensorError) as error:
-        raise ValueError(f"{folder}: damaged or not a longreach model ({error}); train it again") from error
-    model = Decoder(config if method is None else dataclasses.replace(config, method=method))
-    try:
+        open_file(path).close()  # the library would wait for a pipe
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}; give the folder of a trained run") from None
+    mend = "train it again"
+    with refusing(f"{path}: damaged or not a longreach model", mend):
+        weights = safetensors.torch.load_file(path)
+        for name, weight in weights.items():
+            if not (weight.is_floating_point() and weight.isfinite().all()):
+                raise ValueError(f"{name} is not all finite numbers")
+    with refusing(f"{path}: not the weights of {path.with_name('config.json')}", mend):
+        # Counted before anything is made of a configuration that may ask for any number of layers.
+        there, asked = sum(weight.numel() for weight in weights.values()), count_weights(config)
+        if there != asked:
+            raise ValueError(f"it holds {there:,} numbers, not {asked:,}")
+        model = Decoder(config if method is None else dataclasses.replace(config, method=method))
         model.load_state_dict(weights)
-    except RuntimeError as error:
-        first_line = str(error).splitlines()[-1].strip()
-        raise ValueError(f"{weights_path}: not the weights of {config_path} ({first_line})") from error
     return model.to(device).eval()

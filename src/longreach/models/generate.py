@@ -91,6 +91,8 @@ def _steps(
             cache=cache,
         )
         logits = model.vocabulary.logits(hidden[:, -1]).float()  # [B, V]
+        if not logits.isfinite().all():
+            raise FloatingPointError(f"the logits after {stop} tokens are not finite: give a model whose weights are")
         tokens = choose(logits)[:, None]
         chosen = tokens[:, 0].tolist()
         ended = [was or token == eos_id for was, token in zip(ended, chosen, strict=True)]
@@ -106,7 +108,9 @@ def _choose(
     if temperature == 0.0:
         return logits.argmax(dim=-1)
     ordered, ids = logits.sort(dim=-1, descending=True)
-    probabilities = ((ordered - ordered[:, :1]) / temperature).softmax(dim=-1)  # a small temperature cannot overflow
+    # A small temperature cannot overflow, and one that float32 has not would be 0.
+    temperature = max(temperature, torch.finfo(torch.float32).tiny)
+    probabilities = ((ordered - ordered[:, :1]) / temperature).softmax(dim=-1)
     if top_k is not None:
         probabilities[:, top_k:] = 0.0
     if top_p is not None:

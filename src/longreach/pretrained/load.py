@@ -1,15 +1,17 @@
 """Models of transformers from their files: configuration, weights, and what their configuration says they are."""
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import safetensors
 from torch import nn
 
+from longreach.files import MODEL_FILES, open_file
+from longreach.foreign import refusing
 from longreach.models.files import MODEL_TYPE
 from longreach.ops.arguments import validate_path
 from longreach.pretrained.attend import fixed_length
@@ -17,8 +19,12 @@ from longreach.pretrained.convert import convert
 from longreach.pretrained.extend import extend
 from longreach.pretrained.families import FAMILIES
 from longreach.pretrained.layout import MARK
-from longreach.pretrained.lengths import SCALING, read_alibi_scaling
+from longreach.pretrained.lengths import LENGTH_NAMES, SCALING, TRAIN_LENGTH, read_alibi_scaling
+from longreach.pretrained.quiet import quiet_transformers
 from longreach.reading import parse_file
+
+LARGEST = {"vocab_size": 2**24, "hidden_size": 2**20, "num_hidden_layers": 10_000, "num_attention_heads": 2**16}
+"""Counts of a model, by the names that transformers has for them -> the most that is taken for no mistake."""
 
 
 def load_pretrained(name: str | os.PathLike[str], **options: Any) -> Any:
@@ -79,33 +85,112 @@ def holds_pretrained(folder: Path) -> bool:
 
 
 def load_configuration(name: str, *, trust_remote_code: bool = False) -> Any:
-    """The configuration of a model, by `AutoConfig`.
+    """The configuration of a model, by `AutoConfig`; of a folder, its files are found to be files.
 
     Raises:
-        ValueError: transformers is not installed, there is no such model or it cannot be had now, or a file is damaged.
+        ValueError: transformers is not installed, there is no such model or it cannot be had now, or its files say what
+            no model can be.
+        OSError: a file in its folder may not be read, or is none.
     """
-    return _from_pretrained("AutoConfig", name, trust_remote_code=trust_remote_code)
+    _check_files(Path(name))
+    config = _from_pretrained("AutoConfig", name, trust_remote_code=trust_remote_code)
+    try:
+        _check_counts(config.get_text_config())
+    except ValueError as error:
+        raise ValueError(f"model {name!r}: {error}") from error
+    return config
 
 
-def load_causal_model(name: str, *, dtype: str, trust_remote_code: bool = False) -> Any:
+def load_causal_model(name: str, config: Any, *, dtype: str, trust_remote_code: bool = False) -> Any:
     """A model with all its weights, by `AutoModelForCausalLM`, in a dtype of torch's by name or "auto".
 
     Raises:
-        ValueError: as `load_configuration`, or weights are missing.
+        ValueError: as `load_configuration`, which gave config; or the weights are not those of that configuration.
     """
     model, report = _from_pretrained(
         "AutoModelForCausalLM",
         name,
+        config=config,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
         output_loading_info=True,
+        ignore_mismatched_sizes=True,  # which are told below, in one line
     )
-    if missing := sorted(report["missing_keys"]):
+    if contradictions := list(_contradictions(model, report)):
+        more = f", and {len(contradictions) - 1} more like it" if len(contradictions) > 1 else ""
         raise ValueError(
-            f"model {name!r} has no weights for {missing[0]} and {len(missing) - 1} others: "
-            "give a causal language model whose files are whole"
+            f"model {name!r} has other weights than its configuration says: {contradictions[0]}{more}; "
+            "give a causal language model whose files belong together"
         )
     return model
+
+
+def _check_files(folder: Path) -> None:
+    """Check that whatever a model in a folder is made from is a file, and config.json an object.
+
+    Libraries of others would wait for a pipe, and an index may name weights that lie anywhere.
+    """
+    if not folder.is_dir():
+        return
+    with contextlib.suppress(FileNotFoundError):  # transformers says what it looks for
+        if not isinstance(parse_file(folder / "config.json"), dict):
+            raise ValueError(f"{folder / 'config.json'} holds no object: give the configuration of a model")
+    for path in folder.iterdir():
+        if path.suffix in MODEL_FILES:
+            open_file(path).close()
+        if path.name.endswith(".index.json"):
+            _check_index(path)
+
+
+def _check_index(path: Path) -> None:
+    """Check that the index of weights in several files names such beside it."""
+    index = parse_file(path)
+    shards = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(shards, dict) or not isinstance(index.get("metadata", {}), dict):
+        raise ValueError(f"{path} is no index of weights: it needs a weight_map, an object")
+    for name in dict.fromkeys(map(str, shards.values())):
+        if Path(name).name != name or Path(name).suffix not in MODEL_FILES:
+            raise ValueError(f"{path} names weights in {name!r}: give files of weights that lie beside it")
+        open_file(path.with_name(name)).close()
+
+
+def _check_counts(config: Any) -> None:
+    """Check the fields of a configuration that longreach reads, under the names that its own file has for them."""
+    names = config.attribute_map
+    for name, largest in {**LARGEST, **dict.fromkeys((*LENGTH_NAMES, TRAIN_LENGTH), 2**63 - 1)}.items():
+        value = getattr(config, name, None)
+        if value is None and name != "vocab_size":  # which all have, and under this name
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= largest:
+            shown = repr(value)[:40]
+            raise ValueError(
+                f"its config.json has {names.get(name, name)}={shown}: give an integer from 1 to {largest}"
+            )
+
+
+def _contradictions(model: Any, report: Any) -> Iterator[str]:
+    """What the weights of a model have that its configuration has not, and the other way round."""
+    for key, found, expected in sorted(report["mismatched_keys"]):
+        yield f"{key} is {tuple(found)} and should be {tuple(expected)}"
+    for key in sorted(report["missing_keys"]):
+        yield f"there is no {key}"
+    for key in sorted(report["unexpected_keys"]):
+        if _is_weight(model, key):
+            yield f"nothing is made of {key}"
+
+
+def _is_weight(model: Any, key: str) -> bool:
+    """Whether a key of a file that a model has no place for must be a weight of it all the same.
+
+    It is not where it belongs to another part beside the language model, such as a head that values what is written, or
+    to a module without weights, which may once have kept its mask or its rotations there.
+    """
+    module, _, _ = key.rpartition(".")
+    for part in (model, model.base_model):
+        if module.partition(".")[0] in dict(part.named_children()):
+            found = dict(part.named_modules()).get(module)
+            return found is None or any(True for _ in found.parameters(recurse=False))
+    return False
 
 
 def _from_pretrained(auto: str, name: str, **options: Any) -> Any:
@@ -116,13 +201,12 @@ def _from_pretrained(auto: str, name: str, **options: Any) -> Any:
         raise ValueError(
             f"model {name!r} is no run here; one of Hugging Face needs transformers: pip install 'longreach[hf]'"
         ) from error
-    try:
+    if Path(name).is_dir():
+        pickled = any(Path(name).glob("*.bin")) and not any(Path(name).glob("*.safetensors"))
+        subject = f"model {name!r} cannot be loaded from this folder"
+        mend = "convert its pickled weights to safetensors, where you trust them" if pickled else "mend its files"
+    else:
+        subject = f"model {name!r} is no folder here, nor to be had from the Hugging Face hub"
+        mend = "give a folder, or a hub name while there is a network"
+    with quiet_transformers(), refusing(subject, mend):
         return getattr(transformers, auto).from_pretrained(name, **options)
-    except (OSError, ValueError, RuntimeError, ImportError, safetensors.SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if Path(name).is_dir():
-            raise ValueError(f"model {name!r} cannot be loaded from this folder ({reason}); mend its files") from error
-        raise ValueError(
-            f"model {name!r} is no folder here, nor to be had from the Hugging Face hub ({reason}); "
-            "give a folder, or a hub name while there is a network"
-        ) from error

@@ -11,6 +11,7 @@ from torch import nn
 from longreach.ops.arguments import validate_path
 from longreach.pretrained.attend import Extension, extension_of
 from longreach.pretrained.lengths import SCALING, write_alibi_scaling
+from longreach.pretrained.quiet import quiet_transformers
 
 
 def save_pretrained(model: nn.Module, folder: str | os.PathLike[str], **options: Any) -> None:
@@ -39,7 +40,7 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str], **options:
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"{type(model).__name__} is no model of transformers: merge adapters first, or unwrap it")
     _require_storable(extension)
-    with _setting(model.config, SCALING, write_alibi_scaling(extension.scaling)):
+    with quiet_transformers(), _setting(model.config, SCALING, write_alibi_scaling(extension.scaling)):
         try:
             model.save_pretrained(folder, **options)
         except safetensors.SafetensorError as error:

@@ -1,7 +1,6 @@
 """Checkpoints that no crash leaves a run without: written beside the old one, checked by a digest, renamed."""
 
 import os
-import pickle
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -9,7 +8,8 @@ from typing import Any
 
 import torch
 
-from longreach.files import DIGEST_SIZE, HashingWriter, digest_of_start, replacing
+from longreach.files import DIGEST_SIZE, HashingWriter, digest_of_start, open_file, replacing
+from longreach.foreign import refusing
 from longreach.stopping import Terminated
 
 
@@ -113,17 +113,24 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
     Raises:
         ValueError: the file is damaged.
+        OSError: it cannot be read.
     """
-    before = [file.name for file in numbered(path) if not file.samefile(path)]
-    instead = f"put {before[0]} in its place, or " if before else ""
-    damaged = f"checkpoint {path} is damaged: {instead}delete it to train this run from the start"
-    with open(path, "rb") as file:
-        size = max(0, os.path.getsize(path) - DIGEST_SIZE)
-        file.seek(size)
-        if file.read() != digest_of_start(path, size):
-            raise ValueError(damaged)
-    try:
+    with refusing(*damaged(path)):
+        with open_file(path) as file:
+            size = max(0, os.path.getsize(path) - DIGEST_SIZE)
+            file.seek(size)
+            if file.read() != digest_of_start(path, size):
+                raise ValueError("its digest is another")
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError) as error:
-        raise ValueError(damaged) from error
     return state
+
+
+def damaged(path: Path) -> tuple[str, str]:
+    """What is wrong with a checkpoint that no run can go on from, and the mend, as `refusing` takes them."""
+    before = [file.name for file in numbered(path) if file.name != path.name and not _is_same(file, path)]
+    instead = f"put {before[0]} in its place, or " if before else ""
+    return f"checkpoint {path} is damaged", f"{instead}delete it to train this run from the start"
+
+
+def _is_same(file: Path, path: Path) -> bool:
+    return path.exists() and file.samefile(path)

@@ -17,13 +17,14 @@ from torch.nn.utils import clip_grad_norm_
 from torch.utils.checkpoint import checkpoint
 
 from longreach.cost import Cost
-from longreach.files import write_atomically
+from longreach.files import open_file, write_atomically
+from longreach.foreign import refusing
 from longreach.models.decoder import Decoder
 from longreach.models.files import save_model
 from longreach.reading import parse_json, read_values
 from longreach.results import Model, TrainingRecord, read_training, write_training
 from longreach.stopping import deferred, exception
-from longreach.train.checkpoint import Writer, load_checkpoint, remove_checkpoints
+from longreach.train.checkpoint import Writer, damaged, load_checkpoint, remove_checkpoints
 from longreach.train.config import TrainConfig
 from longreach.train.optim import build_optimizer, independent_of_steps, learning_rate
 from longreach.train.parallel import ALONE, Loss, Ranks, restore, whole
@@ -148,6 +149,7 @@ def train(
             on_step(step)
             asked = ranks.largest(signal())
             if asked or (run.step % config.checkpoint_every == 0 and run.step < config.steps):
+                os.fsync(metrics.fileno())  # a checkpoint is gone on from only with the log of all its steps
                 run.save(checkpoints)
             if asked:
                 raise exception(asked)
@@ -211,7 +213,8 @@ def steps_done(folder: Path) -> int:
     """
     checkpoint, finished = folder / "checkpoint.pt", folder / "training.json"
     if checkpoint.exists():
-        return int(load_checkpoint(checkpoint)["step"])
+        with refusing(*damaged(checkpoint)):
+            return int(load_checkpoint(checkpoint)["step"])
     return read_training_record(finished).steps if finished.exists() else 0
 
 
@@ -227,11 +230,9 @@ def resolve_device(device: str) -> torch.device:
     """The device that a configuration names; `auto` is cuda where there is one, else cpu."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
+    with refusing(f"device={device!r} is not to be had here", "give cpu"):
         resolved = torch.device(device)
-        torch.empty(0, device=resolved)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device={device!r} is not to be had here ({str(error).splitlines()[0]}): give cpu") from error
+        torch.zeros(1, device=resolved).item()  # that of meta holds nothing
     return resolved
 
 
@@ -265,8 +266,11 @@ class _Run:
 
     def resume(self, folder: Path) -> None:
         """Go on from the checkpoint of a folder, if it has one."""
-        if (folder / "checkpoint.pt").exists():
-            self._restore(load_checkpoint(folder / "checkpoint.pt"))
+        path = folder / "checkpoint.pt"
+        if path.exists():
+            state = load_checkpoint(path)
+            with refusing(*damaged(path)):
+                self._restore(state)
         if self.ranks.is_first:
             _keep_metrics(folder / "metrics.jsonl", self.step)
 
@@ -332,8 +336,25 @@ class _Run:
             checkpoints.save(state)
 
     def _restore(self, state: dict[str, Any]) -> None:
-        restore(self.trainee.model, self.optimizer, state)
+        """Go on from what `save` wrote. Whatever is raised says that it is not that."""
         self.step, self.seconds = state["step"], state["seconds"]
+        if not (type(self.step) is int and 0 < self.step <= self.config.steps):
+            raise ValueError(f"step={self.step!r}, of {self.config.steps}")
+        if not (type(self.seconds) is float and 0 <= self.seconds < math.inf):
+            raise ValueError(f"seconds={self.seconds!r}")
+        for name, weight in self.trainee.model.state_dict().items():
+            _check_alike(name, state["model"][name], weight)
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        averages = state["optimizer"]["state"]
+        if not averages:
+            raise ValueError("there are no averages")
+        for number, of_one in averages.items():  # none of parameters that no gradient reaches
+            for name in ("exp_avg", "exp_avg_sq"):
+                _check_alike(name, of_one[name], parameters[number])
+            _check_alike("step", of_one["step"], torch.zeros(()))
+        # Settings are those of the configuration; what is restored are the averages.
+        optimizer = {"state": averages, "param_groups": self.optimizer.state_dict()["param_groups"]}
+        restore(self.trainee.model, self.optimizer, {**state, "optimizer": optimizer})
         torch.set_rng_state(state["random_state"])
         if self.device.type == "cuda" and "cuda_random_state" in state:  # the start before may have been on the CPU
             torch.cuda.set_rng_state(state["cuda_random_state"], self.device)
@@ -348,17 +369,50 @@ class _Run:
         return positions
 
 
+def _check_alike(name: str, tensor: Tensor, model: Tensor) -> None:
+    if tensor.shape != model.shape or tensor.dtype != model.dtype or not tensor.isfinite().all():
+        raise ValueError(f"{name} is not of {model.dtype} of {tuple(model.shape)}, all of it finite")
+
+
 def _keep_metrics(path: Path, steps: int) -> None:
-    """Drop what an interrupted session logged after its last checkpoint, a torn last line included."""
-    if not path.exists():
+    """Drop what an interrupted session logged after its last checkpoint, a torn last line included.
+
+    Raises:
+        ValueError: what is left is not the log of so many steps, found before a run goes on and not at its end.
+    """
+    if not steps and not path.exists():
         return
-    kept = path.read_text(encoding="utf-8").splitlines(keepends=True)[:steps]
+    kept = _lines(path)[:steps]
+    _losses(path, kept, first=1)
+    if len(kept) < steps:
+        raise _damaged_metrics(path, f"it has {len(kept)} of {steps} steps")
     write_atomically(path, "".join(kept).encode())
 
 
-def _final_loss(metrics: Path) -> float:
-    lines = metrics.read_text(encoding="utf-8").splitlines()[-FINAL_STEPS:]
-    try:
-        return sum(read_values(Step, parse_json(line)).loss for line in lines) / len(lines)
-    except ValueError as error:
-        raise ValueError(f"{metrics} is damaged ({error}): delete its folder to train this run again") from error
+def _final_loss(path: Path) -> float:
+    lines = _lines(path)
+    losses = _losses(path, lines[-FINAL_STEPS:], first=max(1, len(lines) - FINAL_STEPS + 1))
+    return sum(losses) / len(losses)
+
+
+def _lines(path: Path) -> list[str]:
+    with open_file(path) as file:
+        return file.read().decode(errors="replace").splitlines(keepends=True)
+
+
+def _losses(path: Path, lines: list[str], first: int) -> list[float]:
+    """The losses of lines of metrics.jsonl, those of consecutive steps."""
+    losses = []
+    for number, line in enumerate(lines, start=first):
+        try:
+            step = read_values(Step, parse_json(line))
+            if step.step != number:
+                raise ValueError(f"step={step.step}")
+        except (ValueError, RecursionError) as error:
+            raise _damaged_metrics(path, f"line {number}: {error}") from error
+        losses.append(step.loss)
+    return losses
+
+
+def _damaged_metrics(path: Path, reason: str) -> ValueError:
+    return ValueError(f"{path} is damaged ({reason}): delete its folder to train this run again")

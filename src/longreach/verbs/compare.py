@@ -18,7 +18,15 @@ from longreach.train.config import RunConfig, TrainConfig
 from longreach.train.loop import resolve_device
 from longreach.train.parallel import ALONE, Ranks
 from longreach.verbs.evaluate import case_sources, measure, read_material, read_results
-from longreach.verbs.train import Progress, open_run, provenance, text_of, train_run, training_batches
+from longreach.verbs.train import (
+    Progress,
+    check_memory,
+    open_run,
+    provenance,
+    text_of,
+    train_run,
+    training_batches,
+)
 
 FAILURES = (FloatingPointError, MemoryError, RuntimeError, ValueError)
 """What ends one model and not the comparison. A disk that is full would end the others too."""
@@ -143,6 +151,7 @@ def compare(
             device = resolve_device(config.train.device)
             for run in config.runs():
                 ranks.check(run.train.parallel, run.train.batch_size, run.train.accumulation)
+                check_memory(run, device)
             if ranks.is_first:
                 stack.enter_context(hold(output, config))
             prepared = prepare(config.data, config.train.seed, progress)

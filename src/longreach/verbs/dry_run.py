@@ -10,7 +10,7 @@ from longreach.models.decoder import Decoder
 from longreach.train.config import RunConfig
 from longreach.train.loop import resolve_device, runs_in_bf16, try_out
 from longreach.train.parallel import ALONE, Ranks
-from longreach.verbs.start import build_trainee, check_held_out, check_start, is_pretrained
+from longreach.verbs.start import build_trainee, check_held_out, check_start
 from longreach.verbs.train import Progress, training_batches
 
 KEPT = 17
@@ -92,8 +92,7 @@ def dry_run(config: RunConfig, progress: Progress, ranks: Ranks = ALONE) -> Fore
     with ranks.leading():
         ranks.check(train.parallel, train.batch_size, train.accumulation)
         device = resolve_device(train.device)
-        check_start(config)
-        if config.start_from is not None and is_pretrained(config.start_from):
+        if check_start(config) is not None:
             raise ValueError(f"dry_run: start_from={config.start_from!r} has a shape of its own: leave dry_run out")
         prepared = prepare(config.data, train.seed, progress)
         check_held_out(config, prepared)

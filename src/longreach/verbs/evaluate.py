@@ -31,11 +31,11 @@ from longreach.report.page import write_report
 from longreach.results import Model, Provenance, Results, Start, TrainingRecord
 from longreach.results.document import pack_entries, unpack_entries
 from longreach.train.config import RunConfig
-from longreach.train.loop import read_training_record, resolve_device
+from longreach.train.loop import resolve_device
 from longreach.train.parallel import ALONE, Ranks
 from longreach.verbs.open import fine_tuning, load_subject, names_pretrained
 from longreach.verbs.start import digest_of_weights
-from longreach.verbs.train import Progress, num_read, open_run, provenance, read_run, text_of
+from longreach.verbs.train import Progress, check_record, num_read, open_run, provenance, read_run, text_of
 
 _Split = tuple[DataConfig, str, int]
 
@@ -108,6 +108,8 @@ class _Model:
     """Where it will be."""
     training: TrainingRecord | None
     """What its training took, where it was trained by longreach."""
+    pretrained: Any
+    """Its configuration, where it is one of Hugging Face."""
     load: Callable[[], Subject]
     """Loads it."""
 
@@ -150,7 +152,10 @@ def evaluate_models(
                 stack.enter_context(hold(output, config))
             material = read_material(config.evaluate, None)
             prepared, texts = _read_texts(models, config, progress)
-            sources = _weights(config) | case_sources(config.evaluate)
+            sources = case_sources(config.evaluate)
+            if output is not None:  # digests are kept for a folder, and they take as long as reading all weights
+                for model in models:
+                    sources |= digest_of_weights(model.name, model.pretrained)
             digests = _digests(models, prepared) | sources
             device = models[0].device
             if output is not None and ranks.is_first:
@@ -224,7 +229,8 @@ def _find_run(name: str, config: EvaluationConfig, scaling: str | None) -> _Mode
         seed=run.train.seed,
         tokenizer=load_tokenizer(tokenizer),
         device=resolve_device(config.device or run.train.device),
-        training=None if scaled else _training(folder, identity),
+        training=None if scaled else _training(folder, run),
+        pretrained=None,
         load=lambda: replace(open_run(folder, config.device, method).subject(), identity=identity),
     )
 
@@ -240,10 +246,14 @@ def _find_pretrained(name: str, config: EvaluationConfig, scaling: str | None, f
         name if scaling is None else f"{name}:{scaling}", train_length, fine_tuned.train.seed if fine_tuned else None
     )
     device = resolve_device(config.device or (fine_tuned.train.device if fine_tuned else "auto"))
+    training = _training(Path(name), fine_tuned) if fine_tuned else None
+    if training is not None:  # it has another name in results, and may be measured as if trained at another length
+        training = replace(training, model=identity) if training.train_length == train_length else None
 
     def load() -> Subject:
         subject = load_subject(
             name,
+            configuration,
             device=device,
             dtype=config.dtype,
             train_length=given,
@@ -259,18 +269,15 @@ def _find_pretrained(name: str, config: EvaluationConfig, scaling: str | None, f
         seed=fine_tuned.train.seed if fine_tuned else 0,
         tokenizer=load_tokenizer(name),
         device=device,
-        training=_training(Path(name), identity) if fine_tuned else None,
+        training=training,
+        pretrained=configuration,
         load=load,
     )
 
 
-def _training(folder: Path, identity: Model) -> TrainingRecord | None:
-    """What the training of a run took, under the name that it has in results."""
-    path = folder / "training.json"
-    if not path.exists():
-        return None
-    record = read_training_record(path)
-    return replace(record, model=identity) if record.train_length == identity.train_length else None
+def _training(folder: Path, run: RunConfig) -> TrainingRecord | None:
+    """What the training of a run took, where that was written down."""
+    return check_record(folder, run) if (folder / "training.json").exists() else None
 
 
 def _check_told_apart(models: Sequence[_Model]) -> None:
@@ -392,14 +399,6 @@ def case_sources(config: EvaluateConfig) -> dict[str, str]:
     """The files of a configuration, as `Provenance.sources` has them."""
     named = {"cases": config.cases, "meetings": config.meetings}
     return {f"{name} {path}": digest(Path(path)) for name, path in named.items() if path is not None}
-
-
-def _weights(config: EvaluationConfig) -> dict[str, str]:
-    """The models, as `Provenance.sources` has them."""
-    digests: dict[str, str] = {}
-    for name in config.models:
-        digests |= digest_of_weights(name, trust_remote_code=config.trust_remote_code)
-    return digests
 
 
 def read_results(path: Path | None, provenance: Provenance) -> Results:

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 
 from longreach.data.tokenizer import load_tokenizer
+from longreach.foreign import refusing
 from longreach.measure.subject import Subject
 from longreach.measure.transformers import HuggingFaceModel, StateLength
 from longreach.pretrained.lengths import longest_model_input, training_length
 from longreach.pretrained.load import holds_pretrained, load_causal_model, load_configuration
+from longreach.pretrained.quiet import quiet_transformers
 from longreach.reading import read_file
 from longreach.results import Model
 from longreach.train.config import RunConfig
@@ -39,6 +41,7 @@ def fine_tuning(name: str) -> RunConfig | None:
 
 def load_subject(
     name: str,
+    config: Any = None,
     *,
     device: torch.device,
     dtype: str = "auto",
@@ -50,6 +53,7 @@ def load_subject(
 
     Args:
         name: a name on the Hugging Face hub, or a folder that `save_pretrained` wrote, tokenizer.json included.
+        config: its configuration, where it has been loaded already.
         device: where to put it.
         dtype: a name of torch's, such as "float32", or "auto" for the one that the files are in.
         train_length: L, the length in tokens that it was trained at; its configuration's when None.
@@ -63,7 +67,8 @@ def load_subject(
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: give one of {', '.join(DTYPES)}")
-    config = load_configuration(name, trust_remote_code=trust_remote_code)
+    if config is None:
+        config = load_configuration(name, trust_remote_code=trust_remote_code)
     length = training_length(name, config, train_length)
     tokenizer = load_tokenizer(name)
     vocab_size = config.get_text_config().vocab_size
@@ -72,10 +77,11 @@ def load_subject(
             f"model {name!r} has {vocab_size} tokens and its tokenizer {tokenizer.text_vocab_size}: "
             "the tokenizer is not the model's"
         )
-    loaded = load_causal_model(name, dtype=dtype, trust_remote_code=trust_remote_code)
+    loaded = load_causal_model(name, config, dtype=dtype, trust_remote_code=trust_remote_code)
     state_length = adapt(loaded)
     max_length = longest_model_input(loaded) if state_length is None else None
-    model = HuggingFaceModel(loaded.to(device), max_length, state_length)
+    with quiet_transformers(), refusing(f"model {name!r} is loaded and does not run", "mend its configuration"):
+        model = HuggingFaceModel(loaded.to(device), max_length, state_length)
     if state_length is None:
         implementation = f"transformers {loaded.config._attn_implementation}"  # the only place where it is told
     else:

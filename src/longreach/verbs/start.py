@@ -52,10 +52,15 @@ def starting_config(source: str) -> RunConfig:
     Raises:
         ValueError: there is no such model, it cannot have ALiBi, or the folder holds no finished run.
     """
+    return _start(source)[0]
+
+
+def _start(source: str) -> tuple[RunConfig, Any]:
+    """As `starting_config`, and the configuration of a Hugging Face model, None of a run."""
     folder = Path(source)
     if (folder / "config.toml").exists() and (folder / "training.json").exists():
         before = read_file(RunConfig, folder / "config.toml")
-        return replace(
+        continued = replace(
             before,
             start_from=source,
             longest_length=None,  # that of a comparison may be below the length that is wanted now
@@ -68,6 +73,7 @@ def starting_config(source: str) -> RunConfig:
                 train_length=before.train.train_length, seed=before.train.seed, learning_rate=RATE_OF_RUNS
             ),
         )
+        return continued, load_configuration(source) if holds_pretrained(folder) else None
     if folder.is_dir() and ((folder / "config.toml").exists() or not holds_pretrained(folder)):
         raise ValueError(
             f"start_from={source!r} holds no finished run: give the folder of one, as train writes it and compare "
@@ -84,24 +90,27 @@ def starting_config(source: str) -> RunConfig:
     except ValueError as error:
         raise ValueError(f"start_from={source!r} cannot be trained with ALiBi: {error}") from error
     length = declared_length(pretrained.get_text_config()) or TrainConfig().train_length
-    return RunConfig(
+    config = RunConfig(
         start_from=source,
         method=_method_of(pretrained),
         data=DataConfig(tokenizer=source),
         train=TrainConfig(train_length=length, learning_rate=RATE_OF_PRETRAINED),
     )
+    return config, pretrained
 
 
-def check_start(config: RunConfig) -> None:
+def check_start(config: RunConfig) -> Any:
     """Check that the model a run starts from is there and fits it, before any text is read or weights are loaded.
+
+    Returns:
+        Its configuration, where it is one of Hugging Face.
 
     Raises:
         ValueError: there is no such model, or its shape, tokenizer or method is another.
     """
     if config.start_from is None:
-        return
-    start = starting_config(config.start_from)
-    pretrained = is_pretrained(config.start_from)
+        return None
+    start, pretrained = _start(config.start_from)
     for field in fields(Architecture):
         there, asked = getattr(start.model, field.name), getattr(config.model, field.name)
         if asked != there and (pretrained or not field.name.endswith("_dropout")):
@@ -118,6 +127,7 @@ def check_start(config: RunConfig) -> None:
             f"tokenizer={config.data.tokenizer!r}: start_from={config.start_from!r} has another; "
             f"give {start.data.tokenizer!r}"
         )
+    return pretrained
 
 
 def check_held_out(config: RunConfig, prepared: PreparedData) -> None:
@@ -152,25 +162,29 @@ def check_held_out(config: RunConfig, prepared: PreparedData) -> None:
                 )
 
 
-def digest_of_weights(source: str, *, trust_remote_code: bool = False) -> dict[str, str]:
-    """What a model is made from, as `longreach.folder.begin` takes it: a folder's digest, a commit of the hub."""
+def digest_of_weights(source: str, pretrained: Any) -> dict[str, str]:
+    """What a model is made from, as `longreach.folder.begin` takes it: a folder's digest, a commit of the hub.
+
+    pretrained is the configuration of one of Hugging Face, None of a run.
+    """
     name = f"weights of {source}"
     if Path(source).is_dir():
         return {name: digest(Path(source))}
-    commit = load_configuration(source, trust_remote_code=trust_remote_code)._commit_hash
-    return {name: commit} if commit else {}
+    return {name: pretrained._commit_hash} if pretrained._commit_hash else {}
 
 
-def build_trainee(config: RunConfig, tokenizer: Tokenizer, device: torch.device) -> Trainee:
+def build_trainee(config: RunConfig, tokenizer: Tokenizer, device: torch.device, pretrained: Any = None) -> Trainee:
     """What a run trains: new weights, or those of the model that it starts from, which `check_start` found to fit.
+
+    pretrained is what that returned.
 
     Raises:
         ValueError: the weights are not of the form that the run needs, or their files are damaged.
     """
     if config.start_from is None:
         return decoder_trainee(Decoder(config.model_config(tokenizer.vocab_size)).to(device))
-    if is_pretrained(config.start_from):
-        return _pretrained_trainee(config, tokenizer, device)
+    if pretrained is not None:
+        return _pretrained_trainee(config, tokenizer, device, pretrained)
     model = Decoder(config.model_config(tokenizer.vocab_size))
     try:
         model.load_state_dict(load_model(config.start_from).state_dict())
@@ -180,10 +194,10 @@ def build_trainee(config: RunConfig, tokenizer: Tokenizer, device: torch.device)
     return decoder_trainee(model.to(device))
 
 
-def _pretrained_trainee(config: RunConfig, tokenizer: Tokenizer, device: torch.device) -> Trainee:
+def _pretrained_trainee(config: RunConfig, tokenizer: Tokenizer, device: torch.device, pretrained: Any) -> Trainee:
     """A model of transformers with ALiBi, in float32 whatever its files are in."""
     assert config.start_from is not None
-    model = load_causal_model(config.start_from, dtype="float32")
+    model = load_causal_model(config.start_from, pretrained, dtype="float32")
     if tokenizer.text_vocab_size > model.config.get_text_config().vocab_size:
         raise ValueError(f"start_from={config.start_from!r} has fewer tokens than its tokenizer: give the model's own")
     scaling = parse_scaling(parse_method(config.method)[1].scaling)
@@ -234,11 +248,6 @@ def _nll(logits: Tensor, targets: Tensor) -> Tensor:
 
 def _same_source(one: str | None, other: str | None) -> bool:
     return one == other or (None not in (one, other) and os.path.abspath(str(one)) == os.path.abspath(str(other)))
-
-
-def is_pretrained(source: str) -> bool:
-    """Whether a model that can be started from is one of transformers."""
-    return not Path(source).is_dir() or holds_pretrained(Path(source))
 
 
 def _method_of(pretrained: Any) -> str:

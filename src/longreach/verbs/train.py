@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
+from longreach.cost import total_memory
 from longreach.data.mix import MixedBatches
 from longreach.data.prepare import PreparedData, ValidationData, prepare
 from longreach.data.tokenizer import Tokenizer, load_tokenizer
@@ -19,13 +20,21 @@ from longreach.measure.plan import EvaluateConfig
 from longreach.measure.subject import Subject
 from longreach.measure.text_tasks import Text
 from longreach.measure.words import count_words
-from longreach.models.decoder import Decoder
-from longreach.models.files import load_model
+from longreach.models.decoder import Decoder, count_weights
+from longreach.models.files import load_model, read_model_config
 from longreach.pretrained.load import holds_pretrained
 from longreach.reading import plain_values, read_file
 from longreach.results import Provenance, Start, TrainingRecord
 from longreach.train.config import RunConfig, TrainConfig
-from longreach.train.loop import BatchSource, Step, Trainee, resolve_device, steps_done, train
+from longreach.train.loop import (
+    BatchSource,
+    Step,
+    Trainee,
+    read_training_record,
+    resolve_device,
+    steps_done,
+    train,
+)
 from longreach.train.optim import independent_of_steps
 from longreach.train.parallel import ALONE, Ranks
 from longreach.verbs.start import build_trainee, check_held_out, check_start, digest_of_weights
@@ -89,16 +98,19 @@ def train_run(
         with ranks.leading():
             ranks.check(config.train.parallel, config.train.batch_size, config.train.accumulation)
             device = resolve_device(config.train.device)
-            check_start(config)
+            pretrained = check_start(config)
+            check_memory(config, device)
             before = stack.enter_context(hold(folder, config, besides=("steps",))) if ranks.is_first else None
             if before is not None:
                 _check_steps(folder, before.train, config.train)
+                if (folder / "training.json").exists():
+                    check_record(folder, config)
             prepared = prepared or prepare(config.data, config.train.seed, progress)
             check_held_out(config, prepared)
             batches = training_batches(config.train, prepared)
             valid_batches = _validation_batches(config.train, prepared, ranks) if config.train.validate_every else ()
             if ranks.is_first:
-                weights = {} if config.start_from is None else digest_of_weights(config.start_from)
+                weights = {} if config.start_from is None else digest_of_weights(config.start_from, pretrained)
                 begin(folder, config, prepared.digests | weights, device)
                 if not (folder / "tokenizer.json").exists():
                     prepared.tokenizer.save(folder / "tokenizer.json")
@@ -110,7 +122,7 @@ def train_run(
             progress(f"training {config.method}", step.step, config.train.steps, note)
 
         def build(device: torch.device) -> Trainee:
-            return build_trainee(config, tokenizer, device)
+            return build_trainee(config, tokenizer, device, pretrained)
 
         return train(build, config.train, batches, folder, on_step, ranks, valid_batches)
 
@@ -206,9 +218,61 @@ def read_run(folder: Path) -> RunConfig:
             "model, with its config.json"
         )
     config = read_file(RunConfig, folder / "config.toml")
-    if not (folder / "model.safetensors").is_file():
+    if not (folder / "model.safetensors").exists():
         raise FileNotFoundError(f"{folder / 'model.safetensors'}: no such file; give the folder of a trained run")
+    made = read_model_config(folder)
+    asked = config.model_config(made.vocab_size)
+    for field in fields(made):
+        if (of_model := getattr(made, field.name)) != (of_run := getattr(asked, field.name)):
+            raise _changed(folder, field.name, of_run, of_model, "config.json")
+    if (folder / "training.json").exists():
+        check_record(folder, config)
     return config
+
+
+def check_record(folder: Path, config: RunConfig) -> TrainingRecord:
+    """The record of a finished run, after checking that it is of this one: results are named after both.
+
+    Raises:
+        ValueError: it is of another, or damaged.
+    """
+    record = read_training_record(folder / "training.json")
+    for field in fields(record.model):
+        there, asked = getattr(record.model, field.name), getattr(config.identity, field.name)
+        if there != asked:
+            raise _changed(folder, field.name, asked, there, "training.json")
+    return record
+
+
+def _changed(folder: Path, name: str, there: object, trained: object, file: str) -> ValueError:
+    return ValueError(
+        f"{folder / 'config.toml'} has {name}={there!r} and {file} {name}={trained!r}: "
+        "put back the files that the run was trained with"
+    )
+
+
+def check_memory(config: RunConfig, device: torch.device) -> None:
+    """Check that the memory of a device can hold the least that a run takes, before its folder is made.
+
+    That is each weight with its gradient and two averages in float32, what each block hands the next for each token of
+    a part of a batch, and the ids of a whole batch. What a run takes beyond that only its start can tell.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    train, vocab_size = config.train, config.data.vocab_size if config.data.tokenizer is None else 1
+    tokens = train.batch_size * train.train_length
+    asked = 8 * tokens  # int64
+    if config.start_from is None:
+        asked += 16 * count_weights(config.model_config(vocab_size))
+        asked += 4 * config.model.num_layers * config.model.d_model * tokens // train.accumulation
+    memory = total_memory(device)
+    if asked > memory:
+        raise ValueError(
+            f"num_layers={config.model.num_layers}, d_model={config.model.d_model}, vocab_size={vocab_size}, "
+            f"train_length={train.train_length} and batch_size={train.batch_size} take at least {asked / 2**30:,.1f} "
+            f"GiB, {device} has {memory / 2**30:,.1f}: give smaller numbers, or a larger accumulation"
+        )
 
 
 def num_read(config: EvaluateConfig, longest: int) -> int:

@@ -3,6 +3,7 @@
 Replit-code v1 is MPT too, when it is loaded as transformers' own MptForCausalLM.
 """
 
+import math
 from functools import partial
 from typing import Any
 
@@ -33,6 +34,9 @@ def check_mpt(config: Any) -> None:
     attention = config.attn_config
     if not attention.alibi:
         raise ValueError("attn_config.alibi=False: this MPT was trained without ALiBi, there is nothing to extend")
+    steepness = attention.alibi_bias_max
+    if isinstance(steepness, bool) or not isinstance(steepness, int | float) or not 0 < steepness < math.inf:
+        raise ValueError(f"attn_config.alibi_bias_max={steepness!r}: give a positive number, 8 in the paper")
     for name, value, unused in (
         ("attn_config.qk_ln", attention.qk_ln, False),
         ("attn_config.prefix_lm", attention.prefix_lm, False),

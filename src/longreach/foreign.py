@@ -1,0 +1,60 @@
+"""Other libraries at work on what strangers made: in silence, and what they fail at is a ValueError of one line."""
+
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+
+NATIVE_ERRORS = 2
+"""The descriptor that code in other languages writes its complaints to, past everything that Python can redirect."""
+
+
+@contextlib.contextmanager
+def refusing(subject: str, mend: str) -> Iterator[None]:
+    """Make a ValueError of whatever is raised inside, a panic of Rust too; warnings are not shown.
+
+    Args:
+        subject: what was read, and that it does not serve; the library's own reason follows in brackets.
+        mend: what to do.
+    """
+    try:
+        with in_silence():
+            yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"{subject} ({first_line(error)}); {mend}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or what it is where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+@contextlib.contextmanager
+def in_silence(*loggers: str) -> Iterator[None]:
+    """Keep warnings, and what these loggers of libraries have to say, off standard error."""
+    levels = {name: logging.getLogger(name).level for name in loggers}
+    try:
+        for name in loggers:
+            logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+@contextlib.contextmanager
+def in_native_silence() -> Iterator[None]:
+    """Keep what is written past Python, as the report of a panic is, off standard error. Of the whole process."""
+    kept = os.dup(NATIVE_ERRORS)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), NATIVE_ERRORS)
+        yield
+    finally:
+        os.dup2(kept, NATIVE_ERRORS)
+        os.close(kept)
