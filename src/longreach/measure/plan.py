@@ -12,6 +12,15 @@ TEXT_TASKS = ("perplexity", "positions", "probes")
 TASKS = (*TEXT_TASKS, *RETRIEVAL_TASKS, "qmsum")
 """What may be asked of a model."""
 
+MOST = {
+    "valid_lengths": 2**24,
+    "offsets": 2**31,
+    "num_depths": 1000,
+    "cases_per_depth": 100_000,
+    "summary_tokens": 2**20,
+}
+"""Field -> the most that has an end in sight: prompts are made to lengths, and at every depth."""
+
 OFFSETS = (0, 0.25, 0.5, 1, 2, 4, 8, 16)
 """Positions that the probes start windows at where none are given, in training lengths."""
 
@@ -83,6 +92,11 @@ class EvaluateConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}: give a positive integer")
+        for name, largest in MOST.items():
+            value = getattr(self, name)
+            for number in value if isinstance(value, tuple) else (value,):
+                if number is not None and number > largest:
+                    raise ValueError(f"{name}={number}: give at most {largest}")
         if self.valid_lengths and self.strides and max(self.strides) > max(self.valid_lengths):
             raise ValueError(
                 f"strides={max(self.strides)} is over every window: give at most the longest of valid_lengths, "

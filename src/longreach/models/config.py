@@ -9,6 +9,9 @@ import torch
 
 from longreach.positions import ModelSize, build_method
 
+LARGEST = 2**24
+"""The most layers, heads, tokens of a vocabulary and so on that are taken for no mistake."""
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -65,6 +68,8 @@ class Architecture:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{field.name}={value!r}: give a positive integer")
+            if value > LARGEST and not field.name.endswith("_length"):  # before anything is counted up to it
+                raise ValueError(f"{field.name}={value}: give at most {LARGEST}")
 
     @property
     def head_dim(self) -> int:

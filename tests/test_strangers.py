@@ -1,0 +1,388 @@
+"""Files that strangers made, through the command line: one line on standard error, status 2, and nothing hangs."""
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import socket
+
+import pytest
+import safetensors.torch
+import torch
+import transformers
+
+from longreach.cli import main
+from longreach.data.tokenizer import load_tokenizer
+
+SMALL = "--num-layers 1 --num-heads 2 --d-model 16 --vocab-size 300 --train-length 16 --batch-size 4 --warmup-steps 2"
+DEEP = "[" * 5000 + "]" * 5000
+
+pytestmark = pytest.mark.usefixtures("unrendered")
+
+
+@pytest.fixture(scope="module")
+def small(corpus, tmp_path_factory):
+    cache = tmp_path_factory.mktemp("cache")
+    return [*SMALL.split(), "--data", str(corpus), "--valid-fraction", "0.2", "--cache", str(cache), "--steps", "4"]
+
+
+@pytest.fixture(scope="module")
+def trained(small, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    main(["train", "--output", str(folder), *small, "--final-learning-rate", "1"])  # which keeps its checkpoint
+    return folder
+
+
+@pytest.fixture(scope="module")
+def published(trained, tmp_path_factory):
+    """A tiny MPT as somebody may have published it."""
+    folder = tmp_path_factory.mktemp("published") / "mpt"
+    tokenizer = load_tokenizer(trained / "tokenizer.json")
+    config = transformers.MptConfig(vocab_size=tokenizer.vocab_size, d_model=24, n_heads=6, n_layers=2, max_seq_len=32)
+    torch.manual_seed(0)
+    transformers.MptForCausalLM(config).save_pretrained(folder)
+    tokenizer.save(folder / "tokenizer.json")
+    return folder
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+@pytest.fixture
+def model(published, tmp_path):
+    return shutil.copytree(published, tmp_path / "model")
+
+
+def refused(capfd, *words):
+    """The one line with which a command ends, and what is written past Python counts too."""
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as end:
+        main([str(word) for word in words])
+    lines = [line for line in capfd.readouterr().err.splitlines() if not line.startswith("reading: ")]
+    assert (end.value.code, len(lines)) == (2, 1), lines
+    return lines[0]
+
+
+def measured(folder, corpus):
+    return ["evaluate", folder, "--data", corpus, "--lengths", "16", "--valid-tokens", "32", "--task", "perplexity"]
+
+
+def setting(name, value):
+    """A change of one field of a JSON file, given as it is to stand there."""
+
+    def change(path):
+        values = json.loads(path.read_text())
+        values[name] = "@"
+        path.write_text(json.dumps(values).replace('"@"', value))
+
+    return change
+
+
+def text(content):
+    return lambda path: path.write_text(content)
+
+
+def in_place_of_it(make):
+    def change(path):
+        path.unlink(missing_ok=True)
+        make(path)
+
+    return change
+
+
+def bind(path):
+    with socket.socket(socket.AF_UNIX) as listener:
+        here = os.open(".", os.O_RDONLY)
+        os.chdir(path.parent)  # the name of a socket must be short
+        try:
+            listener.bind(path.name)
+        finally:
+            os.fchdir(here)
+            os.close(here)
+
+
+NO_FILES = {
+    "a pipe": in_place_of_it(os.mkfifo),
+    "a folder": in_place_of_it(lambda path: path.mkdir()),
+    "a socket": in_place_of_it(bind),
+    "a device": in_place_of_it(lambda path: path.symlink_to("/dev/zero")),
+    "cannot be read": in_place_of_it(lambda path: path.symlink_to(path.name)),
+}
+
+
+@pytest.mark.parametrize("kind", NO_FILES)
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_what_is_no_file_is_not_waited_for(capfd, run, kind, name):
+    NO_FILES[kind](run / name)
+    line = refused(capfd, "evaluate", run, "--lengths", "16", "--valid-tokens", "32")
+    assert name in line
+    assert kind in line
+
+
+@pytest.mark.parametrize("kind", NO_FILES)
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "generation_config.json", "tokenizer_config.json"]
+)
+def test_nor_in_a_model_of_hugging_face(capfd, model, corpus, kind, name):
+    NO_FILES[kind](model / name)
+    line = refused(capfd, *measured(model, corpus))
+    assert name in line or "config.json" in line
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        (text("null"), "no object"),
+        (text("[]"), "no object"),
+        (text("3"), "no object"),
+        (text(""), "not a JSON file"),
+        (text(DEEP), "nested too deeply"),
+        (setting("n_heads", '"x"'), "n_heads='x'"),
+        (setting("n_heads", "0"), "n_heads=0"),
+        (setting("n_heads", "5"), "does not run"),
+        (setting("n_layers", "-1"), "n_layers=-1"),
+        (setting("n_layers", "1"), "nothing is made of transformer.blocks.1."),
+        (setting("n_layers", "3"), "there is no transformer.blocks.2."),
+        (setting("n_layers", "1000000000"), "n_layers=1000000000"),
+        (setting("n_layers", "true"), "n_layers=True"),
+        (setting("d_model", "48"), "is (24,) and should be (48,)"),
+        (setting("d_model", "1e400"), "d_model"),
+        (setting("vocab_size", "null"), "vocab_size"),
+        (setting("max_seq_len", "-5"), "max_seq_len=-5"),
+        (setting("max_seq_len", "[1, 2]"), "max_seq_len"),
+        (setting("attn_config", '{"alibi_bias_max": NaN}'), "config"),
+        (setting("model_type", '"nothing"'), "nothing"),
+        (setting("dtype", '"float9"'), "dtype"),
+    ],
+)
+def test_a_configuration_that_no_model_can_have(capfd, model, corpus, change, part):
+    change(model / "config.json")
+    assert part in refused(capfd, "extend", *measured(model, corpus)[1:], "--scaling", "linear")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda weights: {name: weight[:1] for name, weight in weights.items()},
+        lambda weights: {name: weight * float("nan") for name, weight in weights.items()},
+        lambda weights: dict(list(weights.items())[1:]),
+        lambda weights: {**weights, "transformer.wpe.weight": torch.zeros(32, 24)},
+        lambda weights: {},
+    ],
+)
+def test_weights_of_another_model(capfd, model, corpus, change):
+    path = model / "model.safetensors"
+    safetensors.torch.save_file(change(safetensors.torch.load_file(path)), path, metadata={"format": "pt"})
+    assert str(model) in refused(capfd, *measured(model, corpus))
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "extend", "doctor", "train"])
+def test_pickled_weights_that_would_run_code(capfd, model, corpus, verb, tmp_path):
+    (model / "model.safetensors").unlink()
+    (model / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
+    words = {
+        "doctor": ["doctor", model],
+        "train": ["train", "--from", model, "--output", tmp_path / "new", "--data", corpus, "--steps", "1"],
+    }.get(verb, [verb, *measured(model, corpus)[1:]])
+    words += ["--warmup-steps", "0", "--train-length", "16"] if verb == "train" else []
+    assert "safetensors" in refused(capfd, *words)
+    assert not os.path.exists("pwned")
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        {"weight_map": {"transformer.wte.weight": "../other.safetensors"}},
+        {"weight_map": {"transformer.wte.weight": "/etc/passwd"}},
+        {"weight_map": {"transformer.wte.weight": 3}},
+        {"weight_map": {"transformer.wte.weight": "a\0b"}},
+        {"weight_map": {"transformer.wte.weight": "gone.safetensors"}},
+        {"weight_map": []},
+        {"metadata": 3, "weight_map": {}},
+        [],
+        None,
+    ],
+)
+def test_an_index_that_names_other_files(capfd, model, corpus, index):
+    (model / "model.safetensors").rename(model.parent / "other.safetensors")
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "safetensors" in refused(capfd, *measured(model, corpus))
+
+
+def tokenizer_with(**parts):
+    def change(path):
+        values = json.loads(path.read_text())
+        for name, part in parts.items():
+            values[name] = {**values[name], **part} if name == "model" else part
+        path.write_text(json.dumps(values))
+
+    return change
+
+
+def with_id(number):
+    def change(path):
+        values = json.loads(path.read_text())
+        values["model"]["vocab"]["zz"] = number
+        path.write_text(json.dumps(values))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        with_id(2**31),
+        with_id(2**32 - 1),
+        with_id(-1),
+        tokenizer_with(
+            pre_tokenizer={
+                "type": "Split",
+                "pattern": {"Regex": "(d|o|do|c|u|cu)*z|(.*)*\\2!"},
+                "behavior": "Isolated",
+                "invert": False,
+            }
+        ),
+        tokenizer_with(model={"type": "WordLevel", "unk_token": "<unk>", "vocab": {"<|endoftext|>": 0}, "merges": []}),
+        text(DEEP),
+        text("null"),
+    ],
+)
+def test_a_tokenizer_that_no_text_can_be_read_with(capfd, run, corpus, change):
+    change(run / "tokenizer.json")
+    assert "tokenizer" in refused(capfd, *measured(run, corpus))
+
+
+@pytest.mark.parametrize("name", ["special_tokens_map.json"])
+@pytest.mark.parametrize(
+    "content", ["null", "[]", '{"eos_token": 3}', '{"eos_token": {"content": []}}', '{"eos_token": "no such"}', DEEP]
+)
+def test_an_end_of_text_that_is_none(capfd, run, corpus, name, content):
+    (run / "tokenizer_config.json").unlink()
+    (run / name).write_text(content)
+    assert "token" in refused(capfd, *measured(run, corpus))
+
+
+@pytest.mark.parametrize(
+    "line", ["{}", "null", '{"step": 99999999999999999999}', DEEP, "\xff", '{"step": 1}', '{"step": 1, "loss": NaN}']
+)
+def test_a_damaged_log_is_found_before_training_goes_on(capfd, run, small, line):
+    (run / "metrics.jsonl").write_text(f"{line}\n" * 4)
+    (run / "training.json").unlink()
+    words = ["train", "--output", run, *small, "--final-learning-rate", "1"]
+    for _ in range(2):
+        assert "metrics.jsonl is damaged" in refused(capfd, *words)
+
+
+CHECKPOINTS = {
+    "a list": lambda state: [],
+    "nothing": lambda state: {},
+    "a step that is none": lambda state: {**state, "step": "x"},
+    "a step of a longer run": lambda state: {**state, "step": 100},
+    "no time": lambda state: {**state, "seconds": float("nan")},
+    "no model": lambda state: {**state, "model": {}},
+    "numbers of another type": lambda state: {
+        **state,
+        "model": {name: weight.to(torch.int8) for name, weight in state["model"].items()},
+    },
+    "numbers that are none": lambda state: {
+        **state,
+        "model": {name: weight * float("nan") for name, weight in state["model"].items()},
+    },
+    "averages of another shape": lambda state: {
+        **state,
+        "optimizer": {
+            **state["optimizer"],
+            "state": {n: {**of, "exp_avg": torch.zeros(1)} for n, of in state["optimizer"]["state"].items()},
+        },
+    },
+    "no averages": lambda state: {**state, "optimizer": {**state["optimizer"], "state": {}}},
+    "no random state": lambda state: {**state, "random_state": torch.zeros(3)},
+}
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+def test_a_checkpoint_whose_digest_is_right_and_whose_content_is_not(capfd, run, small, kind):
+    state = CHECKPOINTS[kind](torch.load(run / "checkpoint.pt", weights_only=True))
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    (run / "checkpoint.pt").write_bytes(buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest())
+    (run / "training.json").unlink()
+    line = refused(capfd, "train", "--output", run, *small, "--final-learning-rate", "1")
+    assert "checkpoint.pt is damaged" in line
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "part"),
+    [
+        ('method = "alibi"', 'method = "none"', "method='none' and config.json method='alibi'"),
+        ("train_length = 16", "train_length = 8", "train_length=8 and config.json train_length=16"),
+        ("num_heads = 2", "num_heads = 4", "num_heads=4 and config.json num_heads=2"),
+        ('activation = "gelu"', 'activation = "swiglu"', "activation='swiglu'"),
+        ("seed = 0", "seed = 1", "seed=1 and training.json seed=0"),
+    ],
+)
+def test_a_configuration_that_was_edited_after_training_labels_nothing(capfd, run, before, after, part):
+    path = run / "config.toml"
+    assert before in path.read_text()
+    path.write_text(path.read_text().replace(before, after))
+    assert part in refused(capfd, "generate", run)
+
+
+@pytest.mark.parametrize(
+    "content", ["a=" + DEEP, "x = [", "seed = nan", "\x00", "[train]\nsteps = 99999999999999999999"]
+)
+def test_a_configuration_file_that_is_none(capfd, tmp_path, content):
+    (tmp_path / "c.toml").write_text(content)
+    assert "c.toml" in refused(capfd, "train", "--config-file", tmp_path / "c.toml", "--output", tmp_path / "new")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--num-layers", "1000000000"],
+        ["--d-model", "1000000000000"],
+        ["--d-ff", "1000000000000"],
+        ["--vocab-size", "1000000000000"],
+        ["--batch-size", "1000000000000"],
+        ["--train-length", "1000000000000"],
+        ["--num-heads", "1000000000", "--d-model", "1000000000"],
+        ["--device", "meta"],
+        ["--device", "cpu:-3"],
+    ],
+)
+def test_what_no_machine_holds_is_refused_before_a_folder_is_made(capfd, small, tmp_path, words):
+    assert refused(capfd, "train", "--output", tmp_path / "new", *small, *words)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--num-depths", "100000000"),
+        ("--cases-per-depth", "1000000000"),
+        ("--lengths", "1000000000000"),
+        ("--lengths", "64,9223372036854775807"),
+        ("--summary-tokens", "1000000000000"),
+        ("--offsets", "9223372036854775807"),
+    ],
+)
+def test_what_would_have_no_end_is_refused(capfd, run, option, value):
+    assert "give at most" in refused(capfd, "evaluate", run, "--task", "passkey", option, value)
+
+
+def test_a_tiny_temperature_takes_the_likeliest(capfd, run):
+    texts = []
+    for temperature in ("0", "1e-300", "5e-324"):
+        main(["generate", str(run), "--prompt", "a", "--max-new-tokens", "5", "--temperature", temperature])
+        texts.append(capfd.readouterr().out)
+    assert len(set(texts)) == 1
+
+
+def test_weights_that_are_no_numbers_write_nothing(capfd, run):
+    path = run / "model.safetensors"
+    weights = {name: weight * float("inf") for name, weight in safetensors.torch.load_file(path).items()}
+    safetensors.torch.save_file(weights, path)
+    assert "finite" in refused(capfd, "generate", run)
