@@ -62,6 +62,8 @@ class HuggingFaceModel:
         tokens = torch.tensor([[0, 1]], device=next(model.parameters()).device)
         with torch.inference_mode():
             logits = model(input_ids=tokens, use_cache=False).logits  # [1, 2, V]
+            if logits.isnan().any():
+                raise ValueError("its logits are no numbers: its weights or its configuration are damaged")
             if (parts := _body_and_head(model)) is not None:
                 body, head = parts
                 hidden = body(input_ids=tokens, use_cache=False)[0]

@@ -127,10 +127,6 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 def damaged(path: Path) -> tuple[str, str]:
     """What is wrong with a checkpoint that no run can go on from, and the mend, as `refusing` takes them."""
-    before = [file.name for file in numbered(path) if file.name != path.name and not _is_same(file, path)]
+    before = [file.name for file in numbered(path) if not file.samefile(path)]
     instead = f"put {before[0]} in its place, or " if before else ""
     return f"checkpoint {path} is damaged", f"{instead}delete it to train this run from the start"
-
-
-def _is_same(file: Path, path: Path) -> bool:
-    return path.exists() and file.samefile(path)

@@ -14,6 +14,7 @@ from longreach.data.mix import MixedBatches
 from longreach.data.prepare import PreparedData, ValidationData, prepare
 from longreach.data.tokenizer import Tokenizer, load_tokenizer
 from longreach.data.tokens import Batches
+from longreach.files import open_file
 from longreach.folder import begin, hold
 from longreach.measure.bootstrap import units
 from longreach.measure.plan import EvaluateConfig
@@ -218,8 +219,10 @@ def read_run(folder: Path) -> RunConfig:
             "model, with its config.json"
         )
     config = read_file(RunConfig, folder / "config.toml")
-    if not (folder / "model.safetensors").exists():
-        raise FileNotFoundError(f"{folder / 'model.safetensors'}: no such file; give the folder of a trained run")
+    try:
+        open_file(folder / "model.safetensors").close()
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}; give the folder of a trained run") from None
     made = read_model_config(folder)
     asked = config.model_config(made.vocab_size)
     for field in fields(made):
