@@ -325,7 +325,7 @@ def test_an_error_of_one_rank_is_said_by_rank_0(alone, corpus, tmp_path):
     shutil.copytree(alone, run_folder)
     (run_folder / "model.safetensors").write_bytes(b"torn")
     said = run(["evaluate", str(run_folder), *TESTED.split()], tmp_path / "logs", status=2)
-    assert said[0].splitlines()[-1].startswith(f"longreach evaluate: {run_folder}: damaged")
+    assert said[0].splitlines()[-1].startswith(f"longreach evaluate: {run_folder}/model.safetensors: damaged")
     assert said[1] == ""
 
 

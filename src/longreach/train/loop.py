@@ -149,7 +149,8 @@ def train(
             on_step(step)
             asked = ranks.largest(signal())
             if asked or (run.step % config.checkpoint_every == 0 and run.step < config.steps):
-                os.fsync(metrics.fileno())  # a checkpoint is gone on from only with the log of all its steps
+                if ranks.is_first:
+                    os.fsync(metrics.fileno())  # a checkpoint is gone on from only with the log of all its steps
                 run.save(checkpoints)
             if asked:
                 raise exception(asked)
