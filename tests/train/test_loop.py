@@ -250,3 +250,14 @@ def test_bf16_keeps_weights_in_fp32(tmp_path):
 def test_a_device_that_is_not_there_is_named(device):
     with pytest.raises(ValueError, match=rf"^device='{device}' is not to be had here \(.*\); give cpu$"):
         resolve_device(device)
+
+
+@pytest.mark.parametrize(
+    ("precision", "major", "expected"), [("auto", 7, False), ("auto", 8, True), ("auto", 9, True), ("bf16", 7, True)]
+)
+def test_bf16_is_not_chosen_for_gpus_that_emulate_it(monkeypatch, precision, major, expected):
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: major >= 8 or including_emulation
+    )
+    config = dataclasses.replace(CONFIG, precision=precision)
+    assert loop.runs_in_bf16(config, torch.device("cuda")) == expected

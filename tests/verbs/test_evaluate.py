@@ -326,6 +326,23 @@ def test_models_that_make_no_evaluation(models, message):
         EvaluationConfig(models=models)
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"dtype": "float32"},
+        {"dtype": "int8"},
+        {"trust_remote_code": True},
+        {"train_length": 8},
+        {"scalings": ("stock",)},
+    ],
+    ids=str,
+)
+def test_what_a_run_would_not_heed_is_refused(comparison, given):
+    (name,) = given
+    with pytest.raises(ValueError, match=f"^{name}=.*(leave it out|give none)$"):
+        evaluate_models(EvaluationConfig(models=(str(comparison / "alibi"),), **given), None, silent)
+
+
 @pytest.fixture(scope="module")
 def bloom(comparison, tmp_path_factory):
     """A folder that transformers saved a BLOOM to."""

@@ -238,10 +238,14 @@ def resolve_device(device: str) -> torch.device:
 
 
 def runs_in_bf16(config: TrainConfig, device: torch.device) -> bool:
-    """Whether a training computes in bf16 under autocast on a device."""
-    return config.precision == "bf16" or (
-        config.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
-    )
+    """Whether a training computes in bf16 under autocast on a device.
+
+    By "auto" only where the GPU itself can, from compute capability 8.0 on: below, it is emulated, and torch.compile
+    leaves such code uncompiled.
+    """
+    if config.precision == "auto":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return config.precision == "bf16"
 
 
 class _Run:

@@ -146,6 +146,7 @@ def evaluate_models(
     with ExitStack() as stack:
         with ranks.leading():
             pairs = itertools.product(config.models, config.scalings or (None,))
+            _check_heeded(config)
             models = [_find(name, config, scaling) for name, scaling in pairs]
             _check_told_apart(models)
             if output is not None and ranks.is_first:
@@ -180,6 +181,15 @@ def evaluate_models(
         if output is not None and ranks.is_first:
             write_report(results, output, partial(progress, "drawing the report"))
     return results
+
+
+def _check_heeded(config: EvaluationConfig) -> None:
+    """Raise ValueError for an option that none of the models heeds."""
+    if any(map(names_pretrained, config.models)):
+        return
+    for option in ("dtype", "trust_remote_code"):
+        if (value := getattr(config, option)) != getattr(EvaluationConfig, option):
+            raise ValueError(f"{option}={value}: it is for Hugging Face models, of which none is given; leave it out")
 
 
 def _find(name: str, config: EvaluationConfig, scaling: str | None) -> _Model:
