@@ -3,6 +3,7 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from longreach.models.config import Architecture
 from longreach.models.decoder import Decoder
 from longreach.reading import read_file
 from longreach.results import Model, Results
+from longreach.results.merge import merge
 from longreach.train.config import RunConfig, TrainConfig
+from longreach.verbs import evaluate as verb
 from longreach.verbs.compare import CompareConfig, compare
 from longreach.verbs.evaluate import EvaluationConfig, evaluate_models
 from longreach.verbs.train import open_run, train_run
@@ -187,6 +190,27 @@ def test_runs_of_two_seeds_are_evaluated_together_on_a_given_text(seeds, corpus)
 def test_runs_of_two_splits_are_not_evaluated_together_on_what_each_held_out(seeds):
     with pytest.raises(ValueError, match=r"^MODELS: .*1 has not the validation text of the first one: give the text"):
         evaluate_models(EvaluationConfig(models=seeds, evaluate=EVALUATE), None, silent)
+
+
+def test_seeds_that_decide_on_no_split_part_no_runs(comparison, corpus, tmp_path, monkeypatch):
+    tokenizer = str(comparison / "none" / "tokenizer.json")
+    before = read_file(RunConfig, comparison / "none" / "config.toml")
+    data = replace(before.data, tokenizer=tokenizer, valid_data=str(corpus))
+    runs = [str(tmp_path / str(seed)) for seed in (0, 1)]
+    for seed, run in enumerate(runs):
+        config = replace(before, data=replace(data, split_seed=5 + seed), train=replace(before.train, seed=seed))
+        train_run(config, Path(run), silent)
+    read = []
+    prepare_validation = verb.prepare_validation
+    monkeypatch.setattr(verb, "prepare_validation", lambda *a: read.append(a) or prepare_validation(*a))
+    alone = [evaluate_models(EvaluationConfig((run,), EVALUATE), None, silent) for run in runs]
+    assert alone[0].provenance.corpus_hash == alone[1].provenance.corpus_hash
+    read.clear()
+    together = evaluate_models(EvaluationConfig(tuple(runs), EVALUATE), None, silent)
+    assert len(read) == 1
+    assert together.provenance.split_seed is None
+    merged = merge(dict(zip(runs, alone, strict=True)))
+    assert sorted(map(str, numbers(merged))) == sorted(map(str, numbers(together)))
 
 
 def test_models_that_a_table_cannot_tell_apart_are_refused(comparison, tmp_path):

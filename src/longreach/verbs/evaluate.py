@@ -37,7 +37,7 @@ from longreach.verbs.open import fine_tuning, load_subject, names_pretrained
 from longreach.verbs.start import digest_of_weights
 from longreach.verbs.train import Progress, check_record, num_read, open_run, provenance, read_run, text_of
 
-_Split = tuple[DataConfig, str, int]
+_Split = tuple[DataConfig, str, int | None]
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,8 @@ class _Model:
     @property
     def split(self) -> _Split:
         """What decides on the validation text and its tokens."""
-        return replace(self.data, tokenizer=None), self.tokenizer.fingerprint, self.data.seed_of_split(self.seed)
+        seed = self.data.seed_of_split(self.seed) if self.data.valid_data is None else None
+        return replace(self.data, tokenizer=None, split_seed=None), self.tokenizer.fingerprint, seed
 
 
 def evaluate_models(
@@ -209,7 +210,6 @@ def _find(name: str, config: EvaluationConfig, scaling: str | None) -> _Model:
             text_field=config.text_field or model.data.text_field,
             skip_bad=config.skip_bad,
             streaming=False,
-            split_seed=0,
         ),
     )
 
