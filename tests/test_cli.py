@@ -137,6 +137,7 @@ def test_version_is_the_package_s(capsys):
         (["evaluate", "nowhere", "--dtype"], ["--dtype: expected one argument"]),
         (["export", "nowhere", "--output", "x", "--to", "onnx"], ["--to='onnx'", "'mpt'"]),
         (["export", "nowhere"], ["--output is missing"]),
+        (["train", "--output", "x", "--config-file="], ["--config-file='' is a folder", "give a config.toml"]),
         (["generate", "nowhere", "--top-k", "few"], ["--top-k='few'", "integer"]),
         (["report"], ["FOLDERS is missing"]),
         (["evaluate", "nowhere"], ["nowhere", "no folder here"]),

@@ -378,6 +378,8 @@ def _starting_values(kind: type[Any], given: Mapping[str, Any]) -> Any:
             raise ValueError(f"--from {source} gives the starting values: leave --preset and --config-file out")
         return starting_config(source)
     if file is not None:
+        if Path(file).is_dir():  # "" is the folder that one stands in
+            raise ValueError(f"--config-file={file!r} is a folder: give a config.toml, as every run saves one")
         return read_file(kind, Path(file))
     return replace(kind(), **PRESETS[preset])
 
