@@ -178,15 +178,21 @@ def test_long_names_stay_whole_in_errors(capsys, tmp_path):
     assert name in refused(capsys, "compare", "--output", "x", "--data", name)
 
 
-@pytest.mark.parametrize(
-    ("content", "part"), [(b"", "text"), (b"\xff\xfe\x00bad\x80", "UTF-8"), (b"too short", "valid")]
-)
+@pytest.mark.parametrize(("content", "part"), [(b"", "text"), (b"\xff\xfe\x00bad\x80", "UTF-8")])
 def test_bad_text_is_refused(capsys, tmp_path, content, part):
     (tmp_path / "text.txt").write_bytes(content)
     output = tmp_path / "out"
     line = refused(capsys, "compare", "--output", str(output), "--data", str(tmp_path / "text.txt"))
     assert part in line
     assert not output.exists()
+
+
+def test_a_text_too_short_to_be_split_is_refused(capsys, tmp_path):
+    (tmp_path / "text.txt").write_text("x")
+    with pytest.raises(SystemExit, match="2"):
+        main(["compare", "--output", str(tmp_path / "out"), "--data", str(tmp_path / "text.txt")])
+    assert "--valid-data" in capsys.readouterr().err.splitlines()[-1]  # after how far reading came
+    assert not (tmp_path / "out").exists()
 
 
 def test_train_says_what_it_made(capsys, small, tmp_path):
