@@ -2,11 +2,15 @@
 # make test-all: make test, and what it leaves out (tests/which_tests.py).
 # make test-oldest: what depends on the version of transformers, with the oldest version supported.
 # make docs: the documentation site, in build/site.
+# make experiments/NAME: run an experiment of docs/claims.md again; DATA= and VALID= name the text. make claims: write that
+# page from the results that are committed.
 PYTHON ?= python3
 BIN := .venv/bin
 OLDEST := $(CURDIR)/.venv/oldest-transformers
+EXPERIMENTS := $(patsubst %/config.toml,%,$(wildcard experiments/*/config.toml))
+TEXT = $(if $(DATA),--data "$(DATA)") $(if $(VALID),--valid-data "$(VALID)")
 
-.PHONY: demo test types pytest test-all test-oldest docs format clean
+.PHONY: demo test types pytest test-all test-oldest docs claims format clean $(EXPERIMENTS)
 
 demo: .venv/run
 	$(BIN)/longreach compare --output runs/demo --seeds 0,1,2
@@ -33,6 +37,13 @@ test-oldest: .venv/oldest
 
 docs: .venv/dev
 	$(BIN)/python docs/site.py build
+
+$(EXPERIMENTS): .venv/run
+	$(BIN)/longreach compare --config-file $@/config.toml $(TEXT) --output runs/$@
+	cp runs/$@/results.json $@/
+
+claims: .venv/run
+	$(BIN)/python -m experiments.page
 
 format: .venv/dev
 	$(BIN)/ruff check --fix .

@@ -1,0 +1,72 @@
+"""Write docs/claims.md from the committed results of all experiments: python -m experiments.page."""
+
+from importlib import import_module
+from pathlib import Path
+
+from experiments.claim import Claim
+from longreach.report.drawing import to_svg
+from longreach.report.grid import to_markdown
+from longreach.report.subjects.perplexity import perplexity_figure
+from longreach.results import Provenance, Results
+
+ROOT = Path(__file__).parents[1]
+EXPERIMENTS = ("train_short_test_long", "headline", "length_grid", "early_token_curse", "cached_window")
+"""Their folders, in the order of the page."""
+DRAWN = "train_short_test_long"
+"""The experiment whose curves stand at the page's head."""
+
+
+def claim_of(name: str) -> Claim:
+    """The claim that an experiment judges."""
+    claim: Claim = import_module(f"experiments.{name}.claim").CLAIM
+    return claim
+
+
+def section(name: str, results: Results) -> str:
+    """What the page says of one experiment."""
+    claim = claim_of(name)
+    judgement = claim.judge(results)
+    parts = [
+        f"## {claim.title}",
+        f"**The claim.** {claim.statement}",
+        f"**{judgement.verdict}.** {' '.join(judgement.findings)}",
+        f"*When it holds.* {claim.rule}",
+        *(f"{table.title}. {table.note}\n\n{to_markdown(table).strip()}" for table in judgement.tables),
+        f"*Caveats.* {claim.caveats}",
+        f"*Run again.* `make experiments/{name}`; [results.json](../experiments/{name}/results.json), "
+        f"{_conditions(results.provenance)}.",
+    ]
+    return "\n\n".join(parts)
+
+
+def _conditions(provenance: Provenance) -> str:
+    start = provenance.starts[0]
+    commit = f", commit {start.git_commit[:10]}" if start.git_commit else ""
+    return f"begun {start.time[:10]} with longreach {start.longreach}{commit}, torch {start.torch}, on {start.device}"
+
+
+def page(found: dict[str, Results]) -> str:
+    """The whole page, of the experiments that there are results of."""
+    verdicts = [
+        f"| [{claim_of(name).title}](#{_anchor(claim_of(name).title)}) | {claim_of(name).judge(results).verdict} |"
+        for name, results in found.items()
+    ]
+    head = (ROOT / "experiments" / "head.md").read_text(encoding="utf-8").strip()
+    table = "\n".join(("| claim | here |", "|---|---|", *verdicts))
+    return "\n\n".join((head, table, *(section(name, results) for name, results in found.items()))) + "\n"
+
+
+def _anchor(title: str) -> str:
+    kept = "".join(character for character in title.lower() if character.isalnum() or character in " -_")
+    return "-".join(kept.split())
+
+
+def main() -> None:
+    """Write the page and its figure."""
+    found = {name: Results.read(ROOT / "experiments" / name / "results.json") for name in EXPERIMENTS}
+    (ROOT / "docs" / "claims.md").write_text(page(found), encoding="utf-8")
+    (ROOT / "docs" / "claims.svg").write_bytes(to_svg(perplexity_figure(found[DRAWN])))
+
+
+if __name__ == "__main__":
+    main()
