@@ -4,16 +4,15 @@ from importlib import import_module
 from pathlib import Path
 
 from experiments.claim import Claim
-from longreach.report.drawing import to_svg
 from longreach.report.grid import to_markdown
-from longreach.report.subjects.perplexity import perplexity_figure
 from longreach.results import Provenance, Results
 
 ROOT = Path(__file__).parents[1]
-EXPERIMENTS = ("train_short_test_long", "headline", "length_grid", "early_token_curse", "cached_window")
+EXPERIMENTS = (
+    *("train_short_test_long", "headline", "length_grid", "early_token_curse", "cached_window"),
+    *("slopes", "slopes_of_12_heads", "descendants"),
+)
 """Their folders, in the order of the page."""
-DRAWN = "train_short_test_long"
-"""The experiment whose curves stand at the page's head."""
 
 
 def claim_of(name: str) -> Claim:
@@ -53,7 +52,11 @@ def page(found: dict[str, Results]) -> str:
     ]
     head = (ROOT / "experiments" / "head.md").read_text(encoding="utf-8").strip()
     table = "\n".join(("| claim | here |", "|---|---|", *verdicts))
-    return "\n\n".join((head, table, *(section(name, results) for name, results in found.items()))) + "\n"
+    sections = [section(name, results) for name, results in found.items()]
+    if waiting := [name for name in EXPERIMENTS if name not in found]:
+        lines = (f"- {claim_of(name).title}: `make experiments/{name}`" for name in waiting)
+        sections.append("\n".join(("## Not run yet", "", *lines)))
+    return "\n\n".join((head, table, *sections)) + "\n"
 
 
 def _anchor(title: str) -> str:
@@ -62,10 +65,10 @@ def _anchor(title: str) -> str:
 
 
 def main() -> None:
-    """Write the page and its figure."""
-    found = {name: Results.read(ROOT / "experiments" / name / "results.json") for name in EXPERIMENTS}
+    """Write the page."""
+    paths = {name: ROOT / "experiments" / name / "results.json" for name in EXPERIMENTS}
+    found = {name: Results.read(path) for name, path in paths.items() if path.exists()}
     (ROOT / "docs" / "claims.md").write_text(page(found), encoding="utf-8")
-    (ROOT / "docs" / "claims.svg").write_bytes(to_svg(perplexity_figure(found[DRAWN])))
 
 
 if __name__ == "__main__":
