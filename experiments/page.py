@@ -46,17 +46,19 @@ def _conditions(provenance: Provenance) -> str:
 
 def page(found: dict[str, Results]) -> str:
     """The whole page, of the experiments that there are results of."""
-    verdicts = [
-        f"| [{claim_of(name).title}](#{_anchor(claim_of(name).title)}) | {claim_of(name).judge(results).verdict} |"
-        for name, results in found.items()
-    ]
     head = (ROOT / "experiments" / "head.md").read_text(encoding="utf-8").strip()
-    table = "\n".join(("| claim | here |", "|---|---|", *verdicts))
+    rows = [f"| [{title}](#{_anchor(title)}) | {word} |" for title, word in _verdicts(found)]
+    table = ["\n".join(("| claim | here |", "|---|---|", *rows))] if rows else []
     sections = [section(name, results) for name, results in found.items()]
     if waiting := [name for name in EXPERIMENTS if name not in found]:
         lines = (f"- {claim_of(name).title}: `make experiments/{name}`" for name in waiting)
         sections.append("\n".join(("## Not run yet", "", *lines)))
-    return "\n\n".join((head, table, *sections)) + "\n"
+    return "\n\n".join((head, *table, *sections)) + "\n"
+
+
+def _verdicts(found: dict[str, Results]) -> list[tuple[str, str]]:
+    claims = {name: claim_of(name) for name in found}
+    return [(claim.title, claim.judge(found[name]).verdict) for name, claim in claims.items()]
 
 
 def _anchor(title: str) -> str:
