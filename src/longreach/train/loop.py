@@ -17,7 +17,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.utils.checkpoint import checkpoint
 
 from longreach.cost import Cost
-from longreach.files import open_file, write_atomically
+from longreach.files import open_file, sync, write_atomically
 from longreach.foreign import refusing
 from longreach.models.decoder import Decoder
 from longreach.models.files import save_model
@@ -150,7 +150,7 @@ def train(
             asked = ranks.largest(signal())
             if asked or (run.step % config.checkpoint_every == 0 and run.step < config.steps):
                 if ranks.is_first:
-                    os.fsync(metrics.fileno())  # a checkpoint is gone on from only with the log of all its steps
+                    sync(metrics_path)  # a checkpoint is gone on from only with the log of all its steps
                 run.save(checkpoints)
             if asked:
                 raise exception(asked)
