@@ -71,7 +71,7 @@ def in_float64():
     softmax = F.softmax
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(F, "softmax", lambda x, dim, dtype=None: softmax(x, dim=dim))
-        patch.setattr(torch.Tensor, "float", lambda x: x)
+        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
         yield
 
 

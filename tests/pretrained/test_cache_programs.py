@@ -134,8 +134,9 @@ class Machine:
 
     def crop(self, count):
         count = min(count, self.here.ids.shape[1] - 4)  # 4 of which some are padding
-        self.change("crop", -count)
-        self.here.ids, self.here.mask = (x[:, : x.shape[1] - count] for x in (self.here.ids, self.here.mask))
+        if count:  # by 0, older versions of transformers crop all
+            self.change("crop", -count)
+            self.here.ids, self.here.mask = (x[:, : x.shape[1] - count] for x in (self.here.ids, self.here.mask))
 
     def pick(self, method, rows):
         rows = torch.tensor([row % len(self.here.ids) for row in rows])
