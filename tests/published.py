@@ -164,8 +164,8 @@ def write_pooling(folder, mode, normalize):
 def slopes(heads):
     """By the paper's rule: a geometric sequence for a power of two, else also every other of twice that power."""
     power = 2 ** int(math.log2(heads))
-    of = lambda n: [2 ** (-8 * (h + 1) / n) for h in range(n)]  # noqa: E731
-    return torch.tensor((of(power) + of(2 * power)[::2])[:heads], dtype=torch.float64)
+    first, more = ([2 ** (-8 * (h + 1) / n) for h in range(n)] for n in (power, 2 * power))
+    return torch.tensor((first + more[::2])[:heads], dtype=torch.float64)
 
 
 def expected(published, weights, ids, types=None, mistake=""):

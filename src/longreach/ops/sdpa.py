@@ -409,9 +409,8 @@ class _Tiled(torch.autograd.Function):
         q, k, v, left, right, bias, *others = ctx.saved_tensors
         fixed = (*others, *ctx.bounds)
         gradients = _TiledGradients.apply(grad_out, grad_lse, q, k, v, left, right, bias, fixed)
-        return *(g if wanted else None for g, wanted in zip(gradients, ctx.needs_input_grad, strict=False)), *(
-            None,
-        ) * 9
+        wanted = (g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad, strict=False))
+        return *wanted, *(None,) * 9
 
 
 class _TiledGradients(torch.autograd.Function):
