@@ -17,40 +17,17 @@ from torch.nn.utils import clip_grad_norm_
 from torch.utils.checkpoint import checkpoint
 
 from longreach.cost import Cost
-from longreach.files import open_file, sync, write_atomically
+from longreach.files import sync
 from longreach.foreign import refusing
 from longreach.models.decoder import Decoder
 from longreach.models.files import save_model
-from longreach.reading import parse_json, read_values
 from longreach.results import Model, TrainingRecord, read_training, write_training
 from longreach.stopping import deferred, exception
 from longreach.train.checkpoint import Writer, damaged, load_checkpoint, remove_checkpoints
 from longreach.train.config import TrainConfig
+from longreach.train.metrics import Step, final_loss, keep_first
 from longreach.train.optim import build_optimizer, independent_of_steps, learning_rate
 from longreach.train.parallel import ALONE, Loss, Ranks, restore, whole
-
-FINAL_STEPS = 20
-"""Over how many of the last steps `final_loss` is the mean."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """One line of metrics.jsonl."""
-
-    step: int
-    """Number of this step, from 1."""
-    loss: float
-    """Mean nll of the batch in nats per token, before the update."""
-    learning_rate: float
-    """Of this update."""
-    gradient_norm: float
-    """Before clipping."""
-    tokens: int
-    """Tokens trained on so far."""
-    seconds: float
-    """Time spent training so far, over all sessions of the run."""
-    valid_loss: float | None = None
-    """Mean nll on the validation text after the update, in nats per token, where it was measured."""
 
 
 class BatchSource(Protocol):
@@ -196,7 +173,7 @@ def _finish(run: "_Run", folder: Path, cost: Cost, weights: dict[str, Tensor]) -
         steps=config.steps,
         tokens=config.steps * config.batch_size * config.train_length,
         parameters=sum(parameter.numel() for parameter in run.trainee.model.parameters()),
-        final_loss=_final_loss(folder / "metrics.jsonl"),
+        final_loss=final_loss(folder / "metrics.jsonl"),
         seconds=run.seconds,
         peak_memory=cost.peak_memory,
         attention=run.trainee.attention,
@@ -277,7 +254,7 @@ class _Run:
             with refusing(*damaged(path)):
                 self._restore(state)
         if self.ranks.is_first:
-            _keep_metrics(folder / "metrics.jsonl", self.step)
+            keep_first(folder / "metrics.jsonl", self.step)
 
     def advance(self, rows: np.ndarray) -> Step:
         """Take one optimizer step on this rank's token ids (rows, L + 1) of a batch."""
@@ -377,47 +354,3 @@ class _Run:
 def _check_alike(name: str, tensor: Tensor, model: Tensor) -> None:
     if tensor.shape != model.shape or tensor.dtype != model.dtype or not tensor.isfinite().all():
         raise ValueError(f"{name} is not of {model.dtype} of {tuple(model.shape)}, all of it finite")
-
-
-def _keep_metrics(path: Path, steps: int) -> None:
-    """Drop what an interrupted session logged after its last checkpoint, a torn last line included.
-
-    Raises:
-        ValueError: what is left is not the log of so many steps, found before a run goes on and not at its end.
-    """
-    if not steps and not path.exists():
-        return
-    kept = _lines(path)[:steps]
-    _losses(path, kept, first=1)
-    if len(kept) < steps:
-        raise _damaged_metrics(path, f"it has {len(kept)} of {steps} steps")
-    write_atomically(path, "".join(kept).encode())
-
-
-def _final_loss(path: Path) -> float:
-    lines = _lines(path)
-    losses = _losses(path, lines[-FINAL_STEPS:], first=max(1, len(lines) - FINAL_STEPS + 1))
-    return sum(losses) / len(losses)
-
-
-def _lines(path: Path) -> list[str]:
-    with open_file(path) as file:
-        return file.read().decode(errors="replace").splitlines(keepends=True)
-
-
-def _losses(path: Path, lines: list[str], first: int) -> list[float]:
-    """The losses of lines of metrics.jsonl, those of consecutive steps."""
-    losses = []
-    for number, line in enumerate(lines, start=first):
-        try:
-            step = read_values(Step, parse_json(line))
-            if step.step != number:
-                raise ValueError(f"step={step.step}")
-        except (ValueError, RecursionError) as error:
-            raise _damaged_metrics(path, f"line {number}: {error}") from error
-        losses.append(step.loss)
-    return losses
-
-
-def _damaged_metrics(path: Path, reason: str) -> ValueError:
-    return ValueError(f"{path} is damaged ({reason}): delete its folder to train this run again")

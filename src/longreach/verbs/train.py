@@ -29,13 +29,13 @@ from longreach.results import Provenance, Start, TrainingRecord
 from longreach.train.config import RunConfig, TrainConfig
 from longreach.train.loop import (
     BatchSource,
-    Step,
     Trainee,
     read_training_record,
     resolve_device,
     steps_done,
     train,
 )
+from longreach.train.metrics import Step
 from longreach.train.optim import independent_of_steps
 from longreach.train.parallel import ALONE, Ranks
 from longreach.verbs.start import build_trainee, check_held_out, check_start, digest_of_weights
