@@ -225,7 +225,7 @@ def test_auto_changes_over_where_the_committed_run_says(scripts, name):
         gains.setdefault(key, []).append(seconds[peers.DENSE] / seconds[peers.OURS])
     for decoding, length, dtype in gains:
         options = {"dtype": dtype, "has_key_norms": decoding, "kernels": device == "cuda"}
-        chosen = choose_impl(device, 1 if decoding else length, length, reaching=True, **options)
+        chosen = choose_impl(device, 1 if decoding else length, length, reaching=True, **options).impl
         faster = statistics.geometric_mean(gains[decoding, length, dtype]) >= 1.1
         assert chosen == (ours if faster else "sdpa"), (decoding, length, dtype)
 

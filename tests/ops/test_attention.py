@@ -1,4 +1,6 @@
 import math
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -300,7 +302,29 @@ def test_window_of_any_integer_type(qkv, number):
     ids=str,
 )
 def test_what_auto_chooses(arguments, options, chosen):
-    assert choose_impl(*arguments, **options) == chosen
+    assert choose_impl(*arguments, **options).impl == chosen
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "why"),
+    [
+        (("cpu", 1024, 1024), {"reaching": True, "dense": True}, "dense bias or dropout"),
+        (("mps", 1024, 1024), {"reaching": True}, "PyTorch maintains it"),
+        (("cpu", 1024, 1024), {"reaching": False}, "nothing can be skipped"),
+        (("cpu", 64, 64), {"reaching": True, "return_lse": True}, "the LSE is wanted"),
+        (("cpu", 1, 8192), {"reaching": True}, "no key_norms"),
+        (("cpu", 64, 64), {"reaching": True}, "as fast at such lengths"),
+        (("cpu", 1024, 1024), {"reaching": True}, "faster at such lengths"),
+        (("cuda", 64, 64), {"reaching": True, "kernels": True}, "it was faster at such lengths"),
+        (("cuda", 4096, 4096), {"reaching": True, "kernels": True}, "faster at such lengths"),
+    ],
+    ids=str,
+)
+def test_the_choice_says_why(arguments, options, why):
+    reason = choose_impl(*arguments, **options).reason
+    assert why in reason
+    for run in re.findall(r"benchmarks/results/[\w-]+\.json", reason):
+        assert Path(__file__).parents[2].joinpath(run).exists()
 
 
 @pytest.mark.parametrize("length", [32, 520])
@@ -314,7 +338,7 @@ def test_auto_runs_what_choose_impl_says(length, with_slopes, with_bias, return_
         options["slopes"] = alibi_slopes(4)
     if with_bias:
         options["bias"] = torch.randn(length)
-    chosen = choose_impl("cpu", length, length, reaching=with_slopes, dense=with_bias, return_lse=return_lse)
+    chosen = choose_impl("cpu", length, length, reaching=with_slopes, dense=with_bias, return_lse=return_lse).impl
     ours, theirs = attention(q, q, q, **options), attention(q, q, q, **options, impl=chosen)
     assert all(map(torch.equal, ours, theirs)) if return_lse else torch.equal(ours, theirs)
 
@@ -354,7 +378,7 @@ def test_key_norms_change_nothing_but_what_is_read(monkeypatch):
     slopes = torch.tensor([0.5, 0.4, 0.3, 0.2])
     norms = key_block_norms(k, KEY_BLOCK)
     expected = attention(q, k, v, slopes=slopes, impl="reference")
-    assert choose_impl("cpu", 1, 17000, reaching=True, has_key_norms=True) == "cpu"
+    assert choose_impl("cpu", 1, 17000, reaching=True, has_key_norms=True).impl == "cpu"
     far = torch.arange(17000) < 16000  # beyond reach: not even read
     k, v = (x.masked_fill(far[:, None], math.nan) for x in (k, v))
     torch.testing.assert_close(attention(q, k, v, slopes=slopes, key_norms=norms), expected, rtol=1e-5, atol=1e-6)

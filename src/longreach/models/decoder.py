@@ -132,7 +132,7 @@ class Decoder(nn.Module):
             dense=dense,
             has_key_norms=attend.slopes is not None and not windowed,
             kernels=triton_was_measured(device, weight.dtype, self.config.head_dim),
-        )
+        ).impl
 
     def _check_length(self, total: int, positions: Tensor | None, cache: KVCache | None, length: int | None) -> None:
         longest = self.positions.max_length

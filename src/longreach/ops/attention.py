@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -49,6 +49,15 @@ tokens and 4 to 22 at 4096 in bfloat16, in float32 0.5 to 1.3 at 2048 and 0.6 to
 TRITON_DECODE_CROSSOVERS = {2: 4096, 4: 16384}
 """Tk from which that holds for fewer than FEW_QUERIES queries: by the same run 1.5 to 1.8 times as fast at 4096 keys in
 bfloat16, in float32 0.8 to 1.3 there and 2.9 to 4.4 at 16384."""
+
+
+class Choice(NamedTuple):
+    """What `choose_impl` says."""
+
+    impl: str
+    """Name of the implementation."""
+    reason: str
+    """Why it is that one, and where that was measured."""
 
 
 @overload
@@ -172,7 +181,7 @@ def attention(
             return_lse=return_lse,
             has_key_norms=key_norms is not None,
             kernels=triton_was_measured(q.device, q.dtype, q.shape[3]),
-        )
+        ).impl
     arguments: dict[str, Any] = {"slopes": slopes, "scale": scale}
     with _without_autocast(q.device.type):
         if impl == "sdpa":
@@ -201,8 +210,8 @@ def choose_impl(
     return_lse: bool = False,
     has_key_norms: bool = False,
     kernels: bool = False,
-) -> str:
-    """Name the implementation that `attention(impl="auto")` runs.
+) -> Choice:
+    """Name the implementation that `attention(impl="auto")` runs, and say why it is that one.
 
     On the CPU that is "cpu" from the measured crossovers on, where there is anything to skip or hide, and for the LSE;
     on GPUs where the Triton kernels were measured, "triton" likewise. Otherwise it is "sdpa", as for a dense bias or
@@ -219,18 +228,27 @@ def choose_impl(
         has_key_norms: whether the norms of the keys are given.
         kernels: what `triton_was_measured` says of the device, dtype and head_dim.
     """
-    if dense or not (kernels or device == "cpu"):
-        return "sdpa"
+    if dense:
+        return Choice("sdpa", "there is a dense bias or dropout, which nothing else takes")
+    if not (kernels or device == "cpu"):
+        return Choice(
+            "sdpa", "PyTorch maintains it for this device, where no kernel of ours was measured on such inputs"
+        )
+    if not (reaching or return_lse):
+        return Choice("sdpa", "there are no slopes, window, padding or documents: nothing can be skipped")
     decoding = surely(query_length < FEW_QUERIES)
     if kernels:
-        crossover = TRITON_DECODE_CROSSOVERS if decoding else TRITON_CROSSOVERS
-        long = (key_length if decoding else query_length * key_length) >= crossover[dtype.itemsize]
-        return "triton" if (reaching or return_lse) and long else "sdpa"
+        crossover = (TRITON_DECODE_CROSSOVERS if decoding else TRITON_CROSSOVERS)[dtype.itemsize]
+        if surely((key_length if decoding else query_length * key_length) < crossover):
+            return Choice("sdpa", "it was faster at such lengths (benchmarks/results/h200-crossover.json)")
+        return Choice("triton", "it was faster at such lengths (benchmarks/results/h200-crossover.json)")
     if return_lse:
-        return "cpu"
-    if decoding:
-        return "cpu" if reaching and has_key_norms and key_length >= CPU_DECODE_CROSSOVER else "sdpa"
-    return "sdpa" if not reaching or surely(query_length * key_length < CPU_CROSSOVER) else "cpu"
+        return Choice("cpu", "the LSE is wanted, which SDPA does not return")
+    if decoding and not has_key_norms:
+        return Choice("sdpa", "few queries and no key_norms, and to find the norms is to read half of the cache")
+    if surely(key_length < CPU_DECODE_CROSSOVER if decoding else query_length * key_length < CPU_CROSSOVER):
+        return Choice("sdpa", "it was as fast at such lengths (benchmarks/results/cpu-2core-crossover.json)")
+    return Choice("cpu", "it was faster at such lengths (benchmarks/results/cpu-2core-crossover.json)")
 
 
 def uses_key_norms(impl: str, q: Tensor, key_length: int) -> bool:
@@ -254,7 +272,7 @@ def uses_key_norms(impl: str, q: Tensor, key_length: int) -> bool:
             reaching=True,
             has_key_norms=True,
             kernels=kernels,
-        )
+        ).impl
     return impl in ("cpu", "triton")
 
 

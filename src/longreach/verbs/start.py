@@ -219,7 +219,7 @@ def _pretrained_trainee(config: RunConfig, tokenizer: Tokenizer, device: torch.d
             reaching=True,
             dense=_attention_dropout(model.config) > 0,
             kernels=triton_was_measured(device, model.dtype, head_dim),
-        ),
+        ).impl,
         save=lambda folder, weights: save_pretrained(model, folder, state_dict=weights),
         blocks=tuple(next(module for module in model.modules() if isinstance(module, nn.ModuleList))),
     )
