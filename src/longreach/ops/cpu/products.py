@@ -306,8 +306,9 @@ class _Products:
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, left: Tensor, right: Tensor, scale: float, visibility: HostVisibility
     ) -> None:
-        self.q, self.k, self.v, self.left, self.right = q, k, v, left, right
-        self.scale, self.visibility, self.dtype = scale, visibility, torch.promote_types(q.dtype, torch.float32)
+        self.dtype = torch.promote_types(q.dtype, torch.float32)
+        self.q, self.k, self.v = (x.to(self.dtype) for x in (q, k, v))  # once, for tiles overlap
+        self.scale, self.visibility, self.left, self.right = scale, visibility, left, right
         self.falloff = falloff(left, right, visibility, self.dtype) * LOG2_E
 
     def attend(self, tile: Tile, out: Tensor, peak: Tensor, total: Tensor, found: "_FoundRanges | None") -> None:
@@ -345,7 +346,7 @@ class _Products:
 
     def keys(self, x: Tensor, tile: Tile) -> Tensor:
         """The keys of a tile in x (B, Hkv, Tk, D), dense in memory: (lanes, width, D)."""
-        return keys_of(x, self.q.shape[1], tile)[0].to(self.dtype).contiguous()
+        return keys_of(x, self.q.shape[1], tile)[0].contiguous()
 
     def bias(self, tile: Tile) -> Tensor:
         """The bias of a tile by base 2, rows in reverse: (1 or lanes, rows, width)."""
