@@ -1,6 +1,11 @@
 """Fine-tuning an extended model that is not scaled has the losses of fine-tuning the stock one, step by step."""
 
 import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -130,3 +135,17 @@ def test_a_trainer_that_resumes(family, tmp_path):
     resumed = trainer(fresh, tmp_path / "again")
     resumed.train(resume_from_checkpoint=str(tmp_path / "extended" / f"checkpoint-{STEPS // 2}"))
     require_equal(whole.found[: STEPS // 2] + resumed.found, expected.found)
+
+
+def test_two_processes(tmp_path):
+    command = [sys.executable, str(Path(__file__).with_name("ddp_ranks.py"))]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    where = [str(tmp_path / "store"), str(tmp_path / "losses.json")]
+    ranks = [
+        subprocess.Popen([*command, str(rank), *where], env=environment, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    said = [rank.communicate(timeout=300)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], said
+    for stock, extended in json.loads(Path(where[1]).read_text()).values():
+        require_equal(extended, stock)
