@@ -19,9 +19,10 @@ import transformers
 from torch import nn
 
 from longreach.cli import main as longreach
+from longreach.data.batches import Batches
 from longreach.data.prepare import DataConfig, PreparedData, prepare
+from longreach.data.sequences import Blocks
 from longreach.data.tokenizer import Tokenizer
-from longreach.data.tokens import Batches
 from longreach.measure.plan import EvaluateConfig
 from longreach.pretrained.convert import convert
 from longreach.pretrained.extend import extend
@@ -94,7 +95,7 @@ def pretrain(
     prepared.tokenizer.save(folder / "tokenizer.json")
     rate = {"learning_rate": 2e-3} if start is None else {"learning_rate": 1e-3, "warmup_steps": 10}
     config = TrainConfig(train_length=LENGTH, steps=steps, batch_size=BATCH_TOKENS // LENGTH, device="cpu", **rate)
-    train(build, config, Batches(prepared.train, LENGTH, config.batch_size, 0 if start is None else 1), folder)
+    train(build, config, Batches(Blocks(prepared.train, LENGTH), config.batch_size, 0 if start is None else 1), folder)
     return folder
 
 

@@ -6,15 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stores import store_of
 
 from longreach.data import corpora, tokens
 from longreach.data.corpora import Corpus, Document, open_corpus, scan
-from longreach.data.tokens import Batches, TokenStore, TokenStream, split_documents, tokenize
-
-
-def store_of(*documents: list[int]) -> TokenStore:
-    offsets = np.cumsum([0, *map(len, documents)])
-    return TokenStore(np.concatenate([np.array(document, dtype=np.uint16) for document in documents]), offsets)
+from longreach.data.tokens import TokenStream, split_documents, tokenize
 
 
 def naive_tokens(texts, tokenizer) -> list[int]:
@@ -247,60 +243,3 @@ def test_one_huge_document_never_goes_to_validation():
 def test_one_document_cannot_be_split():
     with pytest.raises(ValueError, match=r"1 document cannot be split .*; give more documents, or .*\(--valid-data\)"):
         split_documents(np.array([100]), 0.05, 0)
-
-
-def batches_of(num_tokens: int, length: int, batch_size: int, seed: int = 0) -> Batches:
-    tokens = list(range(num_tokens))  # every token names its place
-    return Batches(
-        TokenStream(store_of(tokens[: num_tokens // 3], tokens[num_tokens // 3 :]), [0, 1]), length, batch_size, seed
-    )
-
-
-@settings(deadline=None)
-@given(num_tokens=st.integers(12, 300), length=st.integers(1, 9), batch_size=st.integers(1, 7), seed=st.integers(0, 99))
-def test_each_block_is_seen_once_per_epoch(num_tokens, length, batch_size, seed):
-    batches = batches_of(num_tokens, length, batch_size, seed)
-    num_blocks = (num_tokens - 1) // length
-    assert batches.tokens_per_epoch == num_blocks * length
-    sequences = np.concatenate([batches[step] for step in range(-(-3 * num_blocks // batch_size))])
-    assert sequences.dtype == np.int64
-    assert (np.diff(sequences, axis=1) == 1).all()  # consecutive tokens, so targets are inputs one further
-    assert sequences.shape[1] == length + 1
-    for epoch in range(3):
-        starts = sequences[epoch * num_blocks : (epoch + 1) * num_blocks, 0]
-        assert sorted(starts) == [block * length for block in range(num_blocks)]
-
-
-def test_batches_are_a_pure_function_of_seed_and_step():
-    forwards = batches_of(1000, 10, 8)
-    expected = {step: forwards[step].tolist() for step in range(60)}
-    for step in (59, 3, 30, 13, 12, 3, 0, 45):  # any order, over epochs
-        assert batches_of(1000, 10, 8)[step].tolist() == expected[step]
-        assert forwards[step].tolist() == expected[step]
-
-
-def test_epochs_and_seeds_are_ordered_differently():
-    first, second = (batches_of(1001, 10, 100)[epoch].tolist() for epoch in (0, 1))
-    other_seed = batches_of(1001, 10, 100, seed=1)[0].tolist()
-    assert first != second
-    assert first != other_seed
-    assert sorted(first) == sorted(second) == sorted(other_seed)
-
-
-def test_a_batch_may_be_larger_than_an_epoch():
-    batch = batches_of(7, 2, 7)[0]
-    assert sorted(batch[:3, 0]) == sorted(batch[3:6, 0]) == [0, 2, 4]
-
-
-def test_too_little_text_and_bad_sizes_are_refused():
-    assert batches_of(9, 8, 1)[0].tolist() == [list(range(9))]
-    with pytest.raises(
-        ValueError, match=r"length=9 needs 10 tokens, the training text has 9; give more text or train on"
-    ):
-        batches_of(9, 9, 1)
-    with pytest.raises(ValueError, match="length=0; give a positive number"):
-        batches_of(9, 0, 1)
-    with pytest.raises(ValueError, match="batch_size=-1; give a positive number"):
-        batches_of(9, 2, -1)
-    with pytest.raises(ValueError, match="step=-1; steps count from 0"):
-        batches_of(9, 2, 1)[-1]

@@ -5,6 +5,9 @@ import numpy as np
 import pytest
 import torch
 
+from longreach.data.batches import Batches, BatchSource
+from longreach.data.sequences import PackedDocuments, Sequences
+from longreach.data.tokens import TokenStore, TokenStream
 from longreach.models.config import ModelConfig
 from longreach.models.decoder import Decoder
 from longreach.models.files import load_model
@@ -18,24 +21,28 @@ CONFIG = TrainConfig(
 )
 
 
-class CountingBatches:
+class CountingBatches(BatchSource):
     """Sequences that count up from a start drawn from the step: a pure function of it, as `Batches` is."""
 
     def rows(self, step, rows):
         starts = np.random.default_rng(step).integers(0, 32, (CONFIG.batch_size, 1))[rows]
-        return (starts + np.arange(CONFIG.train_length + 1)) % 32
+        return Sequences.of_blocks((starts + np.arange(CONFIG.train_length + 1)) % 32)
 
 
 class Interrupted(Exception):
     pass
 
 
-def run(folder, model=MODEL, config=CONFIG, stop_after=None):
+def interrupting(stop_after):
     def on_step(step):
         if step.step == stop_after:
             raise Interrupted
 
-    return train(builder(model), config, CountingBatches(), folder, on_step)
+    return on_step
+
+
+def run(folder, model=MODEL, config=CONFIG, stop_after=None):
+    return train(builder(model), config, CountingBatches(), folder, interrupting(stop_after))
 
 
 def builder(model):
@@ -44,6 +51,16 @@ def builder(model):
 
 def metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def packed_batches(batch_size=4):
+    """Documents of 1 to 11 tokens and eos, 0, for sequences of 8."""
+    documents = [[*range(1, 1 + n % 11), 0] for n in range(1, 60)]
+    store = TokenStore(np.concatenate(documents), np.cumsum([0, *map(len, documents)]))
+    return Batches(PackedDocuments(TokenStream(store, range(len(documents))), 8, 0), batch_size, seed=0)
+
+
+PACKED = dataclasses.replace(CONFIG, packing="documents")
 
 
 def timeless(record):
@@ -71,8 +88,8 @@ def test_first_loss_and_gradient_are_those_of_the_model(tmp_path):
     run(tmp_path)
     torch.manual_seed(CONFIG.seed)
     model = Decoder(MODEL)
-    batch = torch.from_numpy(CountingBatches().rows(0, range(CONFIG.batch_size)))
-    loss = model.loss(batch[:, :-1], batch[:, 1:])
+    tokens, targets, _ = CountingBatches().rows(0, range(CONFIG.batch_size))
+    loss = model.loss(torch.from_numpy(tokens), torch.from_numpy(targets))
     loss.backward()
     norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
     first = metrics(tmp_path)[0]
@@ -126,6 +143,41 @@ def test_accumulation_changes_nothing_but_rounding(tmp_path):
     assert metrics(tmp_path / "parts")[0]["loss"] == pytest.approx(metrics(tmp_path / "whole")[0]["loss"], rel=1e-6)
 
 
+@pytest.mark.parametrize("method", ["alibi", "t5", "sinusoidal-shifted"])
+def test_packed_documents_are_trained_on_as_if_they_stood_alone(tmp_path, method):
+    record = train(builder(dataclasses.replace(MODEL, method=method)), PACKED, packed_batches(), tmp_path)
+    torch.manual_seed(CONFIG.seed)
+    model = decoder_trainee(Decoder(dataclasses.replace(MODEL, method=method))).model
+    rows = packed_batches().rows(0, range(4))
+    offsets = torch.randint(65, (4, 1)) if method == "sinusoidal-shifted" else torch.zeros(4, 1, dtype=torch.int64)
+    losses, counts = [], []
+    for row, places in enumerate(rows.places):
+        for part in np.split(np.arange(8), np.flatnonzero(places == 0)[1:]):
+            tokens, targets = (torch.from_numpy(x[row, part])[None] for x in (rows.tokens, rows.targets))
+            if (targets >= 0).all():
+                losses.append(model.loss(tokens, targets, offsets[row] + torch.arange(len(part))[None]).item())
+                counts.append(len(part))
+    lines = metrics(tmp_path)
+    assert lines[0]["loss"] == pytest.approx(np.average(losses, weights=counts), rel=1e-6)
+    batches = [packed_batches().rows(step, range(4)).targets for step in range(12)]
+    assert lines[0]["tokens"] == sum(counts) == (batches[0] >= 0).sum()
+    assert lines[-1]["tokens"] == record.tokens == sum((targets >= 0).sum() for targets in batches)
+    assert record.cut_documents == sum(n % 11 + 1 > 8 for n in range(1, 60))
+
+
+def test_packed_documents_in_parts_and_resumed_are_those_of_one_start(tmp_path):
+    whole = train(builder(MODEL), PACKED, packed_batches(), tmp_path / "whole")
+    config = dataclasses.replace(PACKED, accumulation=2)
+    parts = train(builder(MODEL), config, packed_batches(), tmp_path / "parts")
+    assert parts.final_loss == pytest.approx(whole.final_loss, rel=1e-4)
+    for name, expected in {"loss": 1e-6, "gradient_norm": 1e-5}.items():
+        one, other = (metrics(tmp_path / folder)[0][name] for folder in ("parts", "whole"))
+        assert one == pytest.approx(other, rel=expected)
+    with pytest.raises(Interrupted):
+        train(builder(MODEL), PACKED, packed_batches(), tmp_path / "again", interrupting(7))
+    assert timeless(train(builder(MODEL), PACKED, packed_batches(), tmp_path / "again")) == timeless(whole)
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own look at it
 def test_compiled_training_is_the_same_training(tmp_path, monkeypatch):
     # The eager backend traces the model without needing a C++ compiler.
@@ -159,7 +211,7 @@ def test_recomputed_blocks_run_twice(tmp_path, monkeypatch):
 def test_validation_is_measured_between_steps_and_changes_none(tmp_path):
     model = dataclasses.replace(MODEL, residual_dropout=0.3)
     config = dataclasses.replace(CONFIG, validate_every=4)
-    valid = [CountingBatches().rows(99, range(4))] * 2
+    valid = [np.arange(36).reshape(4, 9) % 32] * 2
     record = train(builder(model), config, CountingBatches(), tmp_path / "run", valid_batches=valid)
     assert timeless(record) == timeless(run(tmp_path / "whole", model))
     measured = {line["step"]: line["valid_loss"] for line in metrics(tmp_path / "run") if "valid_loss" in line}

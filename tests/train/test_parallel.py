@@ -66,6 +66,18 @@ def test_the_loss_curve_is_that_of_one_process(small, alone, tmp_path, words):
     assert all((one[name] - other[name]).abs().max() < 1e-3 for name in other)
 
 
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_packed_documents_are_shared(small, tmp_path, parallel):
+    words = [*small, "--packing", "documents", "--train-length", "700", "--steps", "6", "--warmup-steps", "2"]
+    main(["train", "--output", str(tmp_path / "alone"), *words])
+    words = [*words, "--parallel", parallel, "--accumulation", "2"]
+    run(["train", "--output", str(tmp_path / "run"), *words], tmp_path / "logs")
+    assert "packed 9 documents into " in (tmp_path / "logs" / "err0").read_text()
+    for name in ("loss", "gradient_norm", "tokens"):
+        one, other = ([line[name] for line in metrics(tmp_path / folder)] for folder in ("run", "alone"))
+        assert one == pytest.approx(other, rel=1e-5)
+
+
 def test_positions_are_shifted_alike(small, tmp_path):
     words = [*small, "--method", "sinusoidal-shifted", "--steps", "3", "--warmup-steps", "1"]
     main(["train", "--output", str(tmp_path / "alone"), *words])

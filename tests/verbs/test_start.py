@@ -1,15 +1,17 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import tomli_w
 import torch
 import torch.nn.functional as F
 import transformers
 
+from longreach.data.batches import Batches
 from longreach.data.prepare import DataConfig, prepare
+from longreach.data.sequences import Blocks
 from longreach.data.tokenizer import load_tokenizer
-from longreach.data.tokens import Batches
 from longreach.measure.plan import EvaluateConfig
 from longreach.measure.subject import Unsupported
 from longreach.models.config import Architecture
@@ -280,7 +282,8 @@ def test_the_first_loss_is_that_of_the_model_with_scaled_slopes(pretrained, data
     model = transformers.AutoModelForCausalLM.from_pretrained(pretrained(family), dtype=torch.float32)
     (convert if family == "gpt2" else extend)(model, scaling="linear-fixed=4")
     prepared = prepare(config.data, config.train.seed)
-    batch = torch.from_numpy(Batches(prepared.train, LENGTH, 4, config.train.seed)[0])
+    tokens, targets, _ = Batches(Blocks(prepared.train, LENGTH), 4, config.train.seed).rows(0, range(4))
+    batch = torch.from_numpy(np.concatenate([tokens, targets[:, -1:]], axis=1))
     expected = loss_of(model, batch)
     assert losses(tmp_path / "run")[0] == pytest.approx(expected, rel=1e-5)
     assert loss_of(extend(model, scaling="none"), batch) != pytest.approx(expected, rel=1e-4)
@@ -342,6 +345,15 @@ def test_other_methods_are_refused(pretrained, method):
 def test_a_shape_for_a_pretrained_model_is_refused(pretrained):
     config = dataclasses.replace(starting_config(pretrained("gpt2")), model=Architecture(num_layers=6))
     with pytest.raises(ValueError, match=r"^num_layers=6: start_from=.* has a shape of its own; leave it out"):
+        check_start(config)
+
+
+def test_packed_documents_for_a_pretrained_model_are_refused(pretrained):
+    config = starting_config(pretrained("gpt2"))
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, packing="documents"))
+    with pytest.raises(
+        ValueError, match=r"^packing=documents: start_from=.* is a Hugging Face model, which is not told"
+    ):
         check_start(config)
 
 

@@ -5,9 +5,10 @@ from random import Random
 
 import numpy as np
 
+from longreach.data.batches import BatchSource
+from longreach.data.sequences import Sequences
 from longreach.data.synthetic import RetrievalSequences
 from longreach.data.tokenizer import Tokenizer
-from longreach.data.tokens import Batches
 
 SEQUENCES = {"retrieval": RetrievalSequences}
 """What can be mixed in, by name."""
@@ -35,7 +36,7 @@ def parse_mix(mix: Sequence[str]) -> dict[str, float]:
     return shares
 
 
-class MixedBatches:
+class MixedBatches(BatchSource):
     """Training batches in which some sequences give way to synthetic ones: a pure function of the seed and the step.
 
     The other sequences are those that `batches` has in the same places; what gave way is not trained on in that
@@ -43,6 +44,7 @@ class MixedBatches:
 
     Args:
         batches: the text.
+        length: tokens that a sequence predicts, T.
         mix: each NAME=SHARE of `parse_mix`.
         tokenizer: of the text.
         seed: of the draws.
@@ -51,28 +53,29 @@ class MixedBatches:
         ValueError: as `parse_mix`; or sequences are too short for what is mixed in.
     """
 
-    def __init__(self, batches: Batches, mix: Sequence[str], tokenizer: Tokenizer, seed: int) -> None:
+    def __init__(self, batches: BatchSource, length: int, mix: Sequence[str], tokenizer: Tokenizer, seed: int) -> None:
         self._batches = batches
+        self.description, self.cut_documents = batches.description, batches.cut_documents
+        self.steps_per_epoch = batches.steps_per_epoch
         self._seed = seed
         self._mixed = []
         for name, share in parse_mix(mix).items():
             try:
-                self._mixed.append((SEQUENCES[name](tokenizer, batches[0].shape[1]), share))
+                self._mixed.append((SEQUENCES[name](tokenizer, length + 1), share))
             except ValueError as error:
                 raise ValueError(f"mix={','.join(mix)}: {error}") from error
 
-    def __getitem__(self, step: int) -> np.ndarray:
-        """The batch of training step `step`, as `Batches` gives it: int64 [B, T + 1]."""
-        return self.rows(step, range(self._batches.batch_size))
-
-    def rows(self, step: int, rows: range) -> np.ndarray:
-        """The sequences in these places of the batch of a step alone, as `Batches` gives them."""
+    def rows(self, step: int, rows: range) -> Sequences:
+        """The sequences in these places of the batch of training step `step` >= 0."""
         batch = self._batches.rows(step, rows)
-        for index, row in zip(rows, batch, strict=True):
+        for row, index in enumerate(rows):
             random = Random(f"{self._seed} {step} {index}")  # a string is hashed, so that neighbours share nothing
             draw = random.random()
             for sequences, share in self._mixed:
                 if 0 <= draw < share:
-                    row[:] = sequences.draw(random)
+                    drawn = sequences.draw(random)
+                    batch.tokens[row], batch.targets[row] = drawn[:-1], drawn[1:]
+                    if batch.places is not None:
+                        batch.places[row] = np.arange(len(drawn) - 1)
                 draw -= share
         return batch

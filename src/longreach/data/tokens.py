@@ -1,4 +1,4 @@
-"""Tokens on disk and as training batches: one memory-mapped array, read as if documents were one sequence."""
+"""Tokens on disk: one memory-mapped array, read as if documents were one sequence."""
 
 import functools
 import json
@@ -171,6 +171,11 @@ class TokenStream:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
+    @property
+    def starts(self) -> np.ndarray:
+        """Where each document begins in the sequence, and where the last one ends, int64 [documents + 1]."""
+        return self._starts
+
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens `start` to `stop` (exclusive) of the sequence, int64 [stop - start].
 
@@ -224,59 +229,3 @@ def split_documents(sizes: np.ndarray, valid_fraction: float, seed: int) -> tupl
             taken += int(sizes[document])
     valid = np.array(valid_ids or [int(np.argmin(sizes))], dtype=np.int64)
     return order[~np.isin(order, valid)], valid
-
-
-class Batches:
-    """Training batches as a pure function of the seed and the step, so that resuming needs no state.
-
-    An epoch is every block of `length` tokens once, in an order drawn anew for each epoch; a batch may hold the
-    end of one epoch and the start of the next. The tokens left over at the end of the stream are not used.
-
-    Args:
-        stream: the training tokens.
-        length: tokens that a sequence predicts, T.
-        batch_size: sequences in a batch, B.
-        seed: of the orders.
-
-    Raises:
-        ValueError: `length` or `batch_size` is not positive, or the stream holds less than one window.
-    """
-
-    def __init__(self, stream: TokenStream, length: int, batch_size: int, seed: int) -> None:
-        for name, value in (("length", length), ("batch_size", batch_size)):
-            if value < 1:
-                raise ValueError(f"{name}={value}; give a positive number")
-        if len(stream) < length + 1:
-            raise ValueError(
-                f"length={length} needs {length + 1} tokens, the training text has {len(stream)}; "
-                "give more text or train on shorter sequences"
-            )
-        self._stream = stream
-        self._length = length
-        self.batch_size = batch_size
-        self._seed = seed
-        self._num_blocks = (len(stream) - 1) // length  # each target block needs the token after its last
-        self._order = functools.lru_cache(maxsize=2)(self._draw_order)  # two: a batch may span two epochs
-
-    @property
-    def tokens_per_epoch(self) -> int:
-        """Tokens predicted in one epoch."""
-        return self._num_blocks * self._length
-
-    def __getitem__(self, step: int) -> np.ndarray:
-        """The batch of training step `step` >= 0, int64 [B, T + 1]: inputs [:, :-1] and targets [:, 1:]."""
-        return self.rows(step, range(self.batch_size))
-
-    def rows(self, step: int, rows: range) -> np.ndarray:
-        """The sequences in these places of the batch of a step alone, int64 [rows, T + 1]."""
-        if step < 0:
-            raise ValueError(f"step={step}; steps count from 0")
-        return np.stack([self._sequence(step * self.batch_size + row) for row in rows])
-
-    def _sequence(self, index: int) -> np.ndarray:
-        epoch, place = divmod(index, self._num_blocks)
-        start = int(self._order(epoch)[place]) * self._length
-        return self._stream.read(start, start + self._length + 1)
-
-    def _draw_order(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self._seed, epoch]).permutation(self._num_blocks)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -39,24 +40,36 @@ class Decoder(nn.Module):
         key_padding_mask: Tensor | None = None,
         cache: KVCache | None = None,
         length: int | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         """Logits of the next token after each token.
 
         Args:
             tokens: (B, T) int64 ids; with a cache, those that follow what it holds.
-            positions: (B, T) or (1, T) int64 absolute positions; counted on from the cache when None.
+            positions: (B, T) or (1, T) int64 absolute positions; counted on from the cache, or from 0 in each document,
+                when None.
             key_padding_mask: (B, Tk) bool, True where a key is padding, over what the cache holds and tokens together.
             cache: keys and values of the tokens before, appended to in place. For inference only.
             length: L', the length that the whole sequence will have, for methods that depend on it; the cache's, or
-                Tk without a cache, when None.
+                Tk without a cache, when None; with cu_seqlens that of the longest document.
+            cu_seqlens: (N + 1,) int32 or int64, [0, ..., T]: borders of N documents that are packed along T, each
+                computed as if it stood alone. For B = 1, without a mask or a cache; positions are consecutive in each.
 
         Returns:
             (B, T, V).
 
         Raises:
-            ValueError: more positions than the method holds; a cache of unknown length for a method that needs it.
+            ValueError: more positions than the method holds; a cache of unknown length for a method that needs it;
+                cu_seqlens for what they are not for.
         """
-        hidden = self.hidden(tokens, positions=positions, key_padding_mask=key_padding_mask, cache=cache, length=length)
+        hidden = self.hidden(
+            tokens,
+            positions=positions,
+            key_padding_mask=key_padding_mask,
+            cache=cache,
+            length=length,
+            cu_seqlens=cu_seqlens,
+        )
         logits: Tensor = self.vocabulary.logits(hidden)
         return logits
 
@@ -68,17 +81,21 @@ class Decoder(nn.Module):
         key_padding_mask: Tensor | None = None,
         cache: KVCache | None = None,
         length: int | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         """What the logits are made of, (B, T, C). Arguments as in `forward`."""
-        start, held = (0, 0) if cache is None else (cache.length, cache.held)
-        key_length = held + tokens.shape[1]
-        if length is None and cache is not None:
-            length = cache.final_length
-        self._check_length(start + tokens.shape[1], positions, cache, length)
-        if positions is None:
-            positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)[None]
-        x = self.dropout(self.positions.embed(self.vocabulary.embed(tokens), positions))  # [B, T, C]
-        attend = self.positions.attend(positions, key_length, key_length if length is None else length)
+        if cu_seqlens is None:
+            placed = self._place(tokens, positions, cache, length)
+        elif len(tokens) != 1 or cache is not None or key_padding_mask is not None:
+            raise ValueError(
+                f"cu_seqlens with B={len(tokens)}, a cache or a mask: give documents packed along T of one sequence"
+            )
+        else:
+            placed = self._place_packed(tokens, positions, cu_seqlens, length)
+        x = self.dropout(self.positions.embed(self.vocabulary.embed(tokens), placed.positions))  # [B, T, C]
+        attend = self.positions.attend(placed.queries, placed.key_length, placed.length)
+        if cu_seqlens is not None:
+            attend = attend.packed(placed.positions, cu_seqlens)
         for block in self.blocks:
             x = block(x, attend, key_padding_mask, cache)
         normed: Tensor = self.norm(x)
@@ -111,9 +128,15 @@ class Decoder(nn.Module):
         """
         return KVCache(length=length if max_context is None else min(length, max_context), max_context=max_context)
 
-    def loss(self, tokens: Tensor, targets: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Mean nll in nats per token of targets (B, T), each the token after tokens (B, T)."""
-        hidden = self.hidden(tokens, positions=positions)
+    def loss(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        positions: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
+        """Mean nll in nats per token of targets (B, T), each the token after tokens (B, T); -100 counts for nothing."""
+        hidden = self.hidden(tokens, positions=positions, cu_seqlens=cu_seqlens)
         loss: Tensor = self.vocabulary.loss(hidden.flatten(0, 1), targets.flatten())
         return loss
 
@@ -134,6 +157,33 @@ class Decoder(nn.Module):
             kernels=triton_was_measured(device, weight.dtype, self.config.head_dim),
         ).impl
 
+    def _place(self, tokens: Tensor, positions: Tensor | None, cache: KVCache | None, length: int | None) -> "_Placed":
+        """Where tokens stand that follow what a cache holds."""
+        total = tokens.shape[1]
+        start, held = (0, 0) if cache is None else (cache.length, cache.held)
+        if length is None and cache is not None:
+            length = cache.final_length
+        self._check_length(start + total, positions, cache, length)
+        if positions is None:
+            positions = torch.arange(start, start + total, device=tokens.device)[None]
+        return _Placed(positions, positions, held + total, held + total if length is None else length)
+
+    def _place_packed(
+        self, tokens: Tensor, positions: Tensor | None, cu_seqlens: Tensor, length: int | None
+    ) -> "_Placed":
+        """Where the tokens of packed documents stand."""
+        if (end := int(cu_seqlens[-1])) != tokens.shape[1]:
+            raise ValueError(f"cu_seqlens ends with {end}: give [0, ..., T], here T={tokens.shape[1]}")
+        lengths = cu_seqlens.diff()
+        longest = int(lengths.max())
+        self._check_length(longest, positions, None, length)
+        if positions is None:
+            starts = cu_seqlens[:-1].repeat_interleave(lengths)  # [T]
+            positions = (torch.arange(end, device=starts.device) - starts)[None]
+        end = int(positions.max()) + 1
+        queries = torch.arange(end, device=positions.device)[None]
+        return _Placed(positions, queries, end, longest if length is None else length)
+
     def _check_length(self, total: int, positions: Tensor | None, cache: KVCache | None, length: int | None) -> None:
         longest = self.positions.max_length
         if longest is not None:
@@ -153,6 +203,19 @@ class Decoder(nn.Module):
                 f"position method {self.config.method!r} depends on the length of the whole sequence: "
                 "make the cache by KVCache(length=...)"
             )
+
+
+class _Placed(NamedTuple):
+    """Where the tokens of one forward pass stand, and what their position method is asked about them."""
+
+    positions: Tensor
+    """(B or 1, T), of all tokens."""
+    queries: Tensor
+    """(B or 1, Tq) positions of one sequence: of packed documents, all that any has."""
+    key_length: int
+    """Tk of it."""
+    length: int
+    """L' of it."""
 
 
 def count_weights(config: ModelConfig) -> int:
@@ -209,20 +272,34 @@ class SelfAttention(nn.Module):
             k, v = cache.append(self.layer, k, v)
             if positions.slopes is not None and uses_key_norms("auto", q, k.shape[2]):
                 key_norms = cache.key_norms(self.layer)
-        mixed = attention(
-            q,
-            k,
-            v,
-            slopes=positions.slopes,
-            bias=positions.bias,
-            scale=positions.logit_factor * self.config.head_dim**-0.5,
-            window_size=None if cache is None else cache.max_context,
-            key_padding_mask=key_padding_mask,
-            key_norms=key_norms,
-            dropout_p=self.config.attention_dropout if self.training else 0.0,
-        )
+        scale = positions.logit_factor * self.config.head_dim**-0.5
+        dropout = self.config.attention_dropout if self.training else 0.0
+        if positions.document_biases is not None:
+            mixed = _one_by_one(q, k, v, positions.document_biases, scale, dropout)
+        else:
+            mixed = attention(
+                q,
+                k,
+                v,
+                slopes=positions.slopes,
+                bias=positions.bias,
+                scale=scale,
+                window_size=None if cache is None else cache.max_context,
+                key_padding_mask=key_padding_mask,
+                cu_seqlens=positions.cu_seqlens,
+                key_norms=key_norms,
+                dropout_p=dropout,
+            )
         projected: Tensor = self.out(mixed.transpose(1, 2).flatten(-2))
         return projected
+
+
+def _one_by_one(q: Tensor, k: Tensor, v: Tensor, biases: tuple[Tensor, ...], scale: float, dropout: float) -> Tensor:
+    """Attention of documents packed along T, each with a dense bias of its own, (1, H, T, D)."""
+    lengths = [bias.shape[-1] for bias in biases]
+    documents = zip(*(x.split(lengths, dim=2) for x in (q, k, v)), biases, strict=True)
+    parts = [attention(*qkv, bias=bias, scale=scale, dropout_p=dropout) for *qkv, bias in documents]
+    return torch.cat(parts, dim=2)
 
 
 class FeedForward(nn.Module):

@@ -1,6 +1,7 @@
 """The interface between a position method and a model."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from torch import Tensor, nn
 
@@ -37,6 +38,35 @@ class AttentionPositions:
     """(H, Tq, Tk) or (B, H, Tq, Tk) float32, added to the scaled scores."""
     logit_factor: float = 1.0
     """Factor of the logits q . k."""
+    cu_seqlens: Tensor | None = None
+    """(N + 1,) borders of documents that are packed along T, none of which sees another."""
+    document_biases: tuple[Tensor, ...] | None = None
+    """Of packed documents that have a bias: that of each, (H, T, T) of its own T, in place of `bias`."""
+
+    def packed(self, positions: Tensor, cu_seqlens: Tensor) -> "AttentionPositions":
+        """What attention needs for documents packed along T, of what it needs for one at all of their positions.
+
+        A bias between all tokens would grow with the square of their number, and be hidden but for its diagonal blocks.
+
+        Args:
+            positions: (1, T), consecutive in each document, each below the query and key length of this.
+            cu_seqlens: (N + 1,) borders of the documents.
+        """
+        rotations = (
+            None if rotation is None else (rotation[0][:, :, positions[0]], rotation[1][:, :, positions[0]])
+            for rotation in (self.rotation, self.key_rotation)
+        )
+        rotation, key_rotation = rotations
+        biases = None
+        if self.bias is not None:
+            places = positions[0].tolist()
+            spans = [
+                slice(places[start], places[end - 1] + 1) for start, end in pairwise(cu_seqlens.tolist()) if start < end
+            ]
+            biases = tuple(self.bias[..., span, span] for span in spans)
+        return replace(
+            self, rotation=rotation, key_rotation=key_rotation, bias=None, cu_seqlens=cu_seqlens, document_biases=biases
+        )
 
 
 class PositionMethod(nn.Module):

@@ -388,11 +388,13 @@ class TrainingRecord(OfModel):
     """Of training, in bytes, as in `Record`."""
     attention: str
     """As in `Record`."""
+    cut_documents: int | None = None
+    """Documents longer than a training sequence, which were cut into pieces, where documents were packed."""
 
     def __post_init__(self) -> None:
         check_fields(self)
         require_positive(self, "steps", "tokens", "parameters", "seconds")
-        require_not_negative(self, "final_loss", "peak_memory")
+        require_not_negative(self, "final_loss", "peak_memory", "cut_documents")
 
     @property
     def key(self) -> tuple[Any, ...]:

@@ -16,6 +16,9 @@ class TrainConfig:
 
     train_length: int = 128
     """L, the length in tokens of the training sequences."""
+    packing: Literal["blocks", "documents"] = "blocks"
+    """What they are: blocks of L tokens of the text, whatever documents these are of, or whole documents, packed, none
+    of which sees another; one that is longer than L is cut into pieces."""
     steps: int = 600
     """Number of optimizer steps."""
     batch_size: int = 8
@@ -88,9 +91,16 @@ class TrainConfig:
             raise ValueError(f"weight_decay={self.weight_decay}: give at least 0")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas={self.betas}: give two numbers of at least 0 and below 1")
+        if self.packing not in ("blocks", "documents"):
+            raise ValueError(f"packing={self.packing!r}: give blocks or documents")
         if self.precision not in ("auto", "fp32", "bf16"):
             raise ValueError(f"precision={self.precision!r}: give auto, fp32 or bf16")
         parse_mix(self.mix)
+
+    @property
+    def packed_length(self) -> int | None:
+        """Tokens of packed documents that one process computes at a time; None where documents are not packed."""
+        return self.batch_size // self.accumulation * self.train_length if self.packing == "documents" else None
 
 
 @dataclass(frozen=True)

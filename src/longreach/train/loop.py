@@ -4,19 +4,22 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.checkpoint import checkpoint
 
 from longreach.cost import Cost
+from longreach.data.batches import BatchSource
+from longreach.data.sequences import IGNORED, Sequences
 from longreach.files import sync
 from longreach.foreign import refusing
 from longreach.models.decoder import Decoder
@@ -30,14 +33,6 @@ from longreach.train.optim import build_optimizer, independent_of_steps, learnin
 from longreach.train.parallel import ALONE, Loss, Ranks, restore, whole
 
 
-class BatchSource(Protocol):
-    """Batches by the number of their step, so that resuming needs no state: `Batches`, `MixedBatches`."""
-
-    def rows(self, step: int, rows: range) -> np.ndarray:
-        """Sequences of the batch of a step >= 0, by their places in it, int64 [rows, T + 1]."""
-        ...
-
-
 @dataclass(frozen=True)
 class Trainee:
     """What is trained: a module, and all that the loop has to know of it."""
@@ -47,7 +42,8 @@ class Trainee:
     model: nn.Module
     """On its device, in training mode. All its parameters are trained; a checkpoint holds its state dict."""
     loss: Loss
-    """Mean nll in nats per token of targets (B, L), each the token after tokens (B, L), at positions (B, L)."""
+    """Mean nll in nats per token of targets (B, L), each the token after tokens (B, L), at positions (B, L). Of packed
+    documents all three are (1, T), a target of -100 counts for nothing, and the borders (N + 1,) come fourth."""
     attention: str
     """The attention implementation that runs at the training length."""
     save: Callable[[Path, dict[str, Tensor]], None]
@@ -58,14 +54,14 @@ class Trainee:
     """Each sequence starts at a position drawn uniformly from 0 to this."""
 
 
-def decoder_trainee(model: Decoder) -> Trainee:
-    """A decoder as `train` takes it. Puts it into training mode."""
+def decoder_trainee(model: Decoder, packed_length: int | None = None) -> Trainee:
+    """A decoder as `train` takes it, for packed documents of so many tokens in all. Puts it into training mode."""
     model.train()
     return Trainee(
         method=model.config.method,
         model=model,
         loss=model.loss,
-        attention=model.attention_impl(model.config.train_length),
+        attention=model.attention_impl(packed_length or model.config.train_length, windowed=packed_length is not None),
         save=lambda folder, weights: save_model(model, folder, weights),
         blocks=tuple(model.blocks),
         max_training_offset=model.positions.max_training_offset,
@@ -136,7 +132,7 @@ def train(
         weights = ranks.whole(run.trainee.model.state_dict())
     with ranks.leading():
         if ranks.is_first:
-            _finish(run, folder, cost, weights)
+            _finish(run, folder, cost, weights, batches.cut_documents)
         return read_training_record(finished)
 
 
@@ -162,7 +158,7 @@ def try_out(
     return Trial(run.seconds - before, cost.peak_memory)
 
 
-def _finish(run: "_Run", folder: Path, cost: Cost, weights: dict[str, Tensor]) -> None:
+def _finish(run: "_Run", folder: Path, cost: Cost, weights: dict[str, Tensor], cut_documents: int | None) -> None:
     """Write the model and the record of a run whose steps are done."""
     config = run.config
     finished = folder / "training.json"
@@ -171,12 +167,13 @@ def _finish(run: "_Run", folder: Path, cost: Cost, weights: dict[str, Tensor]) -
     record = TrainingRecord(
         model=Model(run.trainee.method, config.train_length, config.seed),
         steps=config.steps,
-        tokens=config.steps * config.batch_size * config.train_length,
+        tokens=run.tokens,
         parameters=sum(parameter.numel() for parameter in run.trainee.model.parameters()),
         final_loss=final_loss(folder / "metrics.jsonl"),
         seconds=run.seconds,
         peak_memory=cost.peak_memory,
         attention=run.trainee.attention,
+        cut_documents=cut_documents,
     )
     write_training(record, finished)
     if not independent_of_steps(config, config.steps):
@@ -243,7 +240,9 @@ class _Run:
             config.parallel, self.trainee.model, self.trainee.blocks, self.trainee.loss
         )
         self.optimizer = build_optimizer(self.trainee.model, config)
+        self.packs = config.packing == "documents"
         self.step = 0
+        self.tokens = 0
         self.seconds = 0.0
 
     def resume(self, folder: Path) -> None:
@@ -256,22 +255,20 @@ class _Run:
         if self.ranks.is_first:
             keep_first(folder / "metrics.jsonl", self.step)
 
-    def advance(self, rows: np.ndarray) -> Step:
-        """Take one optimizer step on this rank's token ids (rows, L + 1) of a batch."""
+    def advance(self, rows: Sequences) -> Step:
+        """Take one optimizer step on this rank's sequences of a batch."""
         started = time.perf_counter()
         rate = learning_rate(self.step, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.ranks.draw_otherwise(self.config.seed, self.step)
-        parts = self.config.accumulation
-        sequences = torch.from_numpy(rows).to(self.device)
+        count = (rows.targets != IGNORED).sum() if self.packs else rows.targets.size
+        (mean_count,) = self.ranks.mean(float(count)) if self.packs else (float(count),)
         loss = 0.0
-        for number, (part, positions) in enumerate(
-            zip(sequences.chunk(parts), self._positions().chunk(parts), strict=True), start=1
-        ):
-            with self.syncing(number == parts):
+        for number, part in enumerate(self._parts(rows), start=1):
+            with self.syncing(number == self.config.accumulation):
                 with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
-                    part_loss = self.loss(part[:, :-1], part[:, 1:], positions) / parts
+                    part_loss = self.loss(*part.batch) / (mean_count / part.num_targets)
                 part_loss.backward()
             loss += part_loss.item()
         (loss,) = self.ranks.mean(loss)
@@ -284,9 +281,26 @@ class _Run:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
+        self.tokens += round(mean_count * self.ranks.size)
         self.seconds += time.perf_counter() - started
-        tokens = self.step * self.config.batch_size * self.config.train_length
-        return Step(self.step, loss, rate, norm, tokens, self.seconds)
+        return Step(self.step, loss, rate, norm, self.tokens, self.seconds)
+
+    def _parts(self, rows: Sequences) -> Iterator["_Part"]:
+        """The parts of an accumulated batch, on the device."""
+        tokens, targets = (torch.from_numpy(x).to(self.device) for x in (rows.tokens, rows.targets))
+        places = torch.arange(tokens.shape[1], device=self.device).expand(len(tokens), -1)
+        if rows.places is not None:
+            places = torch.from_numpy(rows.places).to(self.device)
+        positions = places + self._offsets() if self.trainee.max_training_offset else places
+        for part in zip(
+            *(x.chunk(self.config.accumulation) for x in (tokens, targets, positions, places)), strict=True
+        ):
+            batch, places = part[:3], part[3]
+            if self.packs:
+                flat = places.flatten()
+                borders = F.pad((flat == 0).nonzero()[:, 0], (0, 1), value=len(flat))
+                batch = (*(x.reshape(1, -1) for x in batch), borders)
+            yield _Part(batch, int((part[1] != IGNORED).sum()) if self.packs else part[1].numel())
 
     @torch.no_grad()
     def validate(self, batches: Sequence[np.ndarray]) -> float:
@@ -308,6 +322,7 @@ class _Run:
             "model": self.trainee.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
+            "tokens": self.tokens,
             "seconds": self.seconds,
             "random_state": torch.get_rng_state(),
         }
@@ -319,9 +334,11 @@ class _Run:
 
     def _restore(self, state: dict[str, Any]) -> None:
         """Go on from what `save` wrote. Whatever is raised says that it is not that."""
-        self.step, self.seconds = state["step"], state["seconds"]
+        self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
         if not (type(self.step) is int and 0 < self.step <= self.config.steps):
             raise ValueError(f"step={self.step!r}, of {self.config.steps}")
+        if not (type(self.tokens) is int and self.tokens > 0):
+            raise ValueError(f"tokens={self.tokens!r}")
         if not (type(self.seconds) is float and 0 <= self.seconds < math.inf):
             raise ValueError(f"seconds={self.seconds!r}")
         for name, weight in self.trainee.model.state_dict().items():
@@ -341,14 +358,19 @@ class _Run:
         if self.device.type == "cuda" and "cuda_random_state" in state:  # the start before may have been on the CPU
             torch.cuda.set_rng_state(state["cuda_random_state"], self.device)
 
-    def _positions(self) -> Tensor:
-        """(rows, L) positions of this rank's part of a batch, each row shifted by its own draw where that is asked."""
-        rows = self.ranks.rows(self.config.batch_size)
-        positions = torch.arange(self.config.train_length, device=self.device).expand(len(rows), -1)
-        if self.trainee.max_training_offset:
-            draws = torch.randint(self.trainee.max_training_offset + 1, (self.config.batch_size, 1))
-            positions = positions + self.ranks.first_one_s(draws)[rows].to(self.device)
-        return positions
+    def _offsets(self) -> Tensor:
+        """Where each of this rank's sequences of a batch starts, (rows, 1), drawn anew."""
+        draws = torch.randint(self.trainee.max_training_offset + 1, (self.config.batch_size, 1))
+        return self.ranks.first_one_s(draws)[self.ranks.rows(self.config.batch_size)].to(self.device)
+
+
+class _Part(NamedTuple):
+    """Of an accumulated batch."""
+
+    batch: tuple[Tensor, ...]
+    """What the loss takes."""
+    num_targets: int
+    """How many tokens it is the mean over."""
 
 
 def _check_alike(name: str, tensor: Tensor, model: Tensor) -> None:

@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 Engine = Literal["auto", "none", "ddp", "fsdp"]
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+Loss = Callable[..., Tensor]
 GO_ON = "run the same command again to go on from the last checkpoint"
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -408,8 +408,8 @@ class _Objective(nn.Module):
         self.model = model
         self._loss = loss
 
-    def forward(self, tokens: Tensor, targets: Tensor, positions: Tensor) -> Tensor:
-        return self._loss(tokens, targets, positions)
+    def forward(self, *batch: Tensor) -> Tensor:
+        return self._loss(*batch)
 
 
 def _meeting(launch: Launch) -> Any:

@@ -41,8 +41,8 @@ class Forecast:
     """Tokens trained on in a step, over all processes."""
     steps: int
     """How many are asked for."""
-    steps_per_epoch: float
-    """How many see all text once."""
+    steps_per_epoch: float | None
+    """How many see all text once; None where that is not known."""
     seconds_per_step: float | None = None
     """Measured; None where it will not fit."""
     peak_memory: int | None = None
@@ -67,13 +67,15 @@ class Forecast:
             hours = self.steps * self.seconds_per_step / 3600
             speed = self.tokens_per_step / self.seconds_per_step
             time = f"; {self.seconds_per_step:.3g} s a step, {speed:,.0f} tokens/s, {hours:.3g} hours in all"
+        epochs = ""
+        if self.steps_per_epoch is not None:
+            epochs = f", {self.steps_per_epoch:,.1f} steps an epoch, {self.steps / self.steps_per_epoch:.3g} epochs"
         return [
             f"{self.parameters:,} parameters, {self.processes} process{'es' if self.processes > 1 else ''}",
             f"memory of each in GiB: weights {gib['weights']}, gradients {gib['weights']}, optimizer "
             f"{gib['optimizer']}, activations about {gib['activations']}: {self.estimate / 2**30:.2f} of "
             f"{self.available / 2**30:.2f}{measured}",
-            f"{self.tokens_per_step:,} tokens a step, {self.steps_per_epoch:,.1f} steps an epoch, "
-            f"{self.steps / self.steps_per_epoch:.3g} epochs{time}",
+            f"{self.tokens_per_step:,} tokens a step{epochs}{time}",
         ]
 
 
@@ -110,7 +112,7 @@ def dry_run(config: RunConfig, progress: Progress, ranks: Ranks = ALONE) -> Fore
         available=_available(device, ranks.processes_here),
         tokens_per_step=train.batch_size * train.train_length,
         steps=train.steps,
-        steps_per_epoch=(len(prepared.train) - 1) // train.train_length / train.batch_size,
+        steps_per_epoch=batches.steps_per_epoch,
     )
     if not forecast.fits:
         return forecast

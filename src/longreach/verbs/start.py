@@ -118,6 +118,11 @@ def check_start(config: RunConfig) -> Any:
             raise ValueError(f"{field.name}={asked}: start_from={config.start_from!r} has {shape}; leave it out")
     if pretrained:
         _check_pretrained_method(config.method)
+        if config.train.packing == "documents":
+            raise ValueError(
+                f"packing=documents: start_from={config.start_from!r} is a Hugging Face model, which is not told of "
+                "documents; leave it out"
+            )
     else:
         _check_positions(config, start)
     if config.data.tokenizer != start.data.tokenizer and (
@@ -182,7 +187,9 @@ def build_trainee(config: RunConfig, tokenizer: Tokenizer, device: torch.device,
         ValueError: the weights are not of the form that the run needs, or their files are damaged.
     """
     if config.start_from is None:
-        return decoder_trainee(Decoder(config.model_config(tokenizer.vocab_size)).to(device))
+        return decoder_trainee(
+            Decoder(config.model_config(tokenizer.vocab_size)).to(device), config.train.packed_length
+        )
     if pretrained is not None:
         return _pretrained_trainee(config, tokenizer, device, pretrained)
     model = Decoder(config.model_config(tokenizer.vocab_size))
@@ -191,7 +198,7 @@ def build_trainee(config: RunConfig, tokenizer: Tokenizer, device: torch.device,
     except RuntimeError as error:
         first_line = str(error).splitlines()[-1].strip()
         raise ValueError(f"start_from={config.start_from!r} has weights of another form ({first_line})") from error
-    return decoder_trainee(model.to(device))
+    return decoder_trainee(model.to(device), config.train.packed_length)
 
 
 def _pretrained_trainee(config: RunConfig, tokenizer: Tokenizer, device: torch.device, pretrained: Any) -> Trainee:

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 
 from longreach.cost import total_memory
+from longreach.data.batches import Batches, BatchSource
 from longreach.data.mix import MixedBatches
 from longreach.data.prepare import PreparedData, ValidationData, prepare
+from longreach.data.sequences import Blocks, PackedDocuments
 from longreach.data.tokenizer import Tokenizer, load_tokenizer
-from longreach.data.tokens import Batches
 from longreach.files import open_file
 from longreach.folder import begin, hold
 from longreach.measure.bootstrap import units
@@ -28,7 +29,6 @@ from longreach.reading import plain_values, read_file
 from longreach.results import Provenance, Start, TrainingRecord
 from longreach.train.config import RunConfig, TrainConfig
 from longreach.train.loop import (
-    BatchSource,
     Trainee,
     read_training_record,
     resolve_device,
@@ -110,6 +110,8 @@ def train_run(
             check_held_out(config, prepared)
             batches = training_batches(config.train, prepared)
             valid_batches = _validation_batches(config.train, prepared, ranks) if config.train.validate_every else ()
+            if batches.description:
+                progress(batches.description, 1, 1)
             if ranks.is_first:
                 weights = {} if config.start_from is None else digest_of_weights(config.start_from, pretrained)
                 begin(folder, config, prepared.digests | weights, device)
@@ -155,8 +157,15 @@ def training_batches(config: TrainConfig, prepared: PreparedData) -> BatchSource
     Raises:
         ValueError: the text is too short for one sequence, or sequences for what is mixed in.
     """
-    batches = Batches(prepared.train, config.train_length, config.batch_size, config.seed)
-    return MixedBatches(batches, config.mix, prepared.tokenizer, config.seed) if config.mix else batches
+    text: Blocks | PackedDocuments
+    if config.packing == "documents":
+        text = PackedDocuments(prepared.train, config.train_length, prepared.tokenizer.eos_id)
+    else:
+        text = Blocks(prepared.train, config.train_length)
+    batches = Batches(text, config.batch_size, config.seed)
+    if not config.mix:
+        return batches
+    return MixedBatches(batches, config.train_length, config.mix, prepared.tokenizer, config.seed)
 
 
 def _validation_batches(config: TrainConfig, prepared: PreparedData, ranks: Ranks) -> Sequence[np.ndarray]:

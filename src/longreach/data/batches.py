@@ -1,0 +1,52 @@
+"""Training batches by the number of their step."""
+
+import functools
+from abc import ABC, abstractmethod
+
+import numpy as np
+
+from longreach.data.sequences import Blocks, PackedDocuments, Sequences
+
+
+class BatchSource(ABC):
+    """What training reads."""
+
+    description: str = ""
+    """What is to be said of them when training begins."""
+    steps_per_epoch: float | None = None
+    """How many steps see all text once; None where that is not known."""
+    cut_documents: int | None = None
+    """How many documents were longer than a sequence and are cut into pieces, where documents are packed."""
+
+    @abstractmethod
+    def rows(self, step: int, rows: range) -> Sequences:
+        """The sequences in these places of the batch of training step `step` >= 0."""
+
+
+class Batches(BatchSource):
+    """Batches as a pure function of the seed and the step, so that resuming needs no state.
+
+    An epoch is every sequence once, in an order drawn anew for each; a batch may hold the end of one and the start of
+    the next.
+
+    Args:
+        text: the sequences that there are.
+        batch_size: sequences in a batch, B.
+        seed: of the orders.
+    """
+
+    def __init__(self, text: Blocks | PackedDocuments, batch_size: int, seed: int) -> None:
+        self.description, self.cut_documents = text.description, text.cut_documents
+        self.steps_per_epoch = len(text) / batch_size
+        self._text = text
+        self._batch_size = batch_size
+        self._seed = seed
+        self._order = functools.lru_cache(maxsize=2)(self._draw_order)  # two: a batch may span two epochs
+
+    def rows(self, step: int, rows: range) -> Sequences:
+        """The sequences in these places of the batch of training step `step` >= 0."""
+        places = (divmod(step * self._batch_size + row, len(self._text)) for row in rows)
+        return self._text.read(np.array([self._order(epoch)[place] for epoch, place in places]))
+
+    def _draw_order(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self._seed, epoch]).permutation(len(self._text))
