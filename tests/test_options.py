@@ -123,3 +123,16 @@ The shape:
 
 def test_docstrings_of_fields_are_inherited_and_replaced():
     assert documentation(Wide) == {**documentation(Shape), "width": "How very wide."}
+
+
+def test_a_second_name_is_given_once():
+    @dataclass(frozen=True)
+    class Plan:
+        curriculum: tuple[str, ...] = ()
+        """Which lengths."""
+
+    words = ["a", "--output", "o", "--lengths", "4,5", "--curriculum", "2:100%"]
+    _, plan, job = parse("tool", "Does it.", words, (Where, Plan, Job), positional="models")
+    assert (plan.curriculum, job.valid_lengths) == (("2:100%",), (4, 5))
+    (plan,) = parse("tool", "Does it.", ["--lengths", "2:100%"], (Plan,))
+    assert plan.curriculum == ("2:100%",)

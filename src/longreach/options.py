@@ -17,8 +17,14 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from longreach.reading import Leaf, leaves, read_words
 
-SHORT_NAMES = {"tasks": "--task", "valid_lengths": "--lengths", "start_from": "--from", "scalings": "--scaling"}
-"""Name of a field that is typed often -> a second name of its option."""
+SHORT_NAMES = {
+    "tasks": "--task",
+    "valid_lengths": "--lengths",
+    "curriculum": "--lengths",
+    "start_from": "--from",
+    "scalings": "--scaling",
+}
+"""Name of a field that is typed often -> a second name of its option; of two in one command the first has it."""
 
 _METAVARS = {int: "INT", float: "NUMBER", str: "TEXT", Path: "PATH"}
 
@@ -92,16 +98,19 @@ def _parser(
     )
     parser.add_argument("-h", "--help", action="store_true", help="Show this page.")
     groups: dict[str, Any] = {}
+    fields = [name for kind in kinds for name in leaves(kind)]
+    short = {second: name for name, second in reversed(SHORT_NAMES.items()) if name in fields}
+    seconds = {name: [second] for second, name in short.items()}
     for kind in kinds:
         for name, leaf in leaves(kind, started if kind is kinds[-1] else None).items():
             section = leaf.path[0]
             if len(leaf.path) > 1 and section not in groups:
                 groups[section] = parser.add_argument_group(documentation(kind)[section].rstrip("."))
-            _add(groups.get(section, parser), name, leaf, positional)
+            _add(groups.get(section, parser), name, leaf, positional, seconds.get(name, []))
     return parser
 
 
-def _add(group: Any, name: str, leaf: Leaf, positional: str) -> None:
+def _add(group: Any, name: str, leaf: Leaf, positional: str, second_names: list[str]) -> None:
     """Add a field to a group of options."""
     text = _explained(leaf)
     if name == positional:
@@ -110,8 +119,7 @@ def _add(group: Any, name: str, leaf: Leaf, positional: str) -> None:
     elif leaf.type is bool:
         group.add_argument(_option(name), action=argparse.BooleanOptionalAction, help=text)
     else:
-        names = [_option(name), *([SHORT_NAMES[name]] if name in SHORT_NAMES else [])]
-        group.add_argument(*names, dest=name, metavar=_metavar(leaf.type), help=text)
+        group.add_argument(_option(name), *second_names, dest=name, metavar=_metavar(leaf.type), help=text)
 
 
 def _option(name: str) -> str:

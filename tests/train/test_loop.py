@@ -178,6 +178,45 @@ def test_packed_documents_in_parts_and_resumed_are_those_of_one_start(tmp_path):
     assert timeless(train(builder(MODEL), PACKED, packed_batches(), tmp_path / "again")) == timeless(whole)
 
 
+@pytest.mark.parametrize("method", ["alibi", "fire", "sinusoidal-shifted"])
+def test_a_curriculum_cuts_the_sequences_of_the_same_batches(tmp_path, method):
+    model = dataclasses.replace(MODEL, method=method)
+    config = dataclasses.replace(CONFIG, curriculum=("2:50%", "4:25%", "8:25%"))
+    record = train(builder(model), config, CountingBatches(), tmp_path / "run")
+    assert record.tokens == 12 * 4 * 8
+    assert (record.model.train_length, record.steps) == (8, 12)
+    torch.manual_seed(CONFIG.seed)
+    first = decoder_trainee(Decoder(model)).model
+    tokens, targets, _ = (x if x is None else torch.from_numpy(x) for x in CountingBatches().rows(0, range(4)))
+    starts = torch.randint(65, (4, 1)) if method == "sinusoidal-shifted" else torch.zeros(4, 1, dtype=torch.int64)
+    losses = [
+        first.loss(tokens[:, at : at + 2], targets[:, at : at + 2], starts + torch.arange(2)).item()
+        for at in range(0, 8, 2)
+    ]
+    assert metrics(tmp_path / "run")[0]["loss"] == pytest.approx(sum(losses) / 4, rel=1e-6)
+    with pytest.raises(Interrupted):
+        train(builder(model), config, CountingBatches(), tmp_path / "parts", interrupting(8))
+    assert timeless(train(builder(model), config, CountingBatches(), tmp_path / "parts")) == timeless(record)
+
+
+def test_a_curriculum_cuts_packed_documents_too(tmp_path):
+    lengths = []
+
+    def build(device):
+        trainee = builder(MODEL)(device)
+
+        def loss(tokens, targets, positions, borders):
+            lengths.append((int(borders.diff().max()), int(positions.max()) + 1))
+            return trainee.loss(tokens, targets, positions, borders)
+
+        return dataclasses.replace(trainee, loss=loss)
+
+    config = dataclasses.replace(PACKED, curriculum=("4:50%", "8:50%"))
+    record = train(build, config, packed_batches(), tmp_path / "run")
+    assert lengths == [(4, 4)] * 6 + [(8, 8)] * 6
+    assert record.tokens == train(builder(MODEL), PACKED, packed_batches(), tmp_path / "whole").tokens
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own look at it
 def test_compiled_training_is_the_same_training(tmp_path, monkeypatch):
     # The eager backend traces the model without needing a C++ compiler.

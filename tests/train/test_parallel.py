@@ -67,8 +67,9 @@ def test_the_loss_curve_is_that_of_one_process(small, alone, tmp_path, words):
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_packed_documents_are_shared(small, tmp_path, parallel):
+def test_packed_documents_and_a_curriculum_are_shared(small, tmp_path, parallel):
     words = [*small, "--packing", "documents", "--train-length", "700", "--steps", "6", "--warmup-steps", "2"]
+    words += ["--lengths", "350:50%,700:50%"]
     main(["train", "--output", str(tmp_path / "alone"), *words])
     words = [*words, "--parallel", parallel, "--accumulation", "2"]
     run(["train", "--output", str(tmp_path / "run"), *words], tmp_path / "logs")

@@ -78,3 +78,27 @@ def test_mistakes_in_a_file_are_named(tmp_path, text, message):
 def test_contradictions_are_named(values, name):
     with pytest.raises(ValueError, match=f"^{name}="):
         TrainConfig(**{"steps": 150, **values})
+
+
+def test_a_curriculum_goes_through_its_lengths_by_their_shares():
+    config = TrainConfig(train_length=64, steps=7, warmup_steps=0, curriculum=("16:50%", "64:25%", "32:25%"))
+    assert [config.length_at(step) for step in range(7)] == [16, 16, 16, 16, 64, 32, 32]
+    assert TrainConfig(train_length=64).length_at(5) == 64
+
+
+@pytest.mark.parametrize(
+    ("curriculum", "changes", "message"),
+    [
+        (("16:90%", "64:10"), {}, r"^curriculum=16:90%,64:10: give LENGTH:SHARE% for each, as in 512:90%,2048:10%$"),
+        (("0:50%", "64:50%"), {}, "give LENGTH:SHARE%"),
+        (("16:0%", "64:100%"), {}, "give LENGTH:SHARE%"),
+        (("16:50%", "64:49%"), {}, r"its shares are 99% in all; give 100%$"),
+        (("16:50%", "32:50%"), {}, r"its longest is 32 and train_length=64: give the same$"),
+        (("24:50%", "64:50%"), {}, r"24 does not divide 64, the longest: change one of them$"),
+        (("16:99%", "64:1%"), {"steps": 60}, r"1% of steps=60 is not one step: give more$"),
+        (("16:50%", "64:50%"), {"mix": ("retrieval=0.2",)}, r"would cut what is mixed in \(mix=retrieval=0\.2\)"),
+    ],
+)
+def test_contradictory_curricula_are_refused(curriculum, changes, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(train_length=64, curriculum=curriculum, **changes)

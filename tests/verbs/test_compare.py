@@ -72,6 +72,17 @@ def test_everything_a_user_gets(config, tmp_path):
     assert "rotary:base=500" in (output / "report.html").read_text(encoding="utf-8")
 
 
+def test_models_are_trained_on_packed_documents_by_a_curriculum_and_called_by_its_longest(config, tmp_path):
+    train = replace(config.train, packing="documents", curriculum=("8:50%", "16:50%"))
+    results = compare(replace(config, train=train, methods=("alibi",)), tmp_path / "out", silent)
+    (training,) = results.training
+    assert (training.model.train_length, training.steps) == (16, config.train.steps)
+    assert 0 < training.tokens <= config.train.steps * config.train.batch_size * 16
+    assert training.cut_documents > 0
+    assert results.provenance.config["train"]["curriculum"] == ["8:50%", "16:50%"]
+    assert results == Results.read(tmp_path / "out" / "results.json")
+
+
 def test_bytes_are_those_of_the_scored_text(config, tmp_path):
     from longreach.data.prepare import prepare
 

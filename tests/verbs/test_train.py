@@ -254,6 +254,14 @@ def test_a_run_whose_rate_falls_to_its_end_says_how_to_go_on(config, tmp_path, s
     assert train_run(replace(starting_config(str(run)), train=config.train), tmp_path / "next", silent).steps == 6
 
 
+def test_a_run_with_a_curriculum_is_not_made_longer(config, tmp_path):
+    length = config.train.train_length
+    config = with_train(config, **CONSTANT, curriculum=(f"{length // 2}:50%", f"{length}:50%"))
+    train_run(config, tmp_path / "run", silent)
+    with pytest.raises(ValueError, match=r"^steps=9: .* and a curriculum of shares of them, so that a longer run is"):
+        train_run(with_train(config, steps=9), tmp_path / "run", silent)
+
+
 def test_a_finished_run_without_its_checkpoint_says_how_to_go_on(config, tmp_path):
     config = with_train(config, **CONSTANT)
     train_run(config, tmp_path / "run", silent)

@@ -1,7 +1,10 @@
 """What a training run is made of, and its file."""
 
 import math
+import re
 from dataclasses import dataclass, field
+from functools import cache
+from itertools import accumulate
 from typing import Any, Literal
 
 from longreach.data.mix import parse_mix
@@ -10,12 +13,34 @@ from longreach.models.config import ARCHITECTURES, Architecture, ModelConfig
 from longreach.results import Model
 
 
+@cache
+def parse_curriculum(stages: tuple[str, ...]) -> tuple[tuple[int, float], ...]:
+    """The length in tokens and the percentage of the steps of each LENGTH:SHARE%, in their order.
+
+    Raises:
+        ValueError: one is none of these, or the shares are not all of the steps.
+    """
+    given = f"curriculum={','.join(stages)}"
+    parsed = []
+    for stage in stages:
+        match = re.fullmatch(r"([1-9][0-9]*):([0-9]+(?:\.[0-9]+)?)%", stage, re.ASCII)
+        if match is None or not 0 < float(match[2]) <= 100:
+            raise ValueError(f"{given}: give LENGTH:SHARE% for each, as in 512:90%,2048:10%")
+        parsed.append((int(match[1]), float(match[2])))
+    if parsed and not math.isclose(sum(share for _, share in parsed), 100):
+        raise ValueError(f"{given}: its shares are {sum(share for _, share in parsed):g}% in all; give 100%")
+    return tuple(parsed)
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """How a model is trained. What `may_differ` from one start of a run to the next changes no result."""
 
     train_length: int = 128
     """L, the length in tokens of the training sequences."""
+    curriculum: tuple[str, ...] = ()
+    """Lengths that one run goes through, each for its share of the steps, as in 512:90%,2048:10%. The longest is L,
+    whose sequences are cut into shorter ones, so that a batch keeps its tokens."""
     packing: Literal["blocks", "documents"] = "blocks"
     """What they are: blocks of L tokens of the text, whatever documents these are of, or whole documents, packed, none
     of which sees another; one that is longer than L is cut into pieces."""
@@ -96,6 +121,31 @@ class TrainConfig:
         if self.precision not in ("auto", "fp32", "bf16"):
             raise ValueError(f"precision={self.precision!r}: give auto, fp32 or bf16")
         parse_mix(self.mix)
+        self._check_curriculum()
+
+    def length_at(self, step: int) -> int:
+        """The length in tokens of the sequences of step 0, 1, ...: L without a curriculum."""
+        ends = accumulate(share for _, share in parse_curriculum(self.curriculum))
+        for (length, _), end in zip(parse_curriculum(self.curriculum), ends, strict=True):
+            if step < round(end / 100 * self.steps):
+                return length
+        return self.train_length
+
+    def _check_curriculum(self) -> None:
+        stages = parse_curriculum(self.curriculum)
+        if not stages:
+            return
+        given = f"curriculum={','.join(self.curriculum)}"
+        longest = max(length for length, _ in stages)
+        if longest != self.train_length:
+            raise ValueError(f"{given}: its longest is {longest} and train_length={self.train_length}: give the same")
+        for length, share in stages:
+            if self.train_length % length:
+                raise ValueError(f"{given}: {length} does not divide {longest}, the longest: change one of them")
+            if share / 100 * self.steps < 1:
+                raise ValueError(f"{given}: {share:g}% of steps={self.steps} is not one step: give more")
+        if self.mix:
+            raise ValueError(f"{given} would cut what is mixed in (mix={','.join(self.mix)}): leave one of them out")
 
     @property
     def packed_length(self) -> int | None:

@@ -286,21 +286,26 @@ class _Run:
         return Step(self.step, loss, rate, norm, self.tokens, self.seconds)
 
     def _parts(self, rows: Sequences) -> Iterator["_Part"]:
-        """The parts of an accumulated batch, on the device."""
+        """The parts of an accumulated batch, on the device, cut to the length that this step has."""
+        length = self.config.length_at(self.step)
         tokens, targets = (torch.from_numpy(x).to(self.device) for x in (rows.tokens, rows.targets))
-        places = torch.arange(tokens.shape[1], device=self.device).expand(len(tokens), -1)
-        if rows.places is not None:
-            places = torch.from_numpy(rows.places).to(self.device)
-        positions = places + self._offsets() if self.trainee.max_training_offset else places
-        for part in zip(
-            *(x.chunk(self.config.accumulation) for x in (tokens, targets, positions, places)), strict=True
-        ):
-            batch, places = part[:3], part[3]
-            if self.packs:
-                flat = places.flatten()
-                borders = F.pad((flat == 0).nonzero()[:, 0], (0, 1), value=len(flat))
-                batch = (*(x.reshape(1, -1) for x in batch), borders)
-            yield _Part(batch, int((part[1] != IGNORED).sum()) if self.packs else part[1].numel())
+        if rows.places is None:
+            tokens, targets = tokens.reshape(-1, length), targets.reshape(-1, length)
+            places = torch.arange(length, device=self.device).expand(len(tokens), -1)
+        else:
+            places = torch.from_numpy(rows.places).to(self.device) % length
+        positions = places
+        if self.trainee.max_training_offset:
+            offsets = self._offsets()
+            positions = places + offsets.repeat_interleave(len(places) // len(offsets), dim=0)
+        whole_batch = (x.chunk(self.config.accumulation) for x in (tokens, targets, positions, places))
+        for *batch, places in zip(*whole_batch, strict=True):
+            if not self.packs:
+                yield _Part(tuple(batch), batch[1].numel())
+                continue
+            starts = (places.flatten() == 0).nonzero()[:, 0]
+            borders = F.pad(starts, (0, 1), value=places.numel())
+            yield _Part((*(x.reshape(1, -1) for x in batch), borders), int((batch[1] != IGNORED).sum()))
 
     @torch.no_grad()
     def validate(self, batches: Sequence[np.ndarray]) -> float:

@@ -34,5 +34,5 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 def independent_of_steps(config: TrainConfig, done: int) -> bool:
-    """Whether the learning rates of the first `done` steps are the same in a longer run: warm-up, or no cosine."""
-    return done <= config.warmup_steps or config.final_learning_rate == 1
+    """Whether the first `done` steps are the same in a longer run: warm-up or no cosine, and no curriculum."""
+    return not config.curriculum and (done <= config.warmup_steps or config.final_learning_rate == 1)

@@ -1,7 +1,7 @@
 """What a training will take: memory of each process, time and epochs, from its shape and from three steps of it."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -116,7 +116,10 @@ def dry_run(config: RunConfig, progress: Progress, ranks: Ranks = ALONE) -> Fore
     )
     if not forecast.fits:
         return forecast
-    trial = try_out(lambda device: build_trainee(config, prepared.tokenizer, device), train, batches, STEPS, ranks)
+    at_full_length = replace(train, curriculum=())  # which takes the most
+    trial = try_out(
+        lambda device: build_trainee(config, prepared.tokenizer, device), at_full_length, batches, STEPS, ranks
+    )
     return Forecast(
         **vars(forecast) | {"seconds_per_step": trial.seconds_per_step, "peak_memory": trial.peak_memory},
     )

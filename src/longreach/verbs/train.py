@@ -133,7 +133,7 @@ def train_run(
 def _check_steps(folder: Path, before: TrainConfig, now: TrainConfig) -> None:
     """Check that a run may have as many steps as are asked for now: those that it was begun with, or more.
 
-    More steps only where the learning rates of those that are done do not depend on how many follow.
+    More steps only where those that are done do not depend on how many follow.
     """
     if now.steps == before.steps:
         return
@@ -143,9 +143,10 @@ def _check_steps(folder: Path, before: TrainConfig, now: TrainConfig) -> None:
     finished = (folder / "training.json").exists()
     if not independent_of_steps(before, steps_done(folder)):
         first = "" if finished else f"finish it with steps={before.steps}, then "
+        reason = "a curriculum of shares of them" if before.curriculum else "a learning rate that falls until then"
         raise ValueError(
-            f"{asked} and a learning rate that falls until then, so that a longer run differs from its first step "
-            f"after the warm-up on: {first}go on from it into a new folder (--from {folder})"
+            f"{asked} and {reason}, so that a longer run is another: {first}go on from it into a new folder "
+            f"(--from {folder})"
         )
     if finished and not (folder / "checkpoint.pt").exists():
         raise ValueError(f"{asked}, and its checkpoint.pt is gone: go on from it into a new folder (--from {folder})")
