@@ -9,6 +9,7 @@ import pytest
 
 import longreach
 import longreach.conformance
+import longreach.parallel
 import longreach.results
 
 ROOT = Path(longreach.__file__).parent
@@ -20,6 +21,7 @@ MODULES = {
 MAY_IMPORT = {
     "ops": set(),
     "positions": {"ops"},
+    "parallel": {"ops"},
     "models": {"positions", "ops"},
     "data": set(),
     "results": set(),
@@ -173,7 +175,7 @@ def test_no_two_files_of_tests_have_one_name():
 def test_every_public_name_is_in_the_reference():
     page = Path(__file__).parents[1] / "docs" / "api.md"
     told = re.findall(r"^::: (\S+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    modules = (longreach, longreach.conformance, longreach.results)
+    modules = (longreach, longreach.conformance, longreach.parallel, longreach.results)
     public = [f"{module.__name__}.{name}" for module in modules for name in module.__all__]
     assert sorted([*told, "longreach.__version__"]) == sorted(public)
 

@@ -17,7 +17,7 @@ INTERPRETED_PATHS = (
     "src/longreach/ops/triton",
     "src/longreach/ops/reach.py",
     "src/longreach/ops/lse_bound.py",
-    "tests/ops/adversarial.py",
+    "tests/adversarial.py",
     "tests/ops/test_reach.py",
     "tests/ops/test_triton",
     "tests/ops/triton_interpreter.py",

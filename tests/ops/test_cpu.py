@@ -2,7 +2,17 @@ from itertools import combinations, pairwise
 
 import pytest
 import torch
-from adversarial import CASES, LARGE_SCORES, Case, magnitudes, probabilities, random_grads, run
+from adversarial import (
+    CASES,
+    LARGE_SCORES,
+    MEASURES,
+    Case,
+    assert_within_the_rule,
+    magnitudes,
+    probabilities,
+    random_grads,
+    run,
+)
 from flat import cpu_attention, key_ranges, reference_attention
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,7 +25,6 @@ from longreach.ops.reach import key_block_norms, reach
 from longreach.ops.visibility import Visibility
 
 HALF = (torch.bfloat16, torch.float16)
-MEASURES = (torch.Tensor.amax, torch.Tensor.mean)
 
 
 @pytest.fixture(params=["bounded", "dense"])
@@ -93,17 +102,6 @@ def outputs(function, tensors, options, grads):
     """The output and all gradients."""
     out, _, gradients = run(function, tensors, options, grads)
     return out, *gradients
-
-
-def assert_within_the_rule(golden, plain, actual, magnitudes, by_scores=None):
-    """One rounding of each term is no error, nor is `by_scores`, by result and measure."""
-    for number, (right, terms) in enumerate(zip(golden, magnitudes, strict=False)):
-        rounding = torch.finfo(actual[number].dtype).eps / 2
-        errors, allowed = ((found[number].double() - right).abs() for found in (actual, plain))
-        for which, measure in enumerate(MEASURES):
-            limit = (3 if number else 2) * measure(allowed) + rounding * measure(terms)
-            limit += 0 if by_scores is None else by_scores[number, which]
-            assert measure(errors) <= limit, (number, measure)
 
 
 def shaken(tensors, options, grads, golden):

@@ -156,7 +156,7 @@ def attention(
         ValueError: a wrong type, shape, dtype, device or value, or what the chosen implementation cannot do.
     """
     validate_types(q=q, k=k, v=v)
-    q, k, v = _autocast(q, k, v)
+    q, k, v = autocast(q, k, v)
     validate_tensors(q, k, v)
     validate_choice("impl", impl, ("auto", *IMPLEMENTATIONS))
     validate_slopes(slopes, q, least=-math.inf if impl in ("reference", "sdpa") else 0.0)  # of which both take any
@@ -289,7 +289,7 @@ def _reaching(impl: str, q: Tensor) -> Callable[..., tuple[Tensor, Any]]:
     return cpu_attention
 
 
-def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Cast q, k and v, but neither slopes nor bias, as torch.autocast casts SDPA's arguments."""
     device = q.device.type
     if _autocasts(device):

@@ -147,7 +147,7 @@ def key_block_norms(k: Tensor, block_n: int, key_padding_mask: Tensor | None = N
     Returns:
         (B, Hkv, ceil(Tk / block_n)) float32, or float64 if k is; 0 for a block of padding alone.
     """
-    norms = _norms(k)  # [B, Hkv, Tk]
+    norms = row_norms(k)  # [B, Hkv, Tk]
     if key_padding_mask is not None:
         norms = norms.masked_fill(key_padding_mask[:, None], 0.0)
     return _block_max(norms, block_n, 0.0)
@@ -189,7 +189,7 @@ def key_ranges(
     batch, num_heads, query_length, _ = q.shape
     key_length = k.shape[2]
     causal, key_padding_mask = visibility.causal, visibility.key_padding_mask
-    left, right = _lowered_slopes(q, slopes)
+    left, right = lowered_slopes(q, slopes)
     few = 0 < query_length < FEW_QUERIES and query_length <= block_m
     if few and causal and visibility.cu_seqlens is None and key_length and key_norms is not None:
         return _decoding_ranges(q, k, left, key_norms, visibility, scale=scale, tolerance=tolerance, block_n=block_n)
@@ -200,17 +200,17 @@ def key_ranges(
         return nothing, nothing.clone()
 
     key_hidden = None if key_padding_mask is None else ~_block_any(~key_padding_mask, block_n)  # [B, NK]
-    norm = _norms(q) * scale  # [B, H, Tq]
+    norm = row_norms(q) * scale  # [B, H, Tq]
     log_mass = log_tolerance(tolerance, norm.dtype, key_length)
-    sides = [_Side(left, 1, log_mass)]
+    sides = [Side(left, 1, log_mass)]
     if not causal:
         half = log_mass - math.log(2.0)
-        sides = [_Side(left, 1, half), _Side(right, -1, half)]
+        sides = [Side(left, 1, half), Side(right, -1, half)]
     if key_norms is None:
         centre, lengths = _centred_lengths(k, key_padding_mask)
         longest = lengths.amax(dim=-1, keepdim=True).clamp(min=0.0) + torch.linalg.vector_norm(centre, dim=-1)
         lengths = per_query_head(lengths, num_heads)  # [B, H, Tk]
-        radii = [_soft_radius(lengths, norm, side, block_n) for side in sides]  # each [B, H, NK]
+        radii = [soft_radius(lengths, norm, side, block_n) for side in sides]  # each [B, H, NK]
     else:
         centre, longest = None, key_norms.amax(dim=-1, keepdim=True)
         radii = [per_query_head(key_norms, num_heads)] * len(sides)
@@ -219,14 +219,13 @@ def key_ranges(
 
     dropped = []
     for side, bound in zip(sides, radii, strict=True):
-        # How far the rows of a query block can exceed the bias, at the smallest and at the largest radius. Between
-        # the two it is convex in the radius, a maximum of lines, so that the chord bounds it from above.
         inner = side.slope[..., None] * blocks.distance_within(side.sign)  # [B, H, Tq]
-        radius = bound * (1 + (q.shape[3] + 16) * ROUNDING)
-        lowest, highest = radius.amin(dim=-1, keepdim=True), radius.amax(dim=-1, keepdim=True)  # [B, H, 1]
-        low, high = (_row_excess(norm * edge, lse, inner, sees, block_m) for edge in (lowest, highest))
-        share = (radius - lowest) / (highest - lowest).clamp(min=torch.finfo(lse.dtype).tiny)  # [B, H, NK]
-        dropped.append(_count_dropped(low, high, share, side, blocks, key_hidden))
+        chord = chord_of(norm, lse, sees, inner, bound * (1 + (q.shape[3] + 16) * ROUNDING), block_m)
+        counts = []
+        for chunk in chunks(num_query_blocks, chord.share.numel(), q.device):
+            hidden = blocks.outside(chunk) if key_hidden is None else blocks.outside(chunk) | key_hidden[:, None, None]
+            counts.append(count_dropped(chord, side, blocks.gap(side.sign, chunk), hidden, block_n, chunk))
+        dropped.append(torch.cat(counts, dim=-1))
     starts = torch.maximum(dropped[0], blocks.first)
     ends = blocks.last.expand_as(starts)
     if not causal:
@@ -260,7 +259,7 @@ def _decoding_ranges(
     What takes time here is the number of operations. Slopes (B, H) are lowered.
     """
     num_heads, query_length, key_length = q.shape[1], q.shape[2], k.shape[2]
-    norm = (_norms(q) * scale)[..., None]  # [B, H, Tq, 1]
+    norm = (row_norms(q) * scale)[..., None]  # [B, H, Tq, 1]
     norms = per_query_head(key_norms, num_heads)[:, :, None]  # [B, H, 1, NK]
     lse = last_lse(q, k, slope, slope, None, scale, visibility)[..., None]
     lse = lse - norm * norms.amax(dim=-1, keepdim=True) * LSE_ROUNDING - 2.0**-12
@@ -290,7 +289,7 @@ def _log_geometric_sum(slope: Tensor, count: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Side:
+class Side:
     """The keys on one side of a query block, and how their weights fall off."""
 
     slope: Tensor
@@ -350,7 +349,7 @@ class _Blocks:
         return (number < self.first[chunk, None]) | (number >= self.last[chunk, None])
 
 
-def _lowered_slopes(q: Tensor, slopes: Tensor | tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+def lowered_slopes(q: Tensor, slopes: Tensor | tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
     """Left and right slopes as (B, H), at least in float32, lowered by the rounding of their products."""
     batch, num_heads = q.shape[:2]
     dtype = torch.promote_types(q.dtype, torch.float32)
@@ -380,13 +379,13 @@ def _centred_lengths(k: Tensor, key_padding_mask: Tensor | None) -> tuple[Tensor
     sample = k[:, :, ::every].to(dtype)
     if key_padding_mask is None:
         centre = sample.mean(dim=2, keepdim=True)
-        return centre, _norms(k, centre)
+        return centre, row_norms(k, centre)
     hidden = key_padding_mask[:, None, ::every, None]  # [B, 1, keys of the sample, 1]
     centre = sample.masked_fill(hidden, 0.0).sum(dim=2, keepdim=True) / (~hidden).sum(dim=2, keepdim=True).clamp(min=1)
-    return centre, _norms(k, centre).masked_fill(key_padding_mask[:, None], float("-inf"))
+    return centre, row_norms(k, centre).masked_fill(key_padding_mask[:, None], float("-inf"))
 
 
-def _norms(x: Tensor, centre: Tensor | None = None) -> Tensor:
+def row_norms(x: Tensor, centre: Tensor | None = None) -> Tensor:
     """|x - centre| of each row of x (B, H, T, D), at least in float32: (B, H, T)."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     parts = []
@@ -396,7 +395,7 @@ def _norms(x: Tensor, centre: Tensor | None = None) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat([x.new_empty(*x.shape[:2], 0, dtype=dtype), *parts], dim=2)
 
 
-def _soft_radius(lengths: Tensor, norm: Tensor, side: _Side, block_n: int) -> Tensor:
+def soft_radius(lengths: Tensor, norm: Tensor, side: Side, block_n: int) -> Tensor:
     """Power mean of exp(length) over each key block, weighted as the bias weighs it: (B, H, NK), at least 0.
 
     With the head's largest norm as its exponent it bounds the block's sum for every query, and lies below the maximum.
@@ -424,36 +423,65 @@ def _block_any(x: Tensor, block: int) -> Tensor:
     return F.pad(x, (0, -x.shape[-1] % block)).unflatten(-1, (-1, block)).any(dim=-1)
 
 
+@dataclass(frozen=True)
+class Chord:
+    """How far the rows of query blocks can exceed the bias, by the radius of a key block: an upper bound of it."""
+
+    low: Tensor
+    """(B, H, NQ): at the smallest radius of the head."""
+    high: Tensor
+    """(B, H, NQ): at the largest. Between the two it is convex, a maximum of lines, so that the chord is above it."""
+    share: Tensor
+    """(B, H, NK): where each key block's radius lies between the two, from 0 to 1."""
+
+
+def chord_of(norm: Tensor, lse: Tensor, sees: Tensor, inner: Tensor, radius: Tensor, block_m: int) -> Chord:
+    """The chord of query blocks of block_m rows.
+
+    Args:
+        norm: (B, H, Tq) scale |q_i|.
+        lse: (B, H, Tq) lower bounds of the LSE over centred keys.
+        sees: (B or 1, 1, Tq) bool, whether a row sees any key.
+        inner: (B, H, Tq) slope times the distance of each row from the edge of its block.
+        radius: (B, H, NK) of each key block, raised by its rounding.
+        block_m: queries per block.
+    """
+    lowest, highest = radius.amin(dim=-1, keepdim=True), radius.amax(dim=-1, keepdim=True)  # [B, H, 1]
+    low, high = (_row_excess(norm * edge, lse, inner, sees, block_m) for edge in (lowest, highest))
+    return Chord(low, high, (radius - lowest) / (highest - lowest).clamp(min=torch.finfo(lse.dtype).tiny))
+
+
 def _row_excess(bound: Tensor, lse: Tensor, inner: Tensor, sees: Tensor, block_m: int) -> Tensor:
     """Largest log of a row's weight on a key at the edge of its query block, were the bias 0 there: (B, H, NQ)."""
     excess = bound - lse - inner + ROUNDING * (bound.abs() + lse.abs() + inner)  # [B, H, Tq]
     return _block_max(excess.masked_fill(~sees, float("-inf")), block_m, float("-inf"))
 
 
-def _count_dropped(
-    low: Tensor, high: Tensor, share: Tensor, side: _Side, blocks: _Blocks, key_hidden: Tensor | None
+def count_dropped(
+    chord: Chord, side: Side, gap: Tensor, hidden: Tensor, block_n: int, rows: slice = slice(None)
 ) -> Tensor:
-    """How many key blocks, from the far end of that side, each query block can do without: (B, H, NQ)."""
-    num_key_blocks = share.shape[-1]
-    weight = _log_geometric_sum(side.slope, blocks.block_n)  # [B, H]
+    """How many key blocks, from the far end of that side, some query blocks can do without: (B, H, NQ of `rows`).
+
+    Args:
+        chord: of all query blocks.
+        side: which.
+        gap: (NQ of `rows`, NK) distance between the nearest edges of both blocks; below 1 where they overlap.
+        hidden: (..., NQ of `rows`, NK) bool, which key blocks a query block does not see.
+        block_n: keys per block.
+        rows: which query blocks.
+    """
+    num_key_blocks = chord.share.shape[-1]
+    weight = _log_geometric_sum(side.slope, block_n)  # [B, H]
     # Rows that see nothing have an excess of -inf, for which the chord is not a number: they need no keys.
-    low = (low + weight[..., None] - side.log_tolerance).clamp(min=torch.finfo(low.dtype).min / 8)
-    rise = (high + weight[..., None] - side.log_tolerance).clamp(min=torch.finfo(low.dtype).min / 8) - low
-    slope = side.slope[..., None, None]  # [B, H, 1, 1]
-    counts = []
-    for chunk in chunks(low.shape[-1], share.numel(), low.device):
-        gap = blocks.gap(side.sign, chunk)  # [chunk, NK]
-        log_mass = low[..., chunk, None] + rise[..., chunk, None] * share[:, :, None] - slope * gap
-        mass = (
-            log_mass.mul_(LOG2_E).exp2_().masked_fill_(gap < 1, float("inf")).masked_fill_(blocks.outside(chunk), 0.0)
-        )
-        if key_hidden is not None:
-            mass = mass.masked_fill_(key_hidden[:, None, None], 0.0)
-        if side.sign == -1:
-            mass = mass.flip(-1)
-        within = mass.cumsum(dim=-1) <= 1 if mass.is_cpu else _sums_within_one(mass)
-        counts.append(within.sum(dim=-1).clamp(max=num_key_blocks))
-    return torch.cat(counts, dim=-1)
+    least = torch.finfo(chord.low.dtype).min / 8
+    low = (chord.low[..., rows] + weight[..., None] - side.log_tolerance).clamp(min=least)
+    rise = (chord.high[..., rows] + weight[..., None] - side.log_tolerance).clamp(min=least) - low
+    log_mass = low[..., None] + rise[..., None] * chord.share[:, :, None] - side.slope[..., None, None] * gap
+    mass = log_mass.mul_(LOG2_E).exp2_().masked_fill_(gap < 1, float("inf")).masked_fill_(hidden, 0.0)
+    if side.sign == -1:
+        mass = mass.flip(-1)
+    within = mass.cumsum(dim=-1) <= 1 if mass.is_cpu else _sums_within_one(mass)
+    return within.sum(dim=-1).clamp(max=num_key_blocks)
 
 
 def _sums_within_one(mass: Tensor) -> Tensor:

@@ -134,7 +134,6 @@ def heads_worth_bounding(
     dense = key_length - query_length / 2 if visibility.causal else float(key_length)
     if visibility.window_size is not None:
         dense = min(dense, visibility.window_size)
-    exponent = -math.log(tolerance) if tolerance else 104.0
     # Every key that is read costs as much as 40 more queries; the bound reads k alone, and that not given its norms.
     per_key, per_head, per_call = query_length + 40, BOUND_COST * query_length, BOUND_CALL_COST
     if query_length < FEW_QUERIES:  # reading is all that counts, and to find the norms is half of it
@@ -145,12 +144,18 @@ def heads_worth_bounding(
     if query_length and key_length and q.shape[0]:
         slopes = torch.minimum(left, right).detach().view(-1, q.shape[1]).amin(dim=0).tolist()
         for head, slope in enumerate(slopes):
-            if slope > 0 and (gain := (dense - BLOCK_M - 1.7 * exponent / slope) * per_key - per_head) > 0:
+            if slope > 0 and (gain := (dense - BLOCK_M - expected_reach(slope, tolerance)) * per_key - per_head) > 0:
                 worth.append(head // group)
                 saved += q.shape[0] * gain
     if saved < per_call:
         return slice(0, 0)
     return slice(min(worth) * group, (max(worth) + 1) * group)
+
+
+def expected_reach(slope: float, tolerance: float) -> float:
+    """How many keys back a head is expected to need: as far as it does with queries and keys of std 1."""
+    exponent = -math.log(tolerance) if tolerance else 104.0
+    return 1.7 * exponent / slope if slope > 0 else math.inf
 
 
 Cost = Callable[[int, int, int], float]

@@ -230,3 +230,19 @@ def magnitudes(tensors, options, grads):
     if not isinstance(options["slopes"], tuple):
         by_slope = [by_slope[0] + by_slope[1]]
     return [weights @ v, score @ k * scale, *by_key, *by_slope]
+
+
+MEASURES = (torch.Tensor.amax, torch.Tensor.mean)
+
+
+def assert_within_the_rule(golden, plain, actual, magnitudes, by_scores=None):
+    """Errors of out and gradients at most 2 and 3 times those of the plain reference in the same dtype.
+
+    One rounding of each term is no error, nor is `by_scores`, by result and measure."""
+    for number, (right, terms) in enumerate(zip(golden, magnitudes, strict=False)):
+        rounding = torch.finfo(actual[number].dtype).eps / 2
+        errors, allowed = ((found[number].double() - right).abs() for found in (actual, plain))
+        for which, measure in enumerate(MEASURES):
+            limit = (3 if number else 2) * measure(allowed) + rounding * measure(terms)
+            limit += 0 if by_scores is None else by_scores[number, which]
+            assert measure(errors) <= limit, (number, measure)

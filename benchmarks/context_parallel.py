@@ -1,0 +1,166 @@
+"""Measure context parallelism: bytes that travel, the time around each rank's own attention, and balance.
+
+    python benchmarks/context_parallel.py --machine cpu-2core --part bytes      (likewise: time, balance)
+
+Four processes on gloo, B1 H8 D64, float32, Gaussian q, k and v of std 1, the paper's slopes, causal. First the output
+of all pieces is checked against one process. Bytes are those that all ranks send, bounds included, as a share of what
+an all-gather of all keys and values has them send, which is what a ring sends too. Time is that of the call, from a
+barrier on, over that of the attention within it on the rank that takes longest for it: medians of rounds. Imbalance is
+the processor time of the busiest rank's attention over the mean, cut evenly and by work.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from itertools import accumulate, pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from torch import Tensor
+
+from longreach.ops.alibi import alibi_slopes
+from longreach.ops.attention import attention
+from longreach.parallel import balanced_pieces, context_parallel_attention, count_traffic
+
+RANKS, HEADS, HEAD_DIM = 4, 8, 64
+LENGTHS = {"bytes": (16384, 32768, 65536, 131072, 262144), "time": (65536, 262144), "balance": (16384,)}
+ROUNDS = 3
+SHAPES = {"plain": torch.zeros(HEADS), "paper": alibi_slopes(HEADS)}
+
+
+def draw(length: int, seed: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(1, HEADS, length, HEAD_DIM, generator=generator) for _ in range(3)]
+
+
+def check(rank: int) -> None:
+    """The output is that of one process."""
+    q, k, v = draw(4096, 0)
+    piece = slice(1024 * rank, 1024 * (rank + 1))
+    out = context_parallel_attention(*(x[:, :, piece] for x in (q, k, v)), slopes=SHAPES["paper"])
+    expected = attention(q, k, v, slopes=SHAPES["paper"])[:, :, piece]
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
+class Stopwatch:
+    """Attention of a rank within its calls of `context_parallel_attention`, by wall clock and by processor time."""
+
+    def __init__(self) -> None:
+        self.wall, self.processor = 0.0, 0.0
+
+    def attend(self, *tensors: Tensor, **options: Any) -> Any:
+        wall, processor = time.perf_counter(), time.process_time()
+        found = attention(*tensors, **options)
+        self.wall += time.perf_counter() - wall
+        self.processor += time.process_time() - processor
+        return found
+
+
+def standing_in(attend: Callable[..., Any]) -> Any:
+    """In the block, another function does the attention within a call."""
+    return patch("longreach.parallel.attention.attention", attend)
+
+
+def gathered(*values: float) -> list[list[float]]:
+    """The values of all ranks."""
+    found = [torch.empty(len(values), dtype=torch.float64) for _ in range(RANKS)]
+    dist.all_gather(found, torch.tensor(values, dtype=torch.float64))
+    return [x.tolist() for x in found]
+
+
+def traffic(rank: int, length: int) -> dict[str, Any]:
+    """Bytes of one call, without its attention."""
+    tensors = draw(length // RANKS, rank)
+    with standing_in(lambda q, *others, **options: q), count_traffic() as calls:
+        context_parallel_attention(*tensors, slopes=SHAPES["paper"])
+    (call,) = calls
+    everyone = gathered(*call.sent, call.bound, call.all_gather)
+    totals = [sum(values) for values in zip(*everyone, strict=True)]
+    *heads, bound, all_gather = totals
+    return {
+        "length": length,
+        "share": (sum(heads) + bound) / all_gather,
+        "share_by_head": [sent * HEADS / all_gather for sent in heads],
+        "bytes": sum(heads) + bound,
+        "bound_bytes": bound,
+        "all_gather_bytes": all_gather,
+    }
+
+
+def seconds(rank: int, length: int, rounds: int) -> dict[str, Any]:
+    """Time of a call, and of the attention in it on the rank that takes longest for it."""
+    tensors = draw(length // RANKS, rank)
+    found = []
+    for _ in range(rounds):
+        watch = Stopwatch()
+        dist.barrier()
+        start = time.perf_counter()
+        with standing_in(watch.attend):
+            context_parallel_attention(*tensors, slopes=SHAPES["paper"])
+        walls, attentions = zip(*gathered(time.perf_counter() - start, watch.wall), strict=True)
+        found.append((max(walls), max(attentions), max(walls) / max(attentions)))
+    names = ("seconds", "attention_seconds", "ratio")
+    return {"length": length} | dict(zip(names, map(statistics.median, zip(*found, strict=True)), strict=True))
+
+
+def imbalance(rank: int, length: int, rounds: int) -> dict[str, Any]:
+    """Processor time of attention on each rank, cut evenly and by work."""
+    found: dict[str, Any] = {"length": length}
+    for name, slopes in SHAPES.items():
+        for cut, lengths in (
+            ("even", (length // RANKS,) * RANKS),
+            ("balanced", balanced_pieces(length, RANKS, slopes)),
+        ):
+            piece = slice(*list(pairwise(accumulate(lengths, initial=0)))[rank])
+            tensors, watch = [x[:, :, piece] for x in draw(length, 0)], Stopwatch()
+            with standing_in(watch.attend):
+                for _ in range(rounds):
+                    context_parallel_attention(*tensors, slopes=slopes)
+            times = [spent for (spent,) in gathered(watch.processor)]
+            found[f"{name} {cut}"] = {"lengths": lengths, "imbalance": max(times) * RANKS / sum(times)}
+    return found
+
+
+def work(rank: int, folder: str, part: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", RANKS), rank=rank, world_size=RANKS)
+    check(rank)
+    found = []
+    for length in LENGTHS[part]:
+        if part == "bytes":
+            found.append(traffic(rank, length))
+        elif part == "time":
+            found.append(seconds(rank, length, ROUNDS if length < 100_000 else 1))
+        else:
+            found.append(imbalance(rank, length, ROUNDS))
+        if rank == 0:
+            print(found[-1])
+    if rank == 0:
+        Path(folder, "found.json").write_text(json.dumps(found))
+    dist.barrier()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--machine", required=True, help="a name for the results")
+    parser.add_argument("--part", required=True, choices=LENGTHS)
+    options = parser.parse_args()
+    path = Path(__file__).parent / "results" / f"context-parallel-{options.machine}.json"
+    results = json.loads(path.read_text()) if path.exists() else {"benchmark": "context_parallel"}
+    results["machine"] = {"name": options.machine, "torch": torch.__version__, "cores": os.cpu_count()}
+    with TemporaryDirectory() as folder:
+        multiprocessing.spawn(work, (folder, options.part), RANKS)
+        results[options.part] = json.loads(Path(folder, "found.json").read_text())
+    path.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

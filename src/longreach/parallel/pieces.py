@@ -1,0 +1,69 @@
+"""Where to cut a sequence so that ranks finish together."""
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from longreach.ops.arguments import is_number, shown, validate_integer, validate_tolerance, validate_types
+from longreach.ops.cpu.plan import expected_reach
+from longreach.ops.reach import KEY_BLOCK
+
+
+def balanced_pieces(
+    length: int,
+    size: int,
+    slopes: Tensor,
+    *,
+    tolerance: float = 2.0**-24,
+    window_size: int | None = None,
+    per_token: float = 0.0,
+) -> tuple[int, ...]:
+    """Lengths of the pieces of a sequence that give each rank as much causal attention, or work per token besides.
+
+    A query of a head reads min(i + 1, reach, window) keys, with the reach that scores of std 1 have at its slope. So
+    early tokens cost less than late ones until the position passes the reach of the shallowest head, and a plain head's
+    cost grows to the end. Bidirectional attention costs as much everywhere: cut it evenly.
+
+    Args:
+        length: T, in tokens.
+        size: number of ranks.
+        slopes: (H,), zero for a plain head.
+        tolerance: as in `longreach.attention`.
+        window_size: likewise.
+        per_token: what every token costs besides, in keys of one head: 6 C^2 / D for a block of the decoder.
+
+    Returns:
+        As many lengths as ranks, which sum to `length`; borders are multiples of KEY_BLOCK where there are enough.
+
+    Raises:
+        ValueError: a value out of range, or fewer tokens than ranks.
+    """
+    size = validate_integer("size", size, 1)
+    length = validate_integer("length", length, size, f"at least one token for each of {size} ranks")
+    validate_types(slopes=slopes)
+    validate_tolerance(tolerance)
+    if not (is_number(per_token) and per_token >= 0):
+        raise ValueError(f"per_token={shown(per_token)}: give at least 0")
+    block = KEY_BLOCK if length >= KEY_BLOCK * size else 1
+    ends = torch.arange(block, length + block, block).clamp(max=length)
+    reach = torch.tensor(
+        [expected_reach(slope, tolerance) for slope in slopes.flatten().tolist()], dtype=torch.float64
+    ).clamp(max=length if window_size is None else min(length, window_size))
+    # The sum of min(i + 1, d) over the first n tokens is n (n + 1) / 2 up to d, and d more for each token from there.
+    within = torch.minimum(ends[:, None].double(), reach)
+    work = (within * (within + 1) / 2 + (ends[:, None] - within) * reach).sum(dim=1) + per_token * ends
+    return _cut([0, *ends.tolist()], [0.0, *work.tolist()], size)
+
+
+def _cut(ends: Sequence[int], work: Sequence[float], size: int) -> tuple[int, ...]:
+    """Lengths of pieces that end where the work until there is nearest to equal shares, none of them empty."""
+    cuts = [0]
+    for number in range(1, size):
+        share = work[-1] * number / size
+        after = bisect_left(work, share)
+        nearest = after if work[after] - share <= share - work[after - 1] else after - 1
+        cuts.append(min(max(nearest, cuts[-1] + 1), len(ends) - 1 - (size - number)))
+    return tuple(ends[past] - ends[first] for first, past in pairwise([*cuts, len(ends) - 1]))

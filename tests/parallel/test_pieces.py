@@ -1,0 +1,67 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from longreach.ops.alibi import alibi_slopes
+from longreach.parallel import balanced_pieces
+
+PLAIN = torch.zeros(4)
+
+
+def keys_read(lengths, reach):
+    """Pairs of a query and a key in each piece of one head."""
+    start, found = 0, []
+    for length in lengths:
+        found.append(sum(min(position + 1, reach) for position in range(start, start + length)))
+        start += length
+    return found
+
+
+def test_plain_heads_give_later_ranks_fewer_tokens():
+    lengths = balanced_pieces(65536, 4, PLAIN)
+    assert sum(lengths) == 65536
+    # Work until n is n^2 / 2, so that borders stand at T sqrt(r / 4), to the next multiple of 64.
+    assert lengths == (32768, 13568, 10432, 8768)
+    work = keys_read(lengths, 65536)
+    assert max(work) < 1.01 * sum(work) / 4
+    even = keys_read([16384] * 4, 65536)
+    assert max(even) / (sum(even) / 4) == pytest.approx(1.75, abs=0.001)
+
+
+def test_past_the_reach_pieces_are_alike():
+    steep = balanced_pieces(65536, 4, torch.tensor([0.5, 0.25]))
+    assert max(steep) - min(steep) <= 128  # a border to the next multiple of 64 on either side
+    assert balanced_pieces(65536, 4, PLAIN, window_size=100) == steep
+    shallow = balanced_pieces(65536, 4, alibi_slopes(8))
+    assert shallow[0] > shallow[1] == pytest.approx(shallow[3], abs=128)
+    assert balanced_pieces(65536, 4, PLAIN, per_token=1e9) == (16384,) * 4
+
+
+@given(st.integers(1, 2000), st.integers(1, 9), st.lists(st.sampled_from([0.0, 0.01, 1.0]), min_size=1, max_size=3))
+def test_every_rank_has_a_piece(length, size, slopes):
+    if length < size:
+        with pytest.raises(ValueError, match=rf"^length={length}: give at least one token for each of {size} ranks$"):
+            balanced_pieces(length, size, torch.tensor(slopes))
+        return
+    lengths = balanced_pieces(length, size, torch.tensor(slopes))
+    assert len(lengths) == size
+    assert sum(lengths) == length
+    assert min(lengths) >= 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((8, 0, PLAIN), "size=0: give an integer of at least 1"),
+        ((8, 2, [0.5]), "slopes of list: give a tensor"),
+    ],
+)
+def test_what_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        balanced_pieces(*arguments)
+
+
+def test_a_cost_below_nothing_is_refused():
+    with pytest.raises(ValueError, match=r"^per_token=-1: give at least 0$"):
+        balanced_pieces(8, 2, PLAIN, per_token=-1)
