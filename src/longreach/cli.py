@@ -250,7 +250,7 @@ VERBS: dict[str, tuple[Callable[[Parse], None], str, str]] = {
     ),
     "extend": (
         extend,
-        "Measure pretrained ALiBi models past their training length, with and without interpolated slopes, and report.",
+        "Measure pretrained models past their training length, with and without interpolated positions, and report.",
         "Run again with the same output, it goes on where it stopped.",
     ),
     "doctor": (

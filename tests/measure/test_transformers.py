@@ -170,7 +170,7 @@ def test_a_bounded_cache_shows_each_token_its_last_ones(family, max_context, ext
     if extended:
         extend(model, train_length=LENGTH)
         state_length = partial(fixed_length, model)
-    subject = HuggingFaceModel(model, state_length=state_length)
+    subject = HuggingFaceModel(model, state_length=state_length, heeds_positions=not extended)
     cache = subject.new_cache(TOKENS.shape[1], max_context)
     parts = [joined(subject, part, 3, cache=cache) for part in TOKENS.split([4, 1, 5], dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), expected, rtol=1e-4, atol=1e-4)

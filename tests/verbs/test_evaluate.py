@@ -493,5 +493,44 @@ def test_pretrained_alibi_has_no_frequencies_to_scale(bloom, corpus):
     config = EvaluationConfig(
         models=(bloom,), evaluate=EVALUATE, data=str(corpus), train_length=16, scalings=("yarn-fixed=2",)
     )
-    with pytest.raises(ValueError, match=r'^scaling="yarn-fixed=2" scales the frequencies of rotary positions, and'):
+    with pytest.raises(
+        ValueError, match=r'^MODELS: .*bloom: scaling="yarn-fixed=2" scales the frequencies of rotary positions, and'
+    ):
         evaluate_models(config, None, silent)
+
+
+def test_pretrained_rotary_positions_are_scaled_in_the_stock_code(elsewhere, corpus, tmp_path):
+    model = transformers.LlamaForCausalLM.from_pretrained(elsewhere)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.5)
+    model.save_pretrained(copy_of(elsewhere, tmp_path / "loud"))
+    name = str(tmp_path / "loud")
+    scalings = ("none", "linear", "ntk", "yarn", "linear-fixed=2")
+    asked = replace(EVALUATE, valid_lengths=(16, 64), protocols=("nonoverlapping", "cached"))
+    config = EvaluationConfig(models=(name,), evaluate=asked, data=str(corpus), scalings=scalings)
+    results = evaluate_models(config, tmp_path / "out", silent)
+    assert results.methods() == tuple(f"{name}:{scaling}" for scaling in scalings)
+    assert {entry.attention for entry in results.records} == {"transformers sdpa"}
+    nll = {
+        (entry.method.removeprefix(f"{name}:"), entry.valid_length, entry.protocol): entry.nll
+        for entry in results.records
+    }
+    for scaling in scalings[1:]:
+        unchanged = nll["none", 16, "nonoverlapping"]
+        assert (nll[scaling, 16, "nonoverlapping"] == pytest.approx(unchanged, rel=1e-6)) == ("fixed" not in scaling)
+        for protocol in asked.protocols:
+            assert nll[scaling, 64, protocol] != pytest.approx(nll["none", 64, protocol], rel=1e-4)
+
+
+def test_scalings_that_a_configuration_refuses_are_told_before_a_model_is_loaded(elsewhere, corpus, tmp_path):
+    folder = copy_of(elsewhere, tmp_path / "linear")
+    values = json.loads((folder / "config.json").read_text())
+    values["rope_parameters"] = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+    (folder / "config.json").write_text(json.dumps(values))
+    models = (str(elsewhere), str(folder))
+    config = EvaluationConfig(models=models, evaluate=EVALUATE, data=str(corpus), scalings=("yarn",))
+    with pytest.raises(ValueError, match=r'^MODELS: .*linear: scaling="yarn": this llama has a scaling of its own'):
+        evaluate_models(config, tmp_path / "out", silent)
+    assert not (tmp_path / "out").exists()

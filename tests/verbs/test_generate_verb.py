@@ -9,6 +9,7 @@ from longreach.data.prepare import DataConfig
 from longreach.data.tokenizer import load_tokenizer
 from longreach.models.config import Architecture
 from longreach.pretrained.extend import extend
+from longreach.pretrained.load import stretch
 from longreach.train.config import RunConfig, TrainConfig
 from longreach.verbs.generate import GenerateConfig, generate
 from longreach.verbs.start import starting_config
@@ -70,12 +71,22 @@ def test_past_a_learned_table_is_refused(config, runs):
 
 @pytest.fixture(scope="module")
 def pretrained(runs):
-    """Folders that transformers saved models to, by type; a BLOOM has ALiBi, a GPT-2 a table."""
+    """Folders that transformers saved models to, by type; a BLOOM has ALiBi, a GPT-2 a table, a Llama turns."""
     tokenizer = load_tokenizer(runs / "alibi" / "tokenizer.json")
     sizes = {"vocab_size": tokenizer.vocab_size, "hidden_size": 16, "n_layer": 2, "n_head": 2}
     models = {
         "bloom": transformers.BloomForCausalLM(transformers.BloomConfig(**sizes, seq_length=LENGTH)),
         "gpt2": transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, n_positions=LENGTH)),
+        "llama": transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(
+                vocab_size=tokenizer.vocab_size,
+                hidden_size=16,
+                intermediate_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                max_position_embeddings=LENGTH,
+            )
+        ),
     }
     generator = torch.Generator().manual_seed(0)
     for name, model in models.items():
@@ -87,13 +98,17 @@ def pretrained(runs):
     return runs
 
 
-@pytest.mark.parametrize("scaling", [None, "linear"])
-def test_a_pretrained_alibi_model_is_continued_exactly_past_its_training_length(pretrained, config, scaling):
-    folder = str(pretrained / "bloom")
+@pytest.mark.parametrize(("model", "scaling"), [("bloom", None), ("bloom", "linear"), ("llama", "linear")])
+def test_a_pretrained_model_is_continued_exactly_past_its_training_length(pretrained, config, model, scaling):
+    folder = str(pretrained / model)
     added = "".join(list(generate(replace(config, model=folder, temperature=0.0, scaling=scaling)))[1:])
     tokenizer, model = load_tokenizer(folder), transformers.AutoModelForCausalLM.from_pretrained(folder)
     ids = tokenizer.encode(config.prompt)
-    extend(model, scaling=scaling, length=len(ids) + config.max_new_tokens)
+    length = len(ids) + config.max_new_tokens
+    if model.config.model_type == "llama":
+        stretch(model, f"linear-fixed={length / LENGTH}")
+    else:
+        extend(model, scaling=scaling, length=length)
     for _ in range(config.max_new_tokens):  # each token from a full forward pass
         with torch.inference_mode():
             ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))

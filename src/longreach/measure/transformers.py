@@ -50,11 +50,19 @@ class HuggingFaceModel:
     Args:
         model: a loaded model, as `AutoModelForCausalLM.from_pretrained` gives it. It is put into evaluation mode.
         max_length: the most tokens that it can take; None for any number.
-        state_length: of a model that ALiBi was put into or that was extended: it is told the length of a stream, and
-            it has no use for positions. None for a model as transformers has it.
+        state_length: of a model whose positions longreach changed: it is told the length of a stream. None for a model
+            as transformers has it.
+        heeds_positions: whether it may have a use for positions, which is tried out: an extended one has none.
     """
 
-    def __init__(self, model: Any, max_length: int | None = None, state_length: StateLength | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        max_length: int | None = None,
+        state_length: StateLength | None = None,
+        *,
+        heeds_positions: bool = True,
+    ) -> None:
         self.model = model.eval()
         self.max_length = max_length
         self._state_length = state_length
@@ -69,7 +77,7 @@ class HuggingFaceModel:
                 hidden = body(input_ids=tokens, use_cache=False)[0]
                 if hidden.shape[-1] == head.in_features and torch.equal(head(hidden).float(), logits.float()):
                     self._body, self._head = parts
-            self._takes_positions = state_length is None and self._heeds_positions(tokens)
+            self._takes_positions = heeds_positions and self._heeds_positions(tokens)
         self.vocab_size: int = logits.shape[-1]
 
     def logits(

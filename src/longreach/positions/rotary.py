@@ -47,10 +47,14 @@ class Rotary(PositionMethod):
         """Give the rotation, computed in float32, and the factor of the logits."""
         angle = positions[:, None, :, None] * self.frequencies(length, positions.device)  # [B or 1, 1, Tq, D / 2]
         angle = torch.cat((angle, angle), dim=-1)
+        return AttentionPositions(rotation=(angle.cos(), angle.sin()), logit_factor=self.logit_factor(length))
+
+    def logit_factor(self, length: int) -> float:
+        """What the logits q . k are multiplied with at a length L'."""
         factor = float(self.scaling.logit_factor(length))
         if self.scaling.kind == "yarn":
             factor *= (0.1 * math.log(self.scaling.stretch(length)) + 1) ** 2  # its 1/t, t the temperature
-        return AttentionPositions(rotation=(angle.cos(), angle.sin()), logit_factor=factor)
+        return factor
 
     def frequencies(self, length: int, device: torch.device | None = None) -> Tensor:
         """The angle by which each pair turns from one position to the next, (D/2,), stretched for a length L'."""

@@ -14,12 +14,14 @@ from longreach.files import MODEL_FILES, open_file
 from longreach.foreign import refusing
 from longreach.models.files import MODEL_TYPE
 from longreach.ops.arguments import validate_path
+from longreach.positions.scaling import Scaling, parse_scaling
 from longreach.pretrained.attend import fixed_length
 from longreach.pretrained.convert import convert
 from longreach.pretrained.extend import extend
 from longreach.pretrained.families import FAMILIES
+from longreach.pretrained.frequencies import check_frequencies, is_rotary, stretch_frequencies
 from longreach.pretrained.layout import MARK
-from longreach.pretrained.lengths import LENGTH_NAMES, SCALING, TRAIN_LENGTH, read_alibi_scaling
+from longreach.pretrained.lengths import LENGTH_NAMES, SCALING, TRAIN_LENGTH, declared_length, read_alibi_scaling
 from longreach.pretrained.quiet import quiet_transformers
 from longreach.reading import parse_file
 
@@ -73,6 +75,32 @@ def adapt(model: nn.Module) -> Callable[[int], AbstractContextManager[None]] | N
     else:
         extend(model, scaling=scaling)
     return partial(fixed_length, model)
+
+
+def stretch(
+    model: Any, scaling: str, train_length: int | None = None
+) -> Callable[[int], AbstractContextManager[None]] | None:
+    """Scale the positions of a loaded model in place: slopes where it has ALiBi, frequencies where it is rotary.
+
+    Args:
+        model: a causal language model of transformers.
+        scaling: as `longreach.positions.scaling` reads it. "none" leaves rotary positions to the stock code.
+        train_length: L, in tokens; what the configuration says when None.
+
+    Returns:
+        As `adapt`.
+
+    Raises:
+        ValueError: its positions have no such scaling, or L is not known.
+    """
+    if not is_rotary(model.config):
+        extend(model, scaling=scaling, train_length=train_length)
+        return partial(fixed_length, model)
+    named = parse_scaling(scaling, train_length or declared_length(model.config.get_text_config()))
+    if named == Scaling("none", named.train_length):
+        return None
+    check_frequencies(model.config, named)
+    return stretch_frequencies(model, named)
 
 
 def holds_pretrained(folder: Path) -> bool:

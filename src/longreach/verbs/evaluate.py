@@ -25,8 +25,9 @@ from longreach.positions import with_scaling
 from longreach.positions.scaling import Scaling, parse_scaling
 from longreach.pretrained.attend import extension_of, fixed_length
 from longreach.pretrained.extend import extend
+from longreach.pretrained.frequencies import check_frequencies, is_rotary
 from longreach.pretrained.lengths import training_length
-from longreach.pretrained.load import adapt, load_configuration
+from longreach.pretrained.load import adapt, load_configuration, stretch
 from longreach.report.page import write_report
 from longreach.results import Model, Provenance, Results, Start, TrainingRecord
 from longreach.results.document import pack_entries, unpack_entries
@@ -66,11 +67,11 @@ class EvaluationConfig:
     """Run code that comes with a Hugging Face model."""
     scalings: tuple[str, ...] = ()
     """How positions are scaled past L, one after another: none, linear, ntk, linear-fixed=FACTOR or ntk-fixed=FACTOR,
-    and +logn after any of them, for runs of alibi and rotary and for Hugging Face models with ALiBi; yarn or
-    yarn-fixed=FACTOR for runs of rotary; stock for the own code of a Hugging Face model. "none" is a run as it was
-    trained, a Hugging Face model as its configuration says, with the alibi_scaling that it has; the others take the
-    place of that. When nothing is given, a Hugging Face model whose configuration says no alibi_scaling is left to its
-    own code too."""
+    and +logn after any of them, for runs of alibi and rotary and for Hugging Face models with ALiBi or rotary
+    positions; yarn or yarn-fixed=FACTOR for rotary positions; stock for the own code of a Hugging Face model. "none" is
+    a run as it was trained, a Hugging Face model as its configuration says, with the alibi_scaling that it has; the
+    others take the place of that. When nothing is given, a Hugging Face model whose configuration says no alibi_scaling
+    is left to its own code too."""
 
     def __post_init__(self) -> None:
         if not self.models:
@@ -248,9 +249,9 @@ def _find_run(name: str, config: EvaluationConfig, scaling: str | None) -> _Mode
 def _find_pretrained(name: str, config: EvaluationConfig, scaling: str | None, fine_tuned: RunConfig | None) -> _Model:
     """A model of Hugging Face, or one that was fine-tuned from it by longreach."""
     given = config.train_length or (fine_tuned.train.train_length if fine_tuned else None)
-    if scaling not in (None, "stock"):
-        _require_scaling(scaling).require_slopes()
     configuration = load_configuration(name, trust_remote_code=config.trust_remote_code)
+    if scaling not in (None, "stock"):
+        _check_scaling(name, configuration, _require_scaling(scaling))
     train_length = training_length(name, configuration, given)
     identity = Model(
         name if scaling is None else f"{name}:{scaling}", train_length, fine_tuned.train.seed if fine_tuned else None
@@ -363,16 +364,26 @@ def _provenance(
 
 
 def _adapt_by(scaling: str, train_length: int | None, model: Any) -> StateLength | None:
-    """Extend a loaded model in place by a scaling, or leave it to its stock code."""
+    """Scale the positions of a loaded model in place, or leave it to its stock code."""
     if scaling == "stock":
         return None
     named = _require_scaling(scaling)
-    if named.name == "none":  # as the configuration says
-        declared = extension_of(extend(model, train_length=train_length)).scaling
-        extend(model, scaling=replace(declared, logn=named.logn))
-    else:
-        extend(model, scaling=scaling, train_length=train_length)
+    if named.name != "none" or is_rotary(model.config):
+        return stretch(model, scaling, train_length)
+    declared = extension_of(extend(model, train_length=train_length)).scaling  # as the configuration says
+    extend(model, scaling=replace(declared, logn=named.logn))
     return partial(fixed_length, model)
+
+
+def _check_scaling(name: str, configuration: Any, scaling: Scaling) -> None:
+    """Raise ValueError where a model of a configuration has no such scaling, before its weights are loaded."""
+    try:
+        if is_rotary(configuration):
+            check_frequencies(configuration, scaling)
+        else:
+            scaling.require_slopes()
+    except ValueError as error:
+        raise ValueError(f"MODELS: {name}: {error}") from None
 
 
 def _require_scaling(text: str) -> Scaling:

@@ -10,10 +10,8 @@ from longreach.data.tokenizer import StreamingDecoder, Tokenizer
 from longreach.measure.generation import stream_tokens
 from longreach.measure.transformers import StateLength
 from longreach.models.generate import sampler, stream
-from longreach.pretrained.attend import fixed_length
-from longreach.pretrained.extend import extend
 from longreach.pretrained.families import find_layout
-from longreach.pretrained.load import adapt
+from longreach.pretrained.load import adapt, stretch
 from longreach.train.loop import resolve_device
 from longreach.verbs.doctor_encoder import is_encoder
 from longreach.verbs.open import fine_tuning, load_subject, names_pretrained
@@ -45,8 +43,8 @@ class GenerateConfig:
     train_length: int | None = None
     """L in tokens of a Hugging Face model, where its configuration does not tell it."""
     scaling: str | None = None
-    """How the slopes of a Hugging Face model with ALiBi are scaled past L, as in extend; by default as its
-    configuration says."""
+    """How the slopes of a Hugging Face model with ALiBi, or its rotary positions, are scaled past L, as in evaluate; by
+    default as its configuration says."""
 
     def __post_init__(self) -> None:
         if self.seed < 0:
@@ -106,7 +104,7 @@ def _of_pretrained(config: GenerateConfig) -> tuple[Tokenizer, Iterator[int]]:
 
 
 def _extended(scaling: str | None, train_length: int | None, model: Any) -> StateLength | None:
-    """Make a loaded model exact and longer in place where it has ALiBi; else it is left to its own code."""
+    """Make a loaded model exact in place where it has ALiBi, and longer where a scaling is named."""
     if scaling is None:
         if (state_length := adapt(model)) is not None:
             return state_length
@@ -114,8 +112,8 @@ def _extended(scaling: str | None, train_length: int | None, model: Any) -> Stat
             find_layout(model)
         except ValueError:  # no ALiBi
             return None
-    extend(model, scaling=scaling, train_length=train_length)
-    return partial(fixed_length, model)
+        scaling = "none"
+    return stretch(model, scaling, train_length)
 
 
 def _ids(tokenizer: Tokenizer, config: GenerateConfig) -> list[int]:

@@ -10,6 +10,7 @@ from longreach.data.tokenizer import load_tokenizer
 from longreach.foreign import refusing
 from longreach.measure.subject import Subject
 from longreach.measure.transformers import HuggingFaceModel, StateLength
+from longreach.pretrained.attend import find_extension
 from longreach.pretrained.lengths import longest_model_input, training_length
 from longreach.pretrained.load import holds_pretrained, load_causal_model, load_configuration
 from longreach.pretrained.quiet import quiet_transformers
@@ -58,8 +59,8 @@ def load_subject(
         dtype: a name of torch's, such as "float32", or "auto" for the one that the files are in.
         train_length: L, the length in tokens that it was trained at; its configuration's when None.
         trust_remote_code: run code that comes with the model.
-        adapt: applied to the loaded model. Where it made ALiBi of the model's positions, or the model longer, it
-            gives what the model must be told a length by, and there is no limit on length.
+        adapt: applied to the loaded model. Where it changed the model's positions, it gives what the model must be
+            told a length by, and there is no limit on length.
 
     Raises:
         ValueError: transformers is not installed, there is no such model or it cannot be had now, a file is missing
@@ -79,13 +80,14 @@ def load_subject(
         )
     loaded = load_causal_model(name, config, dtype=dtype, trust_remote_code=trust_remote_code)
     state_length = adapt(loaded)
+    extended = find_extension(loaded) is not None
     max_length = longest_model_input(loaded) if state_length is None else None
     with quiet_transformers(), refusing(f"model {name!r} is loaded and does not run", "mend its configuration"):
-        model = HuggingFaceModel(loaded.to(device), max_length, state_length)
-    if state_length is None:
-        implementation = f"transformers {loaded.config._attn_implementation}"  # the only place where it is told
-    else:
+        model = HuggingFaceModel(loaded.to(device), max_length, state_length, heeds_positions=not extended)
+    if extended:
         implementation = "longreach"
+    else:
+        implementation = f"transformers {loaded.config._attn_implementation}"  # the only place where it is told
     return Subject(
         identity=Model(name, length, seed=None),
         model=model,
