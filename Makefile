@@ -7,8 +7,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 OLDEST := $(CURDIR)/.venv/oldest-transformers
-EXPERIMENTS := $(patsubst %/config.toml,%,$(wildcard experiments/*/config.toml))
-TEXT = $(if $(DATA),--data "$(DATA)") $(if $(VALID),--valid-data "$(VALID)")
+EXPERIMENTS := $(patsubst %/claim.py,%,$(wildcard experiments/*/claim.py))
 
 .PHONY: demo test types pytest test-all test-oldest docs claims format clean $(EXPERIMENTS)
 
@@ -39,8 +38,7 @@ docs: .venv/dev
 	$(BIN)/python docs/site.py build
 
 $(EXPERIMENTS): .venv/run
-	$(BIN)/longreach compare --config-file $@/config.toml $(TEXT) --output runs/$@
-	cp runs/$@/results.json $@/
+	$(BIN)/python -m experiments.run $(@F) "$(DATA)" "$(VALID)"
 
 claims: .venv/run
 	$(BIN)/python -m experiments.page

@@ -1,16 +1,17 @@
 """Write docs/claims.md from the committed results of all experiments: python -m experiments.page."""
 
+from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
 
 from experiments.claim import Claim
 from longreach.report.grid import to_markdown
-from longreach.results import Provenance, Results
+from longreach.results import Provenance, Results, merge
 
 ROOT = Path(__file__).parents[1]
 EXPERIMENTS = (
     *("train_short_test_long", "headline", "length_grid", "early_token_curse", "cached_window"),
-    *("slopes", "slopes_of_12_heads", "descendants"),
+    *("sizes", "interpolation", "slopes", "slopes_of_12_heads", "descendants", "retrofit"),
 )
 """Their folders, in the order of the page."""
 
@@ -32,10 +33,24 @@ def section(name: str, results: Results) -> str:
         f"*When it holds.* {claim.rule}",
         *(f"{table.title}. {table.note}\n\n{to_markdown(table).strip()}" for table in judgement.tables),
         f"*Caveats.* {claim.caveats}",
-        f"*Run again.* `make experiments/{name}`; [results.json](../experiments/{name}/results.json), "
+        f"*Run again.* `make experiments/{name}`; {', '.join(_link(path) for path in files(name))}, "
         f"{_conditions(results.provenance)}.",
     ]
     return "\n\n".join(parts)
+
+
+def files(name: str) -> list[Path]:
+    """Its committed results: one file, or one for each of its tests."""
+    return sorted((ROOT / "experiments" / name).glob("results*.json"))
+
+
+def read(paths: Iterable[Path]) -> Results:
+    """What several files of results hold together."""
+    return merge({str(path): Results.read(path) for path in paths})
+
+
+def _link(path: Path) -> str:
+    return f"[{path.name}](../{path.relative_to(ROOT).as_posix()})"
 
 
 def _conditions(provenance: Provenance) -> str:
@@ -68,8 +83,7 @@ def _anchor(title: str) -> str:
 
 def main() -> None:
     """Write the page."""
-    paths = {name: ROOT / "experiments" / name / "results.json" for name in EXPERIMENTS}
-    found = {name: Results.read(path) for name, path in paths.items() if path.exists()}
+    found = {name: read(paths) for name in EXPERIMENTS if (paths := files(name))}
     (ROOT / "docs" / "claims.md").write_text(page(found), encoding="utf-8")
 
 

@@ -1,18 +1,28 @@
 """docs/claims.md and the experiments that it tells of."""
 
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import transformers
 
-from experiments import page
+from experiments import page, run
 from experiments.claim import HOLDS, IN_PART, NOT_HERE, verdict
+from experiments.interpolation import commands as interpolation
+from experiments.retrofit import claim as retrofit_claim
+from experiments.retrofit import commands as retrofit
+from longreach.cli import main as longreach
+from longreach.data.prepare import DataConfig, prepare
+from longreach.pretrained.convert import convert
+from longreach.pretrained.save import save_pretrained
 from longreach.reading import read_file
-from longreach.results import Results
 from longreach.verbs.compare import CompareConfig, compare
 
 ROOT = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.usefixtures("unrendered")
 
 
 def test_the_page_is_what_the_committed_results_give(tmp_path, monkeypatch):
@@ -24,15 +34,14 @@ def test_the_page_is_what_the_committed_results_give(tmp_path, monkeypatch):
 
 
 def test_every_experiment_is_on_the_page():
-    folders = {path.parent.name for path in (ROOT / "experiments").glob("*/config.toml")}
+    folders = {path.parent.name for path in (ROOT / "experiments").glob("*/claim.py")}
     assert folders == set(page.EXPERIMENTS)
 
 
 def test_committed_results_name_no_path_of_a_machine():
-    for path in (ROOT / "experiments").glob("*/results.json"):
-        provenance = Results.read(path).provenance
-        named = [provenance.corpus, provenance.config["data"].get("data", ""), *provenance.sources]
-        assert not [name for name in named if name.startswith(("/", "~"))]
+    for path in (ROOT / "experiments").glob("*/results*.json"):
+        words = re.findall(r'"((?:[^"\\]|\\.)*)"', path.read_text())
+        assert not [word for word in words if word.startswith(("/", "~")) or " /" in word]
 
 
 @pytest.fixture(scope="module")
@@ -46,14 +55,69 @@ def words(tmp_path_factory):
     return str(path)
 
 
-@pytest.mark.parametrize("name", page.EXPERIMENTS)
-def test_every_experiment_runs_at_toy_size_and_can_be_judged(name, words, tmp_path):
+OF_ONE_COMPARISON = [name for name in page.EXPERIMENTS if run.several(name) is None]
+
+
+@pytest.mark.parametrize("name", OF_ONE_COMPARISON)
+def test_every_comparison_runs_at_toy_size_and_can_be_judged(name, words, tmp_path):
     config = toy(read_file(CompareConfig, ROOT / "experiments" / name / "config.toml"), words, str(tmp_path / "cache"))
     results = compare(config, tmp_path / "run", lambda *stage, **note: None)
     assert not results.failures()
+    check_judged(name, results)
+
+
+def test_one_comparison_is_one_command():
+    (command,) = run.commands("slopes", ["--data", "a.txt"], [], "runs/slopes")
+    assert command == [
+        *("compare", "--config-file", "experiments/slopes/config.toml", "--data", "a.txt", "--output", "runs/slopes")
+    ]
+
+
+def check_judged(name, results):
     section = page.section(name, results)
     assert page.claim_of(name).statement in section
     assert any(f"**{word}.**" in section for word in (HOLDS, IN_PART, NOT_HERE))
+
+
+def run_small(name, words, folder, smaller, monkeypatch):
+    """Run all commands of an experiment, each with further options by its verb, into a folder; its results."""
+    monkeypatch.chdir(ROOT)
+    runs = str(folder / "runs")
+    for command in run.commands(name, ["--data", words, "--valid-data", words], ["--data", words], runs):
+        longreach([*command, *smaller(command)])
+    return page.read(run.results(name, runs).values())
+
+
+def test_interpolation_runs_at_toy_size_and_can_be_judged(words, tmp_path, monkeypatch):
+    monkeypatch.setattr(interpolation, "SEEDS", (0,))
+    monkeypatch.setattr(interpolation, "FOLDS", (1, 2))
+    train = ["--steps", "2", "--warmup-steps", "1"]
+    shape = ["--num-layers", "1", "--num-heads", "2", "--d-model", "8", "--vocab-size", "300"]
+    test = ["--valid-tokens", "512", "--cases-per-depth", "1", "--num-depths", "1"]
+    place = ["--cache", str(tmp_path / "cache")]
+
+    def smaller(command):
+        return test if command[0] == "evaluate" else train if "--from" in command else [*train, *shape, *place]
+
+    check_judged("interpolation", run_small("interpolation", words, tmp_path, smaller, monkeypatch))
+
+
+def test_the_retrofit_runs_at_toy_size_and_can_be_judged(words, tmp_path, monkeypatch):
+    for module in (retrofit, retrofit_claim):
+        for constant, value in {"LENGTH": 512, "WINDOW": 1024, "NEAR": (512,), "FAR": (1024, 2048)}.items():
+            monkeypatch.setattr(module, constant, value)
+    prepared = prepare(DataConfig(data=words, vocab_size=300, cache=str(tmp_path / "cache")), 0, lambda *stage: None)
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=300, max_position_embeddings=1024, **size)
+    model = transformers.LlamaForCausalLM(config)
+    model.save_pretrained(tmp_path / "runs/smollm2")
+    save_pretrained(convert(model), tmp_path / "runs/untrained")
+    for name in ("smollm2", "untrained"):
+        prepared.tokenizer.save(tmp_path / "runs" / name / "tokenizer.json")
+    small = {"train": ["--steps", "2", "--warmup-steps", "1", "--cache", str(tmp_path / "cache")]}
+    small["evaluate"] = ["--cases-per-depth", "1", "--num-depths", "1"]
+    results = run_small("retrofit", words, tmp_path, lambda command: small[command[0]], monkeypatch)
+    check_judged("retrofit", results)
 
 
 def toy(config, words, cache):
@@ -61,7 +125,8 @@ def toy(config, words, cache):
     shrunk = {name: tuple(n // 8 for n in getattr(config, name)) for name in ("train_lengths",)}
     evaluate = replace(
         config.evaluate,
-        valid_lengths=tuple(n // 8 for n in config.evaluate.valid_lengths),
+        valid_lengths=tuple(dict.fromkeys(n // 8 for n in config.evaluate.valid_lengths)),
+        offsets=tuple(n // 8 for n in config.evaluate.offsets),
         valid_tokens=512,
         strides=tuple(min(stride, 4) for stride in config.evaluate.strides[:1]),
     )
@@ -69,6 +134,7 @@ def toy(config, words, cache):
     return replace(
         config,
         **shrunk,
+        shapes=("1x8", "1x16", "1x24")[: len(config.shapes)],
         seeds=config.seeds[:1],
         data=replace(config.data, data=words, vocab_size=300, cache=cache),
         model=replace(config.model, num_layers=1, num_heads=2, d_model=8),
