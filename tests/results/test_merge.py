@@ -93,6 +93,17 @@ def test_what_was_compared_and_what_was_asked_may_differ(config):
     assert merged.methods() == ("alibi", "rotary")
 
 
+@pytest.mark.parametrize("place", [*itertools.permutations("ab")])
+def test_what_scored_no_text_goes_with_any_and_the_text_is_told(place):
+    asked = RESULTS.retrieval[0]
+    of = {"a": comparison(record()), "b": comparison(asked, corpus="none", corpus_hash="none", split_seed=None)}
+    merged = merge({name: of[name] for name in place})
+    assert merged.entries() == (record(), asked)
+    assert (merged.provenance.corpus_hash, merged.provenance.split_seed) == ("c0", 0)
+    with pytest.raises(ValueError, match="tokenizer_hash is"):
+        merge({"a": of["a"], "b": comparison(asked, corpus_hash="none", tokenizer_hash="71")})
+
+
 @pytest.mark.parametrize(
     ("other", "named"),
     [

@@ -8,10 +8,10 @@ from itertools import chain, combinations
 from typing import Any
 
 from longreach.results.document import Results
-from longreach.results.records import Entry, TrainingRecord
+from longreach.results.records import Entry, Provenance, TrainingRecord
 
-_READ = ("split_seed", "corpus_hash", "tokenizer_hash", "vocab_size")
-"""Fields of the provenance that say what was read: perplexities of other tokens do not compare."""
+_READ = {"text": ("split_seed", "corpus_hash"), "tokenizer": ("tokenizer_hash", "vocab_size")}
+"""What was read -> the fields of the provenance that say so: perplexities of other tokens do not compare."""
 
 _MAY_DIFFER = frozenset(
     {"seed", "tasks", "valid_lengths", "protocols", "strides", "offsets"} | {"device", "compile", "checkpoint_every"}
@@ -49,7 +49,7 @@ def merge(comparisons: Mapping[str, Results]) -> Results:
                 )
     provenances = {source: results.provenance for source, results in comparisons.items()}
     provenance = replace(
-        one.provenance,
+        next(filter(_scored_text, provenances.values()), one.provenance),
         starts=tuple(chain.from_iterable(each.starts for each in provenances.values())),
         sources=dict(chain.from_iterable(each.sources.items() for each in provenances.values())),
         config={source: each.config for source, each in provenances.items()},
@@ -73,10 +73,16 @@ def _check_alike(name: str, one: Results, other_name: str, other: Results) -> No
 def _conditions(results: Results) -> dict[str, dict[str, Any]]:
     """Kind of condition -> name -> value; two comparisons that both have a kind must agree in all of it."""
     provenance = results.provenance
-    found: dict[str, dict[str, Any]] = {"what was read": {name: getattr(provenance, name) for name in _READ}}
+    read = _READ if _scored_text(provenance) else {"tokenizer": _READ["tokenizer"]}
+    found: dict[str, dict[str, Any]] = {kind: {n: getattr(provenance, n) for n in read[kind]} for kind in read}
     found |= {source: {source: digest} for source, digest in provenance.sources.items()}
     for section in ("model", "train", "evaluate"):
         settings = provenance.config.get(section)
         if isinstance(settings, dict):
             found[section] = {f"{section}.{n}": value for n, value in settings.items() if n not in _MAY_DIFFER}
     return found
+
+
+def _scored_text(provenance: Provenance) -> bool:
+    """Whether a text was scored; retrieval alone reads none."""
+    return provenance.corpus_hash != "none"
