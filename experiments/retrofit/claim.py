@@ -1,7 +1,7 @@
 """SmolLM2-135M given ALiBi in place of its rotary positions, before and after training, beside rotary scalings."""
 
 from experiments.claim import Claim, Judgement, times, verdict
-from experiments.retrofit.commands import ALIBI, FAR, LENGTH, NEAR, ROTARY, UNTRAINED, WINDOW
+from experiments.retrofit.commands import ALIBI, ASKED, LENGTH, ROTARY, TESTED, UNTRAINED, WINDOW
 from longreach.report.grid import MISSING, Grid, format_interval, format_percent, format_perplexity
 from longreach.report.subjects.retrieval import Score, scores
 from longreach.results import Results
@@ -11,14 +11,11 @@ EXTRAPOLATES, RECOVERED = 1.02, 1.1
 
 NAMES = {
     ROTARY: "rotary, as it came",
-    f"{ROTARY}:none": "rotary, as it came",
     f"{ROTARY}:linear": "rotary, linear",
     f"{ROTARY}:ntk": "rotary, ntk",
     f"{ROTARY}:yarn": "rotary, yarn",
     UNTRAINED: "ALiBi, not trained",
     ALIBI: "ALiBi, trained",
-    f"{ALIBI}:none": "ALiBi, trained",
-    f"{ALIBI}:linear": "ALiBi, trained, linear",
 }
 """The end of a model's name in results -> what the tables call it."""
 
@@ -26,34 +23,35 @@ NAMES = {
 def judge(results: Results) -> Judgement:
     """One row for each model and scaling, near its new training length and past the window of its pretraining."""
     cells = _cells(results)
-    training = results.training[0]
+    (training,) = results.training
+    longest = TESTED[-1]
     stock, trained = (cells[NAMES[name]] for name in (ROTARY, ALIBI))
-    growth, recovered = trained[FAR[-1]] / trained[LENGTH], trained[LENGTH] / stock[LENGTH]
-    past = trained[FAR[-1]] / stock[FAR[-1]]
+    growth, recovered = trained[longest] / trained[LENGTH], trained[LENGTH] / stock[LENGTH]
+    past = trained[longest] / stock[longest]
     found = _found(results)
     kept = found[NAMES[ALIBI]][LENGTH].correct >= found[NAMES[ROTARY]][LENGTH].correct / 2
     return Judgement(
         verdict((growth <= EXTRAPOLATES, recovered <= RECOVERED, past < 1, kept)),
         (
             f"After {training.tokens:,} tokens of training at {LENGTH:,}, ALiBi's perplexity there is "
-            f"{times(recovered)} that of the model as it came, and at {FAR[-1]:,} tokens {times(growth)} its own at "
+            f"{times(recovered)} that of the model as it came, and at {longest:,} tokens {times(growth)} its own at "
             f"{LENGTH:,} and {times(past)} that of the rotary model, pretrained at {WINDOW:,}.",
         ),
         (
             Grid(
                 title="Perplexity per token by tested length",
                 note=f"One model, pretrained at {WINDOW:,} tokens with rotary positions; ALiBi trained at {LENGTH:,}.",
-                columns=(("positions",), *((f"{n:,}",) for n in (*NEAR, *FAR))),
+                columns=(("positions",), *((f"{n:,}",) for n in TESTED)),
                 rows=tuple(
-                    (name, *(format_perplexity(of[n]) if n in of else MISSING for n in (*NEAR, *FAR)))
+                    (name, *(format_perplexity(of[n]) if n in of else MISSING for n in TESTED))
                     for name, of in cells.items()
                 ),
             ),
             Grid(
                 title="Passkeys found by prompt length",
                 note="In brackets 95% intervals of a share (Wilson).",
-                columns=(("positions",), *((f"{n:,}",) for n in NEAR)),
-                rows=tuple((name, *(_share(of[n]) for n in NEAR)) for name, of in found.items()),
+                columns=(("positions",), *((f"{n:,}",) for n in ASKED)),
+                rows=tuple((name, *(_share(of[n]) for n in ASKED)) for name, of in found.items()),
             ),
         ),
     )
@@ -89,14 +87,15 @@ CLAIM = Claim(
         "their window."
     ),
     rule=(
-        f"After training, perplexity at {FAR[-1]:,} tokens is at most {EXTRAPOLATES} times that at {LENGTH:,}, and "
+        f"After training, perplexity at {TESTED[-1]:,} tokens is at most {EXTRAPOLATES} times that at {LENGTH:,}, and "
         f"below the unscaled rotary model's; at {LENGTH:,} it is at most {RECOVERED} times that of the model as it "
         "came, and at least half as many passkeys are found."
     ),
     judge=judge,
     caveats=(
         "One seed, and 0.00002% of the tokens of the pretraining. The weights are those of SmolLM2-135M-Instruct in 4 "
-        "bits, made float32 again ([weights.py](../experiments/retrofit/weights.py) says from where). 16,384 tokens "
-        "are scored, at the longest length in one window; 6 passkeys are asked for at each length."
+        "bits, made float32 again ([weights.py](../experiments/retrofit/weights.py) says from where), and tested in "
+        "bfloat16. 16,384 tokens are scored, at the longest length in one window; 6 passkeys are asked for at each "
+        "length."
     ),
 )

@@ -4,10 +4,12 @@ from collections.abc import Iterator
 
 LENGTH, WINDOW = 512, 8192
 """What ALiBi is trained at, and what the model was pretrained at."""
-FAR = (WINDOW, 2 * WINDOW)
-NEAR = (LENGTH, 2 * LENGTH, 4 * LENGTH, 8 * LENGTH)
+TESTED = (LENGTH, 4 * LENGTH, WINDOW, 2 * WINDOW)
+ASKED = (LENGTH, 4 * LENGTH)
+"""Lengths of the passkeys' prompts."""
 ROTARY, ALIBI, UNTRAINED = "smollm2", "alibi", "untrained"
-TESTS = ("near", "far-rotary", "far-alibi")
+SCALINGS = ("linear", "ntk", "yarn")
+TESTS = ("perplexity", "scalings", "passkey")
 """Folders of the results that the claim is judged by."""
 
 
@@ -18,14 +20,13 @@ def commands(text: list[str], tested: list[str], runs: str) -> Iterator[list[str
         *("train", "--from", rotary, *text, "--train-length", str(LENGTH), "--batch-size", "2", "--steps", "300"),
         *("--learning-rate", "0.0005", "--warmup-steps", "10", "--precision", "bf16", "--output", alibi),
     ]
-    asked = ["--valid-tokens", str(FAR[-1]), "--cases-per-depth", "2", "--num-depths", "3", *tested]
-    near, far = (",".join(map(str, lengths)) for lengths in (NEAR, FAR))
-    yield [
-        *("evaluate", rotary, untrained, alibi, "--task", "perplexity,passkey", "--lengths", near, *asked),
-        *("--output", f"{runs}/tests/near"),
-    ]
-    for name, model, scalings in (("rotary", rotary, "none,linear,ntk,yarn"), ("alibi", alibi, "none,linear")):
-        yield [
-            *("evaluate", model, "--scaling", scalings, "--task", "perplexity", "--lengths", far, *asked),
-            *("--output", f"{runs}/tests/far-{name}"),
-        ]
+    options = ["--dtype", "bfloat16", "--valid-tokens", str(TESTED[-1]), "--cases-per-depth", "2", "--num-depths", "3"]
+    everywhere, longest, prompts = (",".join(map(str, lengths)) for lengths in (TESTED, TESTED[-1:], ASKED))
+    scored, asked = ["--task", "perplexity", *options, *tested], ["--task", "passkey", *options]
+    tests = {
+        "perplexity": [rotary, untrained, alibi, *scored, "--lengths", everywhere],
+        "scalings": [rotary, "--scaling", ",".join(SCALINGS), *scored, "--lengths", longest],
+        "passkey": [rotary, alibi, *asked, "--lengths", prompts],
+    }
+    for name in TESTS:
+        yield ["evaluate", *tests[name], "--output", f"{runs}/tests/{name}"]

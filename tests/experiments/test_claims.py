@@ -104,11 +104,11 @@ def test_interpolation_runs_at_toy_size_and_can_be_judged(words, tmp_path, monke
 
 def test_the_retrofit_runs_at_toy_size_and_can_be_judged(words, tmp_path, monkeypatch):
     for module in (retrofit, retrofit_claim):
-        for constant, value in {"LENGTH": 512, "WINDOW": 1024, "NEAR": (512,), "FAR": (1024, 2048)}.items():
+        for constant, value in {"TESTED": (512, 1024), "ASKED": (512,)}.items():
             monkeypatch.setattr(module, constant, value)
     prepared = prepare(DataConfig(data=words, vocab_size=300, cache=str(tmp_path / "cache")), 0, lambda *stage: None)
     size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = transformers.LlamaConfig(vocab_size=300, max_position_embeddings=1024, **size)
+    config = transformers.LlamaConfig(vocab_size=300, max_position_embeddings=512, **size)
     model = transformers.LlamaForCausalLM(config)
     model.save_pretrained(tmp_path / "runs/smollm2")
     save_pretrained(convert(model), tmp_path / "runs/untrained")
