@@ -134,7 +134,7 @@ def toy(config, words, cache):
     return replace(
         config,
         **shrunk,
-        shapes=("1x8", "1x16", "1x24")[: len(config.shapes)],
+        shapes=("1x8", "1x16")[: len(config.shapes)],
         seeds=config.seeds[:1],
         data=replace(config.data, data=words, vocab_size=300, cache=cache),
         model=replace(config.model, num_layers=1, num_heads=2, d_model=8),
