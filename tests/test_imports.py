@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "data": set(),
     "results": set(),
     "measure": {"data", "results"},
-    "train": {"models", "data", "results"},
+    "train": {"parallel", "models", "data", "results"},
     "conformance": {"ops"},
     "pretrained": {"ops", "positions", "models", "conformance"},
     "encoders": {"ops", "positions", "models"},

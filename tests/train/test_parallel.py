@@ -136,6 +136,20 @@ def until(condition, ranks, seconds=300.0):
         time.sleep(0.01)
 
 
+@pytest.mark.parametrize(
+    ("method", "size", "words"),
+    [("alibi", 4, "--parallel fsdp --accumulation 2 --recompute"), ("sinusoidal-shifted", 2, "--validate-every 3")],
+)
+def test_processes_share_sequences_as_one_has_them(small, tmp_path, method, size, words):
+    words = [*small, "--method", method, "--steps", "6", "--warmup-steps", "1", *words.split()]
+    alone = ["none" if word == "fsdp" else word for word in words]
+    main(["train", "--output", str(tmp_path / "alone"), *alone])
+    run(["train", "--output", str(tmp_path / "run"), *words, "--context-parallel", "2"], tmp_path / "logs", size)
+    for name in ("loss", "gradient_norm", "tokens", "valid_loss"):
+        one, other = ([line.get(name, 0) for line in metrics(tmp_path / folder)] for folder in ("run", "alone"))
+        assert one == pytest.approx(other, rel=1e-5), name
+
+
 def test_a_dry_run_by_two_counts_a_part_of_the_weights_in_each(small, tmp_path):
     words = ["train", "--output", str(tmp_path / "run"), *small, "--dry-run", "--parallel", "fsdp"]
     run(words, tmp_path / "logs")
@@ -244,6 +258,12 @@ def test_one_process_keeps_its_last_step_too(small, tmp_path):
         (["--accumulation", "8"], {}, "batch_size=8 cannot be shared by 2 processes x accumulation=8: give a multiple"),
         (["--parallel", "none"], {}, "parallel=none and 2 processes: give ddp or fsdp"),
         (["--parallel", "pipeline"], {}, "--parallel='pipeline'"),
+        (
+            ["--context-parallel", "3"],
+            {},
+            "context_parallel=3 and 2 processes: give a divisor, or start more by torchrun",
+        ),
+        (["--context-parallel", "2", "--batch-size", "3", "--accumulation", "2"], {}, "accumulation=2 does not divide"),
         (["--rank-timeout", "1"], {}, "rank_timeout=1: give 5 to"),
         (["--stepz", "3"], {}, "unknown option --stepz"),
         (["--data", "nowhere"], {}, "nowhere"),
@@ -259,6 +279,16 @@ def test_mistakes_get_one_line_of_rank_0_and_leave_nothing(small, tmp_path, word
     assert line.startswith("longreach train: ")
     assert part in line
     assert not output.exists()
+
+
+def test_a_dense_bias_is_not_shared(small, tmp_path):
+    words = ["train", "--output", str(tmp_path / "run"), *small, "--method", "t5", "--context-parallel", "2"]
+    said = run(words, tmp_path / "logs", status=2)
+    message = (
+        "longreach train: bias in attention of sequences that ranks share, which has none: choose a position method"
+    )
+    assert said[0].splitlines()[-1].startswith(message)
+    assert said[1] == ""
 
 
 def test_a_port_that_is_taken_is_named(small, tmp_path):
@@ -331,6 +361,32 @@ def test_an_evaluation_by_two_is_that_of_one(alone, tmp_path):
     for kind in ("records", "contexts"):
         expected = {entry.key: entry.nll for entry in getattr(one, kind)}
         assert {entry.key: entry.nll for entry in getattr(two, kind)} == pytest.approx(expected, rel=1e-9)
+
+
+def test_an_evaluation_whose_windows_three_share_is_that_of_one(alone, tmp_path):
+    words = ["evaluate", str(alone), *TESTED.split(), "--strides", "8", "--scalings", "linear"]
+    main([*words, "--output", str(tmp_path / "one")])
+    run([*words, "--output", str(tmp_path / "three"), "--context-parallel", "3"], tmp_path / "logs", size=3)
+    one, three = (Results.read(tmp_path / name / "results.json") for name in ("one", "three"))
+    assert {entry.key for entry in one.records} == {entry.key for entry in three.records}
+    for kind in ("records", "contexts"):
+        expected = {entry.key: entry.nll for entry in getattr(one, kind)}
+        assert {entry.key: entry.nll for entry in getattr(three, kind)} == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["--context-parallel", "3"], "context_parallel=3 and 2 processes: start 3 by torchrun --nproc-per-node 3"),
+        (["--context-parallel", "0"], "context_parallel=0: give a positive integer"),
+        (["--context-parallel", "2", "--task", "probes"], "with tasks=probes: it is for perplexity and positions"),
+        (["--context-parallel", "2", "--protocols", "cached"], "with protocols=cached: it is for nonoverlapping"),
+    ],
+)
+def test_windows_that_cannot_be_shared_are_refused(alone, tmp_path, words, part):
+    said = run(["evaluate", str(alone), *TESTED.split(), *words], tmp_path / "logs", status=2)
+    assert part in said[0].splitlines()[-1]
+    assert said[1] == ""
 
 
 def test_an_error_of_one_rank_is_said_by_rank_0(alone, corpus, tmp_path):

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longreach.measure.subject import LanguageModel
+from longreach.measure.subject import LanguageModel, Nll
 from longreach.measure.windows import Window, windows
 
 LOGITS_PER_CHUNK = 2**24
@@ -41,6 +42,7 @@ def score(
     device: torch.device,
     tokens_per_batch: int,
     offset: int | None = None,
+    nll: Nll | None = None,
     on_scored: Callable[[int], None] = lambda scored: None,
 ) -> Scores:
     """Score every token of a sequence but the first, in windows of valid_length.
@@ -54,6 +56,7 @@ def score(
         device: where the model is.
         tokens_per_batch: windows of one length are batched up to about this many tokens.
         offset: position of each window's first token; None leaves positions to the model, which counts from 0.
+        nll: scores windows in the place of the model's logits.
         on_scored: called after each batch with how many targets have been scored.
 
     Returns:
@@ -64,8 +67,9 @@ def score(
         Unsupported: an offset where the model takes no positions.
     """
     _check_vocabulary(tokens, vocab_size)
+    score_batch = partial(token_nll, model) if nll is None else nll
     num_targets = len(tokens) - 1
-    nll = np.empty(num_targets)
+    found = np.empty(num_targets)
     context = np.empty(num_targets, dtype=np.int64)
     done = 0
     for batch in _batches(windows(num_targets, valid_length, stride), max(1, tokens_per_batch // valid_length)):
@@ -73,14 +77,14 @@ def score(
         positions = None if offset is None else torch.arange(offset, offset + inputs.shape[1], device=device)[None]
         scored = batch[0].scored
         targets = np.stack([tokens[window.stop - scored + 1 : window.stop + 1] for window in batch])
-        batch_nll = _nll(model, inputs, targets, vocab_size, positions=positions)  # [B, scored]
+        batch_nll = score_batch(inputs, targets, vocab_size, positions)  # [B, scored]
         for window, row in zip(batch, batch_nll, strict=True):
             new = slice(window.stop - scored, window.stop)
-            nll[new] = row
+            found[new] = row
             context[new] = np.arange(new.start, new.stop) - window.start + 1
             done += scored
         on_scored(done)
-    return Scores(nll, context)
+    return Scores(found, context)
 
 
 @torch.inference_mode()
@@ -130,7 +134,7 @@ def score_stream(
         if shifted:
             assert max_context is not None  # checked above
             positions = torch.arange(start, stop, device=device).clamp(max=max_context - 1)[None]
-        parts.append(_nll(model, inputs, tokens[None, start + 1 : stop + 1], vocab_size, positions, cache)[0])
+        parts.append(token_nll(model, inputs, tokens[None, start + 1 : stop + 1], vocab_size, positions, cache)[0])
         on_scored(stop)
     context = np.arange(1, num_targets + 1)
     return Scores(np.concatenate(parts), context if max_context is None else np.minimum(context, max_context))
@@ -148,7 +152,7 @@ def _batches(all_windows: Iterator[Window], batch_size: int) -> Iterator[list[Wi
             yield batch
 
 
-def _nll(
+def token_nll(
     model: LanguageModel,
     inputs: Tensor,
     targets: np.ndarray,

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,6 +47,14 @@ class LanguageModel(Protocol):
         ...
 
 
+class Nll(Protocol):
+    """How the nll of tokens is had from a model, where not by `longreach.measure.score` from its logits."""
+
+    def __call__(self, inputs: Tensor, targets: np.ndarray, vocab_size: int, positions: Tensor | None) -> np.ndarray:
+        """Nll of targets (B, n) after the last n of inputs (B, T), (B, n) float64; positions as in `logits`."""
+        ...
+
+
 @dataclass(frozen=True)
 class Subject:
     """A model with all that evaluation has to know of it, whether it was trained here or elsewhere."""
@@ -64,6 +73,8 @@ class Subject:
     """The longest length in tokens that it can take at all; None for any."""
     attention: Callable[[int, int, bool], str]
     """Names the attention implementation that runs for so many queries and keys, with a window or without."""
+    nll: Nll | None = None
+    """How windows are scored where several processes share them; from the logits when None."""
 
     @property
     def name(self) -> str:

@@ -151,6 +151,7 @@ class TextTasks:
             device=subject.device,
             tokens_per_batch=self._tokens_per_batch,
             offset=offset,
+            nll=subject.nll,
             on_scored=lambda scored: self._progress(stage, scored, text.num_targets),
         )
         return _finite(scores)

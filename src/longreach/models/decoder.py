@@ -1,6 +1,6 @@
 """A pre-LN decoder that leaves positions to a position method."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -17,6 +17,10 @@ from longreach.positions import AttentionPositions, build_method, rotate
 
 # Axes: B batch, T tokens (Tq queries, Tk keys), H query heads, Hkv key/value heads, D head_dim, C d_model,
 # V vocabulary.
+
+
+Attend = Callable[..., Tensor]
+"""`longreach.attention`, or a function of the same arguments."""
 
 
 class Decoder(nn.Module):
@@ -101,6 +105,12 @@ class Decoder(nn.Module):
         normed: Tensor = self.norm(x)
         return normed
 
+    def attend_by(self, attend: Attend) -> None:
+        """Let another function compute the attention of all blocks."""
+        for module in self.modules():
+            if isinstance(module, SelfAttention):
+                module.attend = attend
+
     def logits(
         self,
         tokens: Tensor,
@@ -109,6 +119,7 @@ class Decoder(nn.Module):
         last: int | None = None,
         positions: Tensor | None = None,
         cache: KVCache | None = None,
+        length: int | None = None,
     ) -> Iterator[Tensor]:
         """Yield the logits of consecutive stretches of at most chunk_size positions, each (B, chunk, V).
 
@@ -117,7 +128,7 @@ class Decoder(nn.Module):
         """
         if chunk_size < 1:
             raise ValueError(f"chunk_size={chunk_size}: give at least 1")
-        hidden = self.hidden(tokens, positions=positions, cache=cache)
+        hidden = self.hidden(tokens, positions=positions, cache=cache, length=length)
         for chunk in hidden[:, -last if last else 0 :].split(chunk_size, dim=1):
             yield self.vocabulary.logits(chunk)
 
@@ -258,6 +269,7 @@ class SelfAttention(nn.Module):
         self.heads = (config.num_heads, kv_heads, kv_heads)
         self.qkv = _linear(config, config.d_model, sum(self.heads) * config.head_dim)  # rows are [q | k | v]
         self.out = _residual_linear(config, config.d_model)
+        self.attend: Attend = attention
 
     def forward(
         self, x: Tensor, positions: AttentionPositions, key_padding_mask: Tensor | None, cache: KVCache | None
@@ -277,7 +289,7 @@ class SelfAttention(nn.Module):
         if positions.document_biases is not None:
             mixed = _one_by_one(q, k, v, positions.document_biases, scale, dropout)
         else:
-            mixed = attention(
+            mixed = self.attend(
                 q,
                 k,
                 v,

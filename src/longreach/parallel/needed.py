@@ -50,6 +50,7 @@ class Looking:
     """(B, T) bool, True where a key of this piece is padding."""
 
 
+@torch.no_grad()
 def first_keys(
     q: Tensor,
     k: Tensor,

@@ -81,6 +81,8 @@ class TrainConfig:
     parallel: Literal["auto", "none", "ddp", "fsdp"] = field(default="auto", metadata={"may_differ": True})
     """How the processes of torchrun share the work: under ddp each has all weights, under fsdp a part of each. auto is
     ddp where torchrun started several."""
+    context_parallel: int = field(default=1, metadata={"may_differ": True})
+    """How many processes share each sequence, a piece of it each; the others have other sequences."""
     seed: int = 0
     """Seed of the weights, the order of batches, what is mixed in and dropout; of the split of the text too, where
     split_seed is not given."""
@@ -96,6 +98,7 @@ class TrainConfig:
             "checkpoint_every",
             "keep_checkpoints",
             "validate_every",
+            "context_parallel",
         ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: give a positive integer")
@@ -118,6 +121,8 @@ class TrainConfig:
             raise ValueError(f"betas={self.betas}: give two numbers of at least 0 and below 1")
         if self.packing not in ("blocks", "documents"):
             raise ValueError(f"packing={self.packing!r}: give blocks or documents")
+        if self.packing == "documents" and self.context_parallel > 1:
+            raise ValueError(f"packing=documents with context_parallel={self.context_parallel}: leave one of them out")
         if self.precision not in ("auto", "fp32", "bf16"):
             raise ValueError(f"precision={self.precision!r}: give auto, fp32 or bf16")
         parse_mix(self.mix)

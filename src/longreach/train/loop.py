@@ -28,6 +28,7 @@ from longreach.results import Model, TrainingRecord, read_training, write_traini
 from longreach.stopping import deferred, exception
 from longreach.train.checkpoint import Writer, damaged, load_checkpoint, remove_checkpoints
 from longreach.train.config import TrainConfig
+from longreach.train.context import shared_loss
 from longreach.train.metrics import Step, final_loss, keep_first
 from longreach.train.optim import build_optimizer, independent_of_steps, learning_rate
 from longreach.train.parallel import ALONE, Loss, Ranks, restore, whole
@@ -98,7 +99,7 @@ def train(
         OSError: the disk is full; likewise.
         KeyboardInterrupt, Terminated: by Ctrl-C or SIGTERM, once the step at work is done and a checkpoint written.
     """
-    ranks.check(config.parallel, config.batch_size, config.accumulation)
+    ranks.check(config.parallel, config.batch_size, config.accumulation, config.context_parallel)
     finished = folder / "training.json"
     if finished.exists() and (record := read_training_record(finished)).steps >= config.steps:
         return record
@@ -114,7 +115,7 @@ def train(
         deferred() as signal,
     ):
         for number in range(run.step, config.steps):
-            step = run.advance(batches.rows(number, ranks.rows(config.batch_size)))
+            step = run.advance(batches.rows(number, ranks.rows(config.batch_size, config.context_parallel)))
             if config.validate_every and run.step % config.validate_every == 0:
                 step = replace(step, valid_loss=run.validate(valid_batches))
             metrics.write(json.dumps({name: value for name, value in asdict(step).items() if value is not None}) + "\n")
@@ -154,7 +155,7 @@ def try_out(
     with ranks.computing(), Cost(run.device) as cost:
         for number in range(steps):
             before = run.seconds
-            run.advance(batches.rows(number, ranks.rows(config.batch_size)))
+            run.advance(batches.rows(number, ranks.rows(config.batch_size, config.context_parallel)))
     return Trial(run.seconds - before, cost.peak_memory)
 
 
@@ -236,9 +237,8 @@ class _Run:
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
             if config.compile:
                 block.compile()
-        self.loss, self.syncing = ranks.spread(
-            config.parallel, self.trainee.model, self.trainee.blocks, self.trainee.loss
-        )
+        loss = shared_loss(self.trainee.model, self.trainee.loss, ranks, config.context_parallel)
+        self.loss, self.syncing = ranks.spread(config.parallel, self.trainee.model, self.trainee.blocks, loss)
         self.optimizer = build_optimizer(self.trainee.model, config)
         self.packs = config.packing == "documents"
         self.step = 0
@@ -281,7 +281,7 @@ class _Run:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        self.tokens += round(mean_count * self.ranks.size)
+        self.tokens += round(mean_count * self.ranks.size / self.config.context_parallel)
         self.seconds += time.perf_counter() - started
         return Step(self.step, loss, rate, norm, self.tokens, self.seconds)
 
@@ -366,7 +366,8 @@ class _Run:
     def _offsets(self) -> Tensor:
         """Where each of this rank's sequences of a batch starts, (rows, 1), drawn anew."""
         draws = torch.randint(self.trainee.max_training_offset + 1, (self.config.batch_size, 1))
-        return self.ranks.first_one_s(draws)[self.ranks.rows(self.config.batch_size)].to(self.device)
+        rows = self.ranks.rows(self.config.batch_size, self.config.context_parallel)
+        return self.ranks.first_one_s(draws)[rows].to(self.device)
 
 
 class _Part(NamedTuple):

@@ -7,8 +7,6 @@ of each rank looks there whether the others are alive.
 
 import os
 import socket
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -26,26 +24,18 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from longreach.train.watch import BEAT, GRACE, PAUSE, Watch
+
 Engine = Literal["auto", "none", "ddp", "fsdp"]
 Loss = Callable[..., Tensor]
-GO_ON = "run the same command again to go on from the last checkpoint"
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 FAILED = (ValueError, OSError, FloatingPointError, ModuleNotFoundError)
 """What a command ends with in one line: rank 0 says it for all."""
 
-BEAT = 0.5
-"""Seconds between two signs of life."""
-
-PAUSE = 0.02
-"""Seconds between two looks for what others do."""
-
 MEETING = 300.0
 """Seconds within which all ranks must have started."""
-
-GRACE = 10.0
-"""Seconds that a rank has to end by itself after another one failed."""
 
 
 class RankLost(OSError):
@@ -97,10 +87,11 @@ class Spread(NamedTuple):
 class Ranks:
     """The processes of one job, seen from one of them. `ALONE` is a job of one process, which waits for nobody."""
 
-    def __init__(self, rank: int = 0, size: int = 1, store: Any = None, watch: "_Watch | None" = None) -> None:
+    def __init__(self, rank: int = 0, size: int = 1, store: Any = None, watch: Watch | None = None) -> None:
         self.rank, self.size = rank, size
         self._store, self._watch = store, watch
         self._stage = 0
+        self._contexts: dict[int, dist.ProcessGroup] = {}
 
     @property
     def is_first(self) -> bool:
@@ -112,13 +103,13 @@ class Ranks:
         """How many of them are on this machine, as torchrun says."""
         return min(self.size, int(os.environ.get("LOCAL_WORLD_SIZE", self.size)))
 
-    def rows(self, batch_size: int) -> range:
-        """Which sequences of a batch are this rank's."""
-        each = batch_size // self.size
-        return range(self.rank * each, (self.rank + 1) * each)
+    def rows(self, batch_size: int, context: int = 1) -> range:
+        """Which sequences of a batch are this rank's, with as many ranks as `context` to each."""
+        each, place = batch_size * context // self.size, self.rank // context
+        return range(place * each, (place + 1) * each)
 
-    def check(self, engine: Engine, batch_size: int, accumulation: int) -> None:
-        """Check that a training can be shared out among the ranks.
+    def check(self, engine: Engine, batch_size: int, accumulation: int, context: int = 1) -> None:
+        """Check that a training can be shared out among the ranks, with as many ranks as `context` to each sequence.
 
         Raises:
             ValueError: it cannot.
@@ -127,10 +118,25 @@ class Ranks:
             raise ValueError(f"parallel={engine} and one process: start it by torchrun --nproc-per-node N -m longreach")
         if engine == "none" and self.size > 1:
             raise ValueError(f"parallel=none and {self.size} processes: give ddp or fsdp, or start it without torchrun")
-        if batch_size % (self.size * accumulation):
+        self.check_context(context)
+        shares = self.size // context
+        if batch_size % (shares * accumulation):
+            sharing = f"{shares} processes" if context == 1 else f"{shares} x {context} processes"
             raise ValueError(
-                f"batch_size={batch_size} cannot be shared by {self.size} processes x accumulation={accumulation}: "
+                f"batch_size={batch_size} cannot be shared by {sharing} x accumulation={accumulation}: "
                 "give a multiple of both together"
+            )
+
+    def check_context(self, context: int) -> None:
+        """Check that so many ranks can share each sequence.
+
+        Raises:
+            ValueError: they cannot.
+        """
+        if self.size % context:
+            raise ValueError(
+                f"context_parallel={context} and {self.size} process{'es' if self.size > 1 else ''}: give a divisor, "
+                "or start more by torchrun --nproc-per-node N -m longreach"
             )
 
     def check_sees(self, folder: Path) -> None:
@@ -195,14 +201,7 @@ class Ranks:
         if self._watch is None:
             return Spread(loss, lambda last: nullcontext())
         device = next(model.parameters()).device
-        if not dist.is_initialized():
-            dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                store=dist.PrefixStore("group", self._store),
-                rank=self.rank,
-                world_size=self.size,
-                timeout=timedelta(seconds=self._watch.timeout + GRACE),  # the watch, which knows more, comes first
-            )
+        self._join(device)
         objective = _Objective(model, loss)
         if engine == "fsdp":
             mesh = init_device_mesh(device.type, (self.size,))
@@ -211,6 +210,34 @@ class Ranks:
             return Spread(objective, partial(_sharded_sync, objective))
         replicated = DistributedDataParallel(objective, gradient_as_bucket_view=True)
         return Spread(replicated, lambda last: nullcontext() if last else replicated.no_sync())
+
+    def context_group(self, context: int, device: torch.device) -> dist.ProcessGroup:
+        """This rank and those that share its sequences: one axis of a mesh, the other being whose sequences differ."""
+        self._join(device)
+        if context not in self._contexts:
+            shape = (self.size // context, context)
+            mesh = init_device_mesh(device.type, shape, mesh_dim_names=("sequences", "context"))
+            self._contexts[context] = mesh.get_group("context")
+        return self._contexts[context]
+
+    def _join(self, device: torch.device) -> None:
+        """Have a process group of all ranks."""
+        if self._watch is not None and not dist.is_initialized():
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                store=dist.PrefixStore("group", self._store),
+                rank=self.rank,
+                world_size=self.size,
+                timeout=timedelta(seconds=self._watch.timeout + GRACE),  # the watch, which knows more, comes first
+            )
+
+    def together(self, work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
+        """What `work` makes of each item, which all ranks do together; the results come out on rank 0."""
+        for item in items:
+            with self.computing():
+                result = work(item)
+            if self.is_first:
+                yield result
 
     def shared(
         self,
@@ -357,7 +384,7 @@ def joined(program: str, timeout: float) -> Iterator[Ranks]:
     if torch.cuda.is_available():
         torch.cuda.set_device(launch.local)  # what "cuda" means from here on
     store = _meeting(launch)
-    watch = _Watch(store.clone(), launch, program, timeout)
+    watch = Watch(store.clone(), launch.rank, launch.size, program, timeout)
     ranks = Ranks(launch.rank, launch.size, store, watch)
     try:
         yield ranks
@@ -434,66 +461,3 @@ def _outcome(error: Exception, launch: Launch, store: Any) -> BaseException:
             time.sleep(PAUSE)
             gone = store.add("gone", 0)
     return SystemExit(2) if launch.rank and isinstance(error, FAILED) else error
-
-
-class _Watch:
-    """Shows that this process lives, and ends it where another does not or has failed.
-
-    Rank 0 listens to all, the others to rank 0. One thread listens, and another judges, which waits for nobody: who
-    keeps the store may be who is silent.
-    """
-
-    def __init__(self, store: Any, launch: Launch, program: str, timeout: float) -> None:
-        self.timeout = timeout
-        self._store, self._rank, self._program = store, launch.rank, program
-        self._ended = threading.Event()
-        self._heard = dict.fromkeys(range(1, launch.size) if launch.rank == 0 else (0,), time.monotonic())
-        self._names = {rank: f"rank {rank} ({store.get(f'who/{rank}').decode()})" for rank in self._heard}
-        self._failure: tuple[float, str] | None = None
-        for work in (self._listen, self._judge):
-            threading.Thread(target=work, daemon=True).start()
-
-    def end(self) -> None:
-        """Watch no longer."""
-        self._ended.set()
-
-    def cause(self) -> str:
-        """Why a connection broke: what another rank said before its end, or who says nothing any more."""
-        until = time.monotonic() + 4 * BEAT
-        while time.monotonic() < until and self._failure is None:
-            time.sleep(PAUSE)
-        if self._failure is not None:
-            return self._failure[1]
-        silent = [name for rank, name in self._names.items() if time.monotonic() - self._heard[rank] > 2.5 * BEAT]
-        return f"{', '.join(silent) or 'a rank'} ended without a word: {GO_ON}"
-
-    def _listen(self) -> None:
-        beats = dict.fromkeys(self._heard, -1)
-        with suppress(RuntimeError):  # the store is gone, and there is nothing to be heard any more
-            while not self._ended.wait(BEAT):
-                self._store.add(f"beat/{self._rank}", 1)
-                for rank, before in beats.items():
-                    beats[rank] = self._store.add(f"beat/{rank}", 0)
-                    if beats[rank] != before:
-                        self._heard[rank] = time.monotonic()
-                if self._failure is None and self._store.check(["failed"]):
-                    self._failure = (time.monotonic(), self._store.get("failed").decode())
-
-    def _judge(self) -> None:
-        looked = time.monotonic()
-        while not self._ended.wait(BEAT):
-            now = time.monotonic()
-            if now - looked > 6 * BEAT:  # it is this process that was stopped, as others may have been that go on now
-                self._heard.update(dict.fromkeys(self._heard, now))
-            looked = now
-            for rank, heard in self._heard.items():
-                if now - heard > self.timeout:
-                    message = f"{self._names[rank]} gave no sign of life for {self.timeout:g} s: {GO_ON}"
-                    self._exit(message, says=self._rank == min({0, 1} - {rank}))
-            if self._failure is not None and now - self._failure[0] > GRACE:
-                self._exit(self._failure[1], says=self._rank == 0)
-
-    def _exit(self, message: str, says: bool) -> None:
-        if says:
-            print(f"{self._program}: {message}", file=sys.stderr, flush=True)
-        os._exit(1)

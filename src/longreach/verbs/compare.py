@@ -17,7 +17,7 @@ from longreach.results import Model, Results, Start
 from longreach.train.config import RunConfig, TrainConfig
 from longreach.train.loop import resolve_device
 from longreach.train.parallel import ALONE, Ranks
-from longreach.verbs.evaluate import case_sources, measure, read_material, read_results
+from longreach.verbs.evaluate import case_sources, measure, read_material, read_results, shared_out
 from longreach.verbs.train import (
     Progress,
     check_memory,
@@ -150,7 +150,9 @@ def compare(
         with ranks.leading():
             device = resolve_device(config.train.device)
             for run in config.runs():
-                ranks.check(run.train.parallel, run.train.batch_size, run.train.accumulation)
+                ranks.check(
+                    run.train.parallel, run.train.batch_size, run.train.accumulation, run.train.context_parallel
+                )
                 check_memory(run, device)
             if ranks.is_first:
                 stack.enter_context(hold(output, config))
@@ -176,7 +178,7 @@ def compare(
             yield trained
             with ranks.computing():
                 subject = replace(open_run(folder).subject(), identity=identity)
-            yield from measure(subject, material, config.evaluate, trained, starts, path, progress, ranks)
+            yield from measure(subject, material, config.evaluate, trained, starts, path, progress, shared_out(ranks))
 
         for run in config.runs():
             try:

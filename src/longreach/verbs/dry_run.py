@@ -92,7 +92,7 @@ def dry_run(config: RunConfig, progress: Progress, ranks: Ranks = ALONE) -> Fore
     """
     train = config.train
     with ranks.leading():
-        ranks.check(train.parallel, train.batch_size, train.accumulation)
+        ranks.check(train.parallel, train.batch_size, train.accumulation, train.context_parallel)
         device = resolve_device(train.device)
         if check_start(config) is not None:
             raise ValueError(f"dry_run: start_from={config.start_from!r} has a shape of its own: leave dry_run out")
@@ -128,7 +128,7 @@ def dry_run(config: RunConfig, progress: Progress, ranks: Ranks = ALONE) -> Fore
 def _activations(config: RunConfig, vocab_size: int, processes: int, bf16: bool) -> int:
     """What one pass keeps, in bytes: of each block all or, recomputed, its input and all of one; and the logits."""
     train, model, size = config.train, config.model, 2 if bf16 else 4
-    tokens = train.batch_size // (processes * train.accumulation) * train.train_length
+    tokens = train.batch_size * train.train_length // (processes * train.accumulation)
     vectors = model.num_layers + KEPT if train.recompute else KEPT * model.num_layers
     logits = 4 + 4 + (size if bf16 else 0)  # in float32 with their gradient, and as autocast made them
     return tokens * (vectors * model.d_model * size + vocab_size * logits)

@@ -18,7 +18,7 @@ from longreach.measure.plan import RETRIEVAL_TASKS, EvaluateConfig
 from longreach.measure.retrieval import read_cases
 from longreach.measure.subject import Subject
 from longreach.measure.summaries import read_meetings
-from longreach.measure.sweep import Material, evaluate
+from longreach.measure.sweep import Material, Share, evaluate
 from longreach.measure.text_tasks import Text
 from longreach.measure.transformers import StateLength
 from longreach.positions import with_scaling
@@ -35,6 +35,7 @@ from longreach.train.config import RunConfig
 from longreach.train.loop import resolve_device
 from longreach.train.parallel import ALONE, Ranks
 from longreach.verbs.open import fine_tuning, load_subject, names_pretrained
+from longreach.verbs.sharing import shared_subject
 from longreach.verbs.start import digest_of_weights
 from longreach.verbs.train import Progress, check_record, num_read, open_run, provenance, read_run, text_of
 
@@ -59,6 +60,9 @@ class EvaluationConfig:
     """Leave out files and lines of data that are no text, instead of refusing them; they are counted."""
     device: str | None = field(default=None, metadata={"may_differ": True})
     """Where to run; by default where a run was trained, and cuda for other models where there is one."""
+    context_parallel: int = field(default=1, metadata={"may_differ": True})
+    """How many processes share each window, a piece of it each, for lengths whose activations are too large for one: as
+    many as torchrun started. For runs of longreach, and for windows of text without a cache."""
     train_length: int | None = None
     """L in tokens of Hugging Face models, where their configuration does not tell it."""
     dtype: str = "auto"
@@ -80,6 +84,15 @@ class EvaluationConfig:
             raise ValueError(f"MODELS={' '.join(self.models)}: give each model once")
         if self.train_length is not None and self.train_length < 1:
             raise ValueError(f"train_length={self.train_length}: give a positive number of tokens")
+        if self.context_parallel < 1:
+            raise ValueError(f"context_parallel={self.context_parallel}: give a positive integer")
+        if self.context_parallel > 1:
+            for name, able in (("tasks", ("perplexity", "positions")), ("protocols", ("nonoverlapping",))):
+                if others := set(getattr(self.evaluate, name)) - set(able):
+                    raise ValueError(
+                        f"context_parallel={self.context_parallel} with {name}={','.join(sorted(others))}: "
+                        f"it is for {' and '.join(able)}; leave one out"
+                    )
         if self.data is None:
             for name, default in (("text_field", None), ("skip_bad", False)):
                 if getattr(self, name) != default:
@@ -147,6 +160,7 @@ def evaluate_models(
     """
     with ExitStack() as stack:
         with ranks.leading():
+            _check_context(config, ranks)
             pairs = itertools.product(config.models, config.scalings or (None,))
             _check_heeded(config)
             models = [_find(name, config, scaling) for name, scaling in pairs]
@@ -172,7 +186,10 @@ def evaluate_models(
                 if model.training is not None and model.training not in results.training:
                     results = results.add(model.training)
                 on_text = replace(material, text=texts.get(model.split))
-                for so_far in measure(model.load(), on_text, config.evaluate, results, starts, path, progress, ranks):
+                subject, share = model.load(), shared_out(ranks)
+                if config.context_parallel > 1:
+                    subject, share = shared_subject(subject, ranks), ranks.together
+                for so_far in measure(subject, on_text, config.evaluate, results, starts, path, progress, share):
                     results = so_far
                     on_results(results)
         except Exception:
@@ -183,6 +200,28 @@ def evaluate_models(
         if output is not None and ranks.is_first:
             write_report(results, output, partial(progress, "drawing the report"))
     return results
+
+
+def _check_context(config: EvaluationConfig, ranks: Ranks) -> None:
+    """Raise ValueError where the models' windows cannot be shared by all ranks."""
+    if config.context_parallel == 1:
+        return
+    if config.context_parallel != ranks.size:
+        raise ValueError(
+            f"context_parallel={config.context_parallel} and {ranks.size} process{'es' if ranks.size > 1 else ''}: "
+            f"start {config.context_parallel} by torchrun --nproc-per-node {config.context_parallel} -m longreach"
+        )
+    for name in config.models:
+        if names_pretrained(name):
+            raise ValueError(
+                f"context_parallel={config.context_parallel}: {name} is a Hugging Face model, with attention of its "
+                "own; leave it out"
+            )
+
+
+def shared_out(ranks: Ranks) -> Share:
+    """Lets each rank take the next piece of work that is left."""
+    return partial(ranks.shared, pack=pack_entries, unpack=unpack_entries)
 
 
 def _check_heeded(config: EvaluationConfig) -> None:
@@ -435,15 +474,14 @@ def measure(
     starts: tuple[Start, ...],
     path: Path | None,
     progress: Progress,
-    ranks: Ranks = ALONE,
+    share: Share,
 ) -> Iterator[Results]:
     """Results with what a configuration asks of a subject, after each piece of work, then written to path already.
 
-    They came from these starts; where nothing is left to do they stay as they are. Of several ranks each does a part of
-    the work, and the first has all results.
+    They came from these starts; where nothing is left to do they stay as they are. `share` shares the work out among
+    several ranks, of which the first has all results.
     """
     resolved = config.resolved(subject.train_length)
-    share = partial(ranks.shared, pack=pack_entries, unpack=unpack_entries)
     for entries in evaluate(subject, material, resolved, results.cells(), progress, share):
         results = results.started(starts).add(*entries)
         if path is not None:

@@ -97,7 +97,9 @@ def train_run(
     """
     with ExitStack() as stack:
         with ranks.leading():
-            ranks.check(config.train.parallel, config.train.batch_size, config.train.accumulation)
+            ranks.check(
+                config.train.parallel, config.train.batch_size, config.train.accumulation, config.train.context_parallel
+            )
             device = resolve_device(config.train.device)
             pretrained = check_start(config)
             check_memory(config, device)
@@ -182,7 +184,7 @@ def _validation_batches(config: TrainConfig, prepared: PreparedData, ranks: Rank
             f"validate_every={config.validate_every}: the validation text of {len(prepared.valid)} tokens is less than "
             f"a batch of {size} x {length}; give more text, a larger valid_fraction, or leave it out"
         )
-    rows = ranks.rows(size)
+    rows = ranks.rows(size, config.context_parallel)
     starts = [(batch * size + row) * length for batch in range(count) for row in rows]
     sequences = np.stack([prepared.valid.read(start, start + length + 1) for start in starts])
     return np.split(sequences, count)

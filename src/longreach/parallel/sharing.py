@@ -1,0 +1,60 @@
+"""Ranks that share sequences, as the code of a model meets them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from longreach.parallel.attention import context_parallel_attention
+from longreach.parallel.line import telling
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """Every sequence is cut into pieces, of which each rank of a group holds one."""
+
+    group: dist.ProcessGroup
+    """The ranks, in the order of the pieces."""
+    cut: Callable[[int], tuple[int, ...]]
+    """The lengths of the pieces of a sequence of so many tokens, the same on all ranks."""
+
+    def columns(self, length: int) -> slice:
+        """Which tokens of a sequence are this rank's."""
+        place = dist.get_rank(self.group)
+        borders = list(accumulate(self.cut(length), initial=0))
+        return slice(borders[place], borders[place + 1])
+
+    @torch.compiler.disable  # ranks talk in it
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        bias: Tensor | None = None,
+        key_norms: Tensor | None = None,
+        dropout_p: float = 0.0,
+        **options: Any,
+    ) -> Tensor:
+        """`context_parallel_attention` in the place of `longreach.attention`, of whose arguments it refuses three."""
+        for name, value, mend in (
+            ("bias", bias is not None, "choose a position method without a dense bias, such as alibi"),
+            ("key_norms", key_norms is not None, "leave out the cache"),
+            ("dropout_p", dropout_p > 0, "set attention_dropout=0"),
+        ):
+            if value:
+                raise ValueError(f"{name} in attention of sequences that ranks share, which has none: {mend}")
+        return context_parallel_attention(q, k, v, group=self.group, **options)
+
+    def joined(self, x: Tensor, counts: list[int]) -> Tensor:
+        """The columns (B, n) of all ranks side by side, of which each has so many, on each of them."""
+        padded = F.pad(x, (0, max(counts) - x.shape[1])).contiguous()
+        found = [torch.empty_like(padded) for _ in counts]
+        with telling("gather results"):
+            dist.all_gather(found, padded, group=self.group)
+        return torch.cat([part[:, :count] for part, count in zip(found, counts, strict=True)], dim=1)

@@ -1,0 +1,71 @@
+"""A subject whose windows several processes share."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longreach.measure.score import token_nll
+from longreach.measure.subject import Subject
+from longreach.models.decoder import Decoder
+from longreach.parallel.sharing import Sharing
+from longreach.train.context import share_sequences
+from longreach.train.parallel import Ranks
+
+
+def shared_subject(subject: Subject, ranks: Ranks) -> Subject:
+    """A subject that is a decoder of our own, each of whose windows all ranks compute together, a piece each."""
+    model = subject.model
+    assert isinstance(model, Decoder)  # the model of a run
+    return replace(subject, nll=PieceScorer(model, share_sequences(model, ranks, ranks.size)))
+
+
+@dataclass(frozen=True)
+class PieceScorer:
+    """Scores windows by pieces: each rank holds the activations of its own, and all know the nll of all."""
+
+    model: Decoder
+    """The same on all ranks; its attention is that of `sharing`."""
+    sharing: Sharing
+    """Which rank has which piece."""
+
+    def __call__(self, inputs: Tensor, targets: np.ndarray, vocab_size: int, positions: Tensor | None) -> np.ndarray:
+        """As `longreach.measure.subject.Nll`."""
+        length, scored = inputs.shape[1], targets.shape[1]
+        columns = self.sharing.columns(length)
+        if positions is None:
+            positions = torch.arange(length, device=inputs.device)[None]
+        piece = _Piece(self.model, length)
+        # The last `scored` tokens of the window are scored, of which each piece has some, or none.
+        borders = [max(0, border - (length - scored)) for border in accumulate(self.sharing.cut(length), initial=0)]
+        own = slice(max(0, columns.start - (length - scored)), max(0, columns.stop - (length - scored)))
+        found = np.empty((len(inputs), 0))
+        if own.start < own.stop:
+            found = token_nll(piece, inputs[:, columns], targets[:, own], vocab_size, positions[:, columns])
+        else:  # others may need its keys
+            self.model.hidden(inputs[:, columns], positions=positions[:, columns], length=length)
+        counts = [past - first for first, past in pairwise(borders)]
+        joined: np.ndarray = self.sharing.joined(torch.from_numpy(found), counts).numpy()
+        return joined
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A decoder that is given a piece of a sequence of so many tokens."""
+
+    model: Decoder
+    """The whole of it."""
+    length: int
+    """L', of the sequence."""
+
+    def logits(self, tokens: Tensor, chunk_size: int, **options: Any) -> Iterator[Tensor]:
+        """As `longreach.measure.subject.LanguageModel`."""
+        return self.model.logits(tokens, chunk_size, **options, length=self.length)
+
+    def new_cache(self, length: int, max_context: int | None = None) -> Any:
+        """Likewise; nobody asks for one."""
+        return self.model.new_cache(length, max_context)
