@@ -1,37 +1,53 @@
 """Measure context parallelism: bytes that travel, the time around each rank's own attention, and balance.
 
-    python benchmarks/context_parallel.py --machine cpu-2core --part bytes      (likewise: time, balance)
+    python benchmarks/context_parallel.py --machine cpu-2core --part bytes      (or time, balance, window)
 
 Four processes on gloo, B1 H8 D64, float32, Gaussian q, k and v of std 1, the paper's slopes, causal. First the output
 of all pieces is checked against one process. Bytes are those that all ranks send, bounds included, as a share of what
 an all-gather of all keys and values has them send, which is what a ring sends too. Time is that of the call, from a
 barrier on, over that of the attention within it on the rank that takes longest for it: medians of rounds. Imbalance is
-the processor time of the busiest rank's attention over the mean, cut evenly and by work.
+the processor time of the busiest rank's attention over the mean, cut evenly and by work. `window` scores one window of
+262,144 tokens with a decoder of 2 layers, 8 heads, d_model 128 and random weights, by one process and by four: memory
+is the peak of a process less what a window of 4,096 takes.
 """
 
 import argparse
+import ctypes
 import json
 import os
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from torch import Tensor
 
+from longreach.cost import Cost
+from longreach.measure.score import score
+from longreach.models.config import ModelConfig
+from longreach.models.decoder import Decoder
 from longreach.ops.alibi import alibi_slopes
 from longreach.ops.attention import attention
 from longreach.parallel import balanced_pieces, context_parallel_attention, count_traffic
+from longreach.parallel.sharing import Sharing
+from longreach.verbs.sharing import PieceScorer
 
 RANKS, HEADS, HEAD_DIM = 4, 8, 64
-LENGTHS = {"bytes": (16384, 32768, 65536, 131072, 262144), "time": (65536, 262144), "balance": (16384,)}
+LENGTHS = {
+    "bytes": (16384, 32768, 65536, 131072, 262144),
+    "time": (65536, 262144),
+    "balance": (16384,),
+    "window": (262144,),
+}
 ROUNDS = 3
 SHAPES = {"plain": torch.zeros(HEADS), "paper": alibi_slopes(HEADS)}
 
@@ -129,8 +145,64 @@ def imbalance(rank: int, length: int, rounds: int) -> dict[str, Any]:
     return found
 
 
+def window(rank: int, length: int) -> dict[str, Any]:
+    """Nll of one window and the memory that it took, by rank 0 alone and by all."""
+    map_every_tensor()
+    torch.manual_seed(0)
+    model = Decoder(
+        ModelConfig(num_layers=2, num_heads=HEADS, d_model=128, vocab_size=256, train_length=512, method="alibi")
+    ).eval()
+    tokens = np.random.default_rng(0).integers(0, 256, length + 1)
+    whole = _scored(model, tokens, None) if rank == 0 else None
+    dist.barrier()
+    sharing = Sharing(dist.group.WORLD, partial(balanced_pieces, size=RANKS, slopes=SHAPES["paper"], per_token=6144))
+    model.attend_by(sharing.attend)
+    nll, memory = _scored(model, tokens, PieceScorer(model, sharing))
+    memories = [peak for (peak,) in gathered(memory)]
+    if whole is None:
+        return {}
+    return {
+        "length": length,
+        "nll": whole[0],
+        "shared_nll": nll,
+        "relative_difference": abs(nll / whole[0] - 1),
+        "memory": whole[1],
+        "shared_memory": memories,
+        "share": max(memories) / whole[1],
+    }
+
+
+def map_every_tensor() -> None:
+    """Have malloc take what is 1 MiB or more from the system, and give it back: else it keeps small pieces for later.
+
+    Left alone it raises that bound to 32 MiB as it sees fit, so that a quarter of a tensor may stay where all did not.
+    """
+    ctypes.CDLL(None).mallopt(-3, 2**20)  # M_MMAP_THRESHOLD
+
+
+def _scored(model: Decoder, tokens: np.ndarray, nll: PieceScorer | None) -> tuple[float, int]:
+    """Nll of a window, and bytes that it took more than a short one, after which all is loaded that a process loads."""
+    peaks = []
+    for stop in (4097, len(tokens)):
+        with Cost(torch.device("cpu")) as cost:
+            scores = score(
+                model,
+                tokens[:stop],
+                valid_length=stop - 1,
+                stride=stop - 1,
+                vocab_size=256,
+                device=torch.device("cpu"),
+                tokens_per_batch=stop,
+                nll=nll,
+            )
+        assert cost.peak_memory is not None, "a system that tells no peak of memory"
+        peaks.append(cost.peak_memory)
+    return float(scores.nll.sum()), peaks[1] - peaks[0]
+
+
 def work(rank: int, folder: str, part: str) -> None:
     torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", RANKS), rank=rank, world_size=RANKS)
     check(rank)
     found = []
@@ -138,9 +210,11 @@ def work(rank: int, folder: str, part: str) -> None:
         if part == "bytes":
             found.append(traffic(rank, length))
         elif part == "time":
-            found.append(seconds(rank, length, ROUNDS if length < 100_000 else 1))
-        else:
+            found.append(seconds(rank, length, ROUNDS))
+        elif part == "balance":
             found.append(imbalance(rank, length, ROUNDS))
+        else:
+            found.append(window(rank, length))
         if rank == 0:
             print(found[-1])
     if rank == 0:

@@ -1,8 +1,9 @@
-"""Fill the tables and figures of README.md, docs/attention.md and docs/context.md from what was measured.
+"""Fill the tables and figures of README.md and of docs/ (attention, parallel, context) from what was measured.
 
 make demo && python benchmarks/attention.py --machine cpu-2core && python docs/refresh.py runs/demo cpu-2core h200
 """
 
+import json
 import re
 import shutil
 import subprocess
@@ -27,7 +28,31 @@ def fill(page: Path, mark: str, content: str) -> None:
     page.write_text(filled, encoding="utf-8")
 
 
+def context_parallel(path: Path) -> str:
+    """What context parallelism sends and takes, as a table and a sentence."""
+    results = json.loads(path.read_text(encoding="utf-8"))
+    timed = {entry["length"]: entry["ratio"] for entry in results["time"]}
+    lines = ["| tokens | MiB sent | of an all-gather or a ring | time, of its attention |", "|---|---|---|---|"]
+    for entry in results["bytes"]:
+        ratio = timed.get(entry["length"])
+        shown = "" if ratio is None else f"{ratio:.2f}"
+        sent = f"{entry['bytes'] / 2**20:.1f}"
+        lines.append(f"| {entry['length']:,} | {sent} | {entry['share']:.2%} | {shown} |")
+    (balance,) = results["balance"]
+    even, cut = (balance[f"plain {name}"]["imbalance"] for name in ("even", "balanced"))
+    (window,) = results["window"]
+    return "\n".join(lines) + (
+        f"\n\nWith heads without slopes the busiest process has {even:.2f} times the mean of the work at "
+        f"{balance['length']:,} tokens cut evenly, and {cut:.2f} times by `balanced_pieces`; with the paper's slopes "
+        f"{balance['paper even']['imbalance']:.2f} and {balance['paper balanced']['imbalance']:.2f}. A window of "
+        f"{window['length']:,} tokens, scored by four processes, has the nll that one finds, to "
+        f"{window['relative_difference']:.0e}, and each takes {window['share']:.2f} of the memory that one does."
+    )
+
+
 def main(demo: str, *machines: str) -> None:
+    measured = context_parallel(ROOT / "benchmarks" / "results" / "context-parallel-cpu-2core.json")
+    fill(ROOT / "docs" / "parallel.md", "bytes of context parallelism", measured)
     results = Results.read(Path(demo) / "results.json")
     (train_length,) = results.train_lengths()
     fill(ROOT / "README.md", "demo table", to_markdown(main_grid(results, train_length)).strip())

@@ -74,7 +74,8 @@ def test_pages_are_filled_from_what_was_measured_and_the_notebook_runs(page_of, 
     refresh.main("runs/demo", "cpu-2core")
     assert re.search(r"<!-- demo table -->\n\| method \| 16<br>1x", page_of("README.md"))
     assert "From 16 to 64 tokens (4x)" in page_of("README.md")
-    assert page_of("docs/attention.md") == (DOCS / "attention.md").read_text(encoding="utf-8")  # of the committed run
+    for page in ("attention.md", "parallel.md"):  # of the committed runs
+        assert page_of(f"docs/{page}") == (DOCS / page).read_text(encoding="utf-8")
     page = page_of("docs/context.md")
     assert "trained at 16 tokens, tested at 16, 64: alibi, learned" in page
     assert re.search(r"^ +learned +[\d.]+ +-$", page, flags=re.MULTILINE)  # its table ends at 16
