@@ -3,6 +3,7 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -524,13 +525,25 @@ def test_pretrained_rotary_positions_are_scaled_in_the_stock_code(elsewhere, cor
             assert nll[scaling, 64, protocol] != pytest.approx(nll["none", 64, protocol], rel=1e-4)
 
 
-def test_scalings_that_a_configuration_refuses_are_told_before_a_model_is_loaded(elsewhere, corpus, tmp_path):
-    folder = copy_of(elsewhere, tmp_path / "linear")
-    values = json.loads((folder / "config.json").read_text())
-    values["rope_parameters"] = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
-    (folder / "config.json").write_text(json.dumps(values))
+@pytest.mark.parametrize(
+    ("configuration", "told"),
+    [
+        (
+            partial(
+                transformers.LlamaConfig,
+                rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
+            ),
+            "this llama has a scaling of its own already, rope_type=linear: give none",
+        ),
+        (transformers.GPT2Config, "gpt2 has neither ALiBi nor rotary positions, as far as longreach knows: give stock"),
+        (transformers.OPTConfig, "opt has neither ALiBi nor rotary positions, .*: give stock"),
+    ],
+)
+def test_what_cannot_be_scaled_is_told_before_a_model_is_loaded(elsewhere, corpus, tmp_path, configuration, told):
+    folder = copy_of(elsewhere, tmp_path / "other")
+    configuration().save_pretrained(folder)
     models = (str(elsewhere), str(folder))
-    config = EvaluationConfig(models=models, evaluate=EVALUATE, data=str(corpus), scalings=("yarn",))
-    with pytest.raises(ValueError, match=r'^MODELS: .*linear: scaling="yarn": this llama has a scaling of its own'):
+    config = EvaluationConfig(models=models, evaluate=EVALUATE, data=str(corpus), scalings=("linear",))
+    with pytest.raises(ValueError, match=rf'^MODELS: .*other: scaling="linear": {told}$'):
         evaluate_models(config, tmp_path / "out", silent)
     assert not (tmp_path / "out").exists()

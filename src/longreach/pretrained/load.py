@@ -18,7 +18,7 @@ from longreach.positions.scaling import Scaling, parse_scaling
 from longreach.pretrained.attend import fixed_length
 from longreach.pretrained.convert import convert
 from longreach.pretrained.extend import extend
-from longreach.pretrained.families import FAMILIES
+from longreach.pretrained.families import CONVERTIBLE, FAMILIES
 from longreach.pretrained.frequencies import check_frequencies, is_rotary, stretch_frequencies
 from longreach.pretrained.layout import MARK
 from longreach.pretrained.lengths import LENGTH_NAMES, SCALING, TRAIN_LENGTH, declared_length, read_alibi_scaling
@@ -75,6 +75,23 @@ def adapt(model: nn.Module) -> Callable[[int], AbstractContextManager[None]] | N
     else:
         extend(model, scaling=scaling)
     return partial(fixed_length, model)
+
+
+def check_scaling(config: Any, scaling: Scaling) -> None:
+    """Check that the positions of a model have a scaling, by its configuration, before its weights are loaded.
+
+    Raises:
+        ValueError: they are neither ALiBi's nor rotary, or have no such scaling.
+    """
+    if is_rotary(config):
+        check_frequencies(config, scaling)
+        return
+    kind = config.get_text_config().model_type
+    if kind not in FAMILIES or (kind in CONVERTIBLE and not hasattr(config, MARK)):
+        raise ValueError(
+            f'scaling="{scaling}": {kind} has neither ALiBi nor rotary positions, as far as longreach knows: give stock'
+        )
+    scaling.require_slopes()
 
 
 def stretch(

@@ -25,9 +25,9 @@ from longreach.positions import with_scaling
 from longreach.positions.scaling import Scaling, parse_scaling
 from longreach.pretrained.attend import extension_of, fixed_length
 from longreach.pretrained.extend import extend
-from longreach.pretrained.frequencies import check_frequencies, is_rotary
+from longreach.pretrained.frequencies import is_rotary
 from longreach.pretrained.lengths import training_length
-from longreach.pretrained.load import adapt, load_configuration, stretch
+from longreach.pretrained.load import adapt, check_scaling, load_configuration, stretch
 from longreach.report.page import write_report
 from longreach.results import Model, Provenance, Results, Start, TrainingRecord
 from longreach.results.document import pack_entries, unpack_entries
@@ -415,12 +415,9 @@ def _adapt_by(scaling: str, train_length: int | None, model: Any) -> StateLength
 
 
 def _check_scaling(name: str, configuration: Any, scaling: Scaling) -> None:
-    """Raise ValueError where a model of a configuration has no such scaling, before its weights are loaded."""
+    """As `check_scaling`, with the name of the model."""
     try:
-        if is_rotary(configuration):
-            check_frequencies(configuration, scaling)
-        else:
-            scaling.require_slopes()
+        check_scaling(configuration, scaling)
     except ValueError as error:
         raise ValueError(f"MODELS: {name}: {error}") from None
 
