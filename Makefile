@@ -53,7 +53,7 @@ format: .venv/dev
 	touch $@
 
 .venv/dev: .venv/run requirements-dev.txt requirements-docs.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt -e '.[hf,eval,dev,docs]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt -e '.[hf,eval,tensorboard,dev,docs]'
 	touch $@
 
 .venv/oldest: .venv/dev requirements-oldest.txt

@@ -88,6 +88,26 @@ def corpus(tmp_path_factory):
 
 
 @pytest.fixture
+def events():
+    """A function that reads TensorBoard's files in a folder: its numbers, and its texts, by name and step."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def read(folder):
+        files = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0}).Reload()
+        tags = files.Tags()
+        scalars = {tag: {event.step: event.value for event in files.Scalars(tag)} for tag in tags["scalars"]}
+        texts = {
+            tag.removesuffix("/text_summary"): {
+                event.step: event.tensor_proto.string_val[0].decode() for event in files.Tensors(tag)
+            }
+            for tag in tags["tensors"]
+        }
+        return scalars, texts
+
+    return read
+
+
+@pytest.fixture
 def scale_bloom_bias(monkeypatch):
     """A function that has the stock code of BLOOM multiply its bias, of each head by its own where factors are (H,).
 

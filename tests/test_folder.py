@@ -85,10 +85,11 @@ def free(kind):
 def test_what_may_differ_is_this_alone():
     assert set(free(RunConfig)) == {
         *("cache", "streaming", "device", "parallel", "compile", "recompute"),
-        *("checkpoint_every", "keep_checkpoints", "async_checkpoint", "validate_every"),
+        *("checkpoint_every", "keep_checkpoints", "async_checkpoint", "validate_every", "sample_every"),
+        *("on_full_disk", "track", "peak_flops"),
     }
     assert set(free(CompareConfig)) == set(free(RunConfig))
-    assert set(free(EvaluationConfig)) == {"device"}
+    assert set(free(EvaluationConfig)) == {"device", "track"}
 
 
 @dataclass(frozen=True)

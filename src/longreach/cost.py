@@ -42,11 +42,17 @@ class Cost:
     ) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-            self.peak_memory = torch.cuda.max_memory_allocated(self.device)
-        elif self._has_mark:
-            mark = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
-            self.peak_memory = int(mark.split()[1]) * 1024
+        self.peak_memory = self.peak()
         self.seconds = time.perf_counter() - self._start
+
+    def peak(self) -> int | None:
+        """The peak memory until now."""
+        if self.device.type == "cuda":
+            return int(torch.cuda.max_memory_allocated(self.device))
+        if not self._has_mark:
+            return None
+        mark = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(mark.split()[1]) * 1024
 
 
 def total_memory(device: torch.device) -> int:

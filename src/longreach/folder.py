@@ -25,7 +25,7 @@ import tomli_w
 import torch
 
 import longreach
-from longreach.files import is_leftover, lock, write_atomically
+from longreach.files import digest_of, is_leftover, lock, write_atomically
 from longreach.reading import plain_values, read_file
 from longreach.results import Start
 
@@ -115,6 +115,16 @@ def begun_with(folder: Path) -> Mapping[str, str]:
         ValueError: they were not written down, or the file is damaged.
     """
     return _read(folder).digests
+
+
+def identity(folder: Path) -> str:
+    """A word that no other folder has and that it keeps with its name, made of its first start.
+
+    Raises:
+        ValueError: as `begun_with`.
+    """
+    first = _read(folder).starts[0]
+    return digest_of(first.time, first.host, str(first.pid), folder.name)[:12]
 
 
 def this_start(config: Any, device: torch.device) -> Start:

@@ -1,3 +1,5 @@
+import errno
+import json
 import os
 import subprocess
 import sys
@@ -8,6 +10,7 @@ import torch
 
 from longreach.files import HashingWriter
 from longreach.train.checkpoint import Writer, load_checkpoint, remove_checkpoints, save_checkpoint
+from longreach.train.metrics import Log, Step
 
 
 def state(value):
@@ -128,7 +131,7 @@ def test_the_last_checkpoints_are_kept_and_offered_where_the_last_is_damaged(tmp
 def test_a_checkpoint_behind_is_of_the_moment_when_it_was_asked_for(tmp_path):
     path = tmp_path / "checkpoint.pt"
     weights = torch.zeros(1000)
-    with Writer(path, 1, behind=True) as writer:
+    with Log(tmp_path / "log", False) as log, Writer(path, 1, True, log) as writer:
         for step in range(3):
             writer.save({"step": step, "w": weights, "list": [{"w": weights}]})
             weights += 1
@@ -139,13 +142,74 @@ def test_a_checkpoint_behind_is_of_the_moment_when_it_was_asked_for(tmp_path):
 @pytest.mark.parametrize("ends_by", [None, KeyboardInterrupt])
 def test_an_error_behind_comes_out(tmp_path, ends_by):
     def save_and_end():
-        with Writer(tmp_path / "nowhere" / "checkpoint.pt", 1, behind=True) as writer:
+        with (
+            Log(tmp_path / "log", False) as log,
+            Writer(tmp_path / "nowhere" / "checkpoint.pt", 1, True, log) as writer,
+        ):
             writer.save(state(1))
             if ends_by is not None:
                 raise ends_by
 
     with pytest.raises(OSError, match="nowhere"):
         save_and_end()
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_a_full_disk_is_told_and_training_goes_on_where_that_is_asked_for(tmp_path, monkeypatch, behind):
+    path, told = tmp_path / "checkpoint.pt", []
+    save_checkpoint(state(1), path)
+    monkeypatch.setattr(HashingWriter, "write", failing(errno.ENOSPC))
+    with Log(tmp_path / "log", True) as log, Writer(path, 1, behind, log, told.append) as writer:
+        writer.save(state(2))
+        writer.save(state(3))
+    message = f"No space left on device while writing {path}: the checkpoint before it is kept; training goes on"
+    assert told == [message] * 2
+    assert load_checkpoint(path)["step"] == 1
+    monkeypatch.setattr(HashingWriter, "write", failing(errno.EIO))  # that is no full disk
+    with (
+        pytest.raises(OSError, match="Input/output error while writing"),
+        Log(tmp_path / "log", True) as log,
+        Writer(path, 1, behind, log, told.append) as writer,
+    ):
+        writer.save(state(4))
+
+
+def failing(number):
+    def write(self, data):
+        raise OSError(number, os.strerror(number))
+
+    return write
+
+
+def test_lines_that_had_no_room_are_written_later_and_no_checkpoint_before_them(tmp_path, monkeypatch):
+    room, told, write = [0], [], os.write
+
+    def write_what_fits(file, data):
+        if not room[0]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written = write(file, data[: room[0]])
+        room[0] -= written
+        return written
+
+    monkeypatch.setattr("longreach.train.metrics.os.write", write_what_fits)
+    steps = [Step(number, 1.0, 0.1, 1.0, 8 * number, 1.0) for number in (1, 2, 3)]
+    path = tmp_path / "metrics.jsonl"
+    with Log(path, True) as log, Writer(tmp_path / "checkpoint.pt", 1, False, log, told.append) as writer:
+        room[0] = 20
+        log.add(steps[0])
+        log.add(steps[1])
+        assert path.stat().st_size == 20
+        writer.save(state(2))
+        assert told == [f"No space left on device while writing {path}; training goes on"]
+        assert names(tmp_path) == ["metrics.jsonl"]
+        room[0] = 10**6
+        log.add(steps[2])
+        writer.save(state(3))
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
+    assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 3
+    room[0] = 0
+    with pytest.raises(OSError, match=r"while writing .*metrics\.jsonl; mend that and run"), Log(path, False) as log:
+        log.add(steps[0])
 
 
 def names(folder):

@@ -86,8 +86,9 @@ def test_positions_are_shifted_alike(small, tmp_path):
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
 
 
-def test_validation_is_shared_and_recomputed_blocks_are_sharded(small, tmp_path):
-    words = [*small, "--steps", "10", "--validate-every", "5", "--batch-size", "4"]
+def test_validation_is_shared_recomputed_blocks_are_sharded_and_one_rank_tracks(small, tmp_path, events):
+    words = [*small, "--steps", "10", "--validate-every", "5", "--batch-size", "4", "--sample-every", "5"]
+    words += ["--track", "tensorboard"]
     main(["train", "--output", str(tmp_path / "alone"), *words])
     run(["train", "--output", str(tmp_path / "run"), *words, "--parallel", "fsdp", "--recompute"], tmp_path / "logs")
     one, other = (
@@ -97,6 +98,10 @@ def test_validation_is_shared_and_recomputed_blocks_are_sharded(small, tmp_path)
     assert one == pytest.approx(other, rel=1e-5)
     assert list(one) == [5, 10]
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
+    assert len(list((tmp_path / "run").glob("events.*"))) == 1
+    scalars, texts = events(tmp_path / "run")
+    assert scalars["training/loss"] == {line["step"]: pytest.approx(line["loss"]) for line in metrics(tmp_path / "run")}
+    assert texts["training/sample"] == events(tmp_path / "alone")[1]["training/sample"]
 
 
 def test_dropout_draws_otherwise_on_each_rank_and_as_before_when_resumed():
@@ -231,7 +236,9 @@ def test_a_full_disk_is_said_by_rank_0_and_the_last_checkpoint_is_kept(small, al
     message = f"while writing {tmp_path / 'run' / 'checkpoint.pt'}: the checkpoint before it is kept; mend that and run"
     assert message in said[0].splitlines()[-1]
     assert "longreach train" not in said[1]  # torch itself may warn there that rank 0 is gone
-    run(words, tmp_path / "logs")
+    # There is room for the model, and none for its checkpoints.
+    said = run([*words, "--on-full-disk", "continue"], tmp_path / "logs", largest_file=200_000)
+    assert said[0].count(f"{message.partition(';')[0]}; training goes on\n") >= 2
     assert losses(tmp_path / "run") == pytest.approx(losses(alone), rel=1e-5)
     assert not list((tmp_path / "run").glob("checkpoint*"))
 

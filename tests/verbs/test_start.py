@@ -7,6 +7,8 @@ import tomli_w
 import torch
 import torch.nn.functional as F
 import transformers
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from longreach.data.batches import Batches
 from longreach.data.prepare import DataConfig, prepare
@@ -26,7 +28,7 @@ from longreach.reading import plain_values, read_file
 from longreach.train.config import RunConfig, TrainConfig
 from longreach.verbs.evaluate import EvaluationConfig, evaluate_models
 from longreach.verbs.open import load_subject
-from longreach.verbs.start import check_start, next_token_loss, starting_config
+from longreach.verbs.start import build_trainee, check_start, next_token_loss, starting_config
 from longreach.verbs.train import open_run, train_run
 
 CPU = torch.device("cpu")
@@ -301,6 +303,28 @@ def test_interrupted_and_resumed_equals_uninterrupted(pretrained, data, family, 
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     whole, parts = (load_pretrained(tmp_path / name).state_dict() for name in ("whole", "parts"))
     assert all(torch.equal(parts[name], whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize("family", ["gpt2-dropout", "bloom"])
+def test_samples_and_trackers_change_no_step(pretrained, data, family, tmp_path, events):
+    config = fine_tuning(pretrained(family), data)
+    train = dataclasses.replace(config.train, sample_every=1, track=("tensorboard",))
+    run(config, tmp_path / "plain")
+    run(dataclasses.replace(config, train=train), tmp_path / "tracked")
+    assert losses(tmp_path / "tracked") == losses(tmp_path / "plain")
+    scalars, texts = events(tmp_path / "tracked")
+    assert list(scalars["training/loss"].values()) == pytest.approx(losses(tmp_path / "plain"))
+    assert texts["training/sample"].keys() == {1, 2, 3}
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bloom"])
+def test_flops_are_those_that_are_computed(pretrained, data, family):
+    config = fine_tuning(pretrained(family), data)
+    trainee = build_trainee(config, load_tokenizer(pretrained(family)), CPU, check_start(config))
+    tokens = torch.randint(300, (3, LENGTH))
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # products that are counted
+        trainee.loss(tokens, tokens, tokens).backward()
+    assert trainee.flops(LENGTH) * tokens.numel() == counter.get_total_flops()
 
 
 def test_fine_tuning_goes_on_from_what_was_fine_tuned(pretrained, data, tmp_path):

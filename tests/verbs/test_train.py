@@ -208,6 +208,40 @@ def test_results_say_all_the_starts_that_they_came_from(config, tmp_path, monkey
     assert (tmp_path / "out" / "results.json").read_bytes() == before  # a start with nothing to do adds nothing
 
 
+# What is tracked
+
+
+def test_what_is_tracked_is_what_the_lines_of_metrics_have(config, tmp_path, events):
+    config = with_train(config, track=("tensorboard",), sample_every=2, validate_every=3, peak_flops=1e12)
+    with pytest.raises(Interrupted):
+        train_run(config, tmp_path / "run", until(3))  # goes on after step 2
+    train_run(config, tmp_path / "run", silent)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    scalars, texts = events(tmp_path / "run")
+    for name in lines[-1].keys() - {"step", "sample"}:
+        expected = {line["step"]: pytest.approx(line[name]) for line in lines if name in line}
+        assert scalars[f"training/{name}"] == expected, name
+    assert texts["training/sample"] == {line["step"]: line["sample"] for line in lines if "sample" in line}
+    assert list(texts["training/sample"]) == [2, 4, 6]
+    assert 'method = "alibi"' in texts["configuration"][1]
+    assert all(line["utilisation"] == line["flops_per_second"] / 1e12 for line in lines)
+
+
+def test_what_is_measured_at_the_end_is_tracked_too(config, tmp_path, events):
+    tracked = replace(comparison(with_train(config, track=("tensorboard",))), methods=("alibi",))
+    (record,) = compare(tracked, tmp_path / "out", silent).records
+    scalars, _ = events(tmp_path / "out" / "alibi")
+    assert scalars["perplexity/16/16/nonoverlapping"] == {6: pytest.approx(record.perplexity)}
+    evaluation = EvaluationConfig(models=(str(tmp_path / "out" / "alibi"),), evaluate=EVALUATE, track=("tensorboard",))
+    with pytest.raises(ValueError, match=r"^track=tensorboard: it goes on in the folder of output: give that too"):
+        evaluate_models(evaluation, None, silent)
+    for _ in range(2):  # the second time there is nothing left to show
+        evaluate_models(evaluation, tmp_path / "evaluation", silent)
+    scalars, _ = events(tmp_path / "evaluation")
+    assert scalars == {f"{record.model}/perplexity/16/16/nonoverlapping": {0: pytest.approx(record.perplexity)}}
+    assert len(list((tmp_path / "evaluation").glob("events.*"))) == 1
+
+
 # Longer runs
 
 

@@ -1,6 +1,7 @@
 """Checkpoints that no crash leaves a run without: written beside the old one, checked by a digest, renamed."""
 
 import os
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -11,6 +12,7 @@ import torch
 from longreach.files import DIGEST_SIZE, HashingWriter, digest_of_start, open_file, replacing
 from longreach.foreign import refusing
 from longreach.stopping import Terminated
+from longreach.train.metrics import Log, having_room
 
 
 def save_checkpoint(state: dict[str, Any], path: Path, keep: int = 1) -> None:
@@ -38,7 +40,7 @@ def save_checkpoint(state: dict[str, Any], path: Path, keep: int = 1) -> None:
             raise cause from None
         if not isinstance(cause, OSError):
             raise
-        message = f"{cause.strerror} while writing {path}: the checkpoint before it is kept; mend that and run again"
+        message = f"{cause.strerror} while writing {path}: the checkpoint before it is kept"
         raise OSError(cause.errno, message) from error
     if keep > 1:
         named = path.with_stem(f"{path.stem}-{state['step']}")
@@ -67,10 +69,15 @@ class Writer:
         path: the file.
         keep: as `save_checkpoint` has it.
         behind: whether in a thread, from a copy of the state.
+        log: of the steps, without which a checkpoint is worth nothing: it is on disk before that is.
+        on_full_disk: told what could not be written because a disk is full; that is an error when None.
     """
 
-    def __init__(self, path: Path, keep: int, behind: bool) -> None:
+    def __init__(
+        self, path: Path, keep: int, behind: bool, log: Log, on_full_disk: Callable[[str], None] | None = None
+    ) -> None:
         self._path, self._keep = path, keep
+        self._log, self._on_full_disk = log, on_full_disk
         self._threads = ThreadPoolExecutor(1) if behind else None
         self._saving: Future[None] | None = None
 
@@ -83,15 +90,19 @@ class Writer:
         if self._threads is not None:
             self._threads.shutdown()
             if error is None or not isinstance(error, Exception):  # a signal leaves a checkpoint, or says why not
-                self._wait()
+                with having_room(self._on_full_disk):
+                    self._wait()
 
     def save(self, state: dict[str, Any]) -> None:
         """Save a state, as `save_checkpoint` does, whose errors come out here, or at the next time behind."""
-        if self._threads is None:
-            save_checkpoint(state, self._path, self._keep)
-        else:
+        with having_room(self._on_full_disk):
             self._wait()
-            self._saving = self._threads.submit(save_checkpoint, _copied(state), self._path, self._keep)
+        with having_room(self._on_full_disk):
+            self._log.sync()
+            if self._threads is None:
+                save_checkpoint(state, self._path, self._keep)
+            else:
+                self._saving = self._threads.submit(save_checkpoint, _copied(state), self._path, self._keep)
 
     def _wait(self) -> None:
         if self._saving is not None:

@@ -76,6 +76,15 @@ class TrainConfig:
     """Whether to write checkpoints while training goes on, from a copy in memory."""
     validate_every: int | None = field(default=None, metadata={"may_differ": True})
     """Steps between measurements of the loss on the validation text, for metrics.jsonl; never when not given."""
+    sample_every: int | None = field(default=None, metadata={"may_differ": True})
+    """Steps between short texts that the model writes, for metrics.jsonl; never when not given."""
+    on_full_disk: Literal["stop", "continue"] = field(default="stop", metadata={"may_differ": True})
+    """What to do where there is no room for a checkpoint: the one before is kept."""
+    track: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = field(default=(), metadata={"may_differ": True})
+    """Where what metrics.jsonl has of each step is shown too, with the configuration."""
+    peak_flops: float | None = field(default=None, metadata={"may_differ": True})
+    """FLOP/s that a device can reach, of which model FLOP utilisation is a fraction; when not given, in bf16 by the
+    data sheets of some NVIDIA GPUs, else unknown. A token counts 6 x weights + 12 x layers x width x train_length."""
     device: str = field(default="auto", metadata={"may_differ": True})
     """Where to run: cpu, cuda, cuda:1, ...; auto is cuda where there is one."""
     parallel: Literal["auto", "none", "ddp", "fsdp"] = field(default="auto", metadata={"may_differ": True})
@@ -99,6 +108,7 @@ class TrainConfig:
             "keep_checkpoints",
             "validate_every",
             "context_parallel",
+            "sample_every",
         ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: give a positive integer")
@@ -111,6 +121,10 @@ class TrainConfig:
         for name in ("learning_rate", "gradient_clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)}: give a positive number")
+        if self.peak_flops is not None and not 0 < self.peak_flops < math.inf:
+            raise ValueError(f"peak_flops={self.peak_flops}: give a positive number")
+        if len(set(self.track)) < len(self.track):
+            raise ValueError(f"track={','.join(self.track)}: give each once")
         if not 0 <= self.warmup_steps <= self.steps:
             raise ValueError(f"warmup_steps={self.warmup_steps}: give at least 0 and at most steps={self.steps}")
         if not 0 <= self.final_learning_rate <= 1:

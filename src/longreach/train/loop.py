@@ -1,11 +1,10 @@
 """The training loop: one model, from its checkpoint if it has one, to its files."""
 
-import json
 import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +19,6 @@ from torch.utils.checkpoint import checkpoint
 from longreach.cost import Cost
 from longreach.data.batches import BatchSource
 from longreach.data.sequences import IGNORED, Sequences
-from longreach.files import sync
 from longreach.foreign import refusing
 from longreach.models.decoder import Decoder
 from longreach.models.files import save_model
@@ -29,7 +27,8 @@ from longreach.stopping import deferred, exception
 from longreach.train.checkpoint import Writer, damaged, load_checkpoint, remove_checkpoints
 from longreach.train.config import TrainConfig
 from longreach.train.context import shared_loss
-from longreach.train.metrics import Step, final_loss, keep_first
+from longreach.train.flops import count_matrices, published_peak, training_flops
+from longreach.train.metrics import Log, Step, final_loss, keep_first
 from longreach.train.optim import build_optimizer, independent_of_steps, learning_rate
 from longreach.train.parallel import ALONE, Loss, Ranks, restore, whole
 
@@ -49,10 +48,14 @@ class Trainee:
     """The attention implementation that runs at the training length."""
     save: Callable[[Path, dict[str, Tensor]], None]
     """Writes the model with trained weights, a state dict of it, into a folder."""
+    flops: Callable[[int], float]
+    """FLOPs for each token of a sequence of so many, as `training_flops` counts them."""
     blocks: Sequence[nn.Module] = ()
     """Its parts, one after the other, that hold most of the weights."""
     max_training_offset: int = 0
     """Each sequence starts at a position drawn uniformly from 0 to this."""
+    sample: Callable[[], str] | None = None
+    """Has the model write a short text."""
 
 
 def decoder_trainee(model: Decoder, packed_length: int | None = None) -> Trainee:
@@ -64,9 +67,20 @@ def decoder_trainee(model: Decoder, packed_length: int | None = None) -> Trainee
         loss=model.loss,
         attention=model.attention_impl(packed_length or model.config.train_length, windowed=packed_length is not None),
         save=lambda folder, weights: save_model(model, folder, weights),
+        flops=partial(
+            training_flops, _multiplied(model), model.config.num_layers, model.config.num_heads * model.config.head_dim
+        ),
         blocks=tuple(model.blocks),
         max_training_offset=model.positions.max_training_offset,
     )
+
+
+def _multiplied(model: Decoder) -> int:
+    """Weights of the matrices that each token is multiplied by: no positions, nor embeddings that are no output's."""
+    looked_up: set[Tensor] = set(model.positions.parameters())
+    if not model.config.tied_embeddings:
+        looked_up.add(model.vocabulary.embedding.weight)
+    return count_matrices(model, looked_up)
 
 
 def train(
@@ -77,6 +91,7 @@ def train(
     on_step: Callable[[Step], None] = lambda step: None,
     ranks: Ranks = ALONE,
     valid_batches: Sequence[np.ndarray] = (),
+    say: Callable[[str], None] = print,
 ) -> TrainingRecord:
     """Train a model into a folder: metrics.jsonl, then the files of the model and training.json.
 
@@ -92,6 +107,7 @@ def train(
         on_step: called after each step.
         ranks: the processes that share each batch, all of which call this; rank 0 writes.
         valid_batches: what this rank measures of the validation text where `config` asks for it, each (B, L + 1).
+        say: told what went wrong where that ends nothing.
 
     Raises:
         ValueError: the checkpoint is damaged, or the ranks cannot share a batch.
@@ -106,25 +122,28 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     run = _Run(build, config, ranks)
     run.resume(folder)
+    patient = config.on_full_disk == "continue"
     metrics_path = folder / "metrics.jsonl" if ranks.is_first else Path(os.devnull)
     with (
         ranks.computing(),
         Cost(run.device) as cost,
-        open(metrics_path, "a", encoding="utf-8") as metrics,
-        Writer(folder / "checkpoint.pt", config.keep_checkpoints, config.async_checkpoint) as checkpoints,
+        Log(metrics_path, patient) as log,
+        Writer(
+            folder / "checkpoint.pt", config.keep_checkpoints, config.async_checkpoint, log, say if patient else None
+        ) as checkpoints,
         deferred() as signal,
     ):
         for number in range(run.step, config.steps):
-            step = run.advance(batches.rows(number, ranks.rows(config.batch_size, config.context_parallel)))
+            rows = batches.rows(number, ranks.rows(config.batch_size, config.context_parallel))
+            step = replace(run.advance(rows), memory=cost.peak())
             if config.validate_every and run.step % config.validate_every == 0:
                 step = replace(step, valid_loss=run.validate(valid_batches))
-            metrics.write(json.dumps({name: value for name, value in asdict(step).items() if value is not None}) + "\n")
-            metrics.flush()
+            if config.sample_every and run.step % config.sample_every == 0:
+                step = replace(step, sample=run.sample())
+            log.add(step)
             on_step(step)
             asked = ranks.largest(signal())
             if asked or (run.step % config.checkpoint_every == 0 and run.step < config.steps):
-                if ranks.is_first:
-                    sync(metrics_path)  # a checkpoint is gone on from only with the log of all its steps
                 run.save(checkpoints)
             if asked:
                 raise exception(asked)
@@ -238,9 +257,12 @@ class _Run:
             if config.compile:
                 block.compile()
         loss = shared_loss(self.trainee.model, self.trainee.loss, ranks, config.context_parallel)
-        self.loss, self.syncing = ranks.spread(config.parallel, self.trainee.model, self.trainee.blocks, loss)
+        self.loss, self.syncing, self.gathered = ranks.spread(
+            config.parallel, self.trainee.model, self.trainee.blocks, loss
+        )
         self.optimizer = build_optimizer(self.trainee.model, config)
         self.packs = config.packing == "documents"
+        self.peak_flops = config.peak_flops or published_peak(self.device, self.bf16)  # of one device
         self.step = 0
         self.tokens = 0
         self.seconds = 0.0
@@ -264,14 +286,14 @@ class _Run:
         self.ranks.draw_otherwise(self.config.seed, self.step)
         count = (rows.targets != IGNORED).sum() if self.packs else rows.targets.size
         (mean_count,) = self.ranks.mean(float(count)) if self.packs else (float(count),)
-        loss = 0.0
+        losses = []
         for number, part in enumerate(self._parts(rows), start=1):
             with self.syncing(number == self.config.accumulation):
                 with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
                     part_loss = self.loss(*part.batch) / (mean_count / part.num_targets)
                 part_loss.backward()
-            loss += part_loss.item()
-        (loss,) = self.ranks.mean(loss)
+            losses.append(part_loss.detach())
+        (loss,) = self.ranks.mean(sum(part_loss.item() for part_loss in losses))  # the device is waited for once
         norm = whole(clip_grad_norm_(self.trainee.model.parameters(), self.config.gradient_clip)).item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise FloatingPointError(
@@ -280,10 +302,23 @@ class _Run:
             )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        seconds = time.perf_counter() - started
+        tokens = round(mean_count * self.ranks.size / self.config.context_parallel)
+        flops = tokens * self.trainee.flops(self.config.length_at(self.step)) / seconds
         self.step += 1
-        self.tokens += round(mean_count * self.ranks.size / self.config.context_parallel)
-        self.seconds += time.perf_counter() - started
-        return Step(self.step, loss, rate, norm, self.tokens, self.seconds)
+        self.tokens += tokens
+        self.seconds += seconds
+        return Step(
+            step=self.step,
+            loss=loss,
+            learning_rate=rate,
+            gradient_norm=norm,
+            tokens=self.tokens,
+            seconds=self.seconds,
+            tokens_per_second=tokens / seconds,
+            flops_per_second=flops,
+            utilisation=flops / (self.peak_flops * self.ranks.size) if self.peak_flops else None,
+        )
 
     def _parts(self, rows: Sequences) -> Iterator["_Part"]:
         """The parts of an accumulated batch, on the device, cut to the length that this step has."""
@@ -320,6 +355,16 @@ class _Run:
         model.train()
         (mean,) = self.ranks.mean(sum(losses) / len(losses))
         return mean
+
+    def sample(self) -> str | None:
+        """A text that the model writes."""
+        if self.trainee.sample is None:
+            return None
+        self.trainee.model.eval()
+        with self.gathered(), torch.compiler.set_stance("force_eager"):  # each length would be compiled
+            text = self.trainee.sample()
+        self.trainee.model.train()
+        return text
 
     def save(self, checkpoints: Writer) -> None:
         """Write the checkpoint: model, optimizer, step (which is the data's position too) and random state."""

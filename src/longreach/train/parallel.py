@@ -82,6 +82,8 @@ class Spread(NamedTuple):
     """Of this rank's part of the batch; its gradients become the means over all ranks."""
     syncing: Callable[[bool], AbstractContextManager[Any]]
     """Given whether a backward pass is the last of a step: what it must run in, lest ranks wait for each other."""
+    gathered: Callable[[], AbstractContextManager[Any]]
+    """What the model must run in where it is called by itself, by all ranks alike."""
 
 
 class Ranks:
@@ -199,7 +201,7 @@ class Ranks:
             loss: calls the model.
         """
         if self._watch is None:
-            return Spread(loss, lambda last: nullcontext())
+            return Spread(loss, lambda last: nullcontext(), nullcontext)
         device = next(model.parameters()).device
         self._join(device)
         objective = _Objective(model, loss)
@@ -207,9 +209,9 @@ class Ranks:
             mesh = init_device_mesh(device.type, (self.size,))
             for part in (*blocks, objective):
                 fully_shard(part, mesh=mesh)
-            return Spread(objective, partial(_sharded_sync, objective))
+            return Spread(objective, partial(_sharded_sync, objective), partial(_gathered, objective))
         replicated = DistributedDataParallel(objective, gradient_as_bucket_view=True)
-        return Spread(replicated, lambda last: nullcontext() if last else replicated.no_sync())
+        return Spread(replicated, lambda last: nullcontext() if last else replicated.no_sync(), nullcontext)
 
     def context_group(self, context: int, device: torch.device) -> dist.ProcessGroup:
         """This rank and those that share its sequences: one axis of a mesh, the other being whose sequences differ."""
@@ -425,6 +427,15 @@ def _sharded_sync(objective: nn.Module, last: bool) -> Iterator[None]:
     assert isinstance(objective, FSDPModule)  # `fully_shard` made it one
     objective.set_requires_gradient_sync(last)
     yield
+
+
+@contextmanager
+def _gathered(objective: nn.Module) -> Iterator[None]:
+    """The weights that are in no block are whole; blocks gather their own whenever they are called."""
+    assert isinstance(objective, FSDPModule)
+    objective.unshard()
+    yield
+    objective.reshard()
 
 
 class _Objective(nn.Module):

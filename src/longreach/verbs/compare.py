@@ -17,6 +17,7 @@ from longreach.results import Model, Results, Start
 from longreach.train.config import RunConfig, TrainConfig
 from longreach.train.loop import resolve_device
 from longreach.train.parallel import ALONE, Ranks
+from longreach.train.tracking import check_trackers, evaluated
 from longreach.verbs.evaluate import case_sources, measure, read_material, read_results, shared_out
 from longreach.verbs.train import (
     Progress,
@@ -24,6 +25,7 @@ from longreach.verbs.train import (
     open_run,
     provenance,
     text_of,
+    tracking,
     train_run,
     training_batches,
 )
@@ -149,6 +151,7 @@ def compare(
     with ExitStack() as stack:
         with ranks.leading():
             device = resolve_device(config.train.device)
+            check_trackers(config.train.track)
             for run in config.runs():
                 ranks.check(
                     run.train.parallel, run.train.batch_size, run.train.accumulation, run.train.context_parallel
@@ -178,7 +181,18 @@ def compare(
             yield trained
             with ranks.computing():
                 subject = replace(open_run(folder).subject(), identity=identity)
-            yield from measure(subject, material, config.evaluate, trained, starts, path, progress, shared_out(ranks))
+            with tracking(config.train.track, folder, run, ranks) as track:
+                yield from measure(
+                    subject,
+                    material,
+                    config.evaluate,
+                    trained,
+                    starts,
+                    path,
+                    progress,
+                    shared_out(ranks),
+                    lambda entries: track(run.train.steps, evaluated(entries)),
+                )
 
         for run in config.runs():
             try:

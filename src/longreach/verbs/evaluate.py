@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -29,15 +29,16 @@ from longreach.pretrained.frequencies import is_rotary
 from longreach.pretrained.lengths import training_length
 from longreach.pretrained.load import adapt, check_scaling, load_configuration, stretch
 from longreach.report.page import write_report
-from longreach.results import Model, Provenance, Results, Start, TrainingRecord
+from longreach.results import Entry, Model, Provenance, Results, Start, TrainingRecord
 from longreach.results.document import pack_entries, unpack_entries
 from longreach.train.config import RunConfig
 from longreach.train.loop import resolve_device
 from longreach.train.parallel import ALONE, Ranks
+from longreach.train.tracking import check_trackers, evaluated
 from longreach.verbs.open import fine_tuning, load_subject, names_pretrained
 from longreach.verbs.sharing import shared_subject
 from longreach.verbs.start import digest_of_weights
-from longreach.verbs.train import Progress, check_record, num_read, open_run, provenance, read_run, text_of
+from longreach.verbs.train import Progress, check_record, num_read, open_run, provenance, read_run, text_of, tracking
 
 _Split = tuple[DataConfig, str, int | None]
 
@@ -76,6 +77,9 @@ class EvaluationConfig:
     a run as it was trained, a Hugging Face model as its configuration says, with the alibi_scaling that it has; the
     others take the place of that. When nothing is given, a Hugging Face model whose configuration says no alibi_scaling
     is left to its own code too."""
+
+    track: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = field(default=(), metadata={"may_differ": True})
+    """Where figures are shown too as they are measured."""
 
     def __post_init__(self) -> None:
         if not self.models:
@@ -160,6 +164,9 @@ def evaluate_models(
     """
     with ExitStack() as stack:
         with ranks.leading():
+            check_trackers(config.track)
+            if config.track and output is None:
+                raise ValueError(f"track={','.join(config.track)}: it goes on in the folder of output: give that too")
             _check_context(config, ranks)
             pairs = itertools.product(config.models, config.scalings or (None,))
             _check_heeded(config)
@@ -179,6 +186,7 @@ def evaluate_models(
                 starts = begin(output, config, digests, device)
             else:
                 starts = (this_start(config, device),)
+            track = stack.enter_context(tracking(config.track, output or Path(), config, ranks))
             path = None if output is None else output / "results.json"
             results = read_results(path, _provenance(config, starts, models, prepared, sources))
         try:
@@ -189,7 +197,11 @@ def evaluate_models(
                 subject, share = model.load(), shared_out(ranks)
                 if config.context_parallel > 1:
                     subject, share = shared_subject(subject, ranks), ranks.together
-                for so_far in measure(subject, on_text, config.evaluate, results, starts, path, progress, share):
+
+                def show(entries: Sequence[Entry], model: _Model = model) -> None:
+                    track(0, {f"{model.identity}/{name}": value for name, value in evaluated(entries).items()})
+
+                for so_far in measure(subject, on_text, config.evaluate, results, starts, path, progress, share, show):
                     results = so_far
                     on_results(results)
         except Exception:
@@ -472,15 +484,17 @@ def measure(
     path: Path | None,
     progress: Progress,
     share: Share,
+    on_entries: Callable[[Sequence[Entry]], None] = lambda entries: None,
 ) -> Iterator[Results]:
     """Results with what a configuration asks of a subject, after each piece of work, then written to path already.
 
     They came from these starts; where nothing is left to do they stay as they are. `share` shares the work out among
-    several ranks, of which the first has all results.
+    several ranks, of which the first has all results. `on_entries` is told what each piece gave.
     """
     resolved = config.resolved(subject.train_length)
     for entries in evaluate(subject, material, resolved, results.cells(), progress, share):
         results = results.started(starts).add(*entries)
         if path is not None:
             results.write(path)
+        on_entries(entries)
         yield results

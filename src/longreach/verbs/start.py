@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,18 @@ from longreach.data.prepare import DataConfig, PreparedData
 from longreach.data.tokenizer import Tokenizer, load_tokenizer
 from longreach.files import digest
 from longreach.folder import begun_with
+from longreach.measure.generation import stream_tokens
+from longreach.measure.subject import LanguageModel, Subject
+from longreach.measure.transformers import HuggingFaceModel
 from longreach.models.config import Architecture
 from longreach.models.decoder import Decoder
 from longreach.models.files import load_model
+from longreach.models.generate import sampler
 from longreach.ops.attention import choose_impl
 from longreach.ops.triton.operators import triton_was_measured
 from longreach.positions import build_method, parse_method
 from longreach.positions.scaling import Scaling, parse_scaling
+from longreach.pretrained.attend import fixed_length
 from longreach.pretrained.convert import convert
 from longreach.pretrained.extend import extend
 from longreach.pretrained.families import CONVERTIBLE, FAMILIES
@@ -29,7 +35,9 @@ from longreach.pretrained.lengths import SCALING, TRAIN_LENGTH, declared_length,
 from longreach.pretrained.load import holds_pretrained, load_causal_model, load_configuration
 from longreach.pretrained.save import save_pretrained
 from longreach.reading import read_file
+from longreach.results import Model
 from longreach.train.config import RunConfig, TrainConfig
+from longreach.train.flops import count_matrices, training_flops
 from longreach.train.loop import Trainee, decoder_trainee
 
 RATE_OF_RUNS = 1e-3
@@ -37,6 +45,9 @@ RATE_OF_RUNS = 1e-3
 
 RATE_OF_PRETRAINED = 1e-4
 """That for a Hugging Face model, which is larger."""
+
+SAMPLE_TOKENS, SAMPLE_TEMPERATURE = 100, 0.8
+"""Of the texts that `sample_every` asks for: their longest length, and what logits are divided by."""
 
 
 def starting_config(source: str) -> RunConfig:
@@ -186,19 +197,17 @@ def build_trainee(config: RunConfig, tokenizer: Tokenizer, device: torch.device,
     Raises:
         ValueError: the weights are not of the form that the run needs, or their files are damaged.
     """
-    if config.start_from is None:
-        return decoder_trainee(
-            Decoder(config.model_config(tokenizer.vocab_size)).to(device), config.train.packed_length
-        )
     if pretrained is not None:
         return _pretrained_trainee(config, tokenizer, device, pretrained)
     model = Decoder(config.model_config(tokenizer.vocab_size))
-    try:
-        model.load_state_dict(load_model(config.start_from).state_dict())
-    except RuntimeError as error:
-        first_line = str(error).splitlines()[-1].strip()
-        raise ValueError(f"start_from={config.start_from!r} has weights of another form ({first_line})") from error
-    return decoder_trainee(model.to(device), config.train.packed_length)
+    if config.start_from is not None:
+        try:
+            model.load_state_dict(load_model(config.start_from).state_dict())
+        except RuntimeError as error:
+            first_line = str(error).splitlines()[-1].strip()
+            raise ValueError(f"start_from={config.start_from!r} has weights of another form ({first_line})") from error
+    trainee = decoder_trainee(model.to(device), config.train.packed_length)
+    return replace(trainee, sample=partial(_sample, model, tokenizer, config.train, device))
 
 
 def _pretrained_trainee(config: RunConfig, tokenizer: Tokenizer, device: torch.device, pretrained: Any) -> Trainee:
@@ -228,8 +237,36 @@ def _pretrained_trainee(config: RunConfig, tokenizer: Tokenizer, device: torch.d
             kernels=triton_was_measured(device, model.dtype, head_dim),
         ).impl,
         save=lambda folder, weights: save_pretrained(model, folder, state_dict=weights),
+        flops=partial(training_flops, _multiplied(model), text.num_hidden_layers, text.num_attention_heads * head_dim),
+        sample=lambda: _sample(
+            HuggingFaceModel(model, state_length=partial(fixed_length, model)), tokenizer, config.train, device
+        ),
         blocks=tuple(next(module for module in model.modules() if isinstance(module, nn.ModuleList))),
     )
+
+
+def _multiplied(model: Any) -> int:
+    """Weights of the matrices of a model of transformers that each token is multiplied by."""
+    head = model.get_output_embeddings()
+    output = None if head is None else head.weight
+    embeddings = (module.weight for module in model.modules() if isinstance(module, nn.Embedding))
+    return count_matrices(model, {weight for weight in embeddings if weight is not output})
+
+
+def _sample(model: LanguageModel, tokenizer: Tokenizer, config: TrainConfig, device: torch.device) -> str:
+    """A document that a model begins, drawn alike each time."""
+    subject = Subject(
+        identity=Model("the model that is trained", config.train_length, config.seed),
+        model=model,
+        tokenizer=tokenizer,
+        vocab_size=tokenizer.vocab_size,
+        device=device,
+        max_length=None,
+        attention=lambda query_length, key_length, windowed: "",
+    )
+    choose = sampler(device, temperature=SAMPLE_TEMPERATURE, top_k=None, top_p=None, seed=config.seed)
+    length = max(1, min(SAMPLE_TOKENS, config.train_length - 1))
+    return tokenizer.decode(list(stream_tokens(subject, [tokenizer.eos_id], length, choose)))
 
 
 def next_token_loss(model: Any) -> Callable[[Tensor, Tensor, Tensor], Tensor]:

@@ -1,5 +1,6 @@
 """A run: one trained model in its folder, with the configuration it came from."""
 
+import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
@@ -16,7 +17,7 @@ from longreach.data.prepare import PreparedData, ValidationData, prepare
 from longreach.data.sequences import Blocks, PackedDocuments
 from longreach.data.tokenizer import Tokenizer, load_tokenizer
 from longreach.files import open_file
-from longreach.folder import begin, hold
+from longreach.folder import begin, hold, identity
 from longreach.measure.bootstrap import units
 from longreach.measure.plan import EvaluateConfig
 from longreach.measure.subject import Subject
@@ -38,6 +39,7 @@ from longreach.train.loop import (
 from longreach.train.metrics import Step
 from longreach.train.optim import independent_of_steps
 from longreach.train.parallel import ALONE, Ranks
+from longreach.train.tracking import Tracked, Tracking, check_trackers
 from longreach.verbs.start import build_trainee, check_held_out, check_start, digest_of_weights
 
 VALIDATION_TOKENS = 1 << 17
@@ -101,6 +103,7 @@ def train_run(
                 config.train.parallel, config.train.batch_size, config.train.accumulation, config.train.context_parallel
             )
             device = resolve_device(config.train.device)
+            check_trackers(config.train.track)
             pretrained = check_start(config)
             check_memory(config, device)
             before = stack.enter_context(hold(folder, config, besides=("steps",))) if ranks.is_first else None
@@ -121,15 +124,27 @@ def train_run(
                     prepared.tokenizer.save(folder / "tokenizer.json")
             ranks.check_sees(folder)
         tokenizer = prepared.tokenizer
+        track = stack.enter_context(tracking(config.train.track, folder, config, ranks))
 
         def on_step(step: Step) -> None:
             note = f"{step.tokens / step.seconds:,.0f} tokens/s  loss {step.loss:.3f}"
             progress(f"training {config.method}", step.step, config.train.steps, note)
+            track(step.step, {f"training/{name}": value for name, value in step.figures().items() if name != "step"})
+
+        def say(message: str) -> None:
+            print(f"longreach train: {message}", file=sys.stderr)
 
         def build(device: torch.device) -> Trainee:
             return build_trainee(config, tokenizer, device, pretrained)
 
-        return train(build, config.train, batches, folder, on_step, ranks, valid_batches)
+        return train(build, config.train, batches, folder, on_step, ranks, valid_batches, say)
+
+
+def tracking(names: Sequence[str], folder: Path, config: Any, ranks: Ranks) -> Tracking:
+    """What shows the figures of a folder that was begun with a configuration: one rank does."""
+    if not (names and ranks.is_first):
+        return Tracking((), Tracked(folder, "", {}))
+    return Tracking(names, Tracked(folder, identity(folder), plain_values(config)))
 
 
 def _check_steps(folder: Path, before: TrainConfig, now: TrainConfig) -> None:
