@@ -86,10 +86,10 @@ def test_what_may_differ_is_this_alone():
     assert set(free(RunConfig)) == {
         *("cache", "streaming", "device", "parallel", "compile", "recompute"),
         *("checkpoint_every", "keep_checkpoints", "async_checkpoint", "validate_every", "sample_every"),
-        *("on_full_disk", "track", "peak_flops"),
+        *("on_full_disk", "track", "peak_flops", "context_parallel"),
     }
     assert set(free(CompareConfig)) == set(free(RunConfig))
-    assert set(free(EvaluationConfig)) == {"device", "track"}
+    assert set(free(EvaluationConfig)) == {"device", "track", "context_parallel"}
 
 
 @dataclass(frozen=True)
