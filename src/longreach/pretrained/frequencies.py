@@ -60,13 +60,13 @@ def stretch_frequencies(model: nn.Module, scaling: Scaling) -> Callable[[int], A
         ValueError: the model does not turn its pairs by the frequencies that its configuration names.
     """
     config: Any = model.config
-    text = config.get_text_config()
+    base = config.get_text_config().rope_parameters["rope_theta"]
     modules: list[Any] = [module for module in model.modules() if hasattr(module, "inv_freq")]
 
     def rotary(of_scaling: Scaling | str) -> Rotary:
-        length = scaling.train_length or 1
-        size = ModelSize(text.hidden_size, text.num_attention_heads, 2 * len(modules[0].inv_freq), length, length)
-        return Rotary(RotaryOptions(text.rope_parameters["rope_theta"], str(of_scaling)), size)
+        turned, length = 2 * len(modules[0].inv_freq), scaling.train_length or 1
+        size = ModelSize(d_model=turned, num_heads=1, head_dim=turned, train_length=length, longest_length=length)
+        return Rotary(RotaryOptions(base, str(of_scaling)), size)
 
     if not modules or not all(_turns_like(rotary("none"), module) for module in modules):
         raise ValueError(

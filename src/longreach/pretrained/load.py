@@ -114,7 +114,7 @@ def stretch(
         extend(model, scaling=scaling, train_length=train_length)
         return partial(fixed_length, model)
     named = parse_scaling(scaling, train_length or declared_length(model.config.get_text_config()))
-    if named == Scaling("none", named.train_length):
+    if named.name == "none" and not named.logn:
         return None
     check_frequencies(model.config, named)
     return stretch_frequencies(model, named)
