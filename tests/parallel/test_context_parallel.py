@@ -13,6 +13,7 @@ from adversarial import CASES, assert_within_the_rule, magnitudes, probabilities
 from together import fork, statuses, together
 
 from longreach.ops.alibi import alibi_slopes
+from longreach.ops.attention import attention
 from longreach.ops.reference import reference_attention
 from longreach.ops.visibility import Visibility
 from longreach.parallel import context_parallel_attention, count_traffic
@@ -21,6 +22,13 @@ from longreach.parallel.needed import Looking, first_keys
 
 EXACT = 2.0**-40
 """Of float64: 13 bits of roundings of 2^-53, in sums of a thousand products."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _loaded():
+    """What attention loads when it is first called and differentiated is there for all processes that are forked."""
+    x = torch.randn(1, 1, 600, 8, requires_grad=True)
+    attention(x, x, x, slopes=torch.ones(1), impl="cpu").sum().backward()
 
 
 @dataclass(frozen=True, eq=False)

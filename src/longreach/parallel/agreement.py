@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from longreach.ops.arguments import shown
-from longreach.parallel.line import Line, telling
+from longreach.parallel.line import Line, device_of_numbers, telling
 
 
 def agree(group: dist.ProcessGroup | None, length: Callable[[], int], said: Callable[[], Mapping[str, str]]) -> Line:
@@ -35,7 +35,7 @@ def agree(group: dist.ProcessGroup | None, length: Callable[[], int], said: Call
     except Exception as mistake:  # whatever it is, the others wait to hear of it
         error = str(mistake)
     digest = int.from_bytes(blake2b(repr(words).encode(), digest_size=7).digest())
-    mine = torch.tensor([tokens, error is not None, digest], device=_device(group))
+    mine = torch.tensor([tokens, error is not None, digest], device=device_of_numbers(group))
     found = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     with telling("agree on what is computed"):
         dist.all_gather(found, mine, group=group)
@@ -46,11 +46,6 @@ def agree(group: dist.ProcessGroup | None, length: Callable[[], int], said: Call
             dist.all_gather_object(everyone, (error, words), group=group)
         raise ValueError(_mistake(everyone))
     return Line(group, lengths, place)
-
-
-def _device(group: dist.ProcessGroup | None) -> torch.device:
-    """Where tensors of a few numbers travel from: the CPU, unless the group has GPUs alone."""
-    return torch.device("cpu" if "cpu:" in dist.get_backend_config(group) else "cuda")
 
 
 def _mistake(everyone: list[tuple[str | None, dict[str, str]]]) -> str:

@@ -76,6 +76,11 @@ class Line:
         return dist.P2POp(operation, x, group=self.group, group_peer=peer)  # type: ignore[arg-type]
 
 
+def device_of_numbers(group: dist.ProcessGroup | None) -> torch.device:
+    """Where tensors of a few numbers travel from: the CPU, unless the group has GPUs alone."""
+    return torch.device("cpu" if "cpu:" in dist.get_backend_config(group) else "cuda")
+
+
 @contextmanager
 def telling(what: str) -> Iterator[None]:
     """Say of a connection that broke what it was for.

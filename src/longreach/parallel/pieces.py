@@ -36,17 +36,20 @@ def balanced_pieces(
         per_token: what every token costs besides, in keys of one head: 6 C^2 / D for a block of the decoder.
 
     Returns:
-        As many lengths as ranks, which sum to `length`; borders are multiples of KEY_BLOCK where there are enough.
+        As many lengths as ranks, which sum to `length`; borders are multiples of KEY_BLOCK where there are enough. The
+        last ones are 0 where there are fewer tokens than ranks.
 
     Raises:
-        ValueError: a value out of range, or fewer tokens than ranks.
+        ValueError: a value out of range.
     """
     size = validate_integer("size", size, 1)
-    length = validate_integer("length", length, size, f"at least one token for each of {size} ranks")
+    length = validate_integer("length", length, 0)
     validate_types(slopes=slopes)
     validate_tolerance(tolerance)
     if not (is_number(per_token) and per_token >= 0):
         raise ValueError(f"per_token={shown(per_token)}: give at least 0")
+    if length < size:
+        return (1,) * length + (0,) * (size - length)
     block = KEY_BLOCK if length >= KEY_BLOCK * size else 1
     ends = torch.arange(block, length + block, block).clamp(max=length)
     reach = torch.tensor(

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longreach.parallel.attention import context_parallel_attention
-from longreach.parallel.line import telling
+from longreach.parallel.line import device_of_numbers, telling
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,18 @@ class Sharing:
     cut: Callable[[int], tuple[int, ...]]
     """The lengths of the pieces of a sequence of so many tokens, the same on all ranks."""
 
+    @property
+    def place(self) -> int:
+        """Of this rank in the group."""
+        return dist.get_rank(self.group)
+
+    def borders(self, length: int) -> list[int]:
+        """Where the pieces of a sequence begin, and its length."""
+        return list(accumulate(self.cut(length), initial=0))
+
     def columns(self, length: int) -> slice:
         """Which tokens of a sequence are this rank's."""
-        place = dist.get_rank(self.group)
-        borders = list(accumulate(self.cut(length), initial=0))
-        return slice(borders[place], borders[place + 1])
+        return slice(*self.borders(length)[self.place : self.place + 2])
 
     @torch.compiler.disable  # ranks talk in it
     def attend(
@@ -53,8 +60,8 @@ class Sharing:
 
     def joined(self, x: Tensor, counts: list[int]) -> Tensor:
         """The columns (B, n) of all ranks side by side, of which each has so many, on each of them."""
-        padded = F.pad(x, (0, max(counts) - x.shape[1])).contiguous()
+        padded = F.pad(x, (0, max(counts) - x.shape[1])).contiguous().to(device_of_numbers(self.group))
         found = [torch.empty_like(padded) for _ in counts]
         with telling("gather results"):
             dist.all_gather(found, padded, group=self.group)
-        return torch.cat([part[:, :count] for part, count in zip(found, counts, strict=True)], dim=1)
+        return torch.cat([part[:, :count] for part, count in zip(found, counts, strict=True)], dim=1).to(x.device)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -39,15 +39,15 @@ class PieceScorer:
         columns = self.sharing.columns(length)
         if positions is None:
             positions = torch.arange(length, device=inputs.device)[None]
-        piece = _Piece(self.model, length)
         # The last `scored` tokens of the window are scored, of which each piece has some, or none.
-        borders = [max(0, border - (length - scored)) for border in accumulate(self.sharing.cut(length), initial=0)]
-        own = slice(max(0, columns.start - (length - scored)), max(0, columns.stop - (length - scored)))
-        found = np.empty((len(inputs), 0))
+        borders = [max(0, border - (length - scored)) for border in self.sharing.borders(length)]
+        own = slice(*borders[self.sharing.place : self.sharing.place + 2])
         if own.start < own.stop:
+            piece = _Piece(self.model, length)
             found = token_nll(piece, inputs[:, columns], targets[:, own], vocab_size, positions[:, columns])
         else:  # others may need its keys
             self.model.hidden(inputs[:, columns], positions=positions[:, columns], length=length)
+            found = np.empty((len(inputs), 0))
         counts = [past - first for first, past in pairwise(borders)]
         joined: np.ndarray = self.sharing.joined(torch.from_numpy(found), counts).numpy()
         return joined
