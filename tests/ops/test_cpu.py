@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 import longreach.ops.cpu.products as module
 from longreach.ops.alibi import alibi_bias, alibi_slopes
+from longreach.ops.cpu import onednn
 from longreach.ops.cpu.plan import HostVisibility, plan, product_cost, reading_cost
 from longreach.ops.lse_bound import FEW_QUERIES
 from longreach.ops.reach import key_block_norms, reach
@@ -89,7 +90,7 @@ def test_error_is_within_the_rule(name, bounded, dtype):
 @pytest.mark.parametrize("bounded", ["bounded", "dense"], indirect=True)
 def test_error_by_the_kernel_is_within_the_rule(name, bounded, monkeypatch):
     """As on processors where products are no faster."""
-    monkeypatch.setattr(module, "ONEDNN", False)
+    monkeypatch.setattr(onednn, "IS_FAST", False)
     dtypes = (torch.float32, *HALF)
     tensors, options = CASES[name].inputs(dtypes[len(name) % 3])
     golden, _ = reference_attention(*(x.double() for x in tensors), **options)

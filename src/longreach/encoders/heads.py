@@ -11,6 +11,7 @@ from transformers.modeling_outputs import MaskedLMOutput, SequenceClassifierOutp
 from longreach.encoders.config import EncoderConfig
 from longreach.encoders.layouts.blocks import layer_norm
 from longreach.encoders.model import EncoderModel, Pooler, PublishedConfig, PublishedModel
+from longreach.ops.linear import linear
 
 
 class Transform(nn.Module):
@@ -36,7 +37,7 @@ class TiedDecoder(nn.Module):
 
     def forward(self, x: Tensor, words: Tensor) -> Tensor:
         """(..., C) and word embeddings (V, C) to (..., V)."""
-        return F.linear(x, words, self.bias)
+        return linear(x, words, self.bias)
 
 
 class Predictions(nn.Module):

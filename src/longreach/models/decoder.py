@@ -12,6 +12,7 @@ from longreach.models.config import ModelConfig
 from longreach.models.kv_cache import KVCache
 from longreach.models.vocabulary import Vocabulary
 from longreach.ops.attention import attention, choose_impl, uses_key_norms
+from longreach.ops.linear import Linear
 from longreach.ops.triton.operators import triton_was_measured
 from longreach.positions import AttentionPositions, build_method, rotate
 
@@ -343,14 +344,14 @@ def _norm(config: ModelConfig) -> nn.Module:
     return nn.LayerNorm(config.d_model, eps=1e-5, bias=config.bias)
 
 
-def _linear(config: ModelConfig, inputs: int, outputs: int, std: float = 0.02) -> nn.Linear:
-    linear = nn.Linear(inputs, outputs, bias=config.bias)
+def _linear(config: ModelConfig, inputs: int, outputs: int, std: float = 0.02) -> Linear:
+    linear = Linear(inputs, outputs, bias=config.bias)
     nn.init.normal_(linear.weight, std=std)
     if config.bias:
         nn.init.zeros_(linear.bias)
     return linear
 
 
-def _residual_linear(config: ModelConfig, inputs: int) -> nn.Linear:
+def _residual_linear(config: ModelConfig, inputs: int) -> Linear:
     """A layer that adds to the residual stream, smaller at the start the more of them there are (as in GPT-2)."""
     return _linear(config, inputs, config.d_model, std=0.02 / (2 * config.num_layers) ** 0.5)

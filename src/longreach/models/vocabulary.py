@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longreach.models.config import ModelConfig
+from longreach.ops.linear import Linear, linear
 
 
 class Vocabulary(nn.Module):
@@ -14,7 +15,7 @@ class Vocabulary(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         nn.init.normal_(self.embedding.weight, std=config.d_model**-0.5)
         if not config.tied_embeddings:
-            self.output = nn.Linear(config.d_model, config.vocab_size, bias=False)
+            self.output = Linear(config.d_model, config.vocab_size, bias=False)
             nn.init.normal_(self.output.weight, std=config.d_model**-0.5)
         self.tied = config.tied_embeddings
 
@@ -25,7 +26,7 @@ class Vocabulary(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., C) to (..., V)."""
-        return F.linear(hidden, self.embedding.weight if self.tied else self.output.weight)
+        return linear(hidden, self.embedding.weight if self.tied else self.output.weight)
 
     def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Mean nll in nats per token of targets (N,) given hidden (N, C)."""

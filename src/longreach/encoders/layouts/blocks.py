@@ -7,28 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longreach.encoders.config import EncoderConfig
-from longreach.ops.cpu.products import ONEDNN
+from longreach.ops.linear import Linear
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Queries, keys and values of all tokens, (..., C) each, to what each token attended to, (..., C)."""
-
-
-class Linear(nn.Linear):
-    """A linear layer, which for inference in float32 on the CPU asks oneDNN where MKL is half as fast."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., width) to (..., out)."""
-        plain = x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32
-        if ONEDNN and plain and x.numel() and x.is_contiguous() and not (_is_watched() or self.weight.stride(1) != 1):
-            rows = x.flatten(0, -2)
-            out: Tensor = torch.ops.mkldnn._linear_pointwise.default(rows, self.weight, self.bias, "none", [], "")
-            return out.unflatten(0, x.shape[:-1])
-        return super().forward(x)
-
-
-def _is_watched() -> bool:
-    """Whether somebody looks at operators, who does not know those of oneDNN: autograd, compilers, autocast."""
-    return torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")
 
 
 MLP_ROWS = 1024
@@ -37,7 +19,7 @@ MLP_ROWS = 1024
 
 def by_rows(mlp: Callable[[Tensor], Tensor], h: Tensor) -> Tensor:
     """What an MLP makes of tokens (..., C), in inference a few at a time."""
-    if _is_watched() or h.dim() > 2 or len(h) <= MLP_ROWS:
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or h.dim() > 2 or len(h) <= MLP_ROWS:
         return mlp(h)
     return torch.cat([mlp(rows) for rows in h.split(MLP_ROWS)])
 

@@ -4,7 +4,8 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from longreach.encoders.config import EncoderConfig
-from longreach.encoders.layouts.blocks import Attend, Attention, Linear, Projections, by_rows, gate, layer_norm
+from longreach.encoders.layouts.blocks import Attend, Attention, Projections, by_rows, gate, layer_norm
+from longreach.ops.linear import Linear
 
 
 class NormedProjections(Projections):

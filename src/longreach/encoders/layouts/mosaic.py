@@ -4,7 +4,8 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from longreach.encoders.config import EncoderConfig
-from longreach.encoders.layouts.blocks import Attend, Attention, GatedMLP, Linear
+from longreach.encoders.layouts.blocks import Attend, Attention, GatedMLP
+from longreach.ops.linear import Linear
 
 
 class OneProjection(nn.Module):

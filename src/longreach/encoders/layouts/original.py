@@ -5,7 +5,8 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from longreach.encoders.config import EncoderConfig
-from longreach.encoders.layouts.blocks import Added, Attend, Attention, Linear, Projections, by_rows
+from longreach.encoders.layouts.blocks import Added, Attend, Attention, Projections, by_rows
+from longreach.ops.linear import Linear
 
 
 class Intermediate(nn.Module):

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longreach.ops.cpu import onednn
 from longreach.ops.cpu.kernel import FewQueries, ManyQueries
 from longreach.ops.cpu.plan import (
     ALIGNED,
@@ -51,10 +52,6 @@ PART_PAIRS = 2**26
 """Pairs of a query and a key of a head from which on heads are shared out: for fewer, threads of Python wait for each
 other, and for those of the operation before, longer than those of a product do. Beside one busy process on two cores,
 sharing out takes half the time at 8k; where nothing else runs it makes no difference there."""
-
-ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-"""Whether oneDNN's products in float32 can be had where they are fast: twice as fast as MKL's on AVX-512 that MKL does
-not favour. On AVX2 the two are alike, and so `kernel` computes what no backward pass may follow."""
 
 
 class Attended(NamedTuple):
@@ -165,7 +162,7 @@ def _attend(
         into.out.zero_()
         into.lse.fill_(float("-inf"))
     few = seen.query_length < FEW_QUERIES
-    if not learns and (few or not ONEDNN):
+    if not learns and (few or not onednn.IS_FAST):  # products of MKL are no faster than the kernel
         tiles = (FewQueries if few else ManyQueries)(q, k, v, *slopes, into.out, into.lse, scale, seen)
         for tile in plan(q.shape, k.shape, seen, low, high, reading_cost if few else kernel_cost):
             tiles.attend(tile)
@@ -290,12 +287,11 @@ def _own_dots(a: Tensor, b: Tensor) -> Tensor:
 def _product(a: Tensor, b: Tensor, added: Tensor | None = None) -> Tensor:
     """a b^T + added for each lane, of a (lanes, M, K), b (lanes, N, K) and `added` (lanes, 1, N).
 
-    b, or its transpose, is dense in memory: others oneDNN multiplies by its reference code, a hundred times slower.
+    b, or its transpose, is dense in memory.
     """
     aligned = a.shape[1] % ALIGNED == 0 and b.shape[1] % ALIGNED == 0
-    if ONEDNN and aligned and len(a) == 1 and a.dtype == torch.float32:
-        vector = None if added is None else added[0, 0]
-        return torch.ops.mkldnn._linear_pointwise.default(a[0], b[0], vector, "none", [], "")[None]
+    if onednn.IS_FAST and aligned and len(a) == 1 and a.dtype == torch.float32:
+        return onednn.product(a[0], b[0], None if added is None else added[0, 0])[None]
     b = b.transpose(1, 2)
     return torch.bmm(a, b) if added is None else torch.baddbmm(added, a, b)
 

@@ -1,0 +1,17 @@
+"""oneDNN's products of float32 matrices, where they are faster than those of MKL that PyTorch takes."""
+
+import torch
+from torch import Tensor
+
+IS_FAST = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+"""Whether they can be had where they are fast: twice as fast as MKL's on AVX-512 that MKL does not favour. On AVX2 the
+two are alike."""
+
+
+def product(a: Tensor, b: Tensor, added: Tensor | None = None) -> Tensor:
+    """a b^T + added, of float32 a (M, K), b (N, K) and `added` (N,).
+
+    b, or its transpose, is dense in memory: others oneDNN multiplies by its reference code, a hundred times slower.
+    """
+    out: Tensor = torch.ops.mkldnn._linear_pointwise.default(a, b, added, "none", [], "")
+    return out
