@@ -67,6 +67,15 @@ def main(demo: str, *machines: str) -> None:
         plot = [sys.executable, ROOT / "benchmarks" / "plot.py", machine]
         table = subprocess.run(plot, check=True, capture_output=True, text=True).stdout.strip()
         fill(ROOT / "docs" / "attention.md", f"benchmark table of {machine}", table)
+        if (ROOT / "benchmarks" / "results" / f"training-{machine}.json").exists():
+            fill_training(machine)
+
+
+def fill_training(machine: str) -> None:
+    """Fill the table of docs/parallel.md from what benchmarks/training.py measured."""
+    command = [sys.executable, ROOT / "benchmarks" / "training.py", "table", "--machine", machine]
+    table = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    fill(ROOT / "docs" / "parallel.md", f"training table of {machine}", table)
 
 
 if __name__ == "__main__":

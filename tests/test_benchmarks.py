@@ -324,3 +324,33 @@ def test_encoders_are_timed_after_their_outputs_agree(scripts, monkeypatch, caps
     encoders.check_published()
     assert capsys.readouterr().out.count("skipped: model 'jinaai/") == len(encoders.PRINTED)
     del sys.modules["encoders"]
+
+
+@pytest.fixture
+def training(scripts, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    yield importlib.import_module("training")
+    del sys.modules["training"]
+
+
+@pytest.mark.filterwarnings("ignore")  # of Trainer's own
+def test_training_loops_are_timed_after_they_train_alike(training, monkeypatch, tmp_path):
+    found = {part: training.measure(part, quick=True) for part in ("speed", "input", "checkpoints")}
+    speeds = found["speed"][0]["tokens_per_second"]
+    assert list(speeds) == list(training.CONTENDERS)
+    assert all(speed > 0 for speed in speeds.values())
+    assert [row.split("|")[1].strip() for row in training.table(found).splitlines()[2:]] == [
+        *["tokens/s at 16 x 4"] * 2,
+        *["tokens/s at 32 x 2"] * 2,
+        "tokens/s of input alone",
+        "an asynchronous checkpoint of 0 MiB",
+    ]
+
+    monkeypatch.setattr(training.NanoBlock, "forward", lambda block, x, mask: x)
+    with pytest.raises(SystemExit, match="at 16: loop like nanoGPT's trains otherwise"):
+        training.measure_speed(training.QUICK, 16, 1, 1, tmp_path)
+
+
+def test_the_page_shows_the_training_figures_that_are_committed(training):
+    results = json.loads((BENCHMARKS / "results" / "training-cpu-2core.json").read_text())
+    assert training.table(results) in (BENCHMARKS.parent / "docs" / "parallel.md").read_text(encoding="utf-8")
