@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -113,25 +114,25 @@ def test_version_is_the_package_s(capsys):
         (["compare", "--output", "x", "--stepz", "3"], ["--stepz"]),
         (["compare", "--output", "x", "--steps", "ten"], ["--steps", "'ten'", "integer"]),
         (["compare", "--output", "x", "--steps", "3.5"], ["--steps", "'3.5'", "integer"]),
-        (["compare", "--output", "x", "--steps", "0"], ["steps=0", "positive"]),
+        (["compare", "--output", "x", "--steps", "0"], ["--steps=0", "positive"]),
         (["compare", "--output", "x", "--learning-rate", "fast"], ["--learning-rate", "'fast'", "number"]),
-        (["compare", "--output", "x", "--valid-lengths", "128,-1"], ["valid_lengths=128,-1", "positive"]),
+        (["compare", "--output", "x", "--valid-lengths", "128,-1"], ["--valid-lengths=128,-1", "positive"]),
         (["compare", "--output", "x", "--valid-lengths", "128,1e3"], ["--valid-lengths", "'1e3'", "integer"]),
-        (["compare", "--output", "x", "--train-length", "-5"], ["train_length=-5", "positive"]),
-        (["compare", "--output", "x", "--num-heads", "7"], ["num_heads=7", "d_model=64"]),
-        (["compare", "--output", "x", "--methods", "alibi,rope"], ["'rope'", "rotary"]),
-        (["compare", "--output", "x", "--methods", "rotary:bass=3"], ["'bass=3'", "base"]),
+        (["compare", "--output", "x", "--train-length", "-5"], ["--train-length=-5", "positive"]),
+        (["compare", "--output", "x", "--num-heads", "7"], ["--num-heads=7", "--d-model=64"]),
+        (["compare", "--output", "x", "--methods", "alibi,rope"], ["--methods='rope'", "rotary"]),
+        (["compare", "--output", "x", "--methods", "rotary:bass=3"], ["--methods='rotary:bass=3'", "'bass=3'", "base"]),
         (["compare", "--output", "x", "--preset", "huge"], ["'huge'", "demo, wikitext103-247m"]),
         (["compare", "--output", "x", "--norm", "batchnorm"], ["batchnorm", "--norm", "rmsnorm"]),
-        (["compare", "--output", "x", "--device", "tpu"], ["device='tpu'", "give cpu"]),
-        (["compare", "--output", "x", "--data", "nowhere/at/all.txt"], ["data", "nowhere/at/all.txt"]),
+        (["compare", "--output", "x", "--device", "tpu"], ["--device='tpu'", "give cpu"]),
+        (["compare", "--output", "x", "--data", "nowhere/at/all.txt"], ["--data: ", "nowhere/at/all.txt"]),
         (["compare", "--output", "x", "--config-file", "nowhere.toml"], ["nowhere.toml"]),
-        (["train", "--output", "x", "--method", "rope"], ["'rope'", "rotary"]),
-        (["train", "--output", "x", "--from", "nowhere"], ["'nowhere'", "no folder here"]),
+        (["train", "--output", "x", "--method", "rope"], ["--method='rope'", "rotary"]),
+        (["train", "--output", "x", "--from", "nowhere"], ["--from='nowhere': model 'nowhere'", "no folder here"]),
         (["train", "--output", "x", "--from"], ["--start-from"]),
-        (["train", "--output", "x", "--from", "."], ["start_from='.'", "holds no finished run", "compare does"]),
-        (["train", "--output", "x", "--from", "run", "--preset", "cc100-1.3b"], ["--from run", "leave --preset"]),
-        (["train", "--output", "x", "--from", "run", "--config-file", "a.toml"], ["--from run", "--config-file out"]),
+        (["train", "--output", "x", "--from", "."], ["--from='.'", "holds no finished run", "compare does"]),
+        (["train", "--output", "x", "--from", "run", "--preset", "cc100-1.3b"], ["--from=run", "leave --preset"]),
+        (["train", "--output", "x", "--from", "run", "--config-file", "a.toml"], ["--from=run", "--config-file out"]),
         (["compare", "--output", "x", "--from", "run"], ["unknown option --from"]),
         (["evaluate"], ["MODELS is missing"]),
         (["evaluate", "nowhere", "--dtype"], ["--dtype: expected one argument"]),
@@ -142,11 +143,16 @@ def test_version_is_the_package_s(capsys):
         (["report"], ["FOLDERS is missing"]),
         (["evaluate", "nowhere"], ["nowhere", "no folder here"]),
         (["evaluate", "nowhere", "nowhere"], ["MODELS=nowhere nowhere", "give each model once"]),
-        (["evaluate", "nowhere", "--task", "speed"], ["tasks='speed'", "perplexity, positions"]),
-        (["evaluate", "nowhere", "--train-length", "0"], ["longreach evaluate: train_length=0"]),
-        (["doctor", "nowhere", "--lengths", "1"], ["longreach doctor: valid_lengths has 1"]),
-        (["evaluate", "nowhere", "--lengths", "0"], ["longreach evaluate: valid_lengths=0"]),
-        (["evaluate", "nowhere", "--lengths", "8", "--strides", "9"], ["longreach evaluate: strides=9 is over"]),
+        (["evaluate", "nowhere", "--task", "speed"], ["--task='speed'", "perplexity, positions"]),
+        (
+            ["train", "--output", "x", "--config-file", "nowhere.toml"],
+            ["--config-file='nowhere.toml': nowhere.toml: no"],
+        ),
+        (["train", "--output", ""], ["--output='': give a path"]),
+        (["evaluate", "nowhere", "--train-length", "0"], ["longreach evaluate: --train-length=0"]),
+        (["doctor", "nowhere", "--lengths", "1"], ["longreach doctor: --lengths has 1"]),
+        (["evaluate", "nowhere", "--lengths", "0"], ["longreach evaluate: --lengths=0"]),
+        (["evaluate", "nowhere", "--lengths", "8", "--strides", "9"], ["longreach evaluate: --strides=9 is over"]),
         (["generate", "nowhere"], ["nowhere"]),
         (["report", "nowhere"], ["nowhere"]),
     ],
@@ -158,6 +164,55 @@ def test_mistakes_get_one_line_and_leave_nothing(capsys, tmp_path, monkeypatch, 
     assert list(tmp_path.iterdir()) == []
 
 
+HEEDED_BY_NOTHING = [
+    ("compare", "--output x --text-field body", "--text-field=body: it is for text that is given"),
+    ("compare", "--output x --skip-bad", "--skip-bad: it is for text that is given"),
+    ("compare", "--output x --tokenizer t.json --vocab-size 300", "--vocab-size=300: it is for a tokenizer that is"),
+    ("compare", "--output x --valid-data v.txt --valid-fraction 0.1", "--valid-fraction=0.1: nothing is held out"),
+    ("compare", "--output x --shapes 2x64,2x128 --num-layers 2", "--num-layers=2: --shapes=2x64,2x128 has it"),
+    ("compare", "--output x --seeds 1,2 --split-seed 0 --seed 3", "--seed=3: --seeds=1,2 and --split-seed=0 are given"),
+    ("compare", "--output x --task positions --strides 4", "--strides=4: it is for perplexity, and --task=positions"),
+    ("compare", "--output x --cases-per-depth 4", "--cases-per-depth=4: it is for lines or topics or kv"),
+    ("compare", "--output x --preset demo --config-file x.toml", "--preset=demo: --config-file=x.toml gives the"),
+    ("train", "--output x --text-field body", "--text-field=body: it is for text that is given"),
+    ("train", "--output x --tokenizer t.json --vocab-size 1024", "--vocab-size=1024: it is for a tokenizer that is"),
+    ("evaluate", "m --task passkey --valid-tokens 16384", "--valid-tokens=16384: it is for perplexity or positions"),
+    ("evaluate", "m --task passkey --tokens-per-batch 64", "--tokens-per-batch=64: it is for perplexity or positions"),
+    ("evaluate", "m --task passkey --data t.txt", "--data=t.txt: --task=passkey score no text"),
+    ("evaluate", "m --task kv --word-level", "--word-level: it is for perplexity, and --task=kv"),
+    ("evaluate", "m --task kv --protocols cached", "--protocols=cached: it is for perplexity"),
+    ("evaluate", "m --task perplexity --capped-stride 4", "--capped-stride=4: it is for positions or probes"),
+    ("evaluate", "m --offsets 0,5", "--offsets=0,5: it is for probes, and --tasks=perplexity,positions"),
+    ("evaluate", "m --task probes --lengths 16", "--lengths=16: it is for perplexity or positions or"),
+    ("evaluate", "m --num-depths 5", "--num-depths=5: it is for lines or topics or"),
+    ("evaluate", "m --task topics --num-depths 5", "--num-depths=5: topics asks for the first topic alone"),
+    ("evaluate", "m --task kv --cases c.jsonl --cases-seed 0", "--cases-seed=0: no case is made where --cases=c.jsonl"),
+    ("extend", "m --summary-tokens 256", "--summary-tokens=256: it is for qmsum, and --tasks="),
+    ("extend", "m --data t --text-field text --task kv", "--data=t: --task=kv score no text"),
+]
+
+
+@pytest.mark.parametrize(("verb", "words", "line"), HEEDED_BY_NOTHING)
+def test_what_nothing_heeds_is_refused_where_it_is_typed(capsys, verb, words, line):
+    assert line in refused(capsys, verb, *words.split())
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_option_for_a_number_names_itself(capsys, verb):
+    with pytest.raises(SystemExit):
+        main([verb, "--help"])
+    options = re.findall(r"^  .*?(--[a-z-]+) (?:INT|NUMBER)", capsys.readouterr().out, re.MULTILINE)
+    needed = {
+        "compare": "--output y",
+        "train": "--output y",
+        "embed": "x --output y --data z",
+        "export": "x --output y",
+    }
+    for option in options:
+        assert f": {option}='three': give " in refused(capsys, verb, *needed.get(verb, "x").split(), option, "three")
+    assert options or verb == "report"
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 @pytest.mark.parametrize("on_terminal", [False, True])
 def test_mistakes_read_the_same_wherever_they_are_printed(capsys, monkeypatch, encoding, on_terminal):
@@ -166,7 +221,7 @@ def test_mistakes_read_the_same_wherever_they_are_printed(capsys, monkeypatch, e
     monkeypatch.setattr(sys, "stdout", screen)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "40")
-    mend = "strides=9 is over every window: give at most the longest of valid_lengths, 8"
+    mend = "--strides=9 is over every window: give at most the longest of --lengths=8"
     assert refused(capsys, "evaluate", "nowhere", "--lengths", "8", "--strides", "9") == f"longreach evaluate: {mend}"
     assert refused(capsys, "evaluate", "nowhere", "--lenths", "8") == (
         "longreach evaluate: unknown option --lenths: did you mean --lengths?"
@@ -203,7 +258,7 @@ def test_train_says_what_it_made(capsys, small, tmp_path):
 
 def test_train_refuses_the_folder_of_another_run(capsys, small, trained):
     line = refused(capsys, "train", "--output", str(trained), *small, "--seed", "9")
-    assert "another seed" in line
+    assert "it was begun with --seed=0; give a new folder" in line
 
 
 def test_a_configuration_file_gives_the_same_run(small, trained, tmp_path):
@@ -245,9 +300,9 @@ def test_train_goes_on_from_a_run_at_a_longer_length(capsys, trained, tmp_path):
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        (["--method", "t5"], ["method='t5'", "positions that are trained"]),
-        (["--num-layers", "2"], ["num_layers=2", "has 1", "leave it out"]),
-        (["--tokenizer", "none"], ["tokenizer=None", "has another", "tokenizer.json"]),
+        (["--method", "t5"], ["--method='t5'", "positions that are trained"]),
+        (["--num-layers", "2"], ["--num-layers=2", "has 1", "leave it out"]),
+        (["--tokenizer", "none"], ["--tokenizer=none", "has another", "tokenizer.json"]),
         (["--method", "rope"], ["'rope'", "rotary"]),
     ],
 )
@@ -273,7 +328,7 @@ def test_train_from_a_pretrained_model_and_evaluate_it(capsys, trained, small, t
     data = small[small.index("--data") :]
     words = ["train", "--from", str(tmp_path / "gpt2"), "--output", str(tmp_path / "run"), "--warmup-steps", "1", *data]
     capsys.readouterr()
-    assert "method='rotary'" in refused(capsys, *words, "--method", "rotary")
+    assert "--method='rotary'" in refused(capsys, *words, "--method", "rotary")
     main(words)
     assert capsys.readouterr().out.startswith("alibi: 4 steps, 512 tokens, ")
     main(["evaluate", str(tmp_path / "run"), "--lengths", "16,64", "--output", str(tmp_path / "evaluation")])
@@ -350,9 +405,16 @@ def test_a_folder_without_a_model_is_no_run(capsys, tmp_path, verb):
     )
 
 
+@pytest.mark.parametrize("data", ["", "nowhere.txt", "\udcff"])
+def test_the_text_of_an_evaluation_is_named_as_it_is_given(capsys, trained, data):
+    assert refused(capsys, "evaluate", str(trained), "--lengths", "16", "--data", data).startswith(
+        "longreach evaluate: --data"
+    )
+
+
 def test_evaluate_refuses_another_training_length_for_a_run(capsys, trained):
     line = refused(capsys, "evaluate", str(trained), "--train-length", "7")
-    assert line == f"longreach evaluate: train_length=7: {trained} was trained by longreach at 16; leave it out"
+    assert line == f"longreach evaluate: --train-length=7: {trained} was trained by longreach at 16; leave it out"
 
 
 def test_evaluate_prints_what_was_measured_before_a_model_failed(capsys, trained, tmp_path):

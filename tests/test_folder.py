@@ -38,7 +38,7 @@ def test_a_folder_says_what_it_was_begun_with(tmp_path):
 def test_another_configuration_is_refused_by_the_names_of_the_fields(tmp_path):
     start(tmp_path / "run")
     other = RunConfig(method="rotary", train=TrainConfig(steps=7, warmup_steps=0, device="cpu"))
-    with pytest.raises(ValueError, match=r"run was begun with another method, steps, warmup_steps: give a new folder"):
+    with pytest.raises(ValueError, match=r"run: it was begun with method=alibi, steps=600, warmup_steps=40; give"):
         start(tmp_path / "run", other)
     assert read_file(RunConfig, tmp_path / "run" / "config.toml") == RunConfig()
 
@@ -48,7 +48,7 @@ def test_what_was_read_must_be_what_is_read(tmp_path, changed):
     start(tmp_path / "run")
     before = (tmp_path / "run" / "folder.toml").read_bytes()
     with pytest.raises(
-        ValueError, match=rf"run was begun with another {', '.join(changed)}: give a new folder, or what"
+        ValueError, match=rf"run: it was begun with another {', '.join(changed)}; give a new folder, or what"
     ):
         start(tmp_path / "run", digests=READ | dict.fromkeys(changed, "other"))
     assert (tmp_path / "run" / "folder.toml").read_bytes() == before
@@ -99,16 +99,16 @@ class Other:
 
 def test_work_of_another_verb_is_refused(tmp_path):
     start(tmp_path / "run")
-    with pytest.raises(ValueError, match=r"run holds work of another verb \(.*\): give a new folder"):
+    with pytest.raises(ValueError, match=r"run: it holds work of another verb \(.*\), give a new folder"):
         start(tmp_path / "run", Other())
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("")
-    with pytest.raises(ValueError, match=r"is not empty and holds no config\.toml"):
+    with pytest.raises(ValueError, match=r"it is not empty and holds no config\.toml"):
         start(tmp_path)
     assert names(tmp_path) == ["thesis.tex"]
-    with pytest.raises(ValueError, match=r"thesis\.tex is a file: give a folder"):
+    with pytest.raises(ValueError, match=r"thesis\.tex: it is a file, give a folder"):
         start(tmp_path / "thesis.tex")
 
 
@@ -184,7 +184,7 @@ def holder(path):
 def test_a_second_process_is_refused_until_the_first_ends(tmp_path):
     run = tmp_path / "run"
     with holder(run) as process:
-        message = rf"run is in use by process {process.pid} on {socket.gethostname()}: wait until that has ended, or"
+        message = rf"run: it is in use by process {process.pid} on {socket.gethostname()}, wait until that has ended"
         with pytest.raises(BlockingIOError, match=message):
             start(run)
         process.stdin.close()

@@ -4,7 +4,7 @@ from typing import Literal
 
 import pytest
 
-from longreach.options import documentation, parse
+from longreach.options import CommandLine, documentation
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Job:
 
 
 def read(*words, start=lambda given: None):
-    return parse("tool", "Does it.", words, (Where, Job), positional="models", start=start)
+    return CommandLine("tool", "Does it.", words).parse(Where, Job, positional="models", start=start)
 
 
 def test_options_stand_beside_each_other_in_any_order():
@@ -79,7 +79,7 @@ def test_what_is_given_changes_what_it_starts_from():
         (["a", "--out", "o"], "unknown option --out: did you mean --output?"),
         (["a", "--output", "o", "--width", "w"], "--width='w': give an integer"),
         (["a", "--output", "o", "--norm", "none"], "--norm='none': give 'layer' or 'rms'"),
-        (["a", "--output", "o", "--lengths", "1,x"], "--valid-lengths='x': give an integer"),
+        (["a", "--output", "o", "--lengths", "1,x"], "--lengths='x': give an integer"),
     ],
 )
 def test_mistakes_name_the_option(words, message):
@@ -90,7 +90,7 @@ def test_mistakes_name_the_option(words, message):
 
 def test_a_word_that_no_option_takes():
     with pytest.raises(ValueError, match=r"^'a' stands alone: give the option that it is for before it, see --help$"):
-        parse("tool", "", ["a"], (Where,))
+        CommandLine("tool", "", ["a"]).parse(Where)
 
 
 def test_help_has_sections_docstrings_and_the_defaults_that_are_meant(capsys, monkeypatch):
@@ -132,7 +132,7 @@ def test_a_second_name_is_given_once():
         """Which lengths."""
 
     words = ["a", "--output", "o", "--lengths", "4,5", "--curriculum", "2:100%"]
-    _, plan, job = parse("tool", "Does it.", words, (Where, Plan, Job), positional="models")
+    _, plan, job = CommandLine("tool", "Does it.", words).parse(Where, Plan, Job, positional="models")
     assert (plan.curriculum, job.valid_lengths) == (("2:100%",), (4, 5))
-    (plan,) = parse("tool", "Does it.", ["--lengths", "2:100%"], (Plan,))
+    (plan,) = CommandLine("tool", "Does it.", ["--lengths", "2:100%"]).parse(Plan)
     assert plan.curriculum == ("2:100%",)

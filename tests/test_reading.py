@@ -191,7 +191,7 @@ def test_words_change_what_they_start_from():
         ({"method": "a", "steps": "none"}, "--steps='none': give an integer"),
         ({"method": "a", "limit": "some"}, "--limit='some': give an integer"),
         ({"method": "a", "steps": "9" * 20}, "--steps does not fit 64 bits: give a smaller number"),
-        ({"method": "a", "steps": "0"}, "steps=0: give a positive integer"),
+        ({"method": "a", "steps": "0"}, "--steps=0: give a positive integer"),
         ({"method": "a", "rate": "nan"}, "--rate=nan: give a finite number"),
         ({"method": "a", "lengths": "1,,2"}, "--lengths='': give an integer"),
         ({"method": "a", "betas": "1"}, "--betas=[1.0]: give more items"),

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from longreach.stopping import STATUS, Terminated, terminable
 
 Parse = Callable[..., list[Any]]
-"""`longreach.options.parse`, given the verb and its words: takes dataclasses, returns them filled."""
+"""`longreach.options.CommandLine.parse`: takes dataclasses, returns them filled."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def compare(parse: Parse) -> None:
     from longreach.verbs.compare import CompareConfig, compare
 
     start = partial(_starting_values, CompareConfig)
-    to, together, _, config = parse(CompareOutput, Together, Start, CompareConfig, start=start)
+    to, together, _, config = parse(CompareOutput, Together, Start, CompareConfig, start=start, idle=CompareConfig.idle)
     with joined("longreach compare", together.rank_timeout) as ranks, TerminalProgress(ranks.is_first) as progress:
 
         def show(results: Results, model: Model) -> None:
@@ -110,10 +110,11 @@ def train(parse: Parse) -> None:
     from longreach.train.config import RunConfig
     from longreach.train.parallel import joined
     from longreach.verbs.dry_run import dry_run
+    from longreach.verbs.start import idle
     from longreach.verbs.train import train_run
 
     start = partial(_starting_values, RunConfig)
-    to, together, _, config = parse(TrainOutput, Together, Start, RunConfig, start=start)
+    to, together, _, config = parse(TrainOutput, Together, Start, RunConfig, start=start, idle=idle)
     with joined("longreach train", together.rank_timeout) as ranks, TerminalProgress(ranks.is_first) as progress:
         if to.dry_run:
             forecast = dry_run(config, progress, ranks)
@@ -136,14 +137,19 @@ def evaluate(parse: Parse) -> None:
     """`longreach evaluate`."""
     from longreach.verbs.evaluate import EvaluationConfig
 
-    _measure("longreach evaluate", *parse(EvaluateOutput, Together, EvaluationConfig, positional="models"))
+    _measure(
+        "longreach evaluate",
+        *parse(EvaluateOutput, Together, EvaluationConfig, positional="models", idle=EvaluationConfig.idle),
+    )
 
 
 def extend(parse: Parse) -> None:
     """`longreach extend`."""
     from longreach.verbs.extend import ExtendConfig
 
-    _measure("longreach extend", *parse(EvaluateOutput, Together, ExtendConfig, positional="models"))
+    _measure(
+        "longreach extend", *parse(EvaluateOutput, Together, ExtendConfig, positional="models", idle=ExtendConfig.idle)
+    )
 
 
 def _measure(program: str, to: EvaluateOutput, together: Together, config: Any) -> None:
@@ -312,16 +318,20 @@ def _run(words: list[str]) -> None:
         return
     if verb not in VERBS:
         _fail("longreach", f"unknown verb {verb!r}: give one of {', '.join(VERBS)}")
+    from longreach.options import CommandLine
+
     program = f"longreach {verb}"
+    command, does, note = VERBS[verb]
+    line = CommandLine(program, f"{does} {note}", words[1:])
     try:
         with terminable():
-            _run_verb(program, *VERBS[verb], words[1:])
+            _run_verb(command, line.parse)
     except BrokenPipeError:
         raise
     except OSError as error:
-        _fail(program, f"{error.filename}: {error.strerror}; mend that" if error.filename else str(error))
+        _fail(program, f"{error.filename}: {error.strerror}; mend that" if error.filename else line.spelled(str(error)))
     except (ValueError, FloatingPointError, ModuleNotFoundError) as error:
-        _fail(program, str(error))
+        _fail(program, line.spelled(str(error)))
     except (MemoryError, RuntimeError) as error:
         from longreach.cost import is_out_of_memory
 
@@ -343,13 +353,11 @@ def _how_to_go_on(verb: str, words: list[str]) -> str:
     return f"; {'run the same command again' if kept else 'give --output to be able'} to go on"
 
 
-def _run_verb(program: str, command: Callable[[Parse], None], does: str, note: str, words: list[str]) -> None:
+def _run_verb(command: Callable[[Parse], None], parse: Parse) -> None:
     import torch
 
-    from longreach.options import parse
-
     torch.set_flush_denormal(True)  # the exponentials of distant keys are denormal, and slow, on the CPU
-    command(lambda *kinds, **settings: parse(program, f"{does} {note}", words, kinds, **settings))
+    command(parse)
 
 
 def _overview() -> str:
@@ -372,15 +380,20 @@ def _starting_values(kind: type[Any], given: Mapping[str, Any]) -> Any:
     preset = given.get("preset", "demo")
     file, source = (None if given.get(name) == "none" else given.get(name) for name in ("config_file", "start_from"))
     if preset not in PRESETS:
-        raise ValueError(f"--preset={preset!r}: give one of {', '.join(PRESETS)}")
+        raise ValueError(f"preset={preset!r}: give one of {', '.join(PRESETS)}")
     if source is not None:
         if file is not None or preset != "demo":
-            raise ValueError(f"--from {source} gives the starting values: leave --preset and --config-file out")
+            raise ValueError(f"start_from={source} gives the starting values: leave --preset and --config-file out")
         return starting_config(source)
     if file is not None:
+        if "preset" in given:
+            raise ValueError(f"preset={preset}: config_file={file} gives the starting values, leave one of them out")
         if Path(file).is_dir():  # "" is the folder that one stands in
-            raise ValueError(f"--config-file={file!r} is a folder: give a config.toml, as every run saves one")
-        return read_file(kind, Path(file))
+            raise ValueError(f"config_file={file!r} is a folder: give a config.toml, as every run saves one")
+        try:
+            return read_file(kind, Path(file))
+        except OSError as error:
+            raise ValueError(f"config_file={file!r}: {error}") from error
     return replace(kind(), **PRESETS[preset])
 
 

@@ -67,7 +67,7 @@ def hold(folder: Path, config: Config, besides: tuple[str, ...] = ()) -> Iterato
         OSError: it cannot be written, or its file system has no locks.
     """
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output {folder} is a file: give a folder")
+        raise ValueError(f"output={folder}: it is a file, give a folder")
     made = not folder.exists()
     _git_commit()  # asked before locking: a child process has our lock from its fork to its exec, even if we are killed
     try:
@@ -99,7 +99,8 @@ def begin(folder: Path, config: Any, digests: Mapping[str, str], device: torch.d
         names = [name for name in {**before.digests, **digests} if before.digests.get(name) != digests.get(name)]
         if names:
             raise ValueError(
-                f"output {folder} was begun with another {', '.join(names)}: give a new folder, or what was read then"
+                f"output={folder}: it was begun with another {', '.join(names)}; give a new folder, or what was read "
+                "then"
             )
         starts = (*before.starts, *starts)
     table = {"digests": dict(digests), "starts": [plain_values(start) for start in starts]}
@@ -177,10 +178,10 @@ def _lock(file: BinaryIO, folder: Path) -> None:
         file.seek(0)
         holder = file.read().decode() or "another process"
         raise BlockingIOError(
-            f"output {folder} is in use by {holder}: wait until that has ended, or give another folder"
+            f"output={folder}: it is in use by {holder}, wait until that has ended, or give another folder"
         ) from None
     except OSError as error:
-        message = f"output {folder} cannot be locked ({error.strerror}): give a folder on another file system"
+        message = f"output={folder}: it cannot be locked ({error.strerror}), give a folder on another file system"
         raise OSError(error.errno, message) from error
 
 
@@ -198,19 +199,17 @@ def _checked(folder: Path, config: Config, besides: tuple[str, ...]) -> Config |
     path = folder / "config.toml"
     if not path.exists():
         if any(other.name not in (LOCK, "folder.toml") for other in folder.iterdir()):
-            raise ValueError(f"output {folder} is not empty and holds no config.toml: give a new or an empty folder")
+            raise ValueError(f"output={folder}: it is not empty and holds no config.toml, give a new folder")
         return None
     try:
         before = read_file(type(config), path)
     except ValueError as error:
-        raise ValueError(f"output {folder} holds work of another verb ({error}): give a new folder") from error
+        raise ValueError(f"output={folder}: it holds work of another verb ({error}), give a new folder") from error
     _read(folder)  # damage comes out before anything is read that takes long
     pairs = zip(_leaves(before, may_differ=False), _leaves(config, may_differ=False), strict=True)
-    names = [name for (name, there), (_, asked) in pairs if there != asked and name not in besides]
-    if names:
-        raise ValueError(
-            f"output {folder} was begun with another {', '.join(names)}: give a new folder, or the same values"
-        )
+    then = [f"{name}={_words(there)}" for (name, there), (_, asked) in pairs if there != asked and name not in besides]
+    if then:
+        raise ValueError(f"output={folder}: it was begun with {', '.join(then)}; give a new folder, or the same values")
     return before
 
 
@@ -221,6 +220,11 @@ def _read(folder: Path) -> _Begun:
         raise ValueError(f"{folder} has no folder.toml, which says what it was begun with: make it anew") from None
     except ValueError as error:
         raise ValueError(f"{error}; restore it from a backup, or make the folder anew") from error
+
+
+def _words(value: Any) -> str:
+    """A value as it is typed."""
+    return ",".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
 
 
 def _leaves(config: Any, *, may_differ: bool) -> Iterator[tuple[str, Any]]:

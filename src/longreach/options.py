@@ -7,6 +7,7 @@ import argparse
 import ast
 import difflib
 import inspect
+import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, is_dataclass
@@ -15,7 +16,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
-from longreach.reading import Leaf, leaves, read_words
+from longreach.reading import Leaf, leaves, read_words, respelled
 
 SHORT_NAMES = {
     "tasks": "--task",
@@ -26,44 +27,80 @@ SHORT_NAMES = {
 }
 """Name of a field that is typed often -> a second name of its option; of two in one command the first has it."""
 
+_VALUE = re.compile(r"(?<=[\w-])=(None|True|False)\b")
+_WORDS = {"None": "=none", "True": "", "False": ""}
+"""Of a value in Python what follows its option: --no-bias says it alone."""
+
 _METAVARS = {int: "INT", float: "NUMBER", str: "TEXT", Path: "PATH"}
 
 
-def parse(
-    program: str,
-    about: str,
-    words: Sequence[str],
-    kinds: Sequence[type[Any]],
-    positional: str = "",
-    start: Callable[[Mapping[str, Any]], Any] = lambda given: None,
-) -> list[Any]:
-    """Read a command's words into dataclasses, or print its help and exit.
+class CommandLine:
+    """What a user typed, and the names that it has for the fields which it becomes.
 
     Args:
         program: as the user calls it.
         about: what it does.
         words: what the user typed after that.
-        kinds: the dataclasses. The fields of all and of their sections become options, which stand beside each other.
-        positional: the field whose words need no name before them.
-        start: given field -> word, the values that the last dataclass starts from; None for its defaults.
-
-    Raises:
-        ValueError: an option is unknown or without its word, and as `read_words`.
     """
-    given = _split(_parser(program, "", kinds, positional), words)
-    started = start(given)
-    if given.pop("help", False):
-        print(_parser(program, about, kinds, positional, started).format_help(), end="")
-        raise SystemExit(0)
 
-    def spell(name: str) -> str:
-        return name.upper() if name == positional else _option(name)
+    def __init__(self, program: str, about: str, words: Sequence[str]) -> None:
+        self._program, self._about, self._words = program, about, words
+        self._names: dict[str, str] = {}
 
-    starts = [*[None] * (len(kinds) - 1), started]
-    return [
-        read_words(kind, {name: given[name] for name in leaves(kind) if name in given}, spell, values)
-        for kind, values in zip(kinds, starts, strict=True)
-    ]
+    def parse(
+        self,
+        *kinds: type[Any],
+        positional: str = "",
+        start: Callable[[Mapping[str, Any]], Any] = lambda given: None,
+        idle: Callable[[Any], Mapping[str, str]] = lambda config: {},
+    ) -> list[Any]:
+        """Read the words into dataclasses, or print the help and exit.
+
+        Args:
+            kinds: the dataclasses. The fields of all and of their sections become options, which stand beside each
+                other.
+            positional: the field whose words need no name before them.
+            start: given field -> word, the values that the last dataclass starts from; None for its defaults.
+            idle: the last dataclass -> the fields that nothing heeds beside its others, and why: they may have any
+                value, but whoever types one expects something of it.
+
+        Raises:
+            ValueError: an option is unknown, without its word or not heeded, and as `read_words`.
+        """
+        parser = _parser(self._program, "", kinds, positional)
+        given = _split(parser, self._words)
+        self._names = _names(parser, self._words)
+        started = start(given)
+        if given.pop("help", False):
+            print(_parser(self._program, self._about, kinds, positional, started).format_help(), end="")
+            raise SystemExit(0)
+        starts = [*[None] * (len(kinds) - 1), started]
+        configs = [
+            read_words(kind, {name: given[name] for name in leaves(kind) if name in given}, self._spell, values)
+            for kind, values in zip(kinds, starts, strict=True)
+        ]
+        for name, reason in idle(configs[-1]).items():
+            if name in given:
+                raise ValueError(self.spelled(f"{name}={given[name]}: {reason}; leave it out"))
+        return configs
+
+    def _spell(self, name: str) -> str:
+        """What a field is called that becomes an option, or holds such."""
+        return self._names.get(name, name)
+
+    def spelled(self, refusal: str) -> str:
+        """A refusal of fields in the words that were typed for them, or are to be."""
+        spelled = respelled(refusal, self._names)
+        return _VALUE.sub(lambda value: _WORDS[value[1]], spelled) if spelled.startswith("--") else spelled
+
+
+def _names(parser: argparse.ArgumentParser, words: Sequence[str]) -> dict[str, str]:
+    """Name of a field -> its option as it was typed, by its first name where it was not, or its place."""
+    names = {action.dest: action.option_strings[0] for action in parser._actions if action.option_strings}
+    names |= {action.dest: str(action.metavar) for action in parser._actions if not action.option_strings}
+    typed = (word.partition("=")[0] for word in words)
+    known = parser._option_string_actions
+    return names | {known[option].dest: option for option in typed if option in known}
 
 
 def _split(parser: argparse.ArgumentParser, words: Sequence[str]) -> dict[str, Any]:

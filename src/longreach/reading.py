@@ -8,8 +8,9 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import date, time
 from functools import cache
 from pathlib import Path
@@ -40,11 +41,32 @@ _MENDS = {
 _SHOWN = 200
 """The most characters of a refused value that an error repeats."""
 
+_SUBJECT = re.compile(r"\w+(?=[=:;]| is | has )")
+"""The name that a refusal begins with, of what it refuses."""
+
+_NAME = re.compile(r"(?<![\w.:'\"-])\w+(?==)")
+"""A name before the value that it has."""
+
 
 def dotted(path: Place) -> str:
     """A place in a file, as in `train.betas[1]`."""
     names = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
     return names.removeprefix(".") or "the whole"
+
+
+def respelled(refusal: str, names: Mapping[str, str]) -> str:
+    """A refusal of fields in the words of who gave their values.
+
+    Args:
+        refusal: one line, such as "steps=0: give a positive integer". One that begins with no field's name, but with
+            that of a file for instance, stays as it is: names in it are not of fields.
+        names: name of a field -> what it is called where its value was given.
+    """
+    subject = _SUBJECT.match(refusal)
+    if subject is None or subject[0] not in names:
+        return refusal
+    rest = _NAME.sub(lambda name: names.get(name[0], name[0]), refusal[subject.end() :])
+    return names[subject[0]] + rest
 
 
 def below(name: str) -> Callable[[Place], str]:
@@ -116,6 +138,8 @@ def read_words(
     """
     values: dict[str, Any] = {}
     for name, leaf in leaves(kind, start).items():
+        if Path in (leaf.type, *get_args(leaf.type)) and words.get(name) in ("", [""]):  # the folder that one stands in
+            raise ValueError(f"{spell(name)}='': give a path, or . for this folder")
         value = _plain(words[name], leaf.type) if name in words else leaf.default
         if value is not dataclasses.MISSING:
             section = values
@@ -286,10 +310,8 @@ def _refusal(kind: type[Any], error: ValidationError, spell: Callable[[Place], s
     path, mistake, value = first["loc"], first["type"], first["input"]
     if mistake == "value_error":  # of a dataclass's own checks, which name what they refuse
         cause = str(first["ctx"]["error"])
-        if not path or spell is not dotted:
-            return cause
-        named = cause.partition("=")[0] in _fields_at(kind, path)
-        return f"{dotted(path)}{'.' if named else ': '}{cause}"
+        refusal = respelled(cause, {name: spell((*path, *place)) for name, place in _places(_kind_at(kind, path))})
+        return f"{dotted(path)}: {cause}" if refusal == cause and path and spell is dotted else refusal
     if mistake == "unexpected_keyword_argument":
         known = _fields_at(kind, path[:-1])
         near = difflib.get_close_matches(str(path[-1]), known, n=1)
@@ -304,10 +326,24 @@ def _refusal(kind: type[Any], error: ValidationError, spell: Callable[[Place], s
     return f"{spell(path)}={shown}: give {_MENDS.get(mistake, first['msg'].removeprefix('Input should be '))}"
 
 
-def _fields_at(kind: Any, path: Place) -> list[str]:
-    """Names of the fields of the dataclass that stands at a place."""
+def _kind_at(kind: Any, path: Place) -> Any:
+    """The dataclass that stands at a place."""
     for part in path:
         if isinstance(part, str):
             kind = get_type_hints(kind)[part]
         kind = next((inner for inner in get_args(kind) if dataclasses.is_dataclass(inner)), kind)
-    return [field.name for field in dataclasses.fields(kind)]
+    return kind
+
+
+def _fields_at(kind: Any, path: Place) -> list[str]:
+    """Names of the fields of the dataclass that stands at a place."""
+    return [field.name for field in dataclasses.fields(_kind_at(kind, path))]
+
+
+def _places(kind: Any) -> Iterator[tuple[str, Place]]:
+    """Name and place of each field of a dataclass and of those in it, the inner ones first."""
+    types = get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(types[field.name]):
+            yield from ((name, (field.name, *place)) for name, place in _places(types[field.name]))
+    yield from ((field.name, (field.name,)) for field in dataclasses.fields(kind))

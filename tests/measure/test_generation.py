@@ -70,7 +70,7 @@ def test_tokens_can_be_had_as_they_come():
         ([3, 9999], 1, r"token ids 3 to 9999 with vocab_size=\d+: the tokenizer is not the model's"),
         ([-1], 1, "token ids -1 to -1"),
         ([3], 0, "max_new_tokens=0: give at least 1"),
-        ([3] * 10, LENGTH - 8, f"a prompt of 10 tokens and max_new_tokens=8 need {LENGTH + 1} positions"),
+        ([3] * 10, LENGTH - 8, f"max_new_tokens=8 after a prompt of 10 tokens needs {LENGTH + 1} positions"),
     ],
 )
 def test_bad_input_is_refused_before_the_first_token(prompt, max_new_tokens, message):

@@ -206,6 +206,6 @@ def test_wrong_arguments_are_named(build, prompts, options, message):
 def test_past_a_learned_table(build):
     model = build("learned:table_length=12")
     assert len(generate(model, [[1, 2]], max_new_tokens=11)[0]) == 11
-    message = r"^prompt and max_new_tokens=30 need 31 positions: .*holds 12; ask for fewer tokens$"
+    message = r"^max_new_tokens=30 after the prompt needs 31 positions: .*holds 12; ask for fewer tokens$"
     with pytest.raises(ValueError, match=message):
         generate(model, [[1, 2]], max_new_tokens=30)

@@ -60,7 +60,7 @@ def test_fixed_slopes_are_no_weights(size):
 
 @pytest.mark.parametrize("factor", ["0", "-1", "0.5", "1", "nan"])
 def test_factor_out_of_range(size, factor):
-    with pytest.raises(ValueError, match=r"^(factor|scaling=linear-fixed)=.*: give a finite number"):
+    with pytest.raises(ValueError, match=r": factor=.*: give a finite number"):
         build_method(f"alibi:scaling=linear-fixed={factor}", size())
 
 
@@ -122,10 +122,10 @@ def test_random_slopes_are_drawn_with_the_weights_and_kept_with_them(size):
         ("exponent=0", "exponent=0"),
         ("exponent=-8", "exponent=-8"),
         ("exponent=65", "exponent=65"),
-        ("exponent=nan", "alibi:exponent=nan"),
-        ("slopes=steep", "alibi:slopes='steep'"),
+        ("exponent=nan", "exponent=nan"),
+        ("slopes=steep", "slopes='steep'"),
     ],
 )
 def test_sequences_that_there_are_not(size, option, message):
-    with pytest.raises(ValueError, match=f"^{message}.*: give"):
+    with pytest.raises(ValueError, match=f"^method=.*: {message}.*: give"):
         build_method(f"alibi:{option}", size())

@@ -13,5 +13,5 @@ def test_adds_nothing(size):
 
 
 def test_has_no_options(size):
-    with pytest.raises(ValueError, match=r"^option 'base=1' of position method none: .* one of none$"):
+    with pytest.raises(ValueError, match=r"^method='none:base=1': 'base=1' is no option of none, .* one of none$"):
         build_method("none:base=1", size())

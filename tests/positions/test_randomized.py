@@ -54,5 +54,5 @@ def test_holds_its_range(size):
     with pytest.raises(ValueError, match=r"^range=8 is below train_length=16: give at least that$"):
         build_method("rotary-randomized:range=8", size())
     for option in ("range=0", "base=1"):
-        with pytest.raises(ValueError, match=f"^{option}.*: give"):
+        with pytest.raises(ValueError, match=f": {option}.*: give"):
             build_method(f"rotary-randomized:{option}", size())

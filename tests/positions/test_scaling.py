@@ -123,7 +123,7 @@ def test_a_scaling_is_read_as_it_is_written(text):
     "text", ["", "cubic", "yarn=2", "linear=2", "linear-fixed", "linear-fixed=two", "ntk+log", "ntk+", "+logn"]
 )
 def test_what_is_no_scaling_is_refused_in_one_line(text):
-    with pytest.raises(ValueError, match=r"^(scaling=.*: |ntk\+)") as refusal:
+    with pytest.raises(ValueError, match=r"^scaling=.*: ") as refusal:
         parse_scaling(text, 1024)
     assert "\n" not in str(refusal.value)
 

@@ -78,5 +78,5 @@ def test_starts_as_no_bias_and_learns():
     ],
 )
 def test_options_out_of_range(spec, message):
-    with pytest.raises(ValueError, match=f"^{message}"):
+    with pytest.raises(ValueError, match=f"^method=.*: {message}"):
         build_method(spec, SIZE)

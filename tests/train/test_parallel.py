@@ -261,8 +261,16 @@ def test_one_process_keeps_its_last_step_too(small, tmp_path):
 @pytest.mark.parametrize(
     ("words", "environment", "part"),
     [
-        (["--batch-size", "7"], {}, "batch_size=7 cannot be shared by 2 processes x accumulation=1: give a multiple"),
-        (["--accumulation", "8"], {}, "batch_size=8 cannot be shared by 2 processes x accumulation=8: give a multiple"),
+        (
+            ["--batch-size", "7"],
+            {},
+            "--batch-size=7 cannot be shared by 2 processes x --accumulation=1: give a multiple",
+        ),
+        (
+            ["--accumulation", "8"],
+            {},
+            "--batch-size=8 cannot be shared by 2 processes x --accumulation=8: give a multiple",
+        ),
         (["--parallel", "none"], {}, "parallel=none and 2 processes: give ddp or fsdp"),
         (["--parallel", "pipeline"], {}, "--parallel='pipeline'"),
         (

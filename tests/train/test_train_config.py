@@ -46,8 +46,8 @@ def test_any_configuration_survives_its_file(tmp_path_factory, steps, rate, text
         ),
         ("[train]\nsteps = 0\n", r"config\.toml: train\.steps=0: give a positive integer"),
         ("[train]\nprecision = 'fp8'\n", r"train\.precision='fp8': give 'auto', 'fp32' or 'bf16'"),
-        ('method = "foo"\n', "position method 'foo': give one of alibi"),
-        ("[model]\nnum_heads = 7\n", "num_heads=7 does not divide d_model=64"),
+        ('method = "foo"\n', "method='foo': give one of alibi"),
+        ("[model]\nnum_heads = 7\n", "model.num_heads=7 does not divide model.d_model=64"),
     ],
 )
 def test_mistakes_in_a_file_are_named(tmp_path, text, message):

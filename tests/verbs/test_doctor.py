@@ -223,9 +223,9 @@ def test_the_verb_prints_the_page(bloom, text, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--lengths", "1"], "lengths has 1: give lengths of at least 2 tokens"),
+        (["--lengths", "1"], "--lengths has 1: give lengths of 2 tokens at least"),
         (["--lengths", "8,999999"], "tokens, the lengths need 1,000,000: give more, or shorter ones"),
-        (["--max-memory", "0"], "max_memory=0.0: give a positive number of GiB"),
+        (["--max-memory", "0"], "--max-memory=0: give a positive number of GiB"),
         (["--text", "nowhere.txt"], "nowhere.txt"),
         (["--dtype", "float3"], "dtype='float3'"),
     ],

@@ -66,7 +66,14 @@ def test_doctor_tells_encoders_from_decoders(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [({"dtype": "float3"}, "dtype='float3'"), ({"valid_lengths": (10_000,)}, "tokens, the lengths need 10,000")],
+    [
+        ({"dtype": "float3"}, "^dtype='float3'"),
+        ({"valid_lengths": (10_000,)}, "tokens, the lengths need 10,000"),
+        ({"valid_lengths": (16, 32)}, "^valid_lengths=16,32: an encoder is examined at one length"),
+        ({"max_memory": 1.0}, "^max_memory=1.0: it is for decoders"),
+        ({"trust_remote_code": True}, "^trust_remote_code=True: it is for decoders"),
+        ({"train_length": 512}, "^train_length=512: no slopes are scaled by length here"),
+    ],
 )
 def test_what_cannot_be_done_is_named(options, said, tmp_path, corpus):
     folder = published(tmp_path / "model", "jina")

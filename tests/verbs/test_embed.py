@@ -72,12 +72,19 @@ def test_it_goes_on_where_it_was_killed(command, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--max-length", "0"], "max_length=0: give at least 1"),
-        (["--max-length", "1"], "max_length=1: its tokenizer adds 2"),
+        (["--max-length", "0"], "--max-length=0: give at least 1"),
+        (["--max-length", "1"], "--max-length=1: its tokenizer adds 2"),
         (["--dtype", "float3"], "dtype='float3'"),
         (["--output", "vectors.txt"], "give a name that ends in .npy"),
         (["--data", "nowhere"], "'nowhere' does not exist"),
-        (["--text-field", "text"], "has no text_field='text'"),
+        (["--data", ""], "--data: it is empty"),
+        (["--output", ""], "--output='': give a path"),
+        (["--scaling", "yarn"], '--scaling="yarn" scales the frequencies'),
+        (["--scaling", "wide"], "--scaling='wide': give one of"),
+        (["--train-length", "512"], "--train-length=512: no slopes are scaled by length here"),
+        (["--train-length", "512", "--scaling", "linear-fixed=2"], "--train-length=512: no slopes are scaled by"),
+        (["--tokenizer", "."], "--tokenizer=.: model '.' has no tokenizer.json"),
+        (["--text-field", "text"], "has no --text-field='text'"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_one_line(options, said, command, capsys):
@@ -92,7 +99,7 @@ def test_what_is_there_is_not_overwritten(command, tmp_path, capsys):
     (tmp_path / "vectors.npy").write_text("mine")
     with pytest.raises(SystemExit):
         main(command)
-    assert "is there already: give another name" in capsys.readouterr().err
+    assert "it is there already, give another name" in capsys.readouterr().err
     assert (tmp_path / "vectors.npy").read_text() == "mine"
 
 
@@ -103,7 +110,21 @@ def test_another_text_is_not_gone_on_with(command, data, tmp_path, monkeypatch, 
     Path(data).write_bytes(gzip.compress(b'{"body": "another"}\n'))
     with pytest.raises(SystemExit):
         main(command)
-    assert "was begun with another text" in capsys.readouterr().err
+    assert "it was begun with another text" in capsys.readouterr().err
+
+
+def test_bad_lines_are_left_out_where_that_is_wanted(command, data, tmp_path, capsys):
+    lines = gzip.decompress(Path(data).read_bytes())
+    Path(data).write_bytes(gzip.compress(b"{\n" + lines + b'{"body": 3}\n'))
+    with pytest.raises(SystemExit):
+        main(command)
+    assert "--data: " in (line := capsys.readouterr().err.splitlines()[-1])
+    assert "(--skip-bad)" in line
+    main([*command, "--skip-bad"])
+    said = capsys.readouterr()
+    assert "5 vectors of 48 numbers in" in said.out
+    assert f"left out 2 bad files or lines: {data}:1, {data}:7" in said.err
+    assert len(np.load(tmp_path / "vectors.npy")) == 5
 
 
 def test_no_document_at_all_is_refused(command, data, capsys):

@@ -49,9 +49,9 @@ def test_folders_that_do_not_compare_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("folders", "message"),
     [
-        ((), "FOLDERS is empty"),
+        ((), "folders is empty"),
         (("a", "a"), "give each once"),
-        (("a", "b"), "2 FOLDERS without output"),
+        (("a", "b"), "output is missing with 2 folders"),
     ],
 )
 def test_bad_arguments(folders, message):

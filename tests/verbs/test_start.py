@@ -385,7 +385,7 @@ def test_models_without_a_way_to_alibi_are_refused(pretrained):
     told = "bloom, mpt, falcon, gpt2, llama, mistral, qwen2"  # none whose code comes with its files
     with pytest.raises(ValueError, match=rf"^start_from=.*opt' is a opt: longreach can train one of {told}$"):
         starting_config(pretrained("opt"))
-    with pytest.raises(ValueError, match=r"^model 'nowhere/at-all' is no folder here"):
+    with pytest.raises(ValueError, match=r"^start_from='nowhere/at-all': model 'nowhere/at-all' is no folder here"):
         starting_config("nowhere/at-all")
 
 

@@ -92,7 +92,7 @@ def test_training_does_not_go_on_with_another_text(config, text, tmp_path):
         train_run(config, tmp_path / "run", until(3))
     for number in range(6):
         write(text, number, "product")
-    with pytest.raises(ValueError, match=r"run was begun with another text, tokenizer: give a new folder, or what"):
+    with pytest.raises(ValueError, match=r"run: it was begun with another text, tokenizer; give a new folder, or what"):
         train_run(config, tmp_path / "run", silent)
     for number in range(6):
         write(text, number)
@@ -105,7 +105,7 @@ def test_a_comparison_never_has_two_tokenizers(config, text, tmp_path):
     assert not (tmp_path / "out" / "results.json").exists()
     for number in range(6):
         write(text, number, "product")
-    with pytest.raises(ValueError, match=r"out was begun with another text, tokenizer: give a new folder, or what"):
+    with pytest.raises(ValueError, match=r"out: it was begun with another text, tokenizer; give a new folder, or what"):
         compare(comparison(config), tmp_path / "out", silent)
 
 
@@ -116,7 +116,7 @@ def test_weights_that_a_run_started_from_must_stay(config, tmp_path):
         train_run(second, tmp_path / "second", until(3))
     train_run(replace(config, method="none"), tmp_path / "other", silent)
     os.replace(tmp_path / "other" / "model.safetensors", tmp_path / "first" / "model.safetensors")
-    message = rf"second was begun with another weights of {tmp_path / 'first'}: give a new folder, or what was read"
+    message = rf"second: it was begun with another weights of {tmp_path / 'first'}; give a new folder, or what was read"
     with pytest.raises(ValueError, match=message):
         train_run(second, tmp_path / "second", silent)
 
@@ -131,7 +131,7 @@ def test_documents_that_were_trained_on_are_never_scored(config, text, tmp_path)
     for number in range(6, 9):
         write(text, number)
     with pytest.raises(
-        ValueError, match=r"^MODELS: the text of .*run has changed since .*: give the text as it was, or"
+        ValueError, match=r"^models: the text of .*run has changed since .*: give the text as it was, or"
     ):
         evaluate_models(evaluation, tmp_path / "out", silent)
     assert not (tmp_path / "out").exists()
@@ -261,7 +261,7 @@ def test_a_run_at_a_constant_rate_is_made_longer(config, tmp_path, stop_after):
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
     one, other = (load_model(tmp_path / name).state_dict() for name in ("run", "whole"))
     assert all(torch.equal(one[name], other[name]) for name in one)
-    with pytest.raises(ValueError, match=r"^steps=6: output .*run was begun with steps=11: give as many, or a new"):
+    with pytest.raises(ValueError, match=r"^steps=6: output=.*run was begun with steps=11: give as many, or a new"):
         train_run(config, tmp_path / "run", silent)
 
 
@@ -281,7 +281,7 @@ def test_a_run_whose_rate_falls_to_its_end_says_how_to_go_on(config, tmp_path, s
         with pytest.raises(Interrupted):
             train_run(config, tmp_path / "run", until(stop_after))
     run = tmp_path / "run"
-    message = rf"^steps=9: output {run} was begun with steps=6 .*: {first}go on from it .* \(--from {run}\)$"
+    message = rf"^steps=9: output={run} was begun with steps=6 .*: {first}go on from it .* \(--from {run}\)$"
     with pytest.raises(ValueError, match=message):
         train_run(with_train(config, steps=9), run, silent)
     train_run(config, run, silent)
@@ -327,7 +327,7 @@ def test_a_second_process_is_refused_at_once_and_leaves_the_first_alone(config, 
                 second = subprocess.run(command(verb, config, folder), capture_output=True, text=True)
                 holder = f"process {first.pid} on {socket.gethostname()}"
                 mend = "wait until that has ended, or give another folder"
-                assert second.stderr == f"longreach {verb}: output {folder} is in use by {holder}: {mend}\n"
+                assert second.stderr == f"longreach {verb}: --output={folder}: it is in use by {holder}, {mend}\n"
                 assert second.returncode == 2
         finally:
             first.send_signal(signal.SIGKILL)

@@ -67,6 +67,17 @@ class DataConfig:
         if self.streaming and not any(source and source.startswith("hf:") for source in (self.data, self.valid_data)):
             raise ValueError("streaming=True is for Hugging Face data sets; give data=hf:NAME or leave it out")
 
+    def idle(self) -> dict[str, str]:
+        """Name of a field that nothing heeds beside the others -> why."""
+        fields: dict[str, str] = {}
+        if self.data is None and self.valid_data is None:
+            fields |= dict.fromkeys(("text_field", "skip_bad"), "it is for text that is given, by data or valid_data")
+        if self.tokenizer is not None:
+            fields["vocab_size"] = f"it is for a tokenizer that is trained, and tokenizer={self.tokenizer} is given"
+        if self.valid_data is not None:
+            fields["valid_fraction"] = f"nothing is held out where valid_data={self.valid_data} is given"
+        return fields
+
     def seed_of_split(self, training_seed: int) -> int:
         """The seed of the split for a training of this seed."""
         return training_seed if self.split_seed is None else self.split_seed

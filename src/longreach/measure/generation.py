@@ -79,6 +79,6 @@ def _check(subject: Subject, prompt: Sequence[int], max_new_tokens: int) -> None
     needed = len(prompt) + max_new_tokens - 1  # the last token is not read
     if subject.max_length is not None and needed > subject.max_length:
         raise ValueError(
-            f"a prompt of {len(prompt)} tokens and max_new_tokens={max_new_tokens} need {needed} positions: "
+            f"max_new_tokens={max_new_tokens} after a prompt of {len(prompt)} tokens needs {needed} positions: "
             f"{subject.name} takes {subject.max_length}; ask for fewer"
         )

@@ -21,6 +21,17 @@ MOST = {
 }
 """Field -> the most that has an end in sight: prompts are made to lengths, and at every depth."""
 
+HEEDED_BY: dict[str, tuple[str, ...]] = {
+    "valid_lengths": ("perplexity", "positions", *RETRIEVAL_TASKS, "qmsum"),
+    **dict.fromkeys(("valid_tokens", "tokens_per_batch"), TEXT_TASKS),
+    **dict.fromkeys(("protocols", "strides", "word_level"), ("perplexity",)),
+    "capped_stride": ("positions", "probes"),
+    "offsets": ("probes",),
+    **dict.fromkeys(("cases_per_depth", "cases_seed", "num_depths"), RETRIEVAL_TASKS),
+    "summary_tokens": ("qmsum",),
+}
+"""Field -> the tasks that heed it, where not all do."""
+
 OFFSETS = (0, 0.25, 0.5, 1, 2, 4, 8, 16)
 """Positions that the probes start windows at where none are given, in training lengths."""
 
@@ -99,14 +110,27 @@ class EvaluateConfig:
                     raise ValueError(f"{name}={number}: give at most {largest}")
         if self.valid_lengths and self.strides and max(self.strides) > max(self.valid_lengths):
             raise ValueError(
-                f"strides={max(self.strides)} is over every window: give at most the longest of valid_lengths, "
-                f"{max(self.valid_lengths)}"
+                f"strides={max(self.strides)} is over every window: give at most the longest of "
+                f"valid_lengths={','.join(map(str, self.valid_lengths))}"
             )
         asked = [task for task in self.tasks if task in RETRIEVAL_TASKS]
         if self.cases is not None and len(asked) != 1:
             raise ValueError(f"cases={self.cases!r} with {len(asked)} retrieval tasks: give tasks the one it is for")
         if ("qmsum" in self.tasks) != (self.meetings is not None):
             raise ValueError(f"meetings={self.meetings!r}: give the file of meetings together with tasks=qmsum")
+
+    def idle(self) -> dict[str, str]:
+        """Name of a field that nothing heeds beside the others -> why."""
+        fields = {
+            name: f"it is for {' or '.join(tasks)}, and tasks={','.join(self.tasks)}"
+            for name, tasks in HEEDED_BY.items()
+            if not set(tasks) & set(self.tasks)
+        }
+        if self.cases is not None:
+            fields |= dict.fromkeys(("cases_per_depth", "cases_seed"), f"no case is made where cases={self.cases}")
+        elif set(self.tasks) & set(RETRIEVAL_TASKS) == {"topics"}:
+            fields["num_depths"] = "topics asks for the first topic alone"
+        return fields
 
     def longest_window(self, train_length: int) -> int:
         """The longest window of text, in tokens, that the tasks score; 0 where they score none."""
@@ -118,7 +142,13 @@ class EvaluateConfig:
         return max(lengths)
 
     def resolved(self, train_length: int) -> "EvaluateConfig":
-        """With what follows from the training length, where it is not given."""
+        """With what follows from the training length, where it is not given.
+
+        Raises:
+            ValueError: that is too long for it.
+        """
+        if train_length > MOST["valid_lengths"]:
+            raise ValueError(f"train_length={train_length}: give at most {MOST['valid_lengths']}")
         return replace(
             self,
             valid_lengths=self.valid_lengths or tuple(multiple * train_length for multiple in (1, 2, 4, 8, 16)),

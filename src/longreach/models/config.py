@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from longreach.positions import ModelSize, build_method
+from longreach.positions import ModelSize, build_method, parse_method
 
 LARGEST = 2**24
 """The most layers, heads, tokens of a vocabulary and so on that are taken for no mistake."""
@@ -90,7 +90,10 @@ class Architecture:
         layers, _, width = shape.partition("x")
         if not (re.fullmatch("[1-9][0-9]*", layers) and re.fullmatch("[1-9][0-9]*", width)):
             raise ValueError(f"shapes={shape!r}: give layers x width, as in 2x128")
-        return dataclasses.replace(self, num_layers=int(layers), d_model=int(width))
+        try:
+            return dataclasses.replace(self, num_layers=int(layers), d_model=int(width))
+        except ValueError as error:
+            raise ValueError(f"shapes={shape!r}: {error}") from error
 
 
 ARCHITECTURES = {
@@ -132,9 +135,12 @@ class ModelConfig(Architecture):
         self._check_counts("vocab_size", "train_length", "longest_length")
         if self.longest_length is not None and self.longest_length < self.train_length:
             raise ValueError(f"longest_length={self.longest_length} is below train_length={self.train_length}")
+        parse_method(self.method)
         try:
             with torch.device("meta"):  # what the method itself refuses, without memory for its tables
                 build_method(self.method, self.size)
+        except ValueError as error:
+            raise ValueError(f"method={self.method!r}: {error}") from error
         except RuntimeError as error:  # of a table whose size overflows
             raise ValueError(
                 f"method={self.method!r} with d_model={self.d_model}, train_length={self.train_length}, "

@@ -136,6 +136,6 @@ def _check(
     longest = max(len(prompt) for prompt in prompts) + max_new_tokens - 1  # the last token is not read
     if model.positions.max_length is not None and longest > model.positions.max_length:
         raise ValueError(
-            f"prompt and max_new_tokens={max_new_tokens} need {longest} positions: position method "
+            f"max_new_tokens={max_new_tokens} after the prompt needs {longest} positions: position method "
             f"{model.config.method!r} holds {model.positions.max_length}; ask for fewer tokens"
         )

@@ -66,23 +66,26 @@ def parse_method(spec: str) -> tuple[str, Any]:
         ValueError: an unknown method or option, or a value that the option does not take.
     """
     if not isinstance(spec, str):
-        raise ValueError(f"position method {spec!r}: give a string, as in rotary:base=500000")
+        raise ValueError(f"method={spec!r}: give a string, as in rotary:base=500000")
     name, *settings = spec.split(":")
     if name not in METHODS:
-        raise ValueError(f"position method {name!r}: give one of {', '.join(METHODS)}")
+        raise ValueError(f"method={spec!r}: give one of {', '.join(METHODS)}")
     words: dict[str, str] = {}
     kind = METHODS[name][1]
     for setting in settings:
         option, equals, word = setting.partition("=")
         if option not in (known := [field.name for field in dataclasses.fields(kind)]) or not equals:
             raise ValueError(
-                f"option {setting!r} of position method {name}: give OPTION=VALUE with one of "
+                f"method={spec!r}: {setting!r} is no option of {name}, give OPTION=VALUE with one of "
                 f"{', '.join(known) or 'none'}"
             )
         if option in words:
-            raise ValueError(f"option {option!r} of position method {name} is given twice in {spec!r}: give it once")
+            raise ValueError(f"method={spec!r}: {option} is given twice: give it once")
         words[option] = word
-    return name, read_words(kind, words, lambda option: f"{name}:{option}")
+    try:
+        return name, read_words(kind, words, str)
+    except ValueError as error:
+        raise ValueError(f"method={spec!r}: {error}") from error
 
 
 def with_scaling(spec: str, scaling: str) -> str:
@@ -105,7 +108,7 @@ def with_scaling(spec: str, scaling: str) -> str:
     asked, own = parse_scaling(scaling, train_length=2), parse_scaling(options.scaling, train_length=2)
     if asked.name == "none":
         asked = dataclasses.replace(own, logn=own.logn or asked.logn)
+    dataclasses.replace(options, scaling=str(asked))  # refuses what the method does not have
     others = (setting for setting in spec.split(":") if not setting.startswith("scaling="))
     scaled = ":".join((*others, f"scaling={asked}"))
-    parse_method(scaled)  # refuses what the method does not have
     return spec if asked == own else scaled

@@ -35,7 +35,7 @@ class Rotary(PositionMethod):
     def __init__(self, options: RotaryOptions, size: ModelSize):
         super().__init__()
         if size.head_dim % 2:
-            raise ValueError(f"head_dim={size.head_dim} with rotary positions: give an even number")
+            raise ValueError(f"head_dim={size.head_dim} with rotary positions: give an even d_model / num_heads")
         self.base = options.base
         self.head_dim = size.head_dim
         self.scaling = parse_scaling(options.scaling, size.train_length)

@@ -11,7 +11,7 @@ positions alone: it leaves frequencies that turn often within L, stretches slow 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -167,7 +167,11 @@ def parse_scaling(text: str, train_length: int | None = None) -> Scaling:
         raise ValueError(
             f"scaling={text!r}: give one of {', '.join(SCALINGS)} (as in linear-fixed=4), and +logn after any of them"
         )
-    return Scaling(name, train_length, read_word(float, number, f"scaling={name}") if equals else None, logn=bool(logn))
+    try:
+        scaling = Scaling(name, 2, read_word(float, number, "factor") if equals else None, logn=bool(logn))
+    except ValueError as error:
+        raise ValueError(f"scaling={text!r}: {error}") from error
+    return replace(scaling, train_length=train_length)
 
 
 def require_tokens(name: str, value: Any, least: int) -> None:

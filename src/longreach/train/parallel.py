@@ -148,7 +148,9 @@ class Ranks:
             ValueError: it does not.
         """
         if not (folder / "folder.toml").exists():
-            raise ValueError(f"output {folder} is not seen on {socket.gethostname()}: give one that all machines see")
+            raise ValueError(
+                f"output={folder}: it is not seen on {socket.gethostname()}, give one that all machines see"
+            )
 
     def mean(self, *values: float) -> tuple[float, ...]:
         """The mean of each value over all ranks."""

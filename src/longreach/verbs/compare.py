@@ -12,6 +12,7 @@ from longreach.folder import begin, hold, this_start
 from longreach.measure.plan import EvaluateConfig
 from longreach.measure.sweep import failures
 from longreach.models.config import ARCHITECTURES, Architecture
+from longreach.reading import respelled
 from longreach.report.page import write_report
 from longreach.results import Model, Results, Start
 from longreach.train.config import RunConfig, TrainConfig
@@ -72,6 +73,15 @@ class CompareConfig:
             raise ValueError(f"seeds={','.join(map(str, self.seeds))}: give each seed once")
         self.runs()  # refuses what does not fit together
 
+    def idle(self) -> dict[str, str]:
+        """Name of a field that nothing heeds beside the others -> why."""
+        fields = self.data.idle() | self.evaluate.idle()
+        if self.shapes:
+            fields |= dict.fromkeys(("num_layers", "d_model"), f"shapes={','.join(self.shapes)} has it for each model")
+        if self.seeds and self.data.split_seed is not None:
+            fields["seed"] = f"seeds={','.join(map(str, self.seeds))} and split_seed={self.data.split_seed} are given"
+        return fields
+
     @property
     def lengths(self) -> tuple[int, ...]:
         """The training lengths."""
@@ -100,13 +110,20 @@ class CompareConfig:
                 f"train_lengths={train_length}: it does not divide the {batch_tokens} tokens of a batch of batch_size="
                 f"{self.train.batch_size} sequences of train_length={self.train.train_length}; change one of them"
             )
-        return RunConfig(
-            method=method,
-            longest_length=self.longest_length,
-            data=replace(self.data, split_seed=self.data.seed_of_split(self.train.seed)),
-            model=model,
-            train=replace(self.train, train_length=train_length, batch_size=batch_tokens // train_length, seed=seed),
-        )
+        try:
+            return RunConfig(
+                method=method,
+                longest_length=self.longest_length,
+                data=replace(self.data, split_seed=self.data.seed_of_split(self.train.seed)),
+                model=model,
+                train=replace(
+                    self.train, train_length=train_length, batch_size=batch_tokens // train_length, seed=seed
+                ),
+            )
+        except ValueError as error:  # of one of those that were given together
+            together = {"method": "methods", "seed": "seeds" if self.seeds else "seed"}
+            together["train_length"] = "train_lengths" if self.train_lengths else "train_length"
+            raise ValueError(respelled(str(error), together)) from error
 
     def identity(self, run: RunConfig) -> Model:
         """Which model a run is among the others: with its shape where there are several."""

@@ -14,7 +14,7 @@ from longreach.data.corpora import Corpus, open_corpus
 from longreach.data.prepare import naming
 from longreach.data.tokenizer import Tokenizer
 from longreach.measure.bootstrap import Units, intervals, units
-from longreach.measure.plan import EvaluateConfig
+from longreach.measure.plan import MOST, EvaluateConfig
 from longreach.measure.score import score
 from longreach.measure.subject import Subject
 from longreach.measure.transformers import HuggingFaceModel
@@ -69,14 +69,16 @@ class DoctorConfig:
 
     def __post_init__(self) -> None:
         for length in self.valid_lengths:
-            if length < 2:
-                raise ValueError(f"valid_lengths has {length}: give lengths of at least 2 tokens")
+            if not 2 <= length <= MOST["valid_lengths"]:
+                raise ValueError(
+                    f"valid_lengths has {length}: give lengths of 2 tokens at least and {MOST['valid_lengths']} at most"
+                )
         if self.text is None:
             for name, default in (("text_field", None), ("skip_bad", False)):
                 if getattr(self, name) != default:
                     raise ValueError(f"{name}={getattr(self, name)}: it is for text; give that too, or leave it out")
-        if not self.max_memory > 0:
-            raise ValueError(f"max_memory={self.max_memory}: give a positive number of GiB")
+        if not 0 < self.max_memory <= 2**30:
+            raise ValueError(f"max_memory={self.max_memory:g}: give a positive number of GiB, at most {2**30}")
 
     def corpus(self) -> Corpus:
         """The text, of which one is given."""

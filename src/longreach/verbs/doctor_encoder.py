@@ -23,7 +23,7 @@ from longreach.pretrained.diagnosis import BLOCK, HeadReach, Progress
 from longreach.report.grid import format_memory, format_percent
 from longreach.train.loop import resolve_device
 from longreach.verbs.doctor import SEED, DoctorConfig, reach_grid, show
-from longreach.verbs.embed import BYTES_PER_TOKEN
+from longreach.verbs.embed import BYTES_PER_TOKEN, check_length_is_heeded
 
 
 @dataclass(frozen=True)
@@ -74,12 +74,21 @@ def examine(config: DoctorConfig, progress: Progress = lambda stage, done, total
     Raises:
         ValueError: its files are not whole, or the text is shorter than the longest length.
     """
+    for name, default in (("max_memory", DoctorConfig.max_memory), ("trust_remote_code", False)):
+        if (value := getattr(config, name)) != default:
+            raise ValueError(
+                f"{name}={value}: it is for decoders, whose own code is run, not for encoders; leave it out"
+            )
+    if len(config.valid_lengths) > 1:
+        lengths = ",".join(map(str, config.valid_lengths))
+        raise ValueError(f"valid_lengths={lengths}: an encoder is examined at one length; give the longest alone")
     dtype = None if config.dtype == "auto" else getattr(torch, config.dtype, None)
     if config.dtype != "auto" and not isinstance(dtype, torch.dtype):
         raise ValueError(f"dtype={config.dtype!r}: give auto, float32, bfloat16 or another dtype of torch")
     device = resolve_device(config.device)
     progress("loading", 0, None)
     model = load_encoder(config.model, train_length=config.train_length, dtype=dtype, device=device)
+    check_length_is_heeded(config.train_length, model.sizes.scaling)
     sizes = model.sizes
     longest = max(config.valid_lengths or (sizes.max_position_embeddings,))
     with naming("text"):

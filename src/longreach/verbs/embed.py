@@ -13,10 +13,13 @@ import numpy as np
 import torch
 
 from longreach.data.corpora import Corpus, first_pieces, open_corpus
+from longreach.data.prepare import naming
 from longreach.encoders.encode import texts_of
 from longreach.encoders.load import load_encoder
+from longreach.encoders.texts import Texts
 from longreach.files import digest, digest_of, replacing, sync
 from longreach.folder import begin, hold
+from longreach.positions.scaling import Scaling, parse_scaling
 from longreach.terminal import TerminalProgress
 from longreach.train.loop import resolve_device
 
@@ -43,7 +46,9 @@ class EmbedConfig:
     """Text: a file, folder or glob of text or .jsonl files (also .gz, .xz, .zst), or hf:NAME[:CONFIG]. Every document
     has a vector, an empty one too, in the order in which they are read."""
     text_field: str = "text"
-    """Field of a .jsonl line, or column of a Hugging Face data set, that holds the text."""
+    """Field of a JSON line, or column of a table or a Hugging Face data set, that holds the text."""
+    skip_bad: bool = False
+    """Leave out files and lines that are no text, instead of refusing them; they are counted and have no vector."""
     max_length: int | None = None
     """Tokens after which a text is cut off; what the model's files say when not given."""
     tokenizer: str | None = None
@@ -60,12 +65,14 @@ class EmbedConfig:
     """Where to run: auto, cpu, cuda or another device of torch."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "max_length"):
+        for name in ("batch_size", "max_length", "train_length"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}: give at least 1")
         if self.dtype != "auto" and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
             raise ValueError(f"dtype={self.dtype!r}: give auto, float32, bfloat16 or another dtype of torch")
+        if self.scaling is not None:
+            parse_scaling(self.scaling, train_length=2).require_slopes()  # any L will do to see that it can be read
 
 
 def embed(config: EmbedConfig, output: Path, progress: TerminalProgress) -> tuple[int, int]:
@@ -79,18 +86,22 @@ def embed(config: EmbedConfig, output: Path, progress: TerminalProgress) -> tupl
             is not what the work was begun with.
         OSError: the output cannot be written.
     """
-    work = output.with_name(output.name + WORK)
     if output.suffix != ".npy":
-        raise ValueError(f"output {output}: give a name that ends in .npy")
+        raise ValueError(f"output={output}: give a name that ends in .npy")
+    work = output.with_name(output.name + WORK)
     if output.exists() and not work.exists():
-        raise ValueError(f"output {output} is there already: give another name, or remove it")
+        raise ValueError(f"output={output}: it is there already, give another name, or remove it")
     device = resolve_device(config.device)
     with hold(work, config):
         model = _load(config, device)
-        texts = texts_of(model)
+        check_length_is_heeded(config.train_length, model.sizes.scaling)
+        texts = _texts(model, config.tokenizer)
         length = config.max_length or texts.max_length or model.sizes.max_position_embeddings
-        corpus = open_corpus(config.data, text_field=config.text_field)
-        count, fingerprint = _survey(corpus, length, progress)
+        with naming("data"):
+            corpus = open_corpus(config.data, text_field=config.text_field, skip_bad=config.skip_bad)
+            count, fingerprint = _survey(corpus, length, progress)
+        if corpus.skipped is not None and corpus.skipped.count:
+            progress(f"left out {corpus.skipped}", 1, 1)
         digests = {
             "text": fingerprint,
             "tokenizer": digest_of(texts.tokenizer.to_str()),
@@ -115,6 +126,23 @@ def _load(config: EmbedConfig, device: torch.device) -> Any:
         dtype=None if config.dtype == "auto" else getattr(torch, config.dtype),
         device=device,
     )
+
+
+def _texts(model: Any, tokenizer: str | None) -> Texts:
+    """How texts become vectors, by a tokenizer that may be another model's."""
+    try:
+        return texts_of(model)
+    except ValueError as error:
+        raise error if tokenizer is None else ValueError(f"tokenizer={tokenizer}: {error}") from error
+
+
+def check_length_is_heeded(train_length: int | None, scaling: Scaling) -> None:
+    """Raise ValueError where L is given and changes nothing."""
+    if train_length is not None and not scaling.depends_on_length:
+        raise ValueError(
+            f"train_length={train_length}: no slopes are scaled by length here; give a scaling that does, such as "
+            "linear, or leave it out"
+        )
 
 
 def _read(corpus: Corpus, length: int) -> Iterator[str]:

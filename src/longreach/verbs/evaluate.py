@@ -14,7 +14,7 @@ from longreach.data.prepare import DataConfig, ValidationData, prepare_validatio
 from longreach.data.tokenizer import Tokenizer, load_tokenizer
 from longreach.files import digest
 from longreach.folder import begin, begun_with, hold, this_start
-from longreach.measure.plan import RETRIEVAL_TASKS, EvaluateConfig
+from longreach.measure.plan import RETRIEVAL_TASKS, TEXT_TASKS, EvaluateConfig
 from longreach.measure.retrieval import read_cases
 from longreach.measure.subject import Subject
 from longreach.measure.summaries import read_meetings
@@ -28,6 +28,7 @@ from longreach.pretrained.extend import extend
 from longreach.pretrained.frequencies import is_rotary
 from longreach.pretrained.lengths import training_length
 from longreach.pretrained.load import adapt, check_scaling, load_configuration, stretch
+from longreach.reading import respelled
 from longreach.report.page import write_report
 from longreach.results import Entry, Model, Provenance, Results, Start, TrainingRecord
 from longreach.results.document import pack_entries, unpack_entries
@@ -41,6 +42,9 @@ from longreach.verbs.start import digest_of_weights
 from longreach.verbs.train import Progress, check_record, num_read, open_run, provenance, read_run, text_of, tracking
 
 _Split = tuple[DataConfig, str, int | None]
+
+_LISTED = {"scaling": "scalings"}
+"""Name of one -> the field that lists them."""
 
 
 @dataclass(frozen=True)
@@ -83,9 +87,9 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         if not self.models:
-            raise ValueError("MODELS is empty: give the folder of a trained run, or a Hugging Face model")
+            raise ValueError("models is empty: give the folder of a trained run, or a Hugging Face model")
         if len(set(self.models)) < len(self.models):
-            raise ValueError(f"MODELS={' '.join(self.models)}: give each model once")
+            raise ValueError(f"models={' '.join(self.models)}: give each model once")
         if self.train_length is not None and self.train_length < 1:
             raise ValueError(f"train_length={self.train_length}: give a positive number of tokens")
         if self.context_parallel < 1:
@@ -106,6 +110,15 @@ class EvaluationConfig:
         for scaling in self.scalings:
             if scaling != "stock":
                 _require_scaling(scaling)
+
+    def idle(self) -> dict[str, str]:
+        """Name of a field that nothing heeds beside the others -> why."""
+        fields = self.evaluate.idle()
+        if not set(self.evaluate.tasks) & set(TEXT_TASKS):
+            fields |= dict.fromkeys(
+                ("data", "text_field", "skip_bad"), f"tasks={','.join(self.evaluate.tasks)} score no text"
+            )
+        return fields
 
 
 @dataclass(frozen=True)
@@ -280,7 +293,7 @@ def _find_run(name: str, config: EvaluationConfig, scaling: str | None) -> _Mode
     try:
         method = run.method if scaling is None else replace(run, method=with_scaling(run.method, scaling)).method
     except ValueError as error:
-        raise ValueError(f"MODELS: {name}: {error}") from None
+        raise ValueError(f"{respelled(str(error), _LISTED)} ({name})") from None
     scaled = method != run.method
     identity = replace(run.identity, method=f"{run.method}:{scaling}") if scaled else run.identity
     tokenizer = str(folder / "tokenizer.json")
@@ -290,7 +303,7 @@ def _find_run(name: str, config: EvaluationConfig, scaling: str | None) -> _Mode
         data=replace(run.data, tokenizer=tokenizer),
         seed=run.train.seed,
         tokenizer=load_tokenizer(tokenizer),
-        device=resolve_device(config.device or run.train.device),
+        device=resolve_device(run.train.device if config.device is None else config.device),
         training=None if scaled else _training(folder, run),
         pretrained=None,
         load=lambda: replace(open_run(folder, config.device, method).subject(), identity=identity),
@@ -307,7 +320,8 @@ def _find_pretrained(name: str, config: EvaluationConfig, scaling: str | None, f
     identity = Model(
         name if scaling is None else f"{name}:{scaling}", train_length, fine_tuned.train.seed if fine_tuned else None
     )
-    device = resolve_device(config.device or (fine_tuned.train.device if fine_tuned else "auto"))
+    trained_on = fine_tuned.train.device if fine_tuned else "auto"
+    device = resolve_device(trained_on if config.device is None else config.device)
     training = _training(Path(name), fine_tuned) if fine_tuned else None
     if training is not None:  # it has another name in results, and may be measured as if trained at another length
         training = replace(training, model=identity) if training.train_length == train_length else None
@@ -349,7 +363,7 @@ def _check_told_apart(models: Sequence[_Model]) -> None:
         same = seen.setdefault(model.identity, model.name)
         if same != model.name:
             raise ValueError(
-                f"MODELS: {same} and {model.name} are both {model.identity}, which a table cannot tell apart: evaluate "
+                f"models: {same} and {model.name} are both {model.identity}, which a table cannot tell apart: evaluate "
                 "them into two folders"
             )
 
@@ -371,14 +385,19 @@ def _read_texts(
     prepared: dict[_Split, ValidationData] = {}
     for model in models:
         if model.split not in prepared:
-            prepared[model.split] = prepare_validation(
-                model.data, model.tokenizer, model.seed, num_read(config.evaluate, longest), progress
-            )
+            try:
+                prepared[model.split] = prepare_validation(
+                    model.data, model.tokenizer, model.seed, num_read(config.evaluate, longest), progress
+                )
+            except ValueError as error:
+                if config.data is None:
+                    raise
+                raise ValueError(respelled(str(error), {"valid_data": "data"})) from error
     first = models[0]
     for model in models:
         if prepared[model.split].valid_hash != prepared[first.split].valid_hash:
             raise ValueError(
-                f"MODELS: {model.name} has not the validation text of the first one: give the text by data"
+                f"models: {model.name} has not the validation text of the first one: give the text by data"
             )
         if config.data is None:
             _check_held_out(Path(model.name), prepared[model.split])
@@ -390,7 +409,7 @@ def _check_held_out(folder: Path, prepared: ValidationData) -> None:
     trained_here = (folder / "config.toml").exists()
     if trained_here and prepared.split_off and begun_with(folder)["text"] != prepared.corpus_hash:
         raise ValueError(
-            f"MODELS: the text of {folder} has changed since that was trained on it, so that it may have seen what is "
+            f"models: the text of {folder} has changed since that was trained on it, so that it may have seen what is "
             "held out now: give the text as it was, or another to test on by --data"
         )
 
@@ -431,7 +450,7 @@ def _check_scaling(name: str, configuration: Any, scaling: Scaling) -> None:
     try:
         check_scaling(configuration, scaling)
     except ValueError as error:
-        raise ValueError(f"MODELS: {name}: {error}") from None
+        raise ValueError(f"{respelled(str(error), _LISTED)} ({name})") from None
 
 
 def _require_scaling(text: str) -> Scaling:
@@ -439,7 +458,7 @@ def _require_scaling(text: str) -> Scaling:
     try:
         return parse_scaling(text, train_length=2)
     except ValueError as error:
-        raise ValueError(f"{error}; or stock") from None
+        raise ValueError(f"{respelled(str(error), _LISTED)}; or stock") from None
 
 
 def read_material(config: EvaluateConfig, text: Text | None) -> Material:

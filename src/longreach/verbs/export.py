@@ -39,7 +39,7 @@ def export(config: ExportConfig) -> None:
     """
     run = open_run(config.run, "cpu")
     train_length = run.model.config.train_length
-    results = _of_comparison(config.run) if config.results is None else Results.read(config.results)
+    results = _of_comparison(config.run) if config.results is None else _read(config.results)
     export_mpt(
         run.model,
         config.output,
@@ -47,6 +47,14 @@ def export(config: ExportConfig) -> None:
         tokenizer=config.run,
         card_table=None if results is None else _card_table(results, run.config.identity),
     )
+
+
+def _read(path: Path) -> Results:
+    """The results that were asked for."""
+    try:
+        return Results.read(path)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"results={path}: {error}") from error
 
 
 def _of_comparison(run: Path) -> Results | None:

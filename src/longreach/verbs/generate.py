@@ -8,9 +8,13 @@ from typing import Any
 
 from longreach.data.tokenizer import StreamingDecoder, Tokenizer
 from longreach.measure.generation import stream_tokens
-from longreach.measure.transformers import StateLength
+from longreach.measure.subject import Subject
+from longreach.measure.transformers import HuggingFaceModel, StateLength
 from longreach.models.generate import sampler, stream
+from longreach.positions.scaling import parse_scaling
+from longreach.pretrained.attend import find_extension
 from longreach.pretrained.families import find_layout
+from longreach.pretrained.lengths import declared_length
 from longreach.pretrained.load import adapt, stretch
 from longreach.train.loop import resolve_device
 from longreach.verbs.doctor_encoder import is_encoder
@@ -51,6 +55,12 @@ class GenerateConfig:
             raise ValueError(f"seed={self.seed}: give at least 0")
         if self.prompt == "":
             raise ValueError("prompt is empty: give text, or leave it out to start a document")
+        for name in ("max_new_tokens", "train_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}: give at least 1")
+        if self.scaling is not None:
+            parse_scaling(self.scaling, train_length=2)  # any L will do to see that it can be read
 
 
 def generate(config: GenerateConfig) -> Iterator[str]:
@@ -91,16 +101,32 @@ def _of_pretrained(config: GenerateConfig) -> tuple[Tokenizer, Iterator[int]]:
         raise ValueError(f"model {config.model!r} is an encoder: longreach embed is for it; give a decoder")
     fine_tuned = fine_tuning(config.model)
     train_length = config.train_length or (fine_tuned.train.train_length if fine_tuned else None)
-    device = resolve_device(config.device or (fine_tuned.train.device if fine_tuned else "auto"))
+    default = fine_tuned.train.device if fine_tuned else "auto"
+    device = resolve_device(default if config.device is None else config.device)
     choose = sampler(device, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=config.seed)
     subject = load_subject(
         config.model,
         device=device,
-        dtype=config.dtype or "auto",
+        dtype="auto" if config.dtype is None else config.dtype,
         train_length=train_length,
         adapt=partial(_extended, config.scaling, train_length),
     )
+    if config.train_length is not None:
+        _check_length_is_heeded(config.train_length, config.scaling, subject)
     return subject.tokenizer, stream_tokens(subject, _ids(subject.tokenizer, config), config.max_new_tokens, choose)
+
+
+def _check_length_is_heeded(train_length: int, scaling: str | None, subject: Subject) -> None:
+    """Raise ValueError where L is given, is told by the configuration, and nothing is scaled by it."""
+    assert isinstance(subject.model, HuggingFaceModel)  # load_subject makes no other
+    extension = find_extension(subject.model.model)
+    told = declared_length(subject.model.model.config.get_text_config())
+    asked = parse_scaling(scaling, 2) if scaling else extension and extension.scaling
+    if told is not None and not (asked and (asked.depends_on_length or asked.kind == "yarn")):
+        raise ValueError(
+            f"train_length={train_length}: nothing is scaled by it here, and its configuration says {told}; give a "
+            "scaling that is, such as linear, or leave it out"
+        )
 
 
 def _extended(scaling: str | None, train_length: int | None, model: Any) -> StateLength | None:
@@ -112,8 +138,11 @@ def _extended(scaling: str | None, train_length: int | None, model: Any) -> Stat
             find_layout(model)
         except ValueError:  # no ALiBi
             return None
-        scaling = "none"
-    return stretch(model, scaling, train_length)
+        return stretch(model, "none", train_length)
+    try:
+        return stretch(model, scaling, train_length)
+    except ValueError as error:
+        raise ValueError(f"scaling={scaling}: {error}") from error
 
 
 def _ids(tokenizer: Tokenizer, config: GenerateConfig) -> list[int]:

@@ -26,11 +26,11 @@ class ReportConfig:
 
     def __post_init__(self) -> None:
         if not self.folders:
-            raise ValueError("FOLDERS is empty: give a folder that holds results.json")
+            raise ValueError("folders is empty: give a folder that holds results.json")
         if len(set(self.folders)) < len(self.folders):
-            raise ValueError(f"FOLDERS={' '.join(map(str, self.folders))}: give each once")
+            raise ValueError(f"folders={' '.join(map(str, self.folders))}: give each once")
         if len(self.folders) > 1 and self.output is None:
-            raise ValueError(f"{len(self.folders)} FOLDERS without output: give the folder for their page")
+            raise ValueError(f"output is missing with {len(self.folders)} folders: give the folder for their page")
 
 
 def report(config: ReportConfig, progress: Progress) -> Path:

@@ -39,6 +39,7 @@ from longreach.results import Model
 from longreach.train.config import RunConfig, TrainConfig
 from longreach.train.flops import count_matrices, training_flops
 from longreach.train.loop import Trainee, decoder_trainee
+from longreach.verbs.open import names_pretrained
 
 RATE_OF_RUNS = 1e-3
 """Peak learning rate for weights of a run of our own, unless another is given: new weights take a larger one."""
@@ -48,6 +49,15 @@ RATE_OF_PRETRAINED = 1e-4
 
 SAMPLE_TOKENS, SAMPLE_TEMPERATURE = 100, 0.8
 """Of the texts that `sample_every` asks for: their longest length, and what logits are divided by."""
+
+
+def idle(config: RunConfig) -> dict[str, str]:
+    """Name of a field of a run that nothing heeds beside the others -> why."""
+    if config.start_from is None or not names_pretrained(config.start_from):
+        return config.data.idle()
+    shape = [field.name for field in fields(Architecture)]
+    reason = f"start_from={config.start_from} has a shape of its own"
+    return config.data.idle() | dict.fromkeys([*shape, "longest_length"], reason)
 
 
 def starting_config(source: str) -> RunConfig:
@@ -84,13 +94,13 @@ def _start(source: str) -> tuple[RunConfig, Any]:
                 train_length=before.train.train_length, seed=before.train.seed, learning_rate=RATE_OF_RUNS
             ),
         )
-        return continued, load_configuration(source) if holds_pretrained(folder) else None
+        return continued, _configuration(source) if holds_pretrained(folder) else None
     if folder.is_dir() and ((folder / "config.toml").exists() or not holds_pretrained(folder)):
         raise ValueError(
             f"start_from={source!r} holds no finished run: give the folder of one, as train writes it and compare "
             "does for each method, or a Hugging Face model"
         )
-    pretrained = load_configuration(source)
+    pretrained = _configuration(source)
     trainable = {name: family for name, family in FAMILIES.items() if family.kind != "remote"}
     if pretrained.model_type not in trainable:
         raise ValueError(
@@ -108,6 +118,14 @@ def _start(source: str) -> tuple[RunConfig, Any]:
         train=TrainConfig(train_length=length, learning_rate=RATE_OF_PRETRAINED),
     )
     return config, pretrained
+
+
+def _configuration(source: str) -> Any:
+    """That of the Hugging Face model that is started from."""
+    try:
+        return load_configuration(source)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"start_from={source!r}: {error}") from error
 
 
 def check_start(config: RunConfig) -> Any:

@@ -154,7 +154,7 @@ def _check_steps(folder: Path, before: TrainConfig, now: TrainConfig) -> None:
     """
     if now.steps == before.steps:
         return
-    asked = f"steps={now.steps}: output {folder} was begun with steps={before.steps}"
+    asked = f"steps={now.steps}: output={folder} was begun with steps={before.steps}"
     if now.steps < before.steps:
         raise ValueError(f"{asked}: give as many, or a new folder")
     finished = (folder / "training.json").exists()
@@ -216,7 +216,7 @@ def open_run(folder: Path, device: str | None = None, method: str | None = None)
             folders below it, or a Hugging Face model.
     """
     config = read_run(folder)
-    resolved = resolve_device(device or config.train.device)
+    resolved = resolve_device(config.train.device if device is None else device)
     model, tokenizer = load_model(folder, resolved, method), load_tokenizer(folder / "tokenizer.json")
     if tokenizer.vocab_size != model.config.vocab_size:
         raise ValueError(
