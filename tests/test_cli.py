@@ -148,6 +148,7 @@ def test_version_is_the_package_s(capsys):
             ["train", "--output", "x", "--config-file", "nowhere.toml"],
             ["--config-file='nowhere.toml': nowhere.toml: no"],
         ),
+        (["compare", "--output", "x", "--seeds", ",".join(map(str, range(400)))], ["--methods: with", "1,200 models"]),
         (["train", "--output", ""], ["--output='': give a path"]),
         (["evaluate", "nowhere", "--train-length", "0"], ["longreach evaluate: --train-length=0"]),
         (["doctor", "nowhere", "--lengths", "1"], ["longreach doctor: --lengths has 1"]),

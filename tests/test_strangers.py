@@ -247,6 +247,29 @@ def test_a_tokenizer_that_no_text_can_be_read_with(capfd, run, corpus, change):
     assert "tokenizer" in refused(capfd, *measured(run, corpus))
 
 
+def replacing(pattern, content):
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+TWICE = {"type": "Sequence", "normalizers": [replacing({"String": "e"}, "ee")] * 5}
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"normalizer": {"type": "Sequence", "normalizers": [TWICE] * 5}},
+        {"normalizer": replacing({"String": "e"}, "e" * 10_000)},
+        {"normalizer": replacing({"Regex": ""}, "e" * 10_000)},
+        {"decoder": {"type": "Sequence", "decoders": [replacing({"String": "e"}, "ee")] * 25}},
+        {"decoder": replacing({"String": "e"}, "e" * 10_000)},
+    ],
+)
+def test_a_tokenizer_that_blows_texts_up(capfd, run, part):
+    tokenizer_with(**part)(run / "tokenizer.json")
+    line = refused(capfd, "generate", run, "--prompt", "e")
+    assert f"its {next(iter(part))} may make texts over 4096 times as long" in line
+
+
 def test_a_pattern_at_which_a_tokenizer_panics(capfd, run):
     pattern = {"type": "Split", "pattern": {"Regex": "(a+)+$|(a|aa)+b"}, "behavior": "Isolated", "invert": False}
     tokenizer_with(pre_tokenizer=pattern)(run / "tokenizer.json")

@@ -114,6 +114,9 @@ def test_what_is_no_text_is_refused_by_what_it_is(tmp_path, told, name):
         "{curly} prose is prose\n",
         "import os, sys\nimport re, csv\n\nx = 1\n",
         "Dear all,\nwe meet, as ever, at noon.\nYours,\n",
+        "Dear John, hello\nI am well, thanks\nSee you, bye\n",
+        "Hello, world\nGood night, moon\nand, so on\nto, the end\n",
+        "one, two, three\nfour, five, six\nseven, eight, nine\n",
         "<unk> is a token of WikiText\n = Title = \n",
         "a\tb\n",
         "",
@@ -121,6 +124,20 @@ def test_what_is_no_text_is_refused_by_what_it_is(tmp_path, told, name):
 )
 def test_prose_and_source_are_text(text):
     assert kind_of(text.encode(), "a.txt", "text") == "text"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "id,body\n1,hello there\n2,more\n",
+        "id, body\n1, hello\n2, there\n",
+        'a,b\n"x, y",z\n"u",v\n',
+        "a\tb\nc\td\ne\tf\n",
+        "text, url\none, x\n",
+    ],
+)
+def test_a_table_is_one_with_blanks_after_its_commas_too(text):
+    assert kind_of(text.encode(), "a.txt", "text") == "table"
 
 
 @pytest.mark.parametrize("source", ["hf:", "hf::", "hf: ", "hf:name:", "hf::config", "hf:a:b:c"])

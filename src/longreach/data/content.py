@@ -51,6 +51,7 @@ _UNICODE = (b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")
 _MARKUP = re.compile(r"<(\?xml|!doctype|html|head|body|rss|svg|feed)\b", re.IGNORECASE)
 _OBJECT = re.compile(r'\{\s*("(?:[^"\\\n]|\\.)*"\s*:|\}\s*$)')
 _LIST = re.compile(r'\[\s*(\{\s*"|\[|"(?:[^"\\\n]|\\.)*"\s*[,\]]|-?\d+(\.\d+)?\s*,|\]\s*$)')
+_NUMBER = re.compile(r"\s*[-+]?[\d.]+\s*")
 _COLUMN = re.compile(r"[^\W\d][\w -]{0,30}")
 
 
@@ -109,7 +110,10 @@ def _is_object(line: str) -> bool:
 
 
 def _is_table(text: str, text_field: str) -> bool:
-    """Whether all rows have as many cells, two or more, below a row of names."""
+    """Whether all rows have as many cells, two or more, below a row of names.
+
+    A blank after every comma, and no column of numbers, is prose whose lines have as many commas each.
+    """
     if "\n" not in text:
         return False
     whole, _, _ = text.rpartition("\n")
@@ -120,4 +124,10 @@ def _is_table(text: str, text_field: str) -> bool:
     header = [cell.strip() for cell in rows[0]]
     if len(header) < 2 or not all(_COLUMN.fullmatch(cell) for cell in header):
         return False
-    return text_field in header or (len(rows) > 2 and all(len(row) == len(header) for row in rows if row))
+    if text_field in header:
+        return True
+    below = [row for row in rows[1:] if row]
+    if len(below) < 2 or any(len(row) != len(header) for row in below):
+        return False
+    spaced = all(cell.startswith(" ") for row in rows for cell in row[1:])
+    return not spaced or any(all(map(_NUMBER.fullmatch, column)) for column in zip(*below, strict=True))

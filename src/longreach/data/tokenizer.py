@@ -3,8 +3,10 @@
 import contextlib
 import functools
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -19,6 +21,8 @@ END_OF_TEXT = "<|endoftext|>"
 KNOWN_EOS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]")
 BYTE_CHARS = frozenset(pre_tokenizers.ByteLevel.alphabet())
 MIN_VOCAB_SIZE = len(BYTE_CHARS) + 1
+MAX_GROWTH = 1 << 12
+"""How many times as long as it is a tokenizer may make a text, which comes in pieces of 64 thousand characters."""
 MAX_VOCAB_SIZE = 1 << 24
 """The most tokens that are taken for a vocabulary, and not for one large id among few tokens."""
 
@@ -43,6 +47,10 @@ class Tokenizer:
         eos_id = backend.token_to_id(eos_token)
         if eos_id is None:
             raise ValueError(f"eos_token={eos_token!r} is not in the vocabulary; name a token that is")
+        for name in ("normalizer", "decoder"):
+            part = getattr(backend, name)
+            if part is not None and _growth(json.loads(part.__getstate__())) > MAX_GROWTH:
+                raise ValueError(f"its {name} may make texts over {MAX_GROWTH} times as long: mend it")
         backend.no_truncation()
         backend.no_padding()
         backend.add_special_tokens([AddedToken(eos_token, special=True, normalized=False)])
@@ -138,6 +146,17 @@ class Tokenizer:
         for index, added in self._backend.get_added_tokens_decoder().items():
             counts[index] = 0 if added.special else len(added.content.encode())
         return counts
+
+
+def _growth(part: dict[str, Any]) -> float:
+    """At most how many times as long replacements in a normalizer or a decoder make a text."""
+    if inner := part.get("normalizers") or part.get("decoders"):
+        return math.prod(map(_growth, inner))
+    if part.get("type") != "Replace":
+        return 1.0
+    replaced = part["pattern"].get("String")  # a regular expression may replace nothing at all
+    content = len(part["content"])
+    return 1.0 + content if not replaced else max(1.0, content / len(replaced))
 
 
 class StreamingDecoder:

@@ -1,6 +1,7 @@
 """The main job: train position methods side by side on identical batches, test each at many lengths, report."""
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -30,6 +31,9 @@ from longreach.verbs.train import (
     train_run,
     training_batches,
 )
+
+MOST_RUNS = 1000
+"""How many models one comparison may have: each is trained, and has a place in tables and figures."""
 
 FAILURES = (FloatingPointError, MemoryError, RuntimeError, ValueError)
 """What ends one model and not the comparison. A disk that is full would end the others too."""
@@ -71,6 +75,11 @@ class CompareConfig:
             raise ValueError(f"shapes={','.join(self.shapes)}: give each shape once")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds={','.join(map(str, self.seeds))}: give each seed once")
+        lists = (self.methods, self.lengths, self.shapes or ("",), self.seeds or (0,))
+        if (count := math.prod(map(len, lists))) > MOST_RUNS:
+            raise ValueError(
+                f"methods: with train_lengths, shapes and seeds they make {count:,} models, give at most {MOST_RUNS:,}"
+            )
         self.runs()  # refuses what does not fit together
 
     def idle(self) -> dict[str, str]:

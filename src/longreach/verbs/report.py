@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from longreach.verbs.train import Progress  # which would load torch
 
 
+MOST_MODELS = 1000
+"""How many models one page may show: as many as one comparison may have."""
+
+
 @dataclass(frozen=True)
 class ReportConfig:
     """What is to be reported."""
@@ -41,5 +45,7 @@ def report(config: ReportConfig, progress: Progress) -> Path:
         ValueError: results are damaged, or do not compare.
     """
     results = merge({str(folder): Results.read(folder / "results.json") for folder in config.folders})
+    if (count := len(results.models())) > MOST_MODELS:
+        raise ValueError(f"folders: they hold {count:,} models, a page has room for {MOST_MODELS:,}; give fewer")
     output = config.folders[0] if config.output is None else config.output
     return write_report(results, output, partial(progress, "drawing the report"))
