@@ -84,7 +84,7 @@ def free(kind):
 
 def test_what_may_differ_is_this_alone():
     assert set(free(RunConfig)) == {
-        *("cache", "streaming", "device", "parallel", "compile", "recompute"),
+        *("cache", "device", "parallel", "compile", "recompute"),
         *("checkpoint_every", "keep_checkpoints", "async_checkpoint", "validate_every", "sample_every"),
         *("on_full_disk", "track", "peak_flops", "context_parallel"),
     }

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import threading
 import warnings
 from collections.abc import Iterator
 
@@ -35,13 +36,17 @@ def first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def in_silence(*loggers: str) -> Iterator[None]:
-    """Keep warnings, and what these loggers of libraries have to say, off standard error."""
+    """Keep warnings, and what these loggers of libraries have to say, off standard error.
+
+    Warnings only in the main thread, for what is done about them is done to all.
+    """
     levels = {name: logging.getLogger(name).level for name in loggers}
     try:
         for name in loggers:
             logging.getLogger(name).setLevel(logging.CRITICAL + 1)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings() if _is_main_thread() else contextlib.nullcontext():
+            if _is_main_thread():
+                warnings.simplefilter("ignore")
             yield
     finally:
         for name, level in levels.items():
@@ -50,7 +55,13 @@ def in_silence(*loggers: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def in_native_silence() -> Iterator[None]:
-    """Keep what is written past Python, as the report of a panic is, off standard error. Of the whole process."""
+    """Keep what is written past Python, as the report of a panic is, off standard error, in the main thread.
+
+    It is that of the whole process: a thread would take it from what the main one has to say.
+    """
+    if not _is_main_thread():
+        yield
+        return
     kept = os.dup(NATIVE_ERRORS)
     try:
         with open(os.devnull, "wb") as nowhere:
@@ -59,3 +70,7 @@ def in_native_silence() -> Iterator[None]:
     finally:
         os.dup2(kept, NATIVE_ERRORS)
         os.close(kept)
+
+
+def _is_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()

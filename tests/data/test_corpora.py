@@ -289,7 +289,10 @@ def test_hugging_face_data_sets(tmp_path):
     (tmp_path / "no-train" / "test.jsonl").write_text('{"body": "x"}\n')
     # In a process of its own, whose environment keeps it off the network and the user's cache.
     script = f"""
+        import os
+        from itertools import islice
         from longreach.data.corpora import open_corpus
+        from longreach.data.stream import open_stream
 
         def texts(corpus):
             return ["".join(document.pieces) for document in corpus]
@@ -300,10 +303,16 @@ def test_hugging_face_data_sets(tmp_path):
             except ValueError as error:
                 return str(error)
 
-        for streaming in (False, True):
-            corpus = open_corpus("hf:{folder}", text_field="body", streaming=streaming)
-            assert texts(corpus) == texts(corpus) == ["one", "two"], texts(corpus)
-            assert texts(corpus.validation) == ["three"]
+        corpus = open_corpus("hf:{folder}", text_field="body")
+        assert texts(corpus) == texts(corpus) == ["one", "two"], texts(corpus)
+        assert texts(corpus.validation) == ["three"]
+        stream = open_stream("hf:{folder}", "body", 10)
+        assert [text for text, _ in islice(stream.texts(), 5)] == ["one", "two", "one", "two", "one"]
+        assert texts(stream.validation) == ["three"]
+        assert open_stream("hf:{folder}", "body", 10).fingerprint == stream.fingerprint
+        assert open_stream("hf:{folder}", "text", 10).fingerprint != stream.fingerprint
+        os.utime("{folder}/train.jsonl", (1, 1))
+        assert open_stream("hf:{folder}", "body", 10).fingerprint != stream.fingerprint
         assert "row 0 has no text_field='text'; its columns are 'body'" in message("hf:{folder}")
         assert "has no split 'train', only test; name" in message("hf:{tmp_path}/no-train")
         for missing in ("hf:{folder}:no-such-config", "hf:no/such-data-set"):
@@ -311,6 +320,7 @@ def test_hugging_face_data_sets(tmp_path):
             assert "\\n" not in message(missing)
     """
     environment = {"HOME": str(tmp_path), "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PATH": ""}
+    environment["PYTHONPATH"] = os.environ.get("PYTHONPATH", "")
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script)], env=environment, capture_output=True, text=True
     )

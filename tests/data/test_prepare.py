@@ -4,12 +4,14 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import datasets
 import numpy as np
 import pytest
 
 from longreach.data import prepare as prepare_module
 from longreach.data.corpora import Corpus, Document
 from longreach.data.prepare import DataConfig, prepare, prepare_validation
+from longreach.data.stream import TextStream
 from longreach.data.tokenizer import Tokenizer, train_tokenizer
 from longreach.data.tokens import TokenStream
 
@@ -187,7 +189,7 @@ def test_a_validation_split_that_comes_with_the_data_is_used_unless_another_is_g
     sources = {"hf:set": corpus("hf:set", "one", validation=corpus("split", "two")), "mine": corpus("mine", "three")}
     monkeypatch.setattr(prepare_module, "open_corpus", lambda source, **_: sources[source])
     for valid_data, expected in ((None, ["two"]), ("mine", ["three"])):
-        data = prepare(config_of("hf:set", tmp_path, valid_data=valid_data, streaming=True), seed=0)
+        data = prepare(config_of("hf:set", tmp_path, valid_data=valid_data), seed=0)
         assert documents(data.train, data.tokenizer) == ["one"]
         assert documents(data.valid, data.tokenizer) == expected
 
@@ -307,6 +309,8 @@ def test_cache_folder_follows_the_xdg_rules(monkeypatch, tmp_path):
         ({"valid_fraction": 1}, "valid_fraction=1; give"),
         ({"valid_fraction": float("nan")}, "valid_fraction=nan; give"),
         ({"streaming": True, "data": "text.txt"}, "streaming=True is for Hugging Face data sets; give data=hf:NAME"),
+        ({"streaming": True, "data": "hf:a", "skip_bad": True}, "skip_bad=True: of a stream it is not known before"),
+        ({"shuffle_buffer": 0}, "shuffle_buffer=0; give at least 1"),
     ],
 )
 def test_contradictory_configurations_are_refused(options, message):
@@ -388,3 +392,50 @@ def test_importing_it_loads_nothing_heavy():
         "import sys, longreach.data.prepare; print(*sorted({'torch', 'datasets', 'transformers'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, check=True).stdout.strip() == b""
+
+
+@pytest.fixture
+def stream(monkeypatch):
+    """A stream of 30 documents, with or without a validation split."""
+
+    def make(validation=None):
+        rows = datasets.Dataset.from_list([{"text": f"{word(index)} and more"} for index in range(30)])
+        text = TextStream("hf:set", "its files", rows.to_iterable_dataset, "text", 10, validation)
+        monkeypatch.setattr(prepare_module, "open_stream", lambda *_: text)
+        return text
+
+    return make
+
+
+def test_of_a_stream_the_beginning_makes_the_tokenizer_and_the_validation_text_alone_is_tokenized(
+    stream, tmp_path, monkeypatch, learned_from, tokenized
+):
+    valid = Corpus("hf:set (validation)", lambda: iter([Document("0", iter(["what is held out"]))]))
+    text = stream(valid)
+    monkeypatch.setattr(prepare_module, "TOKENIZER_TRAINING_BYTES", 80)
+    config = config_of("hf:set", tmp_path, streaming=True)
+    data = prepare(config, seed=0)
+    assert learned_from == [f"{word(index)} and more" for index in range(5)]
+    assert tokenized == ["what is held out"]
+    assert data.train is text
+    assert documents(data.valid, data.tokenizer) == ["what is held out"]
+    assert (data.corpus_name, data.split_off, data.split_seed) == ("hf:set (streamed)", False, None)
+    learned_from.clear()
+    monkeypatch.setattr(prepare_module, "TOKENIZER_TRAINING_BYTES", 10**6)
+    prepare(config, seed=0)
+    assert learned_from == [f"{word(index)} and more" for index in range(30)]  # once
+    monkeypatch.setattr(prepare_module, "TOKENIZER_TRAINING_BYTES", 80)
+    learned_from.clear()
+    again = prepare(config, seed=1)
+    assert learned_from == []
+    assert (again.digests, again.valid_hash) == (data.digests, data.valid_hash)
+    monkeypatch.setattr(prepare_module, "open_stream", lambda *_: replace(text, fingerprint="others"))
+    assert prepare(config, seed=0).corpus_hash != data.corpus_hash
+    alone = prepare_validation(config, data.tokenizer, 0, 3)
+    assert everything(alone.valid) == everything(data.valid)
+
+
+def test_a_stream_without_validation_text_says_what_to_give(stream, tmp_path):
+    stream()
+    with pytest.raises(ValueError, match=r"^data='hf:set' has no split 'validation', .* streamed; give valid_data$"):
+        prepare(config_of("hf:set", tmp_path, streaming=True), seed=0)

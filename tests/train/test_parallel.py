@@ -79,6 +79,31 @@ def test_packed_documents_and_a_curriculum_are_shared(small, tmp_path, parallel)
         assert one == pytest.approx(other, rel=1e-5)
 
 
+def test_a_stream_goes_on_in_its_midst_however_many_processes_there_are(small, corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    folder = tmp_path / "set"
+    folder.mkdir()
+    texts = [path.read_text() for path in sorted(corpus.iterdir())]
+    for name, part in {"train-0": texts[:5], "train-1": texts[5:9], "validation": texts[9:]}.items():
+        rows = (json.dumps({"text": text}) for text in part)
+        (folder / f"{name}.jsonl").write_text("".join(f"{row}\n" for row in rows))
+    words = [*small, "--data", f"hf:{folder}", "--streaming", "--shuffle-buffer", "2", "--steps", "40"]
+    main(["train", "--output", str(tmp_path / "alone"), *words])
+    words = ["train", "--output", str(tmp_path / "run"), *words]
+    interrupted = launch(words, tmp_path / "logs")
+    until(lambda: len(metrics(tmp_path / "run")) > 12, interrupted)
+    for rank in interrupted:
+        rank.kill(signal.SIGKILL)
+        rank.wait()
+    assert (tmp_path / "run" / "checkpoint.pt").exists()
+    main(words)
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
+    os.utime(folder / "train-0.jsonl", (1, 1))
+    with pytest.raises(SystemExit, match="2"):
+        main(words)
+    assert "was begun with another text: give a new folder" in capsys.readouterr().err
+
+
 def test_positions_are_shifted_alike(small, tmp_path):
     words = [*small, "--method", "sinusoidal-shifted", "--steps", "3", "--warmup-steps", "1"]
     main(["train", "--output", str(tmp_path / "alone"), *words])

@@ -2,6 +2,7 @@
 
 import functools
 from abc import ABC, abstractmethod
+from typing import Any
 
 import numpy as np
 
@@ -15,12 +16,26 @@ class BatchSource(ABC):
     """What is to be said of them when training begins."""
     steps_per_epoch: float | None = None
     """How many steps see all text once; None where that is not known."""
-    cut_documents: int | None = None
-    """How many documents were longer than a sequence and are cut into pieces, where documents are packed."""
+
+    @property
+    def cut_documents(self) -> int | None:
+        """How many documents were longer than a sequence and are cut into pieces, where documents are packed."""
+        return None
 
     @abstractmethod
     def rows(self, step: int, rows: range) -> Sequences:
         """The sequences in these places of the batch of training step `step` >= 0."""
+
+    def state(self, step: int) -> dict[str, Any]:
+        """What a checkpoint must hold to go on with step `step`, the next, in plain values."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:  # noqa: B027  # most need nothing
+        """Go on from what `state` gave, before any rows are read.
+
+        Raises:
+            ValueError: it is the state of something else.
+        """
 
 
 class Batches(BatchSource):
@@ -36,12 +51,17 @@ class Batches(BatchSource):
     """
 
     def __init__(self, text: Blocks | PackedDocuments, batch_size: int, seed: int) -> None:
-        self.description, self.cut_documents = text.description, text.cut_documents
+        self.description = text.description
         self.steps_per_epoch = len(text) / batch_size
         self._text = text
         self._batch_size = batch_size
         self._seed = seed
         self._order = functools.lru_cache(maxsize=2)(self._draw_order)  # two: a batch may span two epochs
+
+    @property
+    def cut_documents(self) -> int | None:
+        """As `BatchSource` has it."""
+        return self._text.cut_documents
 
     def rows(self, step: int, rows: range) -> Sequences:
         """The sequences in these places of the batch of training step `step` >= 0."""

@@ -1,17 +1,14 @@
 """Text in: the documents of a corpus, each as pieces of bounded size, whatever they are stored in."""
 
-import codecs
 import csv
-import glob
 import hashlib
 import itertools
 import json
-import os
 import platform
 import sys
 import sysconfig
 from array import array
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -20,8 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from longreach.data.content import HEAD_BYTES, BadText, dialect_of, foreign, kind_of
+from longreach.data.content import BadText, dialect_of, kind_of
+from longreach.data.found import find_files, head_of, walk
 from longreach.data.unpack import decoded, lines_of, unpacked_blocks
+from longreach.files import digest_of
 
 PIECE_CHARS = 1 << 16
 NAMED = 3  # of what is left out
@@ -106,9 +105,7 @@ class Scan:
     """UTF-8 bytes of each document, int64 [documents]."""
 
 
-def open_corpus(
-    source: str | None, *, text_field: str = "text", streaming: bool = False, skip_bad: bool = False
-) -> Corpus:
+def open_corpus(source: str | None, *, text_field: str = "text", skip_bad: bool = False) -> Corpus:
     """A corpus from wherever its text lies.
 
     - None: the source code of the running Python's standard library, without its tests and its editor; the few
@@ -126,7 +123,6 @@ def open_corpus(
     Args:
         source: as above.
         text_field: the field of a .jsonl line or the column of a data set that holds the text.
-        streaming: read a Hugging Face data set from its server in every pass instead of downloading it first.
         skip_bad: leave out files, lines and rows that are no text, and count them in `Corpus.skipped`.
 
     Raises:
@@ -135,9 +131,13 @@ def open_corpus(
     if source is None:
         return Corpus(f"Python {platform.python_version()} standard library", _read_standard_library)
     if source.startswith("hf:"):
-        return _open_hugging_face(source, text_field, streaming, skip_bad)
+        splits = find_hugging_face(source, streaming=False).splits()
+        held_out = None
+        if "validation" in splits:
+            held_out = rows_of(splits["validation"], f"{source} (validation)", text_field, skip_bad)
+        return replace(rows_of(splits["train"], source, text_field, skip_bad), validation=held_out)
     skipped = Skipped() if skip_bad else None
-    return Corpus(source, partial(_read_files, _find_files(source), text_field, skipped), skipped=skipped)
+    return Corpus(source, partial(_read_files, find_files(source), text_field, skipped), skipped=skipped)
 
 
 class _Scanner:
@@ -273,72 +273,20 @@ def _last_cut(text: str, limit: int) -> int:
     return limit
 
 
-def _cut_string(text: str) -> Iterator[str]:
+def cut_text(text: str) -> Iterator[str]:
+    """A whole text in pieces, as `cut_pieces` makes them."""
     # In slices, because cutting small pieces off one huge string would copy its rest each time.
     return cut_pieces(text[start : start + PIECE_CHARS] for start in range(0, len(text), PIECE_CHARS))
 
 
-def _find_files(source: str) -> list[Path]:
-    path = Path(source).expanduser()
-    if source and path.is_file():
-        return [path]
-    if source and path.is_dir():
-        files = [file for file in _walk(path) if not _is_binary(file)]
-        if not files:
-            raise ValueError(f"{source!r} is a folder without any text file; name one that holds some")
-        return files
-    if glob.has_magic(source):
-        matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
-        files = [match for match in matches if match.is_file()]
-        if not files:
-            raise ValueError(f"the pattern {source!r} matches no file; quote it and check it with ls")
-        return files
-    if source and path.exists():
-        raise ValueError(f"{source!r} is neither a file nor a folder, but a device, pipe or socket; give a file")
-    if not source.strip():
-        raise ValueError("it is empty: give a file, a folder, a glob or hf:NAME")
-    raise ValueError(f"{source!r} does not exist; give a file, a folder, a glob or hf:NAME")
-
-
-def _walk(folder: Path, left_out: Collection[str] = ()) -> list[Path]:
-    """All files below `folder` that are not hidden, ordered by path, without the folders named `left_out`."""
-    files: list[Path] = []
-    for parent, subfolders, names in os.walk(folder, onerror=_raise):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".") and name not in left_out]
-        files += [Path(parent, name) for name in names if not name.startswith(".")]
-    return sorted(file for file in files if file.is_file())
-
-
-def _raise(error: OSError) -> None:
-    raise error
-
-
-def _is_binary(path: Path) -> bool:
-    try:
-        head = _head(path)
-    except BadText:
-        return False  # to be refused where it is read
-    # UTF-16 is text: it is refused with a mend rather than passed over. So are archives.
-    return b"\0" in head and not head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) and not foreign(head)
-
-
-def _head(path: Path) -> bytes:
-    head = b""
-    for block in unpacked_blocks(path):
-        head += block
-        if len(head) >= HEAD_BYTES:
-            break
-    return head[:HEAD_BYTES]
-
-
 def _read_standard_library() -> Iterator[Document]:
-    for path in _walk(Path(sysconfig.get_path("stdlib")), STDLIB_LEFT_OUT):
+    for path in walk(Path(sysconfig.get_path("stdlib")), STDLIB_LEFT_OUT):
         if path.suffix == ".py":
             try:
                 text = path.read_bytes().decode()
             except UnicodeDecodeError:
                 continue
-            yield Document(str(path), _cut_string(text))
+            yield Document(str(path), cut_text(text))
 
 
 @contextmanager
@@ -355,7 +303,7 @@ def _skipping(skipped: Skipped | None, name: str) -> Iterator[None]:
 def _read_files(paths: list[Path], text_field: str, skipped: Skipped | None) -> Iterator[Document]:
     for path in paths:
         with _skipping(skipped, str(path)):
-            kind = kind_of(_head(path), str(path), text_field)
+            kind = kind_of(head_of(path), str(path), text_field)
             if kind == "json-lines":
                 yield from _read_json_documents(path, text_field, skipped)
             elif kind == "table":
@@ -384,7 +332,7 @@ def _read_table(path: Path, text_field: str, skipped: Skipped | None) -> Iterato
                 with _skipping(skipped, place):
                     if len(row) != len(names):
                         raise BadText(f"{place} has {len(row)} cells, the first row {len(names)}; mend or drop it")
-                    yield Document(place, _cut_string(row[column]))
+                    yield Document(place, cut_text(row[column]))
     except csv.Error as error:
         raise BadText(f"{path}:{rows.line_num} is no row of a table ({error}); mend or drop it") from error
 
@@ -423,7 +371,7 @@ def _read_json_documents(path: Path, text_field: str, skipped: Skipped | None) -
             if text_field not in record:
                 fields = ", ".join(map(repr, record)) or "none"
                 raise BadText(f"{name} has no text_field={text_field!r}; its fields are {fields}: name one of them")
-            yield Document(name, _cut_string(checked_text(record[text_field], f"{name}, field {text_field!r}")))
+            yield Document(name, cut_text(checked_text(record[text_field], f"{name}, field {text_field!r}")))
 
 
 def checked_text(text: Any, name: str) -> str:
@@ -441,7 +389,22 @@ def checked_text(text: Any, name: str) -> str:
     return text
 
 
-def _open_hugging_face(source: str, text_field: str, streaming: bool, skip_bad: bool) -> Corpus:
+@dataclass(frozen=True)
+class HuggingFace:
+    """A data set that was found, and not read yet."""
+
+    fingerprint: str
+    """SHA-256 (hex) of its name, its files, and their revision on the hub or when each was changed here."""
+    splits: Callable[[], Mapping[str, Any]]
+    """Opens its splits at their beginning, for training among them."""
+
+
+def find_hugging_face(source: str, streaming: bool) -> HuggingFace:
+    """The data set that `hf:NAME[:CONFIG]` names, downloaded whole or streamed from its server.
+
+    Raises:
+        ValueError: it cannot be loaded, or has no split for training.
+    """
     try:
         import datasets
     except ImportError as error:
@@ -450,21 +413,28 @@ def _open_hugging_face(source: str, text_field: str, streaming: bool, skip_bad: 
     if not name.strip() or len(rest) > 1 or (rest and not rest[0].strip()):
         raise ValueError(f"{source!r} names no data set: give hf:NAME, or hf:NAME:CONFIG")
     try:
-        splits = datasets.load_dataset(name, rest[0] if rest else None, streaming=streaming)
+        builder = datasets.load_dataset_builder(name, rest[0] if rest else None)
+        if not streaming:
+            builder.download_and_prepare()
+        splits = builder.as_streaming_dataset if streaming else builder.as_dataset
+        names = list(splits())
     except Exception as error:  # whatever a name leads others' code to
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
             f"{source!r} cannot be loaded ({reason}); check the name, the config and the network"
         ) from error
-    if "train" not in splits:
-        raise ValueError(f"{source!r} has no split 'train', only {', '.join(splits)}; name a data set that has one")
+    if "train" not in names:
+        raise ValueError(f"{source!r} has no split 'train', only {', '.join(names)}; name a data set that has one")
+    files = (builder.config.data_files or {}).items()
+    return HuggingFace(
+        digest_of(source, *(f"{split} {names} {names.origin_metadata}" for split, names in sorted(files))), splits
+    )
 
-    def corpus(split: str, name: str, validation: Corpus | None = None) -> Corpus:
-        skipped = Skipped() if skip_bad else None
-        return Corpus(name, partial(_read_rows, splits[split], source, text_field, skipped), validation, skipped)
 
-    held_out = corpus("validation", f"{source} (validation)") if "validation" in splits else None
-    return corpus("train", source, held_out)
+def rows_of(rows: Iterable[dict[str, Any]], source: str, text_field: str, skip_bad: bool = False) -> Corpus:
+    """A split of a Hugging Face data set as a corpus."""
+    skipped = Skipped() if skip_bad else None
+    return Corpus(source, partial(_read_rows, rows, source, text_field, skipped), skipped=skipped)
 
 
 def _read_rows(
@@ -472,8 +442,17 @@ def _read_rows(
 ) -> Iterator[Document]:
     for number, row in enumerate(rows):
         name = f"{source}, row {number}"
-        if text_field not in row:
-            columns = ", ".join(map(repr, row))
-            raise ValueError(f"{name} has no text_field={text_field!r}; its columns are {columns}: name one of them")
         with _skipping(skipped, name):
-            yield Document(name, _cut_string(checked_text(row[text_field], name)))
+            yield Document(name, cut_text(text_of_row(row, name, text_field)))
+
+
+def text_of_row(row: dict[str, Any], name: str, text_field: str) -> str:
+    """The text of a row of a Hugging Face data set.
+
+    Raises:
+        ValueError: it has none; the line names its place.
+    """
+    if text_field not in row:
+        columns = ", ".join(map(repr, row))
+        raise ValueError(f"{name} has no text_field={text_field!r}; its columns are {columns}: name one of them")
+    return checked_text(row[text_field], name)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from random import Random
+from typing import Any
 
 import numpy as np
 
@@ -55,8 +56,7 @@ class MixedBatches(BatchSource):
 
     def __init__(self, batches: BatchSource, length: int, mix: Sequence[str], tokenizer: Tokenizer, seed: int) -> None:
         self._batches = batches
-        self.description, self.cut_documents = batches.description, batches.cut_documents
-        self.steps_per_epoch = batches.steps_per_epoch
+        self.description, self.steps_per_epoch = batches.description, batches.steps_per_epoch
         self._seed = seed
         self._mixed = []
         for name, share in parse_mix(mix).items():
@@ -64,6 +64,19 @@ class MixedBatches(BatchSource):
                 self._mixed.append((SEQUENCES[name](tokenizer, length + 1), share))
             except ValueError as error:
                 raise ValueError(f"mix={','.join(mix)}: {error}") from error
+
+    @property
+    def cut_documents(self) -> int | None:
+        """Those of the text."""
+        return self._batches.cut_documents
+
+    def state(self, step: int) -> dict[str, Any]:
+        """That of the text; what is mixed in has none."""
+        return self._batches.state(step)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a `state`."""
+        self._batches.restore(state)
 
     def rows(self, step: int, rows: range) -> Sequences:
         """The sequences in these places of the batch of training step `step` >= 0."""

@@ -12,7 +12,19 @@ import tokenizers
 
 from longreach.data.cache import cached
 from longreach.data.content import BadText
-from longreach.data.corpora import Corpus, Document, Scan, beginning, first_pieces, in_two, open_corpus, reread, scan
+from longreach.data.corpora import (
+    Corpus,
+    Document,
+    Scan,
+    beginning,
+    cut_text,
+    first_pieces,
+    in_two,
+    open_corpus,
+    reread,
+    scan,
+)
+from longreach.data.stream import TextStream, open_stream
 from longreach.data.tokenizer import MIN_VOCAB_SIZE, Tokenizer, load_tokenizer, train_tokenizer
 from longreach.data.tokens import TokenStream, find_tokens, split_documents, tokenize, tokenize_in_memory
 from longreach.files import digest_of
@@ -39,8 +51,11 @@ class DataConfig:
     its documents."""
     text_field: str = "text"
     """Field of a JSON line, or column of a table or a Hugging Face data set, that holds the text."""
-    streaming: bool = field(default=False, metadata={"may_differ": True})
-    """Read Hugging Face data sets from their server instead of downloading them first."""
+    streaming: bool = False
+    """Read and tokenize the training text, hf:NAME, while training goes on, and keep nothing of it; validation text is
+    that which comes with it, or `valid_data`."""
+    shuffle_buffer: int = 10_000
+    """Documents of a stream, one after the other, that are shuffled among each other."""
     skip_bad: bool = False
     """Leave out files and lines that are no text, instead of refusing them; they are counted."""
     tokenizer: str | None = None
@@ -64,8 +79,12 @@ class DataConfig:
             raise ValueError(f"valid_fraction={self.valid_fraction!r}; give a number above 0 and below 1")
         if self.split_seed is not None and self.split_seed < 0:
             raise ValueError(f"split_seed={self.split_seed}; give at least 0")
-        if self.streaming and not any(source and source.startswith("hf:") for source in (self.data, self.valid_data)):
+        if self.streaming and not (self.data or "").startswith("hf:"):
             raise ValueError("streaming=True is for Hugging Face data sets; give data=hf:NAME or leave it out")
+        if self.streaming and self.skip_bad:
+            raise ValueError("skip_bad=True: of a stream it is not known before training what is bad; leave it out")
+        if self.shuffle_buffer < 1:
+            raise ValueError(f"shuffle_buffer={self.shuffle_buffer}; give at least 1")
 
     def idle(self) -> dict[str, str]:
         """Name of a field that nothing heeds beside the others -> why."""
@@ -116,8 +135,8 @@ class ValidationData:
 class PreparedData(ValidationData):
     """What training needs to know of the text, too; the hash is over all documents, those for validation included."""
 
-    train: TokenStream
-    """The training documents in an order shuffled by the seed."""
+    train: TokenStream | TextStream
+    """The training documents in an order shuffled by the seed, or where they come from while training goes on."""
 
 
 def prepare(config: DataConfig, seed: int, progress: Progress = lambda stage, done, total: None) -> PreparedData:
@@ -134,6 +153,8 @@ def prepare(config: DataConfig, seed: int, progress: Progress = lambda stage, do
         ValueError: the text cannot be found, read or split, or the tokenizer cannot be had.
         OSError: the cache cannot be written.
     """
+    if config.streaming:
+        return _prepare_stream(config, progress)
     cache = config.cache_folder()
     split_seed = config.seed_of_split(seed)
     # All that can be wrong with a name comes out before any text is read, which may take minutes.
@@ -197,6 +218,8 @@ def prepare_validation(
         ValueError: the text cannot be found, read or split.
     """
     valid_corpus = None if config.valid_data is None else _open("valid_data", config.valid_data, config)
+    if valid_corpus is None and config.streaming:
+        valid_corpus = _validation_of(_open_stream(config), config)  # none of it can be split off
     if valid_corpus is None:
         corpus = _open("data", config.data, config)
         if corpus.validation is None:
@@ -298,7 +321,44 @@ def _split(corpus: Corpus, config: DataConfig, seed: int, progress: Progress) ->
 
 def _open(argument: str, source: str | None, config: DataConfig) -> Corpus:
     with naming(argument):
-        return open_corpus(source, text_field=config.text_field, streaming=config.streaming, skip_bad=config.skip_bad)
+        return open_corpus(source, text_field=config.text_field, skip_bad=config.skip_bad)
+
+
+def _open_stream(config: DataConfig) -> TextStream:
+    with naming("data"):
+        return open_stream(str(config.data), config.text_field, config.shuffle_buffer)
+
+
+def _validation_of(text: TextStream, config: DataConfig) -> Corpus:
+    """The validation text of a stream, of which no documents can be split off before all are known."""
+    if config.valid_data is not None:
+        return _open("valid_data", config.valid_data, config)
+    if text.validation is None:
+        raise ValueError(f"data={config.data!r} has no split 'validation', and it is streamed; give valid_data")
+    return text.validation
+
+
+def _prepare_stream(config: DataConfig, progress: Progress) -> PreparedData:
+    """As `prepare`, of a text that is read while training goes on: only its validation text is read here."""
+    cache = config.cache_folder()
+    tokenizer = None if config.tokenizer is None else load_tokenizer(config.tokenizer)
+    text = _open_stream(config)
+    valid_text = _scan("valid_data", _validation_of(text, config), progress)
+    if tokenizer is None:
+        tokenizer = _tokenizer_of_stream(text, config.vocab_size, cache, progress)
+    tokenizing = valid_text.progress("tokenizing", progress)
+    store = tokenize(valid_text.corpus, valid_text.scan, tokenizer, cache, tokenizing)
+    valid_ids = np.arange(len(valid_text.scan.sizes))
+    return PreparedData(
+        tokenizer,
+        TokenStream(store, valid_ids),
+        f"{text.source} (streamed)",
+        digest_of(text.fingerprint, valid_text.scan.fingerprint),
+        split_off=False,
+        split_seed=None,
+        valid_hash=digest_of(valid_text.scan.fingerprint, valid_ids.tobytes().hex()),
+        train=text,
+    )
 
 
 def _scan(argument: str, corpus: Corpus, progress: Progress) -> _Text:
@@ -350,6 +410,27 @@ def _trained_tokenizer(
     key = digest_of(
         text.scan.fingerprint, in_training.tobytes().hex(), str(vocab_size), str(share), tokenizers.__version__
     )
+    return cached(cache / f"tokenizer-{key[:16]}", _load_trained, build)
+
+
+def _tokenizer_of_stream(text: TextStream, vocab_size: int, cache: Path, progress: Progress) -> Tokenizer:
+    """The tokenizer trained on the beginning of a stream, from the cache where it is there."""
+
+    def beginning_of() -> Iterator[str]:
+        used = 0
+        for row, behind in text.texts():
+            if used >= TOKENIZER_TRAINING_BYTES or behind.epoch > 0:
+                return
+            for piece in cut_text(row):
+                used += len(piece.encode())
+                progress("training the tokenizer", used, TOKENIZER_TRAINING_BYTES)
+                yield piece
+
+    def build(folder: Path) -> None:
+        with naming("data"):
+            train_tokenizer(beginning_of(), vocab_size).save(folder / "tokenizer.json")
+
+    key = digest_of(text.fingerprint, str(vocab_size), str(TOKENIZER_TRAINING_BYTES), tokenizers.__version__)
     return cached(cache / f"tokenizer-{key[:16]}", _load_trained, build)
 
 

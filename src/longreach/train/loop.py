@@ -120,7 +120,7 @@ def train(
     if finished.exists() and (record := read_training_record(finished)).steps >= config.steps:
         return record
     folder.mkdir(parents=True, exist_ok=True)
-    run = _Run(build, config, ranks)
+    run = _Run(build, config, ranks, batches)
     run.resume(folder)
     patient = config.on_full_disk == "continue"
     metrics_path = folder / "metrics.jsonl" if ranks.is_first else Path(os.devnull)
@@ -133,9 +133,8 @@ def train(
         ) as checkpoints,
         deferred() as signal,
     ):
-        for number in range(run.step, config.steps):
-            rows = batches.rows(number, ranks.rows(config.batch_size, config.context_parallel))
-            step = replace(run.advance(rows), memory=cost.peak())
+        while run.step < config.steps:
+            step = replace(run.advance(), memory=cost.peak())
             if config.validate_every and run.step % config.validate_every == 0:
                 step = replace(step, valid_loss=run.validate(valid_batches))
             if config.sample_every and run.step % config.sample_every == 0:
@@ -152,7 +151,7 @@ def train(
         weights = ranks.whole(run.trainee.model.state_dict())
     with ranks.leading():
         if ranks.is_first:
-            _finish(run, folder, cost, weights, batches.cut_documents)
+            _finish(run, folder, cost, weights)
         return read_training_record(finished)
 
 
@@ -170,15 +169,15 @@ def try_out(
     build: Callable[[torch.device], Trainee], config: TrainConfig, batches: BatchSource, steps: int, ranks: Ranks
 ) -> Trial:
     """Take the first steps of a training, of which nothing is kept. Arguments as in `train`."""
-    run = _Run(build, config, ranks)
+    run = _Run(build, config, ranks, batches)
     with ranks.computing(), Cost(run.device) as cost:
-        for number in range(steps):
+        for _ in range(steps):
             before = run.seconds
-            run.advance(batches.rows(number, ranks.rows(config.batch_size, config.context_parallel)))
+            run.advance()
     return Trial(run.seconds - before, cost.peak_memory)
 
 
-def _finish(run: "_Run", folder: Path, cost: Cost, weights: dict[str, Tensor], cut_documents: int | None) -> None:
+def _finish(run: "_Run", folder: Path, cost: Cost, weights: dict[str, Tensor]) -> None:
     """Write the model and the record of a run whose steps are done."""
     config = run.config
     finished = folder / "training.json"
@@ -193,7 +192,7 @@ def _finish(run: "_Run", folder: Path, cost: Cost, weights: dict[str, Tensor], c
         seconds=run.seconds,
         peak_memory=cost.peak_memory,
         attention=run.trainee.attention,
-        cut_documents=cut_documents,
+        cut_documents=run.batches.cut_documents,
     )
     write_training(record, finished)
     if not independent_of_steps(config, config.steps):
@@ -245,8 +244,10 @@ def runs_in_bf16(config: TrainConfig, device: torch.device) -> bool:
 class _Run:
     """All that changes while a model trains, in memory and in its checkpoint."""
 
-    def __init__(self, build: Callable[[torch.device], Trainee], config: TrainConfig, ranks: Ranks):
-        self.config, self.ranks = config, ranks
+    def __init__(
+        self, build: Callable[[torch.device], Trainee], config: TrainConfig, ranks: Ranks, batches: BatchSource
+    ):
+        self.config, self.ranks, self.batches = config, ranks, batches
         self.device = resolve_device(config.device)
         self.bf16 = runs_in_bf16(config, self.device)
         torch.manual_seed(config.seed)
@@ -277,9 +278,10 @@ class _Run:
         if self.ranks.is_first:
             keep_first(folder / "metrics.jsonl", self.step)
 
-    def advance(self, rows: Sequences) -> Step:
-        """Take one optimizer step on this rank's sequences of a batch."""
+    def advance(self) -> Step:
+        """Take one optimizer step on this rank's sequences of the next batch."""
         started = time.perf_counter()
+        rows = self.batches.rows(self.step, self.ranks.rows(self.config.batch_size, self.config.context_parallel))
         rate = learning_rate(self.step, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -367,11 +369,12 @@ class _Run:
         return text
 
     def save(self, checkpoints: Writer) -> None:
-        """Write the checkpoint: model, optimizer, step (which is the data's position too) and random state."""
+        """Write the checkpoint: model, optimizer, step, the state of batches that have one, and random state."""
         state = {
             "model": self.trainee.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
+            "batches": self.batches.state(self.step),
             "tokens": self.tokens,
             "seconds": self.seconds,
             "random_state": torch.get_rng_state(),
@@ -391,6 +394,7 @@ class _Run:
             raise ValueError(f"tokens={self.tokens!r}")
         if not (type(self.seconds) is float and 0 <= self.seconds < math.inf):
             raise ValueError(f"seconds={self.seconds!r}")
+        self.batches.restore(state["batches"])
         for name, weight in self.trainee.model.state_dict().items():
             _check_alike(name, state["model"][name], weight)
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]

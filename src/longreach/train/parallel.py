@@ -167,6 +167,18 @@ class Ranks:
             dist.all_reduce(highest, dist.ReduceOp.MAX)
         return int(highest)
 
+    def collected(self, numbers: np.ndarray) -> list[np.ndarray]:
+        """The numbers, int64 [...], that each rank has, by rank, however many each has."""
+        if self.size == 1:
+            return [numbers]
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        dist.all_gather(sizes, torch.tensor([len(numbers)]))
+        padded = torch.zeros(max(map(int, sizes)), dtype=torch.int64)
+        padded[: len(numbers)] = torch.from_numpy(numbers)
+        parts = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(parts, padded)
+        return [part[: int(size)].numpy() for part, size in zip(parts, sizes, strict=True)]
+
     def first_one_s(self, values: Tensor) -> Tensor:
         """The tensor that rank 0 has, in the place of this rank's, on the CPU."""
         if self.size > 1:

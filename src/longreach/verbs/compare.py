@@ -189,7 +189,7 @@ def compare(
             longest_window = max(map(config.evaluate.longest_window, config.lengths))
             material = read_material(config.evaluate, text_of(prepared, config.evaluate, longest_window))
             for run in config.runs():
-                training_batches(run.train, prepared)  # refuses too little text
+                training_batches(run.train, prepared, ranks)  # refuses too little text
             sources = case_sources(config.evaluate)
             starts: tuple[Start, ...] = (this_start(config, device),)
             if ranks.is_first:

@@ -98,7 +98,7 @@ def dry_run(config: RunConfig, progress: Progress, ranks: Ranks = ALONE) -> Fore
             raise ValueError(f"dry_run: start_from={config.start_from!r} has a shape of its own: leave dry_run out")
         prepared = prepare(config.data, train.seed, progress)
         check_held_out(config, prepared)
-        batches = training_batches(train, prepared)
+        batches = training_batches(train, prepared, ranks)
     with torch.device("meta"):  # without memory for its weights
         model = Decoder(config.model_config(prepared.tokenizer.vocab_size))
     parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -15,6 +15,7 @@ from longreach.data.batches import Batches, BatchSource
 from longreach.data.mix import MixedBatches
 from longreach.data.prepare import PreparedData, ValidationData, prepare
 from longreach.data.sequences import Blocks, PackedDocuments
+from longreach.data.stream import StreamBatches, TextStream
 from longreach.data.tokenizer import Tokenizer, load_tokenizer
 from longreach.files import open_file
 from longreach.folder import begin, hold, identity
@@ -113,7 +114,7 @@ def train_run(
                     check_record(folder, config)
             prepared = prepared or prepare(config.data, config.train.seed, progress)
             check_held_out(config, prepared)
-            batches = training_batches(config.train, prepared)
+            batches = training_batches(config.train, prepared, ranks)
             valid_batches = _validation_batches(config.train, prepared, ranks) if config.train.validate_every else ()
             if batches.description:
                 progress(batches.description, 1, 1)
@@ -169,21 +170,21 @@ def _check_steps(folder: Path, before: TrainConfig, now: TrainConfig) -> None:
         raise ValueError(f"{asked}, and its checkpoint.pt is gone: go on from it into a new folder (--from {folder})")
 
 
-def training_batches(config: TrainConfig, prepared: PreparedData) -> BatchSource:
+def training_batches(config: TrainConfig, prepared: PreparedData, ranks: Ranks) -> BatchSource:
     """What a run is trained on.
 
     Raises:
         ValueError: the text is too short for one sequence, or sequences for what is mixed in.
     """
-    text: Blocks | PackedDocuments
-    if config.packing == "documents":
-        text = PackedDocuments(prepared.train, config.train_length, prepared.tokenizer.eos_id)
+    text, tokenizer, length = prepared.train, prepared.tokenizer, config.train_length
+    batches: BatchSource
+    if isinstance(text, TextStream):
+        batches = StreamBatches(text, tokenizer, length, config.batch_size, config.seed, config.packing, ranks)
+    elif config.packing == "documents":
+        batches = Batches(PackedDocuments(text, length, tokenizer.eos_id), config.batch_size, config.seed)
     else:
-        text = Blocks(prepared.train, config.train_length)
-    batches = Batches(text, config.batch_size, config.seed)
-    if not config.mix:
-        return batches
-    return MixedBatches(batches, config.train_length, config.mix, prepared.tokenizer, config.seed)
+        batches = Batches(Blocks(text, length), config.batch_size, config.seed)
+    return MixedBatches(batches, length, config.mix, tokenizer, config.seed) if config.mix else batches
 
 
 def _validation_batches(config: TrainConfig, prepared: PreparedData, ranks: Ranks) -> Sequence[np.ndarray]:
