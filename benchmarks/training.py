@@ -340,7 +340,6 @@ def measure_input(size: Size, length: int, batch_size: int, steps: int, folder: 
         loss=lambda tokens, targets, positions: model(model.weight).square().sum(),
         attention="none",
         save=lambda folder, weights: None,
-        flops=lambda length: 0.0,
     )
     work = Work(
         build(QUICK, 8), settings(size, length, steps, batch_size=batch_size), write_tokens(folder, size), size.document

@@ -48,12 +48,12 @@ class Trainee:
     """The attention implementation that runs at the training length."""
     save: Callable[[Path, dict[str, Tensor]], None]
     """Writes the model with trained weights, a state dict of it, into a folder."""
-    flops: Callable[[int], float]
-    """FLOPs for each token of a sequence of so many, as `training_flops` counts them."""
     blocks: Sequence[nn.Module] = ()
     """Its parts, one after the other, that hold most of the weights."""
     max_training_offset: int = 0
     """Each sequence starts at a position drawn uniformly from 0 to this."""
+    flops: Callable[[int], float] | None = None
+    """FLOPs for each token of a sequence of so many, as `training_flops` counts them."""
     sample: Callable[[], str] | None = None
     """Has the model write a short text."""
 
@@ -306,7 +306,9 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - started
         tokens = round(mean_count * self.ranks.size / self.config.context_parallel)
-        flops = tokens * self.trainee.flops(self.config.length_at(self.step)) / seconds
+        flops = None
+        if self.trainee.flops is not None:
+            flops = tokens * self.trainee.flops(self.config.length_at(self.step)) / seconds
         self.step += 1
         self.tokens += tokens
         self.seconds += seconds
@@ -319,7 +321,7 @@ class _Run:
             seconds=self.seconds,
             tokens_per_second=tokens / seconds,
             flops_per_second=flops,
-            utilisation=flops / (self.peak_flops * self.ranks.size) if self.peak_flops else None,
+            utilisation=flops / (self.peak_flops * self.ranks.size) if flops and self.peak_flops else None,
         )
 
     def _parts(self, rows: Sequences) -> Iterator["_Part"]:
