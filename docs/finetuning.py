@@ -29,7 +29,6 @@ from longreach.pretrained.extend import extend
 from longreach.pretrained.load import load_pretrained
 from longreach.pretrained.save import save_pretrained
 from longreach.train.config import TrainConfig
-from longreach.train.flops import training_flops
 from longreach.train.loop import Trainee, train
 from longreach.verbs.evaluate import EvaluationConfig, evaluate_models
 from longreach.verbs.start import next_token_loss
@@ -90,9 +89,7 @@ def pretrain(
         def save(folder: Path, weights: dict[str, torch.Tensor]) -> None:
             write(folder, state_dict=weights)
 
-        size = model.config
-        flops = partial(training_flops, model.num_parameters(), size.num_hidden_layers, size.hidden_size)
-        return Trainee("alibi" if alibi else "stock", model.train(), next_token_loss(model), "auto", save, flops)
+        return Trainee("alibi" if alibi else "stock", model.train(), next_token_loss(model), "auto", save)
 
     folder.mkdir(parents=True, exist_ok=True)
     prepared.tokenizer.save(folder / "tokenizer.json")
