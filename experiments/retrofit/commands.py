@@ -20,9 +20,9 @@ def commands(text: list[str], tested: list[str], runs: str) -> Iterator[list[str
         *("train", "--from", rotary, *text, "--train-length", str(LENGTH), "--batch-size", "2", "--steps", "300"),
         *("--learning-rate", "0.0005", "--warmup-steps", "10", "--precision", "bf16", "--output", alibi),
     ]
-    options = ["--dtype", "bfloat16", "--valid-tokens", str(TESTED[-1]), "--cases-per-depth", "2", "--num-depths", "3"]
     everywhere, longest, prompts = (",".join(map(str, lengths)) for lengths in (TESTED, TESTED[-1:], ASKED))
-    scored, asked = ["--task", "perplexity", *options, *tested], ["--task", "passkey", *options]
+    scored = ["--task", "perplexity", "--dtype", "bfloat16", "--valid-tokens", str(TESTED[-1]), *tested]
+    asked = ["--task", "passkey", "--dtype", "bfloat16", "--cases-per-depth", "2", "--num-depths", "3"]
     tests = {
         "perplexity": [rotary, untrained, alibi, *scored, "--lengths", everywhere],
         "scalings": [rotary, "--scaling", ",".join(SCALINGS), *scored, "--lengths", longest],

@@ -301,10 +301,10 @@ def test_one_process_keeps_its_last_step_too(small, tmp_path):
         (
             ["--context-parallel", "3"],
             {},
-            "context_parallel=3 and 2 processes: give a divisor, or start more by torchrun",
+            "--context-parallel=3 and 2 processes: give a divisor, or start more by torchrun",
         ),
         (["--context-parallel", "2", "--batch-size", "3", "--accumulation", "2"], {}, "accumulation=2 does not divide"),
-        (["--rank-timeout", "1"], {}, "rank_timeout=1: give 5 to"),
+        (["--rank-timeout", "1"], {}, "--rank-timeout=1: give 5 to"),
         (["--stepz", "3"], {}, "unknown option --stepz"),
         (["--data", "nowhere"], {}, "nowhere"),
         (["--device", "cuda:77"], {}, "device='cuda:77' is not to be had here"),
@@ -419,10 +419,10 @@ def test_an_evaluation_whose_windows_three_share_is_that_of_one(alone, tmp_path)
 @pytest.mark.parametrize(
     ("words", "part"),
     [
-        (["--context-parallel", "3"], "context_parallel=3 and 2 processes: start 3 by torchrun --nproc-per-node 3"),
-        (["--context-parallel", "0"], "context_parallel=0: give a positive integer"),
-        (["--context-parallel", "2", "--task", "probes"], "with tasks=probes: it is for perplexity and positions"),
-        (["--context-parallel", "2", "--protocols", "cached"], "with protocols=cached: it is for nonoverlapping"),
+        (["--context-parallel", "3"], "--context-parallel=3 and 2 processes: start 3 by torchrun --nproc-per-node 3"),
+        (["--context-parallel", "0"], "--context-parallel=0: give a positive integer"),
+        (["--context-parallel", "2", "--task", "probes"], "with --task=probes: it is for perplexity and positions"),
+        (["--context-parallel", "2", "--protocols", "cached"], "with --protocols=cached: it is for nonoverlapping"),
     ],
 )
 def test_windows_that_cannot_be_shared_are_refused(alone, tmp_path, words, part):
