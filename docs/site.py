@@ -28,10 +28,11 @@ def build(folder: Path) -> Path:
     for name in SHOWN:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, pages / name)
-    for results in ROOT.glob("experiments/*/results*.json"):  # docs/claims.md leads there
-        copied = pages / results.relative_to(ROOT)
-        copied.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(results, copied)
+    for linked in ("results*.json", "weights.py"):  # docs/claims.md leads there
+        for original in ROOT.glob(f"experiments/*/{linked}"):
+            copied = pages / original.relative_to(ROOT)
+            copied.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(original, copied)
     config = load_config(str(ROOT / "mkdocs.yml"), docs_dir=str(pages), site_dir=str(site), strict=True)
     config.plugins.on_startup(command="build", dirty=False)
     mkdocs_build(config)
