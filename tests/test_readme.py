@@ -68,8 +68,12 @@ def test_every_command_runs_in_order(capsys, keep_what_is_loaded):
     assert all(command.startswith("longreach ") for command in commands)
     for command in commands:
         words = shlex.split(command)[1:]
-        of_text = "--task" not in words or words[0] != "evaluate"
-        main([*words, *(shlex.split(SMALLER.get(words[0], "")) if of_text else [])])
+        smaller = SMALLER.get(words[0], "")
+        if "--from" in words:  # a model with a tokenizer
+            smaller = smaller.replace("--vocab-size 300", "")
+        if words[0] == "evaluate" and "retrieval" in words:  # for which no text is read
+            smaller = ""
+        main([*words, *shlex.split(smaller)])
         keep_what_is_loaded()
         assert capsys.readouterr().out.strip(), command
     for path in ("runs/demo/report.html", "runs/demo/alibi-seed0/model.safetensors", "runs/books/results.json"):
