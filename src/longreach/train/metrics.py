@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from longreach.files import open_file, write_atomically
+from longreach.files import open_file, sync, write_atomically
 from longreach.reading import parse_json, read_values
 
 FINAL_STEPS = 20
@@ -89,7 +89,7 @@ class Log:
     def sync(self) -> None:
         """Force all lines to disk."""
         self._write()
-        os.fsync(self._file)
+        sync(self._path)
 
     def _write(self) -> None:
         try:
