@@ -114,9 +114,13 @@ def test_the_retrofit_runs_at_toy_size_and_can_be_judged(words, tmp_path, monkey
     save_pretrained(convert(model), tmp_path / "runs/untrained")
     for name in ("smollm2", "untrained"):
         prepared.tokenizer.save(tmp_path / "runs" / name / "tokenizer.json")
-    small = {"train": ["--steps", "2", "--warmup-steps", "1", "--cache", str(tmp_path / "cache")]}
-    small["evaluate"] = ["--cases-per-depth", "1", "--num-depths", "1"]
-    results = run_small("retrofit", words, tmp_path, lambda command: small[command[0]], monkeypatch)
+    train = ["--steps", "2", "--warmup-steps", "1", "--cache", str(tmp_path / "cache")]
+    asked = ["--cases-per-depth", "1", "--num-depths", "1"]
+
+    def smaller(command):
+        return train if command[0] == "train" else asked if "passkey" in command else []
+
+    results = run_small("retrofit", words, tmp_path, smaller, monkeypatch)
     check_judged("retrofit", results)
 
 

@@ -1,9 +1,12 @@
+import dataclasses
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longreach.measure.plan import EvaluateConfig, planned
+from longreach.measure.plan import TASKS, EvaluateConfig, planned
 from longreach.results import Cell, Model
+from longreach.results.merge import HEEDED_BY
 
 
 @given(st.integers(1, 10**6))
@@ -94,3 +97,9 @@ def test_every_piece_of_work_in_order_and_once():
         Cell("kv", model, 8),
         Cell("kv", model, 16),
     )
+
+
+def test_each_setting_is_heeded_by_tasks_that_there_are():
+    fields = {field.name for field in dataclasses.fields(EvaluateConfig)}
+    assert HEEDED_BY.keys() <= fields
+    assert {task for tasks in HEEDED_BY.values() for task in tasks} == set(TASKS)

@@ -56,7 +56,7 @@ def test_how_entries_are_spread_over_comparisons_does_not_matter(parts):
         (changed("model", num_layers=4), {}, "model.num_layers is 2 in a and 4 in b"),
         (changed("train", steps=1200), {}, "train.steps is 600 in a and 1200 in b"),
         (changed("evaluate", valid_tokens=4096), {}, "evaluate.valid_tokens is 16384 in a and 4096 in b"),
-        (changed("evaluate", capped_stride=8), {}, "evaluate.capped_stride is not given in a and 8 in b"),
+        (changed("evaluate", word_level=True), {}, "evaluate.word_level is not given in a and True in b"),
     ],
 )
 def test_what_does_not_compare_is_refused_by_name(config, provenance, named):
@@ -82,6 +82,8 @@ def test_any_two_of_three_must_agree(place):
     [
         changed("train", seed=7, device="cuda"),
         changed("evaluate", tasks=["positions"], valid_lengths=[64]),
+        changed("evaluate", tasks=["perplexity"], cases_per_depth=3, summary_tokens=9),
+        changed("evaluate", tasks=["passkey"], valid_tokens=9, word_level=True),
         CONFIG | {"methods": ["rotary"], "seeds": [1]},
         {"models": ["runs/rotary"], "evaluate": CONFIG["evaluate"]},
         {"model": 3, "train": None},

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from longreach.measure.retrieval import TASKS as RETRIEVAL_TASKS
 from longreach.results import PROTOCOLS, Cell, Model
+from longreach.results.merge import HEEDED_BY
 
 TEXT_TASKS = ("perplexity", "positions", "probes")
 """Tasks that score a text."""
@@ -20,17 +21,6 @@ MOST = {
     "summary_tokens": 2**20,
 }
 """Field -> the most that has an end in sight: prompts are made to lengths, and at every depth."""
-
-HEEDED_BY: dict[str, tuple[str, ...]] = {
-    "valid_lengths": ("perplexity", "positions", *RETRIEVAL_TASKS, "qmsum"),
-    **dict.fromkeys(("valid_tokens", "tokens_per_batch"), TEXT_TASKS),
-    **dict.fromkeys(("protocols", "strides", "word_level"), ("perplexity",)),
-    "capped_stride": ("positions", "probes"),
-    "offsets": ("probes",),
-    **dict.fromkeys(("cases_per_depth", "cases_seed", "num_depths"), RETRIEVAL_TASKS),
-    "summary_tokens": ("qmsum",),
-}
-"""Field -> the tasks that heed it, where not all do."""
 
 OFFSETS = (0, 0.25, 0.5, 1, 2, 4, 8, 16)
 """Positions that the probes start windows at where none are given, in training lengths."""

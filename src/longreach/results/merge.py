@@ -13,6 +13,19 @@ from longreach.results.records import Entry, Provenance, TrainingRecord
 _READ = {"text": ("split_seed", "corpus_hash"), "tokenizer": ("tokenizer_hash", "vocab_size")}
 """What was read -> the fields of the provenance that say so: perplexities of other tokens do not compare."""
 
+_RETRIEVAL = ("lines", "topics", "kv", "passkey", "retrieval")
+
+HEEDED_BY: dict[str, tuple[str, ...]] = {
+    "valid_lengths": ("perplexity", "positions", *_RETRIEVAL, "qmsum"),
+    **dict.fromkeys(("valid_tokens", "tokens_per_batch"), ("perplexity", "positions", "probes")),
+    **dict.fromkeys(("protocols", "strides", "word_level"), ("perplexity",)),
+    "capped_stride": ("positions", "probes"),
+    "offsets": ("probes",),
+    **dict.fromkeys(("cases_per_depth", "cases_seed", "num_depths"), _RETRIEVAL),
+    "summary_tokens": ("qmsum",),
+}
+"""Setting of a test -> the tasks that heed it, where not all do: for others it may be anything."""
+
 _MAY_DIFFER = frozenset(
     {"seed", "tasks", "valid_lengths", "protocols", "strides", "offsets"} | {"device", "compile", "checkpoint_every"}
 )
@@ -59,9 +72,10 @@ def merge(comparisons: Mapping[str, Results]) -> Results:
 
 def _check_alike(name: str, one: Results, other_name: str, other: Results) -> None:
     ours, theirs = _conditions(one), _conditions(other)
+    idle = _idle(one) | _idle(other)
     for what in ours.keys() | theirs.keys():
         sides = [conditions.get(what, {}) for conditions in (ours, theirs)]
-        for setting in sorted(sides[0].keys() | sides[1].keys()) if all(sides) else ():
+        for setting in sorted((sides[0].keys() | sides[1].keys()) - idle) if all(sides) else ():
             values = [side.get(setting, "not given") for side in sides]
             if values[0] != values[1]:
                 raise ValueError(
@@ -81,6 +95,14 @@ def _conditions(results: Results) -> dict[str, dict[str, Any]]:
         if isinstance(settings, dict):
             found[section] = {f"{section}.{n}": value for n, value in settings.items() if n not in _MAY_DIFFER}
     return found
+
+
+def _idle(results: Results) -> set[str]:
+    """Settings of its test that none of its tasks heeds."""
+    test = results.provenance.config.get("evaluate")
+    if not isinstance(test, dict) or "tasks" not in test:
+        return set()
+    return {f"evaluate.{name}" for name, tasks in HEEDED_BY.items() if not set(tasks) & set(test["tasks"])}
 
 
 def _scored_text(provenance: Provenance) -> bool:
