@@ -101,7 +101,7 @@ def test_a_stream_goes_on_in_its_midst_however_many_processes_there_are(small, c
     os.utime(folder / "train-0.jsonl", (1, 1))
     with pytest.raises(SystemExit, match="2"):
         main(words)
-    assert "was begun with another text: give a new folder" in capsys.readouterr().err
+    assert "was begun with another text; give a new folder" in capsys.readouterr().err
 
 
 def test_positions_are_shifted_alike(small, tmp_path):

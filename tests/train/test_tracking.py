@@ -115,9 +115,9 @@ def test_what_is_not_installed_is_named_with_its_extra(monkeypatch, name):
     ("words", "part"),
     [
         (["--track", "mlflow"], "--track='mlflow': give 'tensorboard', 'trackio' or 'wandb'"),
-        (["--track", "wandb,wandb"], "track=wandb,wandb: give each once"),
-        (["--sample-every", "0"], "sample_every=0: give a positive integer"),
-        (["--peak-flops", "0"], "peak_flops=0.0: give a positive number"),
+        (["--track", "wandb,wandb"], "--track=wandb,wandb: give each once"),
+        (["--sample-every", "0"], "--sample-every=0: give a positive integer"),
+        (["--peak-flops", "0"], "--peak-flops=0.0: give a positive number"),
         (["--on-full-disk", "wait"], "--on-full-disk='wait': give 'stop' or 'continue'"),
     ],
 )
