@@ -324,7 +324,8 @@ def test_flops_are_those_that_are_computed(pretrained, data, family):
     tokens = torch.randint(300, (3, LENGTH))
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # products that are counted
         trainee.loss(tokens, tokens, tokens).backward()
-    assert trainee.flops(LENGTH) * tokens.numel() == counter.get_total_flops()
+    angles = LENGTH * trainee.model.config.head_dim if family == "llama" else 0  # a product in older transformers
+    assert counter.get_total_flops() - trainee.flops(LENGTH) * tokens.numel() in (0, angles)
 
 
 def test_fine_tuning_goes_on_from_what_was_fine_tuned(pretrained, data, tmp_path):
