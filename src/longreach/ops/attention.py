@@ -34,12 +34,12 @@ IMPLEMENTATIONS = ("reference", "sdpa", "cpu", "triton", "flex")
 
 CPU_CROSSOVER = 512 * 512
 """Tq Tk from which "cpu" is preferred to "sdpa" with a dense mask on the CPU. By `benchmarks/attention.py --crossover`
-(benchmarks/results/cpu-2core-crossover.json) it is 0.72 to 1.18 times as fast at 256 tokens, 0.88 to 1.65 at 512 and
-1.28 to 7.23 at 1024, forward alone and with a backward pass."""
+(benchmarks/results/cpu-2core-crossover.json) it is 0.69 to 1.01 times as fast at 256 tokens, 0.99 to 1.63 at 512 and
+1.42 to 7.48 at 1024, forward alone and with a backward pass."""
 
 CPU_DECODE_CROSSOVER = 8192
 """Tk from which that holds for fewer than FEW_QUERIES queries whose keys have known norms. By the same run it is 0.67
-to 1.76 times as fast at 4096 keys, 0.86 to 2.81 at 8192 and 1.45 to 6.09 at 16384."""
+to 1.73 times as fast at 4096 keys, 0.91 to 2.88 at 8192 and 1.76 to 5.54 at 16384."""
 
 TRITON_CROSSOVERS = {2: 1024 * 1024, 4: 4096 * 4096}
 """Tq Tk from which "triton" is preferred to "sdpa" where its kernels were measured, by the bytes of the dtype. By
