@@ -1,10 +1,16 @@
 """What a claim of docs/claims.md is made of, and how its numbers are read from results."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from longreach.report.grid import MISSING, Grid, format_perplexity
 from longreach.results import OverSeeds, Record, Results, loss_difference, over_seeds
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 HOLDS, IN_PART, NOT_HERE = "Holds", "Holds in part", "Does not hold here"
 
@@ -35,6 +41,10 @@ class Claim:
     """Judges the results of the experiment."""
     caveats: str
     """What keeps our numbers from speaking for the paper's size."""
+    figure: Callable[[Results], Figure] | None = None
+    """Draws the numbers, where a picture says more than the tables."""
+    caption: str = ""
+    """What the figure shows."""
 
 
 def verdict(parts: Iterable[bool]) -> str:

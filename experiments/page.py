@@ -1,10 +1,11 @@
-"""Write docs/claims.md from the committed results of all experiments: python -m experiments.page."""
+"""Write docs/claims.md and its figures from the committed results of all experiments: python -m experiments.page."""
 
 from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
 
 from experiments.claim import Claim
+from longreach.report.drawing import to_svg
 from longreach.report.grid import to_markdown
 from longreach.results import Provenance, Results, merge
 
@@ -31,6 +32,7 @@ def section(name: str, results: Results) -> str:
         f"**The claim.** {claim.statement}",
         f"**{judgement.verdict}.** {' '.join(judgement.findings)}",
         f"*When it holds.* {claim.rule}",
+        *([f"![{claim.caption}](claims/{name}.svg)\n\n{claim.caption}"] if claim.figure else []),
         *(f"{table.title}. {table.note}\n\n{to_markdown(table).strip()}" for table in judgement.tables),
         f"*Caveats.* {claim.caveats}",
         f"*Run again.* `make experiments/{name}`; {', '.join(_link(path) for path in files(name))}, "
@@ -82,9 +84,14 @@ def _anchor(title: str) -> str:
 
 
 def main() -> None:
-    """Write the page."""
+    """Write the page and the figures."""
     found = {name: read(paths) for name in EXPERIMENTS if (paths := files(name))}
     (ROOT / "docs" / "claims.md").write_text(page(found), encoding="utf-8")
+    figures = ROOT / "docs" / "claims"
+    figures.mkdir(exist_ok=True)
+    for name, results in found.items():
+        if draw := claim_of(name).figure:
+            (figures / f"{name}.svg").write_bytes(to_svg(draw(results)))
 
 
 if __name__ == "__main__":

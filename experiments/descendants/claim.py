@@ -2,6 +2,7 @@
 
 from experiments import rivals
 from experiments.claim import Claim, Judgement, is_below, verdict
+from longreach.report.subjects.perplexity import perplexity_figure
 from longreach.results import Results
 
 BETTER = ("kerple", "fire")
@@ -29,5 +30,10 @@ CLAIM = Claim(
     caveats=(
         "Parameters of a bias are the same in every layer here. Methods with a dense bias compute all pairs of tokens, "
         "which is what their speed shows. xPos ends where float32 does."
+    ),
+    figure=perplexity_figure,
+    caption=(
+        "Perplexity per token by tested length, both logarithmic: the mean over seeds, single seeds thin. Dotted: the "
+        "training length."
     ),
 )

@@ -14,6 +14,7 @@ from experiments.claim import (
     verdict,
 )
 from longreach.report.grid import Grid, format_signed
+from longreach.report.subjects.decomposition import decomposition_figure
 from longreach.results import Results
 
 
@@ -76,4 +77,9 @@ CLAIM = Claim(
     ),
     judge=judge,
     caveats="4,096 tokens are scored, for stride 1 computes a window for each.",
+    figure=decomposition_figure,
+    caption=(
+        "What each method gains from longer nonoverlapping windows, split: relief from the early token curse, and what "
+        "the context beyond the training length adds. Dots are single seeds."
+    ),
 )

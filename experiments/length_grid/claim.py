@@ -1,10 +1,18 @@
 """The length grid: ALiBi trained at several lengths, each tested at all longer ones."""
 
+from __future__ import annotations
+
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 from experiments.claim import Claim, Judgement, is_above, is_below, perplexity, ratio, records, times, told, verdict
+from longreach.report.curves import Curve, Panel, Scales, draw_panels
+from longreach.report.drawing import LIGHT
 from longreach.report.grid import MISSING, Grid
 from longreach.results import Results
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def judge(results: Results) -> Judgement:
@@ -39,6 +47,19 @@ def judge(results: Results) -> Judgement:
     )
 
 
+def draw(results: Results) -> Figure:
+    """One curve for each training length, from that length on."""
+    first, *_ = lengths = results.train_lengths()
+    curves = []
+    for train in lengths:
+        tested = (n for n in results.valid_lengths(train) if n >= train)
+        cells = {float(n): perplexity(records(results, "alibi", train, n)) for n in tested}
+        means = {length: cell.mean for length, cell in cells.items() if cell}
+        curves.append(Curve(f"alibi:{train}", means, remark=" tokens"))
+    scales = Scales("Validation length in tokens", "Perplexity per token")
+    return draw_panels([Panel("By training length", first, tuple(curves))], scales, LIGHT)
+
+
 CLAIM = Claim(
     title="Trained at any length, ALiBi is better at longer ones, and best when trained longer",
     statement=(
@@ -56,5 +77,10 @@ CLAIM = Claim(
         "relief from the early token curse. All lengths see the same number of tokens in training, a hundredth of the "
         "paper's: where longer sequences are no better here, the likely reason is that nothing is learned yet from the "
         "tokens that only they show, while fewer of them make up a batch."
+    ),
+    figure=draw,
+    caption=(
+        "ALiBi's perplexity per token by tested length, both logarithmic, one curve for each training length, from that "
+        "length on: the mean over seeds."
     ),
 )

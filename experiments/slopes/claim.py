@@ -2,6 +2,7 @@
 
 from experiments import rivals
 from experiments.claim import HOLDS, IN_PART, NOT_HERE, Claim, Judgement, is_below, ratio, records
+from longreach.report.subjects.perplexity import perplexity_figure
 from longreach.results import OverSeeds, Results
 
 
@@ -32,4 +33,9 @@ CLAIM = Claim(
     ),
     judge=judge,
     caveats="Small models use near context alone, for which steep slopes are enough.",
+    figure=perplexity_figure,
+    caption=(
+        "Perplexity per token by tested length, both logarithmic: the mean over seeds, single seeds thin. Dotted: the "
+        "training length."
+    ),
 )

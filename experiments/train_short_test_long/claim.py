@@ -2,6 +2,7 @@
 
 from experiments.claim import Claim, Judgement, is_above, is_below, perplexity, ratio, records, times, told, verdict
 from longreach.report.grid import Grid
+from longreach.report.subjects.perplexity import perplexity_figure
 from longreach.results import Results
 
 ORDER = ("alibi", "t5", "rotary", "sinusoidal")
@@ -48,4 +49,9 @@ CLAIM = Claim(
     ),
     judge=judge,
     caveats="Half a million parameters and a million tokens: absolute perplexities compare with nothing else.",
+    figure=perplexity_figure,
+    caption=(
+        "Perplexity per token by tested length, both logarithmic: the mean over seeds, single seeds thin. Dotted: the "
+        "training length."
+    ),
 )
