@@ -80,7 +80,7 @@ CLAIM = Claim(
     ),
     figure=draw,
     caption=(
-        "ALiBi's perplexity per token by tested length, both logarithmic, one curve for each training length, from that "
-        "length on: the mean over seeds."
+        "ALiBi's perplexity per token by tested length, both logarithmic, one curve for each training length, from "
+        "there on: the mean over seeds."
     ),
 )

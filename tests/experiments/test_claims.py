@@ -22,15 +22,19 @@ from longreach.verbs.compare import CompareConfig, compare
 
 ROOT = Path(__file__).parents[2]
 
-pytestmark = pytest.mark.usefixtures("unrendered")
+unrendered = pytest.mark.usefixtures("unrendered")
 
 
-def test_the_page_is_what_the_committed_results_give(tmp_path, monkeypatch):
+def test_the_page_and_its_figures_are_what_the_committed_results_give(tmp_path, monkeypatch):
     (tmp_path / "docs").mkdir()
     (tmp_path / "experiments").symlink_to(ROOT / "experiments")
     monkeypatch.setattr(page, "ROOT", tmp_path)
     page.main()
     assert (tmp_path / "docs/claims.md").read_bytes() == (ROOT / "docs/claims.md").read_bytes()
+    made, committed = (
+        {path.name: path.read_bytes() for path in (root / "docs/claims").iterdir()} for root in (tmp_path, ROOT)
+    )
+    assert made == committed
 
 
 def test_every_experiment_is_on_the_page():
@@ -58,6 +62,7 @@ def words(tmp_path_factory):
 OF_ONE_COMPARISON = [name for name in page.EXPERIMENTS if run.several(name) is None]
 
 
+@unrendered
 @pytest.mark.parametrize("name", OF_ONE_COMPARISON)
 def test_every_comparison_runs_at_toy_size_and_can_be_judged(name, words, tmp_path):
     config = toy(read_file(CompareConfig, ROOT / "experiments" / name / "config.toml"), words, str(tmp_path / "cache"))
@@ -88,6 +93,7 @@ def run_small(name, words, folder, smaller, monkeypatch):
     return page.read(run.results(name, runs).values())
 
 
+@unrendered
 def test_interpolation_runs_at_toy_size_and_can_be_judged(words, tmp_path, monkeypatch):
     monkeypatch.setattr(interpolation, "SEEDS", (0,))
     monkeypatch.setattr(interpolation, "FOLDS", (1, 2))
@@ -102,6 +108,7 @@ def test_interpolation_runs_at_toy_size_and_can_be_judged(words, tmp_path, monke
     check_judged("interpolation", run_small("interpolation", words, tmp_path, smaller, monkeypatch))
 
 
+@unrendered
 def test_the_retrofit_runs_at_toy_size_and_can_be_judged(words, tmp_path, monkeypatch):
     for module in (retrofit, retrofit_claim):
         for constant, value in {"TESTED": (512, 1024), "ASKED": (512,)}.items():
