@@ -11,12 +11,12 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+from refusals import DEEP, refused, setting, text
 
 from longreach.cli import main
 from longreach.data.tokenizer import load_tokenizer
 
 SMALL = "--num-layers 1 --num-heads 2 --d-model 16 --vocab-size 300 --train-length 16 --batch-size 4 --warmup-steps 2"
-DEEP = "[" * 5000 + "]" * 5000
 
 pytestmark = pytest.mark.usefixtures("unrendered")
 
@@ -56,33 +56,8 @@ def model(published, tmp_path):
     return shutil.copytree(published, tmp_path / "model")
 
 
-def refused(capfd, *words):
-    """The one line with which a command ends, and what is written past Python counts too."""
-    capfd.readouterr()
-    with pytest.raises(SystemExit) as end:
-        main([str(word) for word in words])
-    lines = [line for line in capfd.readouterr().err.splitlines() if not line.startswith("reading: ")]
-    assert (end.value.code, len(lines)) == (2, 1), lines
-    return lines[0]
-
-
 def measured(folder, corpus):
     return ["evaluate", folder, "--data", corpus, "--lengths", "16", "--valid-tokens", "32", "--task", "perplexity"]
-
-
-def setting(name, value):
-    """A change of one field of a JSON file, given as it is to stand there."""
-
-    def change(path):
-        values = json.loads(path.read_text())
-        values[name] = "@"
-        path.write_text(json.dumps(values).replace('"@"', value))
-
-    return change
-
-
-def text(content):
-    return lambda path: path.write_text(content)
 
 
 def in_place_of_it(make):
@@ -156,6 +131,8 @@ def test_nor_in_a_model_of_hugging_face(capfd, model, corpus, kind, name):
         (setting("attn_config", '{"alibi_bias_max": NaN}'), "config"),
         (setting("model_type", '"nothing"'), "nothing"),
         (setting("dtype", '"float9"'), "float9"),
+        (setting("num_labels", "1000000000"), "num_labels=1000000000: give at most 65536"),
+        (setting("text_config", '{"num_labels": 1000000000}'), "num_labels=1000000000: give at most 65536"),
     ],
 )
 def test_a_configuration_that_no_model_can_have(capfd, model, corpus, change, part):
@@ -190,6 +167,21 @@ def test_pickled_weights_that_would_run_code(capfd, model, corpus, verb, tmp_pat
     words += ["--warmup-steps", "0", "--train-length", "16"] if verb == "train" else []
     assert "safetensors" in refused(capfd, *words)
     assert not os.path.exists("pwned")
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        *("--num-layers=2", "--num-heads=6", "--num-kv-heads=6", "--d-model=24", "--d-ff=96", "--norm=rmsnorm"),
+        *("--activation=gelu", "--bias", "--no-tied-embeddings", "--attention-dropout=0.1", "--residual-dropout=0"),
+        *("--longest-length=64", "--vocab-size=300", "--packing=documents", "--method=rotary", "--preset=cc100-1.3b"),
+    ],
+)
+def test_what_a_model_of_hugging_face_has_by_itself(capfd, model, corpus, tmp_path, option):
+    words = ["train", "--from", model, "--output", tmp_path / "new", "--data", corpus, "--steps", "1"]
+    line = refused(capfd, *words, "--train-length", "16", "--warmup-steps", "0", option)
+    assert option.partition("=")[0] in line
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(

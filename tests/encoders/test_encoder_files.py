@@ -148,7 +148,7 @@ class Evil:
         ({"pytorch_model.bin": pickle.dumps(Evil(), protocol=2)}, "pytorch_model.bin holds no tensors"),
         ({"pytorch_model.bin": b"PK"}, "pytorch_model.bin holds no tensors"),
         ({"pytorch_model.bin.index.json": b'{"weight_map": {"a": "b.bin"}}'}, "has no b.bin, which its index names"),
-        ({"model.safetensors.index.json": b'["a"]'}, "model.safetensors.index.json has no weight_map"),
+        ({"model.safetensors.index.json": b'["a"]'}, "model.safetensors.index.json is no index of weights"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -1,30 +1,23 @@
 """Tokenizers: a byte-level BPE trained here, or any Hugging Face one, behind the few methods that we need."""
 
-import contextlib
 import functools
 import json
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
-from longreach.files import digest_of, open_file, write_atomically
-from longreach.foreign import in_native_silence, in_silence, refusing
-from longreach.reading import parse_file
+from longreach.files import digest_of, write_atomically
+from longreach.foreign import in_silence, refusing
+from longreach.tokenizing import Backend, declared_eos, read_tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 # The names under which public models' tokenizers end a document, tried in this order where none is declared.
 KNOWN_EOS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]")
 BYTE_CHARS = frozenset(pre_tokenizers.ByteLevel.alphabet())
 MIN_VOCAB_SIZE = len(BYTE_CHARS) + 1
-MAX_GROWTH = 1 << 12
-"""How many times as long as it is a tokenizer may make a text, which comes in pieces of 64 thousand characters."""
-MAX_VOCAB_SIZE = 1 << 24
-"""The most tokens that are taken for a vocabulary, and not for one large id among few tokens."""
 
 
 class Tokenizer:
@@ -47,25 +40,12 @@ class Tokenizer:
         eos_id = backend.token_to_id(eos_token)
         if eos_id is None:
             raise ValueError(f"eos_token={eos_token!r} is not in the vocabulary; name a token that is")
-        for name in ("normalizer", "decoder"):
-            part = getattr(backend, name)
-            if part is not None and _growth(json.loads(part.__getstate__())) > MAX_GROWTH:
-                raise ValueError(f"its {name} may make texts over {MAX_GROWTH} times as long: mend it")
-        backend.no_truncation()
-        backend.no_padding()
+        self._library, self._backend = backend, Backend(backend)
         backend.add_special_tokens([AddedToken(eos_token, special=True, normalized=False)])
         backend.encode_special_tokens = True
-        if getattr(backend.model, "dropout", None):  # some were trained with it, and kept it
-            backend.model.dropout = None
-        self._backend = backend
         self.eos_token = eos_token
         self.eos_id: int = eos_id
-        # Some vocabularies have gaps, so that the number of tokens can be less than the largest id demands.
-        self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
-        if self.vocab_size > MAX_VOCAB_SIZE:
-            raise ValueError(
-                f"it has the token id {self.vocab_size - 1}: give one whose ids are below {MAX_VOCAB_SIZE}"
-            )
+        self.vocab_size = self._backend.vocab_size
 
     @property
     def text_vocab_size(self) -> int:
@@ -73,8 +53,8 @@ class Tokenizer:
 
         The least vocabulary that a model must have to read what this tokenizer gives.
         """
-        special = {index for index, token in self._backend.get_added_tokens_decoder().items() if token.special}
-        ids = set(self._backend.get_vocab(with_added_tokens=True).values())
+        special = {index for index, token in self._library.get_added_tokens_decoder().items() if token.special}
+        ids = set(self._library.get_vocab(with_added_tokens=True).values())
         return max(ids - special | {self.eos_id}) + 1
 
     def encode(self, text: str) -> list[int]:
@@ -83,14 +63,14 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The tokens of each text, computed in parallel."""
-        with self._at_work("encode the text"):
-            encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        with self._backend.at_work("encode the text") as library:
+            encodings = library.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`. Special tokens have none; bytes that are not UTF-8 become U+FFFD."""
-        with self._at_work("decode its tokens"):
-            return self._backend.decode([int(token) for token in ids], skip_special_tokens=True)
+        with self._backend.at_work("decode its tokens") as library:
+            return library.decode([int(token) for token in ids], skip_special_tokens=True)
 
     def count_bytes(self, ids: Sequence[int] | np.ndarray) -> int:
         """The UTF-8 bytes of the text that `ids` stand for; special tokens stand for none.
@@ -106,7 +86,7 @@ class Tokenizer:
     @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of everything that decides how text becomes tokens and documents end."""
-        return digest_of(self.eos_token, self._backend.to_str())
+        return digest_of(self.eos_token, self._library.to_str())
 
     def save(self, path: str | Path) -> None:
         """Write the tokenizer.json `path`, and beside it the tokenizer_config.json that names the eos token.
@@ -118,45 +98,22 @@ class Tokenizer:
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.eos_token}
         for target, text in (
             (path.with_name("tokenizer_config.json"), json.dumps(config, indent=2)),
-            (path, self._backend.to_str(pretty=True)),
+            (path, self._library.to_str(pretty=True)),
         ):
             write_atomically(target, (text + "\n").encode())
 
     @functools.cached_property
-    def _has_patterns(self) -> bool:
-        """Whether it brings regular expressions of its own, at which its library may panic."""
-        return '"Regex"' in self._backend.to_str()
-
-    @contextlib.contextmanager
-    def _at_work(self, purpose: str) -> Iterator[None]:
-        """In force while its library works; what that fails at is a ValueError."""
-        silence = in_native_silence() if self._has_patterns else contextlib.nullcontext()
-        with silence, refusing(f"the tokenizer cannot {purpose}", "give another tokenizer.json"):
-            yield
-
-    @functools.cached_property
     def _byte_counts(self) -> np.ndarray | None:
         """Bytes of each token, int64 [V], or None where tokens are not strings of bytes."""
-        if not isinstance(self._backend.decoder, decoders.ByteLevel):
+        if not isinstance(self._library.decoder, decoders.ByteLevel):
             return None
         counts = np.zeros(self.vocab_size, dtype=np.int64)
-        for token, index in self._backend.get_vocab(with_added_tokens=False).items():
+        for token, index in self._library.get_vocab(with_added_tokens=False).items():
             # Byte-level vocabularies write each byte as one character of their own alphabet.
             counts[index] = len(token) if BYTE_CHARS.issuperset(token) else len(token.encode())
-        for index, added in self._backend.get_added_tokens_decoder().items():
+        for index, added in self._library.get_added_tokens_decoder().items():
             counts[index] = 0 if added.special else len(added.content.encode())
         return counts
-
-
-def _growth(part: dict[str, Any]) -> float:
-    """At most how many times as long replacements in a normalizer or a decoder make a text."""
-    if inner := part.get("normalizers") or part.get("decoders"):
-        return math.prod(map(_growth, inner))
-    if part.get("type") != "Replace":
-        return 1.0
-    replaced = part["pattern"].get("String")  # a regular expression may replace nothing at all
-    content = len(part["content"])
-    return 1.0 + content if not replaced else max(1.0, content / len(replaced))
 
 
 class StreamingDecoder:
@@ -234,8 +191,8 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
         path = path / "tokenizer.json"
     declared = None
     if path.exists():
-        backend = _read_backend(path)
-        declared = _declared_eos(path.parent)
+        backend = read_tokenizer(path, f"tokenizer={str(path)!r} is no tokenizer.json")
+        declared = declared_eos(path.parent)
     elif path.name.endswith(".json") or path.is_absolute():
         raise ValueError(f"tokenizer={str(source)!r}: no such file; give a tokenizer.json or a folder that holds one")
     else:
@@ -246,13 +203,6 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
         raise ValueError(f"tokenizer={str(source)!r}: {error}") from error
 
 
-def _read_backend(path: Path) -> tokenizers.Tokenizer:
-    with open_file(path) as file:
-        data = file.read()
-    with in_native_silence(), refusing(f"tokenizer={str(path)!r} is no tokenizer.json", "write or fetch it again"):
-        return tokenizers.Tokenizer.from_buffer(data)
-
-
 def _fetch_backend(name: str) -> tokenizers.Tokenizer:
     subject = f"tokenizer={name!r} is no file or folder here, nor to be had from the Hugging Face hub"
     with (
@@ -260,23 +210,6 @@ def _fetch_backend(name: str) -> tokenizers.Tokenizer:
         refusing(subject, "give the path of a tokenizer.json, or a hub name while there is a network"),
     ):
         return tokenizers.Tokenizer.from_pretrained(name)
-
-
-def _declared_eos(folder: Path) -> str | None:
-    for path in (folder / "tokenizer_config.json", folder / "special_tokens_map.json"):
-        try:
-            values = parse_file(path)
-            eos = values.get("eos_token") if isinstance(values, dict) else values
-            eos = eos.get("content") if isinstance(eos, dict) else eos
-            if not isinstance(eos, str | None) or not isinstance(values, dict):
-                raise ValueError(f"eos_token={str(eos)[:40]!r}: give the text of a token in a JSON object")
-        except FileNotFoundError:
-            continue
-        except ValueError as error:
-            raise ValueError(f"tokenizer: {str(path)!r}: {error}") from error
-        if eos:
-            return eos
-    return None
 
 
 def _known_eos(backend: tokenizers.Tokenizer) -> str:

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from longreach.models.config import LARGEST
+from longreach.models.files import check_labels
 from longreach.positions.scaling import Scaling, parse_scaling
 from longreach.reading import read_values
 
@@ -47,8 +49,12 @@ class EncoderConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, int) and value < 1:
-                raise ValueError(f"{field.name}={value}: give a positive number")
+            if isinstance(value, int) and not 1 <= value <= LARGEST:
+                raise ValueError(f"{field.name}={value}: give 1 to {LARGEST}")
+            if field.name.endswith("_dropout_prob") and not 0 <= value < 1:
+                raise ValueError(f"{field.name}={value}: give a number of at least 0 and below 1")
+        if not 0 < self.layer_norm_eps < 1:
+            raise ValueError(f"layer_norm_eps={self.layer_norm_eps}: give a number between 0 and 1")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size={self.hidden_size}: give a multiple of num_attention_heads={self.num_attention_heads}"
@@ -76,6 +82,7 @@ def read_config(values: Mapping[str, Any], name: str) -> EncoderConfig:
         )
     used = {field.name: values[field.name] for field in fields(EncoderConfig) if values.get(field.name) is not None}
     try:
+        check_labels(values)
         return read_values(EncoderConfig, used)
     except ValueError as error:
         raise ValueError(f"model {name!r}: config.json: {error}") from error

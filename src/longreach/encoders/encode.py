@@ -39,7 +39,7 @@ def encode(
     with _evaluating(model), _told(progress) as tell, torch.inference_mode():
         for first in range(0, len(order), batch_size):
             chosen = order[first : first + batch_size]
-            ids = _tokenize(reader, [texts[i] for i in chosen], length)
+            ids = tokenize(model, [texts[i] for i in chosen], length=length)
             for part in _batches([len(row) for row in ids]):
                 packed = Packed(tuple(len(ids[row]) for row in part))
                 flat = torch.tensor([token for row in part for token in ids[row]], dtype=torch.int64)
@@ -47,7 +47,11 @@ def encode(
                 pooled = _pool(hidden, packed.lengths, reader.pooling)
                 if reader.normalize if normalize is None else normalize:
                     pooled = F.normalize(pooled, dim=-1)
-                vectors[[chosen[row] for row in part]] = pooled.cpu()
+                vectors[[chosen[row] for row in part]] = finite = pooled.cpu()
+                if not finite.isfinite().all():
+                    raise ValueError(
+                        f"its vectors in {model.dtype} are not all finite: mend its weights, or give another dtype"
+                    )
             tell(first + len(chosen), len(texts))
     return vectors
 
@@ -74,14 +78,26 @@ def _require_texts(texts: object) -> None:
             raise ValueError(f"texts[{index}] is {type(text).__name__}: give text")
 
 
-def _tokenize(reader: Texts, texts: list[str], length: int) -> list[list[int]]:
-    special = reader.tokenizer.num_special_tokens_to_add(False)
-    if length < special:
-        raise ValueError(
-            f"max_length={length}: its tokenizer adds {special} tokens to each text; give at least as many"
-        )
-    reader.tokenizer.enable_truncation(length)
-    return [encoding.ids for encoding in reader.tokenizer.encode_batch_fast(texts)]
+def tokenize(model: Any, texts: Sequence[str], *, length: int | None, special: bool = True) -> list[list[int]]:
+    """Ids of texts by the tokenizer of a model, each cut off at a length.
+
+    Raises:
+        ValueError: there is no tokenizer, it fails or is another model's, or the length has no room for what it adds.
+    """
+    with texts_of(model).tokenizer.at_work("encode the text") as tokenizer:
+        if length is None:
+            tokenizer.no_truncation()
+        elif length < (added := tokenizer.num_special_tokens_to_add(False) if special else 0):
+            raise ValueError(
+                f"max_length={length}: its tokenizer adds {added} tokens to each text; give at least as many"
+            )
+        else:
+            tokenizer.enable_truncation(length)
+        ids = [encoding.ids for encoding in tokenizer.encode_batch_fast(list(texts), add_special_tokens=special)]
+    largest, vocab_size = max(map(max, filter(None, ids)), default=0), model.sizes.vocab_size
+    if largest >= vocab_size:
+        raise ValueError(f"its tokenizer makes the token {largest} of vocab_size={vocab_size}: give its own tokenizer")
+    return ids
 
 
 def _batches(lengths: list[int]) -> Iterator[list[int]]:

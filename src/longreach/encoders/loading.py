@@ -1,5 +1,6 @@
 """From files to a model, every weight accounted for: nothing is left random, and nothing is left over."""
 
+import re
 from typing import Any, TypeVar
 
 import torch
@@ -10,6 +11,9 @@ from longreach.encoders.layouts import layout_of
 from longreach.encoders.source import Source
 
 Model = TypeVar("Model", bound=nn.Module)
+
+_LAYER = re.compile(r"encoder\.layer\.(\d+)\.")
+"""What names of a layer's weights begin with."""
 
 HEADS = ("cls.", "classifier.")
 """What names of weights begin with that are of heads: a model without such a head leaves them."""
@@ -28,9 +32,15 @@ def build(kind: type[Model], source: Source, config: Any, dtype: torch.dtype | N
         ValueError: a weight is missing, wrongly shaped or unexpected, or the layout is not known; it is named.
     """
     values = config.to_dict()
-    read_config(values, source.name)
+    sizes = read_config(values, source.name)
     tensors = source.weights()
     setattr(config, LAYOUT, layout_of(source.configuration(), tensors, source.name))
+    layers = len({match[1] for key in tensors if (match := _LAYER.match(key))})
+    if layers < sizes.num_hidden_layers:  # of which a file may say any number
+        raise ValueError(
+            f"model {source.name!r} has weights of {layers} layers, its config.json says num_hidden_layers="
+            f"{sizes.num_hidden_layers}: mend one of the two"
+        )
     with torch.device("meta"):
         model = kind(config)
     fitted: dict[str, Tensor] = model.fit(tensors, source.name)  # type: ignore[operator]

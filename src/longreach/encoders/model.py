@@ -17,6 +17,7 @@ from longreach.encoders.loading import HEADS, build
 from longreach.encoders.packing import Arrangement, Dense, Heads, Packed
 from longreach.encoders.source import Source
 from longreach.encoders.texts import Texts, copy_text_files
+from longreach.foreign import refusing
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 """Options of `from_pretrained` that say how the hub is asked."""
@@ -42,7 +43,8 @@ class PublishedConfig(BertConfig):
         """
         values = source.configuration() | changes
         read_config(values, source.name)  # whose errors are ours, and come before those of the stock class
-        return cls(**values)
+        with refusing(f"model {source.name!r}: config.json is none that transformers can read", "mend it"):
+            return cls(**values)
 
 
 class Embeddings(nn.Module):
@@ -122,8 +124,9 @@ class PublishedModel(PreTrainedModel):
         if config is None:
             config = PublishedConfig.of(source)
         dtype = config.dtype if dtype in (None, "auto") else dtype
-        if isinstance(dtype, str):
-            dtype = getattr(torch, dtype)
+        dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+        if not (dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)):
+            raise ValueError(f"model {source.name!r} in dtype={dtype}: give one of torch for floating point")
         model = build(cls, source, config, dtype)
         encoder: Any = model.base_model
         encoder.source = source

@@ -1,6 +1,5 @@
 """The files of a published model, from a folder or the Hugging Face hub. They are read alone: no code is run."""
 
-import pickle
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,6 +10,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from longreach.files import open_file
+from longreach.foreign import first_line, refusing
+from longreach.models.files import shards_of
 from longreach.reading import parse_file
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -51,7 +53,7 @@ class Source:
         return None if found is None else Path(found)
 
     def _unknown(self, error: Exception | None = None) -> ValueError:
-        reason = f" ({(str(error).strip() or type(error).__name__).splitlines()[0]})" if error else ""
+        reason = f" ({first_line(error)})" if error else ""
         return ValueError(
             f"model {self.name!r} is no folder here, nor to be had from the Hugging Face hub{reason}; "
             "give a folder, or a hub name while there is a network"
@@ -66,6 +68,13 @@ class Source:
             return parse_file(path)
         except ValueError as error:
             raise ValueError(f"model {self.name!r}: {file}: {error}") from error
+
+    def read_table(self, file: str) -> dict[str, Any]:
+        """What a .json file holds that is an object; nothing where there is none. ValueError where it is damaged."""
+        values = self.read_json(file)
+        if not isinstance(values, dict | None):
+            raise ValueError(f"model {self.name!r}: {file} holds no object: give one")
+        return values or {}
 
     def configuration(self) -> dict[str, Any]:
         """What config.json holds.
@@ -87,7 +96,8 @@ class Source:
             ValueError: there are none, or a file is damaged or holds more than tensors.
         """
         for file in WEIGHTS:
-            paths = {shard: self.find(shard) for shard in self._shards(file)}
+            index = self.find(f"{file}.index.json")
+            paths = {shard: self.find(shard) for shard in ([file] if index is None else shards_of(index))}
             if paths == {file: None}:
                 continue
             tensors: dict[str, Tensor] = {}
@@ -98,24 +108,12 @@ class Source:
             return self._without_prefix(tensors)
         raise ValueError(f"model {self.name!r} has no weights: give a folder with one of {', '.join(WEIGHTS)}")
 
-    def _shards(self, file: str) -> list[str]:
-        """The files that the weights of a file are in: itself, unless an index names others."""
-        index = self.read_json(f"{file}.index.json")
-        if index is None:
-            return [file]
-        shards = index.get("weight_map") if isinstance(index, dict) else None
-        if not isinstance(shards, dict) or not shards:
-            raise ValueError(f"model {self.name!r}: {file}.index.json has no weight_map: fetch it again")
-        return sorted({str(shard) for shard in shards.values()})
-
     def _read(self, path: Path) -> dict[str, Tensor]:
-        try:
+        open_file(path).close()  # the libraries would wait for a pipe
+        with refusing(f"model {self.name!r}: {path.name} holds no tensors", "fetch it again"):
             if path.suffix == ".safetensors":
                 return safetensors.torch.load_file(path)
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, safetensors.SafetensorError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ValueError(f"model {self.name!r}: {path.name} holds no tensors ({reason}): fetch it again") from error
         if not isinstance(tensors, dict) or not all(isinstance(x, Tensor) for x in tensors.values()):
             raise ValueError(f"model {self.name!r}: {path.name} holds more than named tensors: give its weights alone")
         return tensors

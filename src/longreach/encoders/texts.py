@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-
 from longreach.encoders.source import Source
+from longreach.positions.scaling import require_tokens
+from longreach.tokenizing import Backend, read_tokenizer
 
 POOLINGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_max_tokens": "max"}
 """Name of a pooling in a sentence-transformers configuration -> ours."""
@@ -29,8 +29,8 @@ TEXT_FILES = (
 class Texts:
     """How texts become vectors."""
 
-    tokenizer: Tokenizer
-    """Without padding; truncation is set where it is used."""
+    tokenizer: Backend
+    """Truncation is set where it is used."""
     max_length: int | None
     """The longest text in tokens; None where no file says."""
     pooling: str
@@ -50,23 +50,25 @@ def read_texts(source: Source, tokenizer: Source | None = None) -> Texts:
         ValueError: there is no tokenizer, or a file is damaged or asks for what is not known.
     """
     pooling, normalize = _pooling(source)
-    lengths = source.read_json("sentence_bert_config.json") or {}
-    return Texts(_tokenizer(tokenizer or source), lengths.get("max_seq_length"), pooling, normalize)
+    length = source.read_table("sentence_bert_config.json").get("max_seq_length")
+    if length is not None:
+        require_tokens(f"model {source.name!r}: sentence_bert_config.json has max_seq_length", length, 1)
+    return Texts(_tokenizer(tokenizer or source), length, pooling, normalize)
 
 
-def _tokenizer(source: Source) -> Tokenizer:
+def _tokenizer(source: Source) -> Backend:
     path = source.find("tokenizer.json")
     if path is None:
         raise ValueError(
             f"model {source.name!r} has no tokenizer.json: give that of its tokenizer by tokenizer=, a folder or a hub "
             "name (MosaicBERT's is bert-base-uncased)"
         )
+    subject = f"model {source.name!r}: {path.name}"
+    library = read_tokenizer(path, f"{subject} is damaged")
     try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing narrower
-        raise ValueError(f"model {source.name!r}: tokenizer.json is damaged ({error}): fetch it again") from error
-    tokenizer.no_padding()
-    return tokenizer
+        return Backend(library)
+    except ValueError as error:
+        raise ValueError(f"{subject}: {error}") from error
 
 
 def _pooling(source: Source) -> tuple[str, bool]:
@@ -74,7 +76,7 @@ def _pooling(source: Source) -> tuple[str, bool]:
     pooling, normalize = "mean", False
     for kind, path in _modules(source):
         if kind == "Pooling":
-            pooling = _mode(source.read_json(f"{path}/config.json") or {}, source.name)
+            pooling = _mode(source.read_table(f"{path}/config.json"), source.name)
         elif kind == "Normalize":
             normalize = True
         elif kind != "Transformer":
@@ -84,8 +86,10 @@ def _pooling(source: Source) -> tuple[str, bool]:
 
 def _modules(source: Source) -> list[tuple[str, str]]:
     """Class and folder of each module of sentence-transformers; none where there is no modules.json."""
-    modules = []
-    for module in source.read_json("modules.json") or []:
+    modules, listed = [], source.read_json("modules.json") or []
+    if not isinstance(listed, list) or not all(isinstance(module, dict) for module in listed):
+        raise ValueError(f"model {source.name!r}: modules.json is no list of objects: give one")
+    for module in listed:
         kind, path = str(module.get("type")).rsplit(".", 1)[-1], str(module.get("path"))
         if path != Path(path).name or path == "..":  # "" for the model's own folder
             raise ValueError(f"model {source.name!r}: modules.json has path={path!r}: give a folder beside it")

@@ -5,18 +5,22 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
 import torch
 
-from longreach.files import open_file, replacing
+from longreach.files import MODEL_FILES, open_file, replacing
 from longreach.foreign import refusing
 from longreach.models.config import ModelConfig
 from longreach.models.decoder import Decoder, count_weights
 from longreach.reading import parse_file, read_values
 
 MODEL_TYPE = "longreach"
+
+MOST_LABELS = 2**16
+"""The most labels of a classifier that are taken for no mistake."""
 
 
 def save_model(
@@ -94,3 +98,33 @@ def load_model(
         model = Decoder(config if method is None else dataclasses.replace(config, method=method))
         model.load_state_dict(weights)
     return model.to(device).eval()
+
+
+def check_labels(config: Mapping[str, Any]) -> None:
+    """Refuse more labels than anyone has in somebody's configuration: transformers makes a name for each of them.
+
+    Raises:
+        ValueError: it, or one within it, says so many.
+    """
+    for name, value in config.items():
+        if isinstance(value, dict):
+            check_labels(value)
+        elif name == "num_labels" and isinstance(value, int) and value > MOST_LABELS:
+            raise ValueError(f"num_labels={value}: give at most {MOST_LABELS}")
+
+
+def shards_of(index: Path) -> list[str]:
+    """Names of the files that the index of somebody's weights says they are in, which lie beside it.
+
+    Raises:
+        ValueError: it is damaged, or names files that lie elsewhere or are no weights.
+    """
+    values = parse_file(index)
+    shards = values.get("weight_map") if isinstance(values, dict) else None
+    if not isinstance(shards, dict) or not isinstance(values.get("metadata", {}), dict):
+        raise ValueError(f"{index} is no index of weights: it needs a weight_map, an object")
+    names = list(dict.fromkeys(map(str, shards.values())))
+    for name in names:
+        if Path(name).name != name or Path(name).suffix not in MODEL_FILES:
+            raise ValueError(f"{index} names weights in {name!r}: give files of weights that lie beside it")
+    return names

@@ -21,6 +21,7 @@ from longreach.ops.arguments import validate_kind, validate_path
 from longreach.positions import parse_method
 from longreach.positions.scaling import require_tokens
 from longreach.pretrained.lengths import TRAIN_LENGTH
+from longreach.tokenizing import Backend, declared_eos, read_tokenizer
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
@@ -61,8 +62,8 @@ def export_mpt(
     _check(model.config, max_length)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"folder={str(folder)!r} exists: give a new one, or delete it first")
-    texts = {} if tokenizer is None else _tokenizer_files(Path(tokenizer), model.config.vocab_size)
-    config = _config(model, max_length, _eos_id(texts))
+    texts, eos_id = ({}, None) if tokenizer is None else _tokenizer_files(Path(tokenizer), model.config.vocab_size)
+    config = _config(model, max_length, eos_id)
     texts["config.json"] = json.dumps(config, indent=2) + "\n"
     texts["README.md"] = _card(folder.name, model.config, max_length, tokenizer is not None, card_table)
     unfinished = folder.with_name(f".{folder.name}.unfinished")
@@ -170,36 +171,20 @@ def _config(model: Decoder, max_length: int, eos_id: int | None) -> dict[str, An
     }
 
 
-def _tokenizer_files(folder: Path, vocab_size: int) -> dict[str, str]:
-    """The tokenizer's files that are there, name -> text."""
-    texts = {
-        name: (folder / name).read_text(encoding="utf-8") for name in _TOKENIZER_FILES if (folder / name).is_file()
-    }
-    if "tokenizer.json" not in texts:
-        raise ValueError(f"tokenizer={str(folder)!r}: give a folder that holds a tokenizer.json, or None")
-    largest = max(_token_ids(texts["tokenizer.json"]).values())
+def _tokenizer_files(folder: Path, vocab_size: int) -> tuple[dict[str, str], int | None]:
+    """The tokenizer's files that are there, name -> text, and the id of the token that they say ends a text."""
+    path = folder / "tokenizer.json"
+    try:
+        library = read_tokenizer(path, f"{path.name} is damaged")
+        largest = Backend(library).vocab_size - 1
+    except (ValueError, OSError) as error:
+        raise ValueError(f"tokenizer={str(folder)!r}: {error}; give a folder that holds a tokenizer.json") from error
     if largest >= vocab_size:
         raise ValueError(f"tokenizer={str(folder)!r} has token id {largest}, the model has {vocab_size}: give its own")
-    return texts
-
-
-def _token_ids(tokenizer_json: str) -> dict[str, int]:
-    import tokenizers
-
-    try:
-        backend = tokenizers.Tokenizer.from_str(tokenizer_json)
-    except Exception as error:  # the library raises bare Exceptions
-        raise ValueError(f"tokenizer.json is damaged ({error}): write it again") from error
-    return backend.get_vocab(with_added_tokens=True)
-
-
-def _eos_id(texts: dict[str, str]) -> int | None:
-    """Id of the token that tokenizer_config.json declares to end a text."""
-    if "tokenizer_config.json" not in texts:
-        return None
-    token = json.loads(texts["tokenizer_config.json"]).get("eos_token")
-    token = token["content"] if isinstance(token, dict) else token
-    return _token_ids(texts["tokenizer.json"]).get(token)
+    eos = declared_eos(folder)
+    files = [folder / name for name in _TOKENIZER_FILES]
+    texts = {path.name: path.read_text(encoding="utf-8") for path in files if path.is_file()}
+    return texts, None if eos is None else library.token_to_id(eos)
 
 
 def _card(name: str, config: ModelConfig, max_length: int, tokenizer: bool, table: str | None) -> str:

@@ -12,7 +12,7 @@ from torch import nn
 
 from longreach.files import MODEL_FILES, open_file
 from longreach.foreign import refusing
-from longreach.models.files import MODEL_TYPE
+from longreach.models.files import MODEL_TYPE, check_labels, shards_of
 from longreach.ops.arguments import validate_path
 from longreach.positions.scaling import Scaling, parse_scaling
 from longreach.pretrained.attend import fixed_length
@@ -178,25 +178,19 @@ def _check_files(folder: Path) -> None:
     if not folder.is_dir():
         return
     with contextlib.suppress(FileNotFoundError):  # transformers says what it looks for
-        if not isinstance(parse_file(folder / "config.json"), dict):
-            raise ValueError(f"{folder / 'config.json'} holds no object: give the configuration of a model")
+        values = parse_file(path := folder / "config.json")
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} holds no object: give the configuration of a model")
+        try:
+            check_labels(values)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
     for path in folder.iterdir():
         if path.suffix in MODEL_FILES:
             open_file(path).close()
         if path.name.endswith(".index.json"):
-            _check_index(path)
-
-
-def _check_index(path: Path) -> None:
-    """Check that the index of weights in several files names such beside it."""
-    index = parse_file(path)
-    shards = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(shards, dict) or not isinstance(index.get("metadata", {}), dict):
-        raise ValueError(f"{path} is no index of weights: it needs a weight_map, an object")
-    for name in dict.fromkeys(map(str, shards.values())):
-        if Path(name).name != name or Path(name).suffix not in MODEL_FILES:
-            raise ValueError(f"{path} names weights in {name!r}: give files of weights that lie beside it")
-        open_file(path.with_name(name)).close()
+            for shard in shards_of(path):
+                open_file(path.with_name(shard)).close()
 
 
 def _check_counts(config: Any) -> None:

@@ -13,13 +13,15 @@ from torch import Tensor
 from longreach.data.corpora import Corpus, first_pieces
 from longreach.data.prepare import naming
 from longreach.encoders.config import LAYOUT, is_alibi_encoder
-from longreach.encoders.encode import texts_of
+from longreach.encoders.encode import tokenize
 from longreach.encoders.load import load_encoder
 from longreach.encoders.packing import Heads, Packed, split_heads
 from longreach.encoders.source import Source
+from longreach.foreign import first_line
 from longreach.ops.alibi import alibi_slopes
 from longreach.ops.reach import default_tolerance, reach
 from longreach.pretrained.diagnosis import BLOCK, HeadReach, Progress
+from longreach.pretrained.quiet import quiet_transformers
 from longreach.report.grid import format_memory, format_percent
 from longreach.train.loop import resolve_device
 from longreach.verbs.doctor import SEED, DoctorConfig, reach_grid, show
@@ -115,12 +117,10 @@ def _tokens(model: Any, corpus: Corpus | None, count: int) -> Tensor:
     """Ids (count,) of a text, or at random."""
     if corpus is None:
         return torch.randint(model.sizes.vocab_size, (count,), generator=torch.Generator().manual_seed(SEED))
-    tokenizer = texts_of(model).tokenizer
-    tokenizer.no_truncation()
     ids: list[int] = []
     for document in corpus:
         piece = "".join(first_pieces(document.pieces, BYTES_PER_TOKEN * count))
-        ids += tokenizer.encode(piece, add_special_tokens=False).ids
+        ids += tokenize(model, [piece], length=None, special=False)[0]
         if len(ids) >= count:
             return torch.tensor(ids[:count])
     raise ValueError(f"{corpus.name!r} has {len(ids):,} tokens, the lengths need {count:,}: give more, or shorter ones")
@@ -131,11 +131,12 @@ def _stock_loading(source: Source) -> StockLoading:
     from transformers import AutoConfig, AutoModel
 
     try:
-        config = AutoConfig.from_pretrained(source.name, trust_remote_code=False)
-        with torch.device("meta"):
-            stock = AutoModel.from_config(config, trust_remote_code=False)
-    except (ValueError, OSError, KeyError) as error:
-        return StockLoading(refusal=(str(error).strip() or type(error).__name__).splitlines()[0])
+        with quiet_transformers():
+            config = AutoConfig.from_pretrained(source.name, trust_remote_code=False)
+            with torch.device("meta"):
+                stock = AutoModel.from_config(config, trust_remote_code=False)
+    except Exception as error:  # whatever it makes of a stranger's file
+        return StockLoading(refusal=first_line(error))
     files, shapes = source.weights(), {name: x.shape for name, x in stock.state_dict().items()}
     heads = ("cls.", "classifier.")
     lost = [name for name, shape in shapes.items() if name not in files or files[name].shape != shape]
@@ -175,7 +176,8 @@ class _Heard(Packed):
 def _head_reach(model: Any, ids: Tensor) -> tuple[HeadReach, ...]:
     """The reach of every head in every layer, on ids (T,)."""
     heard = _Heard(len(ids))
-    model.encode_packed(ids, heard)
+    if not model.encode_packed(ids, heard).isfinite().all():
+        raise ValueError(f"its outputs in {model.dtype} are not all finite: mend its weights, or give another dtype")
     furthest, kept = (zip(*layers, strict=True) for layers in zip(*heard.layers, strict=True))
     slopes = alibi_slopes(model.sizes.num_attention_heads).tolist()
     return tuple(HeadReach(*head) for head in zip(slopes, furthest, kept, strict=True))

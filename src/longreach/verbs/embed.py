@@ -104,7 +104,7 @@ def embed(config: EmbedConfig, output: Path, progress: TerminalProgress) -> tupl
             progress(f"left out {corpus.skipped}", 1, 1)
         digests = {
             "text": fingerprint,
-            "tokenizer": digest_of(texts.tokenizer.to_str()),
+            "tokenizer": digest_of(texts.tokenizer.library.to_str()),
             f"weights of {config.model}": digest(model.source.find("config.json").parent),
         }
         begin(work, config, digests, device)
