@@ -11,7 +11,8 @@ import zipfile
 import pytest
 import zstandard
 
-from longreach.data.content import kind_of
+from longreach.data import corpora, unpack
+from longreach.data.content import BadText, kind_of
 from longreach.data.corpora import open_corpus
 
 DOCUMENTS = ['first, the\n"one" in two lines', "second 日本", "third"]
@@ -104,6 +105,44 @@ def test_what_is_no_text_is_refused_by_what_it_is(tmp_path, told, name):
             texts(path)
         assert str(path) in str(raised.value)
         assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("packed", PACKED)
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.txt", b"a" * 2**20), ("a.txt", b"the cat\n" * 2**18), ("a.jsonl", b'{"text": "a"}\n' * 2**17)],
+)
+def test_what_unpacks_without_an_end_in_sight(tmp_path, monkeypatch, packed, name, content):
+    monkeypatch.setattr(unpack, "LEAST_BOUND", 2**12)
+    monkeypatch.setattr(unpack, "LARGEST_RATIO", 100)
+    (tmp_path / name).write_bytes(PACKED[packed](content))
+    with pytest.raises(BadText, match=rf"{name}' unpacks to over 100 times its size: that is no text"):
+        texts(tmp_path / name)
+    assert texts(tmp_path, skip_bad=True) == []
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.jsonl.gz"])
+def test_a_line_without_an_end(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(unpack, "LONGEST_LINE", 2**19)
+    content = b'{"text": "' if "json" in name else b"id,text\n"
+    content += b"a" * 2**20
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    with pytest.raises(BadText, match=rf"{name} has a line of over 0 MiB"):
+        texts(tmp_path / name)
+
+
+def test_a_cell_without_an_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpora, "LONGEST_LINE", 2**12)
+    (tmp_path / "a.csv").write_bytes(b'id,text\n1,"a\n' + b"2,b\n" * 2**12)
+    with pytest.raises(BadText, match=r"a\.csv:\d+ is no row of a table \(field larger than field limit"):
+        texts(tmp_path / "a.csv")
+
+
+@pytest.mark.parametrize("packed", PACKED)
+def test_what_is_packed_twice(tmp_path, packed):
+    (tmp_path / "a").write_bytes(gzip.compress(PACKED[packed](b"plain text")))
+    with pytest.raises(BadText, match=f"is packed by {packed} within what it is packed by: unpack it once"):
+        texts(tmp_path / "a")
 
 
 @pytest.mark.parametrize(

@@ -141,6 +141,24 @@ def test_files_without_cases_and_unknown_tasks_are_refused(tmp_path):
     (tmp_path / "torn.jsonl").write_text(json.dumps(FIELDS["kv"]) + '\n{"key": ')
     with pytest.raises(ValueError, match=r"torn\.jsonl:2 is not JSON"):
         read_cases("kv", tmp_path / "torn.jsonl")
+    for name, content, part in (
+        ("array.json", json.dumps([FIELDS["kv"]]), "is JSON but not JSON lines"),
+        ("pretty.json", json.dumps(FIELDS["kv"], indent=1), "is JSON but not JSON lines"),
+        ("array.jsonl", json.dumps([FIELDS["kv"]]), "holds list; every line"),
+        ("table.csv", "prompt,answer\na 5,5\n", "holds table, not JSON lines"),
+        ("prose.txt", "the key is 5", "holds text, not JSON lines"),
+        ("page.jsonl", "<html>5</html>", "is HTML or XML"),
+        ("nul.jsonl", "\0" * 50, "is not JSON"),
+    ):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ValueError, match=part):
+            read_cases("kv", tmp_path / name)
+    for encoding in ("utf-16", "utf-32", "utf-16-le"):
+        (tmp_path / "wide.jsonl").write_text("\ufeff" + json.dumps(FIELDS["kv"]), encoding=encoding)
+        with pytest.raises(ValueError, match=r"wide\.jsonl' is UTF-16 or UTF-32"):
+            read_cases("kv", tmp_path / "wide.jsonl")
+    (tmp_path / "mark.jsonl").write_text(json.dumps(FIELDS["kv"]), encoding="utf-8-sig")
+    assert len(read_cases("kv", tmp_path / "mark.jsonl")) == 1
     with pytest.raises(FileNotFoundError, match=r"missing\.jsonl"):
         read_cases("kv", tmp_path / "missing.jsonl")
     with pytest.raises(ValueError, match=r"^task='recall': give one of lines, topics, kv, passkey, retrieval$"):

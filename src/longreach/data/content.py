@@ -78,6 +78,8 @@ def kind_of(head: bytes, name: str, text_field: str) -> Kind:
     """
     if told := foreign(head):
         raise BadText(f"{name!r} is {told}")
+    if packed := compression_of(head):
+        raise BadText(f"{name!r} is packed by {packed[0]} within what it is packed by: unpack it once")
     if head.startswith(_UNICODE):
         raise BadText(f"{name!r} is UTF-16 or UTF-32, not UTF-8; convert it, for example with iconv")
     text = head.decode(errors="replace").lstrip("\ufeff \t\r\n")

@@ -5,7 +5,6 @@ import hashlib
 import itertools
 import json
 import platform
-import sys
 import sysconfig
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,7 +18,7 @@ import numpy as np
 
 from longreach.data.content import BadText, dialect_of, kind_of
 from longreach.data.found import find_files, head_of, walk
-from longreach.data.unpack import decoded, lines_of, unpacked_blocks
+from longreach.data.unpack import LONGEST_LINE, decoded, lines_of, unpacked_blocks
 from longreach.files import digest_of
 
 PIECE_CHARS = 1 << 16
@@ -316,9 +315,9 @@ def _read_files(paths: list[Path], text_field: str, skipped: Skipped | None) -> 
 
 
 def _read_table(path: Path, text_field: str, skipped: Skipped | None) -> Iterator[Document]:
-    lines = (line.decode() + "\n" for line in lines_of(block.encode() for block in decoded(path)))
+    lines = (line.decode() + "\n" for line in lines_of((block.encode() for block in decoded(path)), str(path)))
     first = next(lines)
-    csv.field_size_limit(sys.maxsize)
+    csv.field_size_limit(LONGEST_LINE)  # else a quote that nothing closes takes the rest of the file into memory
     rows = csv.reader(itertools.chain([first], lines), delimiter=dialect_of(first), strict=True)
     names = [name.strip() for name in next(rows)]
     if text_field not in names:
@@ -341,15 +340,18 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The objects of a .jsonl file, compressed or not, each with the name of its place: the path and the line.
 
     Raises:
-        ValueError: a line is no JSON object, or the file is no whole file of its compression.
+        ValueError: the file holds something else, or a line is no JSON object, or it is no whole file of its
+            compression.
         OSError: the file cannot be read.
     """
+    if (kind := kind_of(head_of(path), str(path), "")) != "json-lines":
+        raise BadText(f"{str(path)!r} holds {kind}, not JSON lines: write one object a line")
     for name, line in _numbered_lines(path):
         yield name, _json_object(name, line)
 
 
 def _numbered_lines(path: Path) -> Iterator[tuple[str, bytes]]:
-    for number, line in enumerate(lines_of(unpacked_blocks(path)), start=1):
+    for number, line in enumerate(lines_of(unpacked_blocks(path), str(path)), start=1):
         if line.strip():
             yield f"{path}:{number}", line
 

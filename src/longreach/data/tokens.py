@@ -1,7 +1,9 @@
 """Tokens on disk: one memory-mapped array, read as if documents were one sequence."""
 
+import errno
 import functools
 import json
+import shutil
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from longreach.data.corpora import Corpus, Document, ReadProgress, Scan, reread
 from longreach.data.tokenizer import Tokenizer
 
 STORE_VERSION = 1
+BYTES_OF_A_TOKEN = 8  # of text, seldom more on average
 # An encoding takes some hundred times the memory of its text, so this bounds tokenizing to some hundred MB.
 BATCH_CHARS = 1 << 21
 PIECE_OVERHEAD_CHARS = 256  # what even the shortest piece costs
@@ -60,6 +63,8 @@ def tokenize(
     meta = _meta(scan, tokenizer)
 
     def build(folder: Path) -> None:
+        if shutil.disk_usage(folder).free < _dtype(tokenizer).itemsize * scan.sizes.sum() // BYTES_OF_A_TOKEN:
+            raise OSError(errno.ENOSPC, "too little room for its tokens")  # before hours of work, not after them
         documents = reread(corpus, scan, progress)
         offsets = _write_tokens(folder / "tokens.bin", documents, tokenizer)
         np.save(folder / "offsets.npy", offsets)

@@ -3,28 +3,46 @@
 import codecs
 import itertools
 import lzma
+import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import zstandard
 
 from longreach.data.content import BadText, compression_of
 
+LONGEST_LINE = 1 << 28
+"""The most bytes of a line, which is in memory as a whole."""
+
+LARGEST_RATIO = 500
+"""The most times that a text is as large as what it is packed in: some files unpack without an end in sight."""
+
+LEAST_BOUND = 1 << 26
+"""Bytes that any file may unpack to."""
+
 BLOCK_BYTES = 1 << 18
-COMPRESSED_BLOCK_BYTES = 1 << 14  # a block may unpack to a thousand times its size
+COMPRESSED_BLOCK_BYTES = 1 << 12  # four bytes of zstd may unpack to 128 KiB
 
 
-def lines_of(blocks: Iterable[bytes]) -> Iterator[bytes]:
-    """Lines without their ends, the last one too where nothing ends it."""
+def lines_of(blocks: Iterable[bytes], name: str) -> Iterator[bytes]:
+    """Lines without their ends, the last one too where nothing ends it; name is what they are of.
+
+    Raises:
+        BadText: one is longer than `LONGEST_LINE`.
+    """
     unfinished: list[bytes] = []
+    size = 0
     for block in blocks:
         *ends, rest = block.split(b"\n")
         for end in ends:
             yield b"".join([*unfinished, end])
-            unfinished = []
+            unfinished, size = [], 0
         unfinished.append(rest)
+        size += len(rest)
+        if size > LONGEST_LINE:
+            raise BadText(f"{name} has a line of over {LONGEST_LINE >> 20} MiB; cut or drop it")
     yield b"".join(unfinished)
 
 
@@ -32,7 +50,7 @@ def unpacked_blocks(path: Path) -> Iterator[bytes]:
     """A file's content, unpacked, in blocks of which none is empty.
 
     Raises:
-        BadText: it is no whole file of its compression.
+        BadText: it is no whole file of its compression, or unpacks to `LARGEST_RATIO` times its size.
         OSError: it cannot be read.
     """
     with open(path, "rb") as packed:
@@ -43,15 +61,23 @@ def unpacked_blocks(path: Path) -> Iterator[bytes]:
                 yield block
             return
         name, opener = compression
+        most = max(LEAST_BOUND, LARGEST_RATIO * os.fstat(packed.fileno()).st_size)
         try:
-            if opener is None:
-                yield from _zstd_blocks(packed)
-                return
-            with opener(path) as file:
-                while block := file.read(BLOCK_BYTES):
-                    yield block
+            for block in _zstd_blocks(packed) if opener is None else _blocks(opener, path):
+                most -= len(block)
+                if most < 0:
+                    break
+                yield block
         except (EOFError, OSError, zlib.error, lzma.LZMAError, zstandard.ZstdError) as error:
             raise BadText(f"{str(path)!r} is no whole {name} file ({error}); make or fetch it again") from error
+        if most < 0:
+            raise BadText(f"{str(path)!r} unpacks to over {LARGEST_RATIO} times its size: that is no text; drop it")
+
+
+def _blocks(opener: Callable[[Path], Any], path: Path) -> Iterator[bytes]:
+    with opener(path) as file:
+        while block := file.read(BLOCK_BYTES):
+            yield block
 
 
 def _zstd_blocks(file: BinaryIO) -> Iterator[bytes]:
