@@ -139,6 +139,13 @@ def test_the_seed_decides(build):
     assert torch.equal(torch.get_rng_state(), before)  # the global generator is left alone
 
 
+def test_each_row_draws_as_it_would_alone_with_the_next_seed(build):
+    model = build()
+    together = generate(model, PROMPTS, max_new_tokens=10, temperature=1.0, seed=7)
+    alone = [generate(model, [p], max_new_tokens=10, temperature=1.0, seed=7 + i)[0] for i, p in enumerate(PROMPTS)]
+    assert together == alone
+
+
 def test_ends_each_prompt_at_eos_and_does_not_give_it_out(build):
     model = build()
     plain = generate(model, PROMPTS, max_new_tokens=15)

@@ -22,10 +22,10 @@ def stream(
 ) -> Iterator[list[int | None]]:
     """Continue each prompt, yielding one token per prompt at a time.
 
-    Prompts of different lengths are padded on the left and hidden by a mask, so that each is continued as it would
-    be alone; but all rows draw from one generator, so that what is drawn depends on the others. Methods that depend
-    on the length of the whole sequence are given one constant length for the call, the longest prompt +
-    max_new_tokens: then decoding with the cache equals the full forward pass.
+    Prompts of different lengths are padded on the left and hidden by a mask, and each row has a generator of its own,
+    so that each is continued as it would be alone: row i as with seed + i. Methods that depend on the length of the
+    whole sequence are given one constant length for the call, the longest prompt + max_new_tokens: then decoding with
+    the cache equals the full forward pass.
 
     Args:
         model: the decoder; there is no limit on length but that of its position method.
@@ -35,7 +35,7 @@ def stream(
         top_k: draw only among the k likeliest tokens.
         top_p: draw only among the likeliest tokens that together hold probability p.
         eos_id: the token that ends a prompt's continuation; it is not given out.
-        seed: of the draws.
+        seed: of the draws of the first row; those that follow have the next ones.
 
     Returns:
         An iterator that gives, at each step, the next token id of each prompt, or None once it has ended. It stops
@@ -64,8 +64,21 @@ def sampler(
         raise ValueError(f"top_k={top_k}: give at least 1")
     if top_p is not None and not 0.0 < top_p <= 1.0:
         raise ValueError(f"top_p={top_p}: give more than 0 and at most 1")
-    generator = torch.Generator(device).manual_seed(seed)
-    return lambda logits: _choose(logits, temperature, top_k, top_p, generator)
+    generators: list[torch.Generator] = []  # one for each row
+
+    def choose(logits: Tensor) -> Tensor:
+        if temperature == 0.0:
+            return logits.argmax(dim=-1)
+        for row in range(len(generators), len(logits)):
+            generators.append(torch.Generator(device).manual_seed((seed + row) % 2**63))
+        probabilities, ids = _likeliest_first(logits, temperature, top_k, top_p)
+        drawn = [
+            torch.multinomial(of_row, 1, generator=generator)
+            for of_row, generator in zip(probabilities, generators, strict=True)
+        ]
+        return ids.gather(-1, torch.stack(drawn))[:, 0]
+
+    return choose
 
 
 @torch.inference_mode()
@@ -101,12 +114,10 @@ def _steps(
         yield [None if end else token for end, token in zip(ended, chosen, strict=True)]
 
 
-def _choose(
-    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator
-) -> Tensor:
-    """One token id for each row of logits (B, V), as (B,)."""
-    if temperature == 0.0:
-        return logits.argmax(dim=-1)
+def _likeliest_first(
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None
+) -> tuple[Tensor, Tensor]:
+    """Weights and ids to draw from, (B, V) both, of logits (B, V): each row from its likeliest token on."""
     ordered, ids = logits.sort(dim=-1, descending=True)
     # A small temperature cannot overflow, and one that float32 has not would be 0.
     temperature = max(temperature, torch.finfo(torch.float32).tiny)
@@ -117,7 +128,7 @@ def _choose(
         probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True)
         before = probabilities.cumsum(dim=-1) - probabilities  # what likelier tokens hold already
         probabilities = probabilities.masked_fill(before >= top_p, 0.0)
-    return ids.gather(-1, torch.multinomial(probabilities, 1, generator=generator))[:, 0]
+    return probabilities, ids
 
 
 def _check(
