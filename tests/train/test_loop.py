@@ -284,6 +284,15 @@ def test_shifted_training_draws_positions_up_to_the_longest_length(tmp_path, mon
     assert len(starts.unique()) > 20
 
 
+@pytest.mark.parametrize("changes", [{"learning_rate": 1e300}, {"learning_rate": 1e39}, {"weight_decay": 1e300}])
+@pytest.mark.parametrize("keeps", [{}, {"final_learning_rate": 1.0}, {"checkpoint_every": 1, "steps": 2}])
+def test_weights_that_a_step_made_infinite_are_not_kept(tmp_path, changes, keeps):
+    config = dataclasses.replace(CONFIG, **({"steps": 1, "warmup_steps": 0} | keeps | changes))
+    with pytest.raises(FloatingPointError, match=r"^step 1: the weights are no longer finite; .*; try a learning_rate"):
+        train(builder(MODEL), config, CountingBatches(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
 def test_divergence_stops_and_keeps_the_last_good_checkpoint(tmp_path):
     config = dataclasses.replace(CONFIG, checkpoint_every=1)
 

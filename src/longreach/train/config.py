@@ -121,8 +121,8 @@ class TrainConfig:
         for name in ("learning_rate", "gradient_clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)}: give a positive number")
-        if self.peak_flops is not None and not 0 < self.peak_flops < math.inf:
-            raise ValueError(f"peak_flops={self.peak_flops}: give a positive number")
+        if self.peak_flops is not None and not 1 <= self.peak_flops <= 1e30:
+            raise ValueError(f"peak_flops={self.peak_flops}: give a number from 1 to 1e30")
         if len(set(self.track)) < len(self.track):
             raise ValueError(f"track={','.join(self.track)}: give each once")
         if not 0 <= self.warmup_steps <= self.steps:

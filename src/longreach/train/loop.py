@@ -1,5 +1,6 @@
 """The training loop: one model, from its checkpoint if it has one, to its files."""
 
+import itertools
 import math
 import os
 import time
@@ -30,7 +31,7 @@ from longreach.train.context import shared_loss
 from longreach.train.flops import count_matrices, published_peak, training_flops
 from longreach.train.metrics import Log, Step, final_loss, keep_first
 from longreach.train.optim import build_optimizer, independent_of_steps, learning_rate
-from longreach.train.parallel import ALONE, Loss, Ranks, restore, whole
+from longreach.train.parallel import ALONE, Loss, Ranks, restore, shard, whole
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,7 @@ def train(
                 raise exception(asked)
         if independent_of_steps(config, config.steps):
             run.save(checkpoints)  # to go on from, should it be made longer
+        run.check_finite()
         weights = ranks.whole(run.trainee.model.state_dict())
     with ranks.leading():
         if ranks.is_first:
@@ -372,6 +374,7 @@ class _Run:
 
     def save(self, checkpoints: Writer) -> None:
         """Write the checkpoint: model, optimizer, step, the state of batches that have one, and random state."""
+        self.check_finite()
         state = {
             "model": self.trainee.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -386,6 +389,20 @@ class _Run:
         state = self.ranks.whole(state)
         if self.ranks.is_first:
             checkpoints.save(state)
+
+    def check_finite(self) -> None:
+        """Refuse to write weights, or averages of gradients, that no step can go on from.
+
+        Raises:
+            FloatingPointError: they are not all finite, of which the loss of the next step would tell.
+        """
+        averages = (average for state in self.optimizer.state.values() for average in state.values())
+        numbers = itertools.chain(self.trainee.model.parameters(), averages)
+        if self.ranks.largest(int(not all(shard(tensor).isfinite().all() for tensor in numbers))):
+            raise FloatingPointError(
+                f"step {self.step}: the weights are no longer finite; stopped, checkpoints are from before; try a "
+                f"learning_rate below {self.config.learning_rate:g}, or less weight_decay"
+            )
 
     def _restore(self, state: dict[str, Any]) -> None:
         """Go on from what `save` wrote. Whatever is raised says that it is not that."""

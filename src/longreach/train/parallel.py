@@ -429,6 +429,11 @@ def whole(number: Tensor) -> Tensor:
     return number.full_tensor() if isinstance(number, DTensor) else number
 
 
+def shard(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor, which is all of one that is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def _part(full: Tensor, parameter: Any) -> Tensor:
     if not isinstance(parameter, DTensor) or full.shape != parameter.shape:  # the step of an optimizer has no axes
         return full
