@@ -189,6 +189,23 @@ HEEDED_BY_NOTHING = [
     ("evaluate", "m --task topics --num-depths 5", "--num-depths=5: topics asks for the first topic alone"),
     ("evaluate", "m --task kv --cases c.jsonl --cases-seed 0", "--cases-seed=0: no case is made where --cases=c.jsonl"),
     ("extend", "m --summary-tokens 256", "--summary-tokens=256: it is for qmsum, and --tasks="),
+    ("compare", "--output x --shuffle-buffer 5", "--shuffle-buffer=5: it is for a stream"),
+    ("train", "--output x --data t --shuffle-buffer 10000", "--shuffle-buffer=10000: it is for a stream"),
+    (
+        "train",
+        "--output x --data hf:d --streaming --valid-fraction 0.1",
+        "--valid-fraction=0.1: nothing is held out of",
+    ),
+    ("train", "--output x --data hf:d --streaming --split-seed 1", "--split-seed=1: nothing is held out of a stream"),
+    ("train", "--output x --longest-length 4096", "--longest-length=4096: --method=alibi is the same for any length"),
+    ("train", "--output x --method learned --longest-length 256", "--longest-length=256: --method=learned is the same"),
+    ("train", "--output x --rank-timeout 60", "--rank-timeout=60: no torchrun has started this process"),
+    ("compare", "--output x --rank-timeout 300", "--rank-timeout=300: no torchrun has started this process"),
+    ("evaluate", "m --rank-timeout 60", "--rank-timeout=60: no torchrun has started this process"),
+    ("extend", "m --rank-timeout 60", "--rank-timeout=60: no torchrun has started this process"),
+    ("generate", "m --temperature 0 --top-k 5", "--top-k=5: --temperature=0 draws nothing"),
+    ("generate", "m --temperature 0 --top-p 0.9", "--top-p=0.9: --temperature=0 draws nothing"),
+    ("generate", "m --temperature 0.0 --seed 1", "--seed=1: --temperature=0 draws nothing"),
     ("extend", "m --data t --text-field text --task kv", "--data=t: --task=kv score no text"),
 ]
 
@@ -196,6 +213,35 @@ HEEDED_BY_NOTHING = [
 @pytest.mark.parametrize(("verb", "words", "line"), HEEDED_BY_NOTHING)
 def test_what_nothing_heeds_is_refused_where_it_is_typed(capsys, verb, words, line):
     assert line in refused(capsys, verb, *words.split())
+
+
+@pytest.mark.parametrize(
+    ("verb", "words", "line"),
+    [
+        ("evaluate", ["m", "--lengths", ",".join(map(str, range(1, 200)))], "these are 199, give at most 100"),
+        ("evaluate", ["m", "--strides", ",".join(map(str, range(1, 200)))], "these are 199, give at most 100"),
+        ("evaluate", ["m", "--task", "probes", "--offsets", ",".join(map(str, range(200)))], "these are 200, give"),
+        (
+            "evaluate",
+            ["m", "--task", "kv", "--cases-per-depth", "100000"],
+            "500000 cases for each length, give at most",
+        ),
+        ("evaluate", ["m", "--scalings", ",".join(f"ntk-fixed={n}" for n in range(2, 1100))], "they are 1,098, give"),
+        ("evaluate", [f"m{n}" for n in range(1001)], "they are 1,001, give at most 1,000"),
+        ("extend", [f"m{n}" for n in range(400)], "they are 1,200, give at most 1,000"),
+        ("doctor", ["m", "--lengths", ",".join(map(str, range(2, 200)))], "--lengths has 198 lengths: give at most"),
+        ("compare", ["--output", "x", "--seeds", ",".join(map(str, range(1001)))], "3,003 models, give at most 1,000"),
+        ("compare", ["--output", "x", "--shapes", ",".join(f"{n}x8" for n in range(1, 500))], "models, give at most"),
+        ("compare", ["--output", "x", "--train-lengths", ",".join(map(str, range(1, 500)))], "models, give at most"),
+        ("report", ["--output", "x", *(f"f{n}" for n in range(1001))], "these are 1,001, give at most 1,000"),
+        ("train", ["--output", "x", "--method", "rotary-randomized:range=1000000000"], "give at most 16777216"),
+        ("train", ["--output", "x", "--method", "m" * 10_000], "give one of alibi"),
+    ],
+)
+def test_lists_without_an_end_are_refused_in_a_line_with_one(capsys, verb, words, line):
+    said = refused(capsys, verb, *words)
+    assert line in said
+    assert len(said) < 2100
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -8,7 +8,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,6 +17,15 @@ from longreach.stopping import STATUS, Terminated, terminable
 
 Parse = Callable[..., list[Any]]
 """`longreach.options.CommandLine.parse`: takes dataclasses, returns them filled."""
+
+LONGEST_LINE = 2000
+"""Characters of an error, which repeats what it refuses."""
+
+LONGEST_PROMPT = 2**28
+"""Characters of a prompt on standard input, which may have no end."""
+
+Idle = Callable[[Any], Mapping[str, str]]
+"""A configuration -> the fields that nothing heeds beside its others, and why."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +76,14 @@ class Together:
             raise ValueError(f"rank_timeout={self.rank_timeout:g}: give 5 to 1000000 seconds")
 
 
+def _alone_too(idle: Idle) -> Idle:
+    """What nothing heeds, and what nothing heeds in a process that works alone."""
+    if is_launched():
+        return idle
+    alone = dict.fromkeys((field.name for field in fields(Together)), "no torchrun has started this process")
+    return lambda config: {**idle(config), **alone}
+
+
 @dataclass(frozen=True)
 class EmbedOutput:
     """Where vectors go."""
@@ -87,7 +104,8 @@ def compare(parse: Parse) -> None:
     from longreach.verbs.compare import CompareConfig, compare
 
     start = partial(_starting_values, CompareConfig)
-    to, together, _, config = parse(CompareOutput, Together, Start, CompareConfig, start=start, idle=CompareConfig.idle)
+    idle = _alone_too(CompareConfig.idle)
+    to, together, _, config = parse(CompareOutput, Together, Start, CompareConfig, start=start, idle=idle)
     with joined("longreach compare", together.rank_timeout) as ranks, TerminalProgress(ranks.is_first) as progress:
 
         def show(results: Results, model: Model) -> None:
@@ -114,7 +132,7 @@ def train(parse: Parse) -> None:
     from longreach.verbs.train import train_run
 
     start = partial(_starting_values, RunConfig)
-    to, together, _, config = parse(TrainOutput, Together, Start, RunConfig, start=start, idle=idle)
+    to, together, _, config = parse(TrainOutput, Together, Start, RunConfig, start=start, idle=_alone_too(idle))
     with joined("longreach train", together.rank_timeout) as ranks, TerminalProgress(ranks.is_first) as progress:
         if to.dry_run:
             forecast = dry_run(config, progress, ranks)
@@ -137,22 +155,17 @@ def evaluate(parse: Parse) -> None:
     """`longreach evaluate`."""
     from longreach.verbs.evaluate import EvaluationConfig
 
-    _measure(
-        "longreach evaluate",
-        *parse(EvaluateOutput, Together, EvaluationConfig, positional="models", idle=EvaluationConfig.idle),
-    )
+    _measure("longreach evaluate", parse, EvaluationConfig)
 
 
 def extend(parse: Parse) -> None:
     """`longreach extend`."""
     from longreach.verbs.extend import ExtendConfig
 
-    _measure(
-        "longreach extend", *parse(EvaluateOutput, Together, ExtendConfig, positional="models", idle=ExtendConfig.idle)
-    )
+    _measure("longreach extend", parse, ExtendConfig)
 
 
-def _measure(program: str, to: EvaluateOutput, together: Together, config: Any) -> None:
+def _measure(program: str, parse: Parse, kind: type[Any]) -> None:
     from rich.console import Console
 
     from longreach.report.page import print_tables
@@ -161,6 +174,7 @@ def _measure(program: str, to: EvaluateOutput, together: Together, config: Any) 
     from longreach.train.parallel import joined
     from longreach.verbs.evaluate import evaluate_models
 
+    to, together, config = parse(EvaluateOutput, Together, kind, positional="models", idle=_alone_too(kind.idle))
     so_far: list[Results] = []
     try:
         with joined(program, together.rank_timeout) as ranks, TerminalProgress(ranks.is_first) as progress:
@@ -201,7 +215,7 @@ def generate(parse: Parse) -> None:
     """`longreach generate`."""
     from longreach.verbs.generate import GenerateConfig, generate
 
-    (config,) = parse(GenerateConfig, positional="model")
+    (config,) = parse(GenerateConfig, positional="model", idle=GenerateConfig.idle)
     for piece in generate(replace(config, prompt=_read_prompt()) if config.prompt == "-" else config):
         print(piece, end="", flush=True)
     print()
@@ -210,7 +224,9 @@ def generate(parse: Parse) -> None:
 def _read_prompt() -> str:
     """The prompt that stands on standard input."""
     try:
-        text = sys.stdin.read()
+        text = sys.stdin.read(LONGEST_PROMPT + 1)
+        if len(text) > LONGEST_PROMPT:
+            raise ValueError(f"prompt=-: standard input has over {LONGEST_PROMPT} characters: give fewer")
         text.encode()  # some systems read what is none as half a surrogate pair
         return text
     except UnicodeError as error:
@@ -285,9 +301,14 @@ VERBS: dict[str, tuple[Callable[[Parse], None], str, str]] = {
 """Name of a verb -> its function, what it does, and what is good to know of it."""
 
 
+def is_launched() -> bool:
+    """Whether torchrun, or a scheduler in its stead, started this process."""
+    return "WORLD_SIZE" in os.environ
+
+
 def speaks() -> bool:
     """Whether this process prints: of those that torchrun starts, rank 0."""
-    return os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ
+    return os.environ.get("RANK", "0") == "0" or not is_launched()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -398,7 +419,10 @@ def _starting_values(kind: type[Any], given: Mapping[str, Any]) -> Any:
 
 
 def _fail(program: str, message: str, status: int = 2) -> NoReturn:
-    """End the program with one line."""
+    """End the program with one line, of which no refused value takes more than a screen."""
+    line = " ".join(message.split())
+    if len(line) > LONGEST_LINE:
+        line = f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 2 :]}"
     if speaks():
-        print(f"{program}: {' '.join(message.split())}", file=sys.stderr)
+        print(f"{program}: {line}", file=sys.stderr)
     sys.exit(status)

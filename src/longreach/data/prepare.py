@@ -95,6 +95,10 @@ class DataConfig:
             fields["vocab_size"] = f"it is for a tokenizer that is trained, and tokenizer={self.tokenizer} is given"
         if self.valid_data is not None:
             fields["valid_fraction"] = f"nothing is held out where valid_data={self.valid_data} is given"
+        if self.streaming:
+            fields |= dict.fromkeys(("valid_fraction", "split_seed"), "nothing is held out of a stream")
+        else:
+            fields["shuffle_buffer"] = "it is for a stream, and no streaming is asked for"
         return fields
 
     def seed_of_split(self, training_seed: int) -> int:

@@ -22,6 +22,12 @@ MOST = {
 }
 """Field -> the most that has an end in sight: prompts are made to lengths, and at every depth."""
 
+MOST_LISTED = 100
+"""The most values of a list: each is a measurement, and a column of a table or a point of a figure."""
+
+MOST_CASES = 100_000
+"""The most cases that are generated for a length."""
+
 OFFSETS = (0, 0.25, 0.5, 1, 2, 4, 8, 16)
 """Positions that the probes start windows at where none are given, in training lengths."""
 
@@ -86,6 +92,8 @@ class EvaluateConfig:
                 raise ValueError(f"{name}={shown}: {mend}")
             if len(set(values)) < len(values):
                 raise ValueError(f"{name}={shown}: give each once")
+            if len(values) > MOST_LISTED:
+                raise ValueError(f"{name}={shown}: these are {len(values)}, give at most {MOST_LISTED}")
         for name in (
             *("valid_tokens", "tokens_per_batch", "capped_stride"),
             *("cases_per_depth", "num_depths", "summary_tokens"),
@@ -98,6 +106,11 @@ class EvaluateConfig:
             for number in value if isinstance(value, tuple) else (value,):
                 if number is not None and number > largest:
                     raise ValueError(f"{name}={number}: give at most {largest}")
+        if self.cases_per_depth * self.num_depths > MOST_CASES:
+            raise ValueError(
+                f"cases_per_depth={self.cases_per_depth}: with num_depths={self.num_depths} these are "
+                f"{self.cases_per_depth * self.num_depths} cases for each length, give at most {MOST_CASES}"
+            )
         if self.valid_lengths and self.strides and max(self.strides) > max(self.valid_lengths):
             raise ValueError(
                 f"strides={max(self.strides)} is over every window: give at most the longest of "

@@ -8,6 +8,9 @@ from torch import Tensor
 from longreach.positions.method import AttentionPositions, ModelSize
 from longreach.positions.rotary import Rotary, RotaryOptions
 
+MOST_POSITIONS = 2**24
+"""The most positions that may be drawn from."""
+
 
 @dataclass(frozen=True)
 class RandomizedRotaryOptions:
@@ -36,6 +39,8 @@ class RandomizedRotary(Rotary):
         super().__init__(RotaryOptions(options.base), size)
         self.depends_on_length = True
         self.max_length = options.range or size.longest_length
+        if self.max_length > MOST_POSITIONS:
+            raise ValueError(f"range={self.max_length}: give at most {MOST_POSITIONS}")
         if self.max_length < size.train_length:
             raise ValueError(f"range={self.max_length} is below train_length={size.train_length}: give at least that")
 

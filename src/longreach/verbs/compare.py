@@ -21,6 +21,7 @@ from longreach.train.loop import resolve_device
 from longreach.train.parallel import ALONE, Ranks
 from longreach.train.tracking import check_trackers, evaluated
 from longreach.verbs.evaluate import case_sources, measure, read_material, read_results, shared_out
+from longreach.verbs.report import MOST_MODELS
 from longreach.verbs.train import (
     Progress,
     check_memory,
@@ -31,9 +32,6 @@ from longreach.verbs.train import (
     train_run,
     training_batches,
 )
-
-MOST_RUNS = 1000
-"""How many models one comparison may have: each is trained, and has a place in tables and figures."""
 
 FAILURES = (FloatingPointError, MemoryError, RuntimeError, ValueError)
 """What ends one model and not the comparison. A disk that is full would end the others too."""
@@ -76,9 +74,10 @@ class CompareConfig:
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds={','.join(map(str, self.seeds))}: give each seed once")
         lists = (self.methods, self.lengths, self.shapes or ("",), self.seeds or (0,))
-        if (count := math.prod(map(len, lists))) > MOST_RUNS:
+        if (count := math.prod(map(len, lists))) > MOST_MODELS:
             raise ValueError(
-                f"methods: with train_lengths, shapes and seeds they make {count:,} models, give at most {MOST_RUNS:,}"
+                f"methods: with train_lengths, shapes and seeds they make {count:,} models, "
+                f"give at most {MOST_MODELS:,}"
             )
         self.runs()  # refuses what does not fit together
 

@@ -14,7 +14,7 @@ from longreach.data.corpora import Corpus, open_corpus
 from longreach.data.prepare import naming
 from longreach.data.tokenizer import Tokenizer
 from longreach.measure.bootstrap import Units, intervals, units
-from longreach.measure.plan import MOST, EvaluateConfig
+from longreach.measure.plan import MOST, MOST_LISTED, EvaluateConfig
 from longreach.measure.score import score
 from longreach.measure.subject import Subject
 from longreach.measure.transformers import HuggingFaceModel
@@ -68,6 +68,8 @@ class DoctorConfig:
     """GiB that the scores of its stock code may take; it is not run at lengths that take more."""
 
     def __post_init__(self) -> None:
+        if len(self.valid_lengths) > MOST_LISTED:
+            raise ValueError(f"valid_lengths has {len(self.valid_lengths)} lengths: give at most {MOST_LISTED}")
         for length in self.valid_lengths:
             if not 2 <= length <= MOST["valid_lengths"]:
                 raise ValueError(

@@ -12,7 +12,7 @@ import torch
 
 from longreach.data.prepare import DataConfig, ValidationData, prepare_validation
 from longreach.data.tokenizer import Tokenizer, load_tokenizer
-from longreach.files import digest
+from longreach.files import digest, open_file
 from longreach.folder import begin, begun_with, hold, this_start
 from longreach.measure.plan import RETRIEVAL_TASKS, TEXT_TASKS, EvaluateConfig
 from longreach.measure.retrieval import read_cases
@@ -37,6 +37,7 @@ from longreach.train.loop import resolve_device
 from longreach.train.parallel import ALONE, Ranks
 from longreach.train.tracking import check_trackers, evaluated
 from longreach.verbs.open import fine_tuning, load_subject, names_pretrained
+from longreach.verbs.report import MOST_MODELS
 from longreach.verbs.sharing import shared_subject
 from longreach.verbs.start import digest_of_weights
 from longreach.verbs.train import Progress, check_record, num_read, open_run, provenance, read_run, text_of, tracking
@@ -107,6 +108,8 @@ class EvaluationConfig:
                     raise ValueError(f"{name}={getattr(self, name)}: it is for data; give that too, or leave it out")
         if len(set(self.scalings)) < len(self.scalings):
             raise ValueError(f"scalings={','.join(self.scalings)}: give each once")
+        if (count := len(self.models) * max(1, len(self.scalings))) > MOST_MODELS:
+            raise ValueError(f"models: with their scalings they are {count:,}, give at most {MOST_MODELS:,}")
         for scaling in self.scalings:
             if scaling != "stock":
                 _require_scaling(scaling)
@@ -478,8 +481,12 @@ def read_material(config: EvaluateConfig, text: Text | None) -> Material:
 
 
 def _existing(argument: str, path: str) -> Path:
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{argument}={path}: no such file; give a .jsonl file of {argument}")
+    try:
+        open_file(Path(path)).close()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{argument}={path}: no such file; give a .jsonl file of {argument}") from None
+    except OSError as error:
+        raise ValueError(f"{argument}: {error}") from error
     return Path(path)
 
 

@@ -62,6 +62,12 @@ class GenerateConfig:
         if self.scaling is not None:
             parse_scaling(self.scaling, train_length=2)  # any L will do to see that it can be read
 
+    def idle(self) -> dict[str, str]:
+        """Name of a field that nothing heeds beside the others -> why."""
+        if self.temperature > 0:
+            return {}
+        return dict.fromkeys(("top_k", "top_p", "seed"), "temperature=0 draws nothing, it takes the likeliest token")
+
 
 def generate(config: GenerateConfig) -> Iterator[str]:
     """The prompt, then what the model adds, piece by piece as it is drawn.

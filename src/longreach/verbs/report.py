@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 MOST_MODELS = 1000
-"""How many models one page may show: as many as one comparison may have."""
+"""How many models one page may show, and so one comparison or evaluation may have."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ class ReportConfig:
             raise ValueError("folders is empty: give a folder that holds results.json")
         if len(set(self.folders)) < len(self.folders):
             raise ValueError(f"folders={' '.join(map(str, self.folders))}: give each once")
+        if len(self.folders) > MOST_MODELS:
+            raise ValueError(f"folders: these are {len(self.folders):,}, give at most {MOST_MODELS:,}")
         if len(self.folders) > 1 and self.output is None:
             raise ValueError(f"output is missing with {len(self.folders)} folders: give the folder for their page")
 

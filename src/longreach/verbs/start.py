@@ -53,11 +53,18 @@ SAMPLE_TOKENS, SAMPLE_TEMPERATURE = 100, 0.8
 
 def idle(config: RunConfig) -> dict[str, str]:
     """Name of a field of a run that nothing heeds beside the others -> why."""
-    if config.start_from is None or not names_pretrained(config.start_from):
-        return config.data.idle()
-    shape = [field.name for field in fields(Architecture)]
-    reason = f"start_from={config.start_from} has a shape of its own"
-    return config.data.idle() | dict.fromkeys([*shape, "longest_length"], reason)
+    idle = config.data.idle()
+    if config.start_from is not None and names_pretrained(config.start_from):
+        shape = [field.name for field in fields(Architecture)]
+        reason = f"start_from={config.start_from} has a shape of its own"
+        return idle | dict.fromkeys([*shape, "longest_length"], reason)
+    size = replace(config.model_config(1).size, longest_length=config.train.train_length)
+    shorter, longer = (
+        build_method(config.method, replace(size, longest_length=multiple * size.train_length)) for multiple in (1, 2)
+    )
+    if (shorter.max_length, shorter.max_training_offset) == (longer.max_length, longer.max_training_offset):
+        idle["longest_length"] = f"method={config.method} is the same for any length"
+    return idle
 
 
 def starting_config(source: str) -> RunConfig:
