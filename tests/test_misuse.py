@@ -27,6 +27,7 @@ SLOPES = torch.tensor([0.5, 0.25])
 NOT_NUMBERS = (np.ones(2), [1.0], "0.5", {}, torch.ones(2), torch.ones(2, dtype=torch.complex64), math.nan, object())
 NOT_COUNTS = (*NOT_NUMBERS, True, 2.5, -1, math.inf, 10**30, "2", None)
 NOT_FLAGS = ("yes", "no", 1, 0, None, [], np.ones(2), torch.ones(2), math.nan)
+NOT_DENSE = torch.ones(1, 2, 4, 8).to_sparse()
 NOT_TENSORS = (np.ones(2), [0.5, 0.25], "slopes", 1.0, True, {})
 NOT_FINITE = (
     torch.tensor([math.nan, 0.5]),
@@ -54,6 +55,8 @@ golden = (golden_bias, {"num_heads": 2, "query_length": 3, "key_length": 4})
 
 CASES = [
     *((attend, name, bad) for name in ("q", "k", "v", "bias", "key_padding_mask", "cu_seqlens") for bad in NOT_TENSORS),
+    *((attend, name, NOT_DENSE) for name in ("q", "k", "v", "bias", "key_padding_mask", "cu_seqlens")),
+    *((find_reach, name, NOT_DENSE) for name in ("q", "k")),
     *((attend, "slopes", bad) for bad in NOT_SLOPES),
     *((attend, name, bad) for name in ("causal", "return_lse") for bad in NOT_FLAGS),
     *((attend, name, bad) for name in ("scale", "tolerance", "dropout_p") for bad in (*NOT_NUMBERS, True, -1)),
@@ -62,7 +65,7 @@ CASES = [
     *((find_reach, name, bad) for name in ("block_m", "block_n") for bad in (*NOT_COUNTS, 0)),
     *((find_reach, "slopes", bad) for bad in NOT_SLOPES),
     *((find_reach, "causal", bad) for bad in NOT_FLAGS),
-    *(((longreach.alibi_slopes, {}), "num_heads", bad) for bad in (*NOT_COUNTS, 0)),
+    *(((longreach.alibi_slopes, {}), "num_heads", bad) for bad in (*NOT_COUNTS, 0, 10**12)),
     *(((longreach.alibi_slopes, {"num_heads": 2}), "device", bad) for bad in ("tpu", "", "cuda:99", 10**30, [2])),
     *((bias, "slopes", bad) for bad in (*NOT_TENSORS, *NOT_FINITE, None)),
     *((bias, name, bad) for name in ("query_length",) for bad in NOT_COUNTS),

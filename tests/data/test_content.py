@@ -118,7 +118,8 @@ def test_what_unpacks_without_an_end_in_sight(tmp_path, monkeypatch, packed, nam
     (tmp_path / name).write_bytes(PACKED[packed](content))
     with pytest.raises(BadText, match=rf"{name}' unpacks to over 100 times its size: that is no text"):
         texts(tmp_path / name)
-    assert texts(tmp_path, skip_bad=True) == []
+    (tmp_path / "b").write_text("good")
+    assert texts(tmp_path, skip_bad=True)[-1] == "good"
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.jsonl.gz"])

@@ -7,6 +7,9 @@ from torch import Tensor
 
 from longreach.ops.arguments import validate_device, validate_integer, validate_types, validate_values
 
+MOST_HEADS = 2**20
+"""The most heads that are taken for no mistake, each of which has its slope computed by itself."""
+
 
 def alibi_slopes(num_heads: int, *, device: torch.device | str | None = None) -> Tensor:
     """Slopes of ALiBi for any number of heads, by the rule of the paper's code.
@@ -24,9 +27,11 @@ def alibi_slopes(num_heads: int, *, device: torch.device | str | None = None) ->
         (H,) float32, all positive.
 
     Raises:
-        ValueError: num_heads is not a positive integer, or the device is not here.
+        ValueError: num_heads is not a positive integer, or over any model's, or the device is not here.
     """
     num_heads = validate_integer("num_heads", num_heads, 1, "a positive integer")
+    if num_heads > MOST_HEADS:
+        raise ValueError(f"num_heads={num_heads}: give at most {MOST_HEADS}")
     validate_device(device)
     power = 2 ** math.floor(math.log2(num_heads))
     slopes = _geometric(power) + _geometric(2 * power)[0::2][: num_heads - power]

@@ -26,10 +26,12 @@ def shown(value: object) -> str:
 
 
 def validate_types(**arguments: object) -> None:
-    """Tensors."""
+    """Tensors whose numbers are all there."""
     for name, x in arguments.items():
         if not isinstance(x, Tensor):
             raise ValueError(f"{name} of {type(x).__name__}: give a tensor")
+        if x.layout is not torch.strided:
+            raise ValueError(f"{name} of {x.layout}: give a dense tensor")
 
 
 def validate_flags(**arguments: object) -> None:
