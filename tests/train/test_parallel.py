@@ -17,8 +17,8 @@ from longreach.results import Results
 from longreach.train.parallel import Ranks, read_launch
 
 SMALL = (
-    "--valid-fraction 0.2 --vocab-size 280 --num-layers 2 --num-heads 2 --d-model 32 --train-length 32 --batch-size 8 "
-    "--warmup-steps 10 --device cpu --rank-timeout 5 --checkpoint-every 10"
+    "--vocab-size 280 --num-layers 2 --num-heads 2 --d-model 32 --train-length 32 --batch-size 8 "
+    "--warmup-steps 10 --device cpu --checkpoint-every 10"
 )
 TESTED = "--valid-lengths 32,64 --valid-tokens 512 --task perplexity,positions"
 
@@ -28,7 +28,8 @@ pytestmark = pytest.mark.usefixtures("unrendered")
 @pytest.fixture(scope="module")
 def small(corpus, tmp_path_factory):
     """Arguments that make training quick, over what a test says."""
-    return [*SMALL.split(), "--data", str(corpus), "--cache", str(tmp_path_factory.mktemp("cache"))]
+    words = [*SMALL.split(), "--cache", str(tmp_path_factory.mktemp("cache"))]
+    return [*words, "--data", str(corpus), "--valid-fraction", "0.2"]
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +88,8 @@ def test_a_stream_goes_on_in_its_midst_however_many_processes_there_are(small, c
     for name, part in {"train-0": texts[:5], "train-1": texts[5:9], "validation": texts[9:]}.items():
         rows = (json.dumps({"text": text}) for text in part)
         (folder / f"{name}.jsonl").write_text("".join(f"{row}\n" for row in rows))
-    words = [*small, "--data", f"hf:{folder}", "--streaming", "--shuffle-buffer", "2", "--steps", "40"]
+    words = [*small[: small.index("--data")], "--data", f"hf:{folder}", "--streaming", "--shuffle-buffer", "2"]
+    words += ["--steps", "40"]
     main(["train", "--output", str(tmp_path / "alone"), *words])
     words = ["train", "--output", str(tmp_path / "run"), *words]
     interrupted = launch(words, tmp_path / "logs")
