@@ -58,10 +58,11 @@ def idle(config: RunConfig) -> dict[str, str]:
         shape = [field.name for field in fields(Architecture)]
         reason = f"start_from={config.start_from} has a shape of its own"
         return idle | dict.fromkeys([*shape, "longest_length"], reason)
-    size = replace(config.model_config(1).size, longest_length=config.train.train_length)
-    shorter, longer = (
-        build_method(config.method, replace(size, longest_length=multiple * size.train_length)) for multiple in (1, 2)
-    )
+    size = config.model_config(1).size
+    with torch.device("meta"):  # without memory for their tables
+        shorter, longer = (
+            build_method(config.method, replace(size, longest_length=size.train_length + more)) for more in (0, 1)
+        )
     if (shorter.max_length, shorter.max_training_offset) == (longer.max_length, longer.max_training_offset):
         idle["longest_length"] = f"method={config.method} is the same for any length"
     return idle
