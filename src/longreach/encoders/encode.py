@@ -84,13 +84,13 @@ def tokenize(model: Any, texts: Sequence[str], *, length: int | None, special: b
     Raises:
         ValueError: there is no tokenizer, it fails or is another model's, or the length has no room for what it adds.
     """
-    with texts_of(model).tokenizer.at_work("encode the text") as tokenizer:
+    backend = texts_of(model).tokenizer
+    added = backend.library.num_special_tokens_to_add(False) if special else 0
+    if length is not None and length < added:
+        raise ValueError(f"max_length={length}: its tokenizer adds {added} tokens to each text; give at least as many")
+    with backend.at_work("encode the text") as tokenizer:
         if length is None:
             tokenizer.no_truncation()
-        elif length < (added := tokenizer.num_special_tokens_to_add(False) if special else 0):
-            raise ValueError(
-                f"max_length={length}: its tokenizer adds {added} tokens to each text; give at least as many"
-            )
         else:
             tokenizer.enable_truncation(length)
         ids = [encoding.ids for encoding in tokenizer.encode_batch_fast(list(texts), add_special_tokens=special)]
