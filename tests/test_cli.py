@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import transformers
 
+from longreach import cli
 from longreach.cli import VERBS, main
 from longreach.data.tokenizer import load_tokenizer
 from longreach.models.files import load_model
@@ -75,6 +76,41 @@ def test_a_reader_that_has_had_enough_is_no_error(words):
     run = subprocess.run([sys.executable, "-m", "longreach", *words], stdout=write_end, stderr=subprocess.PIPE)
     os.close(write_end)
     assert (run.returncode, run.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize("words", [["--version"], ["--help"], ["train", "--help"], []])
+def test_output_that_cannot_be_written(capsys, monkeypatch, words):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with pytest.raises(SystemExit) as end:
+            main(words)
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("what is written to has failed (No space left on device); mend that")
+
+
+def test_streams_that_are_closed(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert "--prompt=-: standard input is closed" in refused(capsys, "generate", "nowhere", "--prompt", "-")
+    monkeypatch.setattr(sys, "stdout", None)
+    main(["--version"])
+
+
+def test_a_prompt_without_an_end(capsys, monkeypatch):
+    monkeypatch.setattr(cli, "LONGEST_PROMPT", 1000)
+    with open("/dev/zero") as endless:
+        monkeypatch.setattr(sys, "stdin", endless)
+        line = refused(capsys, "generate", "nowhere", "--prompt", "-")
+    assert "--prompt=-: standard input has over 1000 characters" in line
+
+
+@pytest.mark.parametrize(("rank", "said"), [("0", 1), ("1", 0), ("5", 1), ("x", 1)])
+def test_a_rank_that_cannot_be_says_so_itself(capsys, monkeypatch, rank, said):
+    for name, value in {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit):
+        main(["train", "--output", "x"])
+    assert len(capsys.readouterr().err.splitlines()) == said
 
 
 def test_overview(capsys):
@@ -150,6 +186,12 @@ def test_version_is_the_package_s(capsys):
         ),
         (["compare", "--output", "x", "--seeds", ",".join(map(str, range(400)))], ["--methods: with", "1,200 models"]),
         (["train", "--output", ""], ["--output='': give a path"]),
+        ([""], ["unknown verb ''"]),
+        (["train", "--output", "x", "--steps", "1_0"], ["--steps='1_0': give an integer"]),
+        (["train", "--output", "x", "--learning-rate", "1_0.5"], ["--learning-rate='1_0.5': give a number"]),
+        (["train", "--output", "x", "--data", "~nobody-here/x"], ["--data: '~nobody-here/x' does not exist"]),
+        (["train", "--output", "x", "--tokenizer", "~nobody-here/x"], ["--tokenizer='~nobody-here/x'"]),
+        (["train", "--output", "x", "--cache", "/dev/null"], ["--cache='/dev/null' cannot be written"]),
         (["evaluate", "nowhere", "--train-length", "0"], ["longreach evaluate: --train-length=0"]),
         (["doctor", "nowhere", "--lengths", "1"], ["longreach doctor: --lengths has 1"]),
         (["evaluate", "nowhere", "--lengths", "0"], ["longreach evaluate: --lengths=0"]),

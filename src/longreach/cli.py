@@ -223,6 +223,8 @@ def generate(parse: Parse) -> None:
 
 def _read_prompt() -> str:
     """The prompt that stands on standard input."""
+    if sys.stdin is None:
+        raise ValueError("prompt=-: standard input is closed: give text")
     try:
         text = sys.stdin.read(LONGEST_PROMPT + 1)
         if len(text) > LONGEST_PROMPT:
@@ -307,8 +309,9 @@ def is_launched() -> bool:
 
 
 def speaks() -> bool:
-    """Whether this process prints: of those that torchrun starts, rank 0."""
-    return os.environ.get("RANK", "0") == "0" or not is_launched()
+    """Whether this process prints: of those that torchrun starts, rank 0, and one whose rank cannot be."""
+    rank, size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    return not (rank.isdecimal() and size.isdecimal() and 0 < int(rank) < int(size))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -320,16 +323,35 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         with contextlib.suppress(BrokenPipeError):  # who reads, as `head` does, has had enough
             _run(words)
+    except OSError as error:  # of what a verb does not print
+        _fail("longreach", _reason(error))
     finally:
-        try:
+        _flush()
+
+
+def _flush() -> None:
+    """Write what is left of the output, where there is one: at its end Python would tell nobody what fails."""
+    try:
+        if sys.stdout is not None:
             sys.stdout.flush()
-        except BrokenPipeError:  # else Python would try once more at its end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python would try once more
+        if not isinstance(error, BrokenPipeError):
+            _fail("longreach", _reason(error))
+
+
+def _reason(error: OSError) -> str:
+    """What an operation of the system failed at, in one line."""
+    if error.filename:
+        return f"{error.filename}: {error.strerror}; mend that"
+    if error.errno and error.strerror == os.strerror(error.errno):  # of a file that is open, the output mostly
+        return f"what is written to has failed ({error.strerror}); mend that"
+    return error.strerror or str(error)
 
 
 def _run(words: list[str]) -> None:
-    verb = words[0] if words else ""
-    if verb in ("", "-h", "--help"):
+    verb = words[0] if words else None
+    if verb in (None, "-h", "--help"):
         print(_overview())
         sys.exit(0 if verb else 2)
     if verb == "--version":
@@ -350,7 +372,7 @@ def _run(words: list[str]) -> None:
     except BrokenPipeError:
         raise
     except OSError as error:
-        _fail(program, f"{error.filename}: {error.strerror}; mend that" if error.filename else line.spelled(str(error)))
+        _fail(program, line.spelled(_reason(error)))
     except (ValueError, FloatingPointError, ModuleNotFoundError) as error:
         _fail(program, line.spelled(str(error)))
     except (MemoryError, RuntimeError) as error:

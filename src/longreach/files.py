@@ -113,6 +113,14 @@ def open_file(path: Path) -> BufferedReader:
     raise OSError(f"{path} is {kind}: give a file")
 
 
+def expanded(name: str | Path) -> Path:
+    """A path with the home of a user in place of ~, where the system knows of one."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:  # no such user, or one without a home
+        return Path(name)
+
+
 def digest(path: Path) -> str:
     """SHA-256 (hex) of a file, or of all in a folder that a model is made from, which may be larger than memory."""
     if not path.is_dir():

@@ -207,7 +207,7 @@ def _plain(word: Any, annotation: Any) -> Any:
         return None if word == "none" and NoneType in parts else _plain(word, inner)
     if annotation is bool:
         return {"true": True, "false": False}.get(word, word)
-    if annotation in (int, float) and word.isascii():  # Python takes the digits of other scripts too
+    if annotation in (int, float) and word.isascii() and "_" not in word:  # Python takes other digits, and 1_0 for 10
         try:
             return annotation(word)
         except ValueError:

@@ -318,10 +318,15 @@ def test_hugging_face_data_sets(tmp_path):
         for missing in ("hf:{folder}:no-such-config", "hf:no/such-data-set"):
             assert "cannot be loaded (" in message(missing), missing
             assert "\\n" not in message(missing)
+        for name in ("a.parquet", "a.csv", "a.json", "a.jsonl"):
+            os.makedirs(f"{tmp_path}/{{name}}")
+            with open(f"{tmp_path}/{{name}}/{{name}}", "wb") as junk:
+                junk.write(b"[" * 5000)
+            assert "cannot be loaded (" in message(f"hf:{tmp_path}/{{name}}"), name
     """
     environment = {"HOME": str(tmp_path), "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PATH": ""}
     environment["PYTHONPATH"] = os.environ.get("PYTHONPATH", "")
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script)], env=environment, capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode, done.stderr) == (0, "")

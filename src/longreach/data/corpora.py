@@ -20,6 +20,7 @@ from longreach.data.content import BadText, dialect_of, kind_of
 from longreach.data.found import find_files, head_of, walk
 from longreach.data.unpack import LONGEST_LINE, decoded, lines_of, unpacked_blocks
 from longreach.files import digest_of
+from longreach.foreign import first_line, in_silence
 
 PIECE_CHARS = 1 << 16
 NAMED = 3  # of what is left out
@@ -414,17 +415,24 @@ def find_hugging_face(source: str, streaming: bool) -> HuggingFace:
     name, *rest = source.removeprefix("hf:").split(":")
     if not name.strip() or len(rest) > 1 or (rest and not rest[0].strip()):
         raise ValueError(f"{source!r} names no data set: give hf:NAME, or hf:NAME:CONFIG")
+    had_no_bars = datasets.utils.are_progress_bars_disabled()
+    if Path(name).exists():  # else a download is under way
+        datasets.utils.disable_progress_bars()
     try:
-        builder = datasets.load_dataset_builder(name, rest[0] if rest else None)
-        if not streaming:
-            builder.download_and_prepare()
-        splits = builder.as_streaming_dataset if streaming else builder.as_dataset
-        names = list(splits())
+        with in_silence("datasets"):
+            builder = datasets.load_dataset_builder(name, rest[0] if rest else None)
+            if not streaming:
+                builder.download_and_prepare()
+            splits = builder.as_streaming_dataset if streaming else builder.as_dataset
+            names = list(splits())
     except Exception as error:  # whatever a name leads others' code to
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
-            f"{source!r} cannot be loaded ({reason}); check the name, the config and the network"
+            f"{source!r} cannot be loaded ({first_line(error.__cause__ or error)}); check the name, the config and the "
+            "network"
         ) from error
+    finally:
+        if not had_no_bars:
+            datasets.utils.enable_progress_bars()
     if "train" not in names:
         raise ValueError(f"{source!r} has no split 'train', only {', '.join(names)}; name a data set that has one")
     files = (builder.config.data_files or {}).items()

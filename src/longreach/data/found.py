@@ -8,6 +8,7 @@ from pathlib import Path
 
 from longreach.data.content import HEAD_BYTES, BadText, foreign
 from longreach.data.unpack import unpacked_blocks
+from longreach.files import expanded
 
 
 def find_files(source: str) -> list[Path]:
@@ -16,7 +17,7 @@ def find_files(source: str) -> list[Path]:
     Raises:
         ValueError: there are none.
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     if source and path.is_file():
         return [path]
     if source and path.is_dir():

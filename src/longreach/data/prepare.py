@@ -27,7 +27,7 @@ from longreach.data.corpora import (
 from longreach.data.stream import TextStream, open_stream
 from longreach.data.tokenizer import MIN_VOCAB_SIZE, Tokenizer, load_tokenizer, train_tokenizer
 from longreach.data.tokens import TokenStream, find_tokens, split_documents, tokenize, tokenize_in_memory
-from longreach.files import digest_of
+from longreach.files import digest_of, expanded
 
 Progress = Callable[[str, int, int | None], None]
 """Called with a stage in words, the bytes of text done, and the bytes in all or None if unknown."""
@@ -108,8 +108,8 @@ class DataConfig:
     def cache_folder(self) -> Path:
         """The folder `cache`, or the one that the XDG base directory rules give."""
         if self.cache is not None:
-            return Path(self.cache).expanduser()
-        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "longreach"
+            return expanded(self.cache)
+        return expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "longreach"
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
-from longreach.files import digest_of, write_atomically
+from longreach.files import digest_of, expanded, write_atomically
 from longreach.foreign import in_silence, refusing
 from longreach.tokenizing import Backend, declared_eos, read_tokenizer
 
@@ -186,7 +186,7 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     Raises:
         ValueError: there is no such file or model, it is damaged, or no eos can be found.
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.is_dir():
         path = path / "tokenizer.json"
     declared = None
