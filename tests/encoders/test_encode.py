@@ -106,6 +106,7 @@ def test_no_texts_make_no_vectors(jina):
         (["a"], {"max_length": 1.5}, "max_length=1.5: give an integer"),
         (["a"], {"max_length": 1}, "max_length=1: its tokenizer adds 2 tokens"),
         (["a"], {"batch_size": -1}, "batch_size=-1: give an integer of at least 1"),
+        (["a"], {"normalize": "no"}, "normalize='no': give True or False"),
     ],
 )
 def test_bad_input_is_named(texts, options, said, jina):

@@ -183,9 +183,19 @@ def test_texts_elsewhere_are_packed_with_borders(scaling, tmp_path, monkeypatch)
     torch.testing.assert_close(model.encode_packed(ids, packed), right, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("given", [{}, {"input_ids": draw(1, 3), "inputs_embeds": torch.zeros(1, 3, 48)}])
-def test_one_kind_of_input(kind, given):
-    with pytest.raises(ValueError, match="one of input_ids and inputs_embeds"):
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({}, "give one of input_ids and inputs_embeds"),
+        ({"input_ids": draw(1, 3), "inputs_embeds": torch.zeros(1, 3, 48)}, "give one of input_ids and inputs_embeds"),
+        ({"input_ids": torch.ones(1, 3)}, r"input_ids of shape \(1, 3\) and torch.float32: give \(B, T\) int64"),
+        ({"input_ids": torch.ones(3, dtype=torch.int64)}, r"input_ids of shape \(3,\)"),
+        ({"inputs_embeds": torch.zeros(3, 48)}, r"inputs_embeds of shape \(3, 48\)"),
+        ({"inputs_embeds": torch.ones(1, 3, 48).long()}, r"inputs_embeds .* torch.int64: give \(B, T, C\) floating"),
+    ],
+)
+def test_one_kind_of_input(kind, given, said):
+    with pytest.raises(ValueError, match=said):
         kind[2](**given)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from longreach.encoders.packing import Packed
 from longreach.encoders.texts import Texts, read_texts
+from longreach.ops.arguments import shown
 
 TOKENS_PER_BATCH = 2**14
 """The most tokens of a batch of several texts: what the MLP makes of so many takes some hundred MiB in a base model."""
@@ -32,6 +33,8 @@ def encode(
     for name, number in (("batch_size", batch_size), ("max_length", max_length)):
         if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
             raise ValueError(f"{name}={number!r}: give an integer of at least 1")
+    if not isinstance(normalize, bool | None):
+        raise ValueError(f"normalize={shown(normalize)}: give True or False, or None for what the files say")
     reader = texts_of(model)
     length = max_length or reader.max_length or model.sizes.max_position_embeddings
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]), reverse=True)

@@ -205,6 +205,10 @@ class EncoderModel(PublishedModel):
         given = input_ids if inputs_embeds is None else inputs_embeds
         if given is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("give one of input_ids and inputs_embeds")
+        for name, axes, x in (("input_ids", 2, input_ids), ("inputs_embeds", 3, inputs_embeds)):
+            if x is not None and (x.dim() != axes or x.is_floating_point() != (axes == 3)):
+                kind = "(B, T) int64" if axes == 2 else "(B, T, C) floating point"
+                raise ValueError(f"{name} of shape {tuple(x.shape)} and {x.dtype}: give {kind}")
         arrangement: Arrangement
         if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
             arrangement = Dense(attention_mask)
