@@ -1,8 +1,7 @@
-"""Time ALiBi encoders beside the form in which they were published, and check published weights where they can be had.
+"""Time ALiBi encoders beside the form in which they were published.
 
     python benchmarks/encoders.py times --machine cpu-2core [--reference FOLDER]
     python benchmarks/encoders.py memory --machine cpu-2core
-    python benchmarks/encoders.py published
 
 Base shape (width 768, 12 heads, MLP of 3072), random weights, float32. Two contenders stand beside `load_encoder`:
 
@@ -17,8 +16,6 @@ Outputs are compared first; then contenders run interleaved, and medians count. 
 case has three of the twelve layers or one, each of which costs the same. Memory is the peak of a fresh process, less
 what it held before: of one text of 8,192 tokens, its table included, and of loading a base model of all layers and
 using it once.
-
-`published` prints a line for each model on the hub whose values others have printed, or why it was left out.
 """
 
 import argparse
@@ -62,14 +59,6 @@ MEMORY_RATIO = 10.0
 
 ALLOWED = 1e-4
 """Largest difference of outputs of up to 4: products of 3,072 terms round in each layer."""
-
-PRINTED = {
-    "jinaai/jina-embeddings-v2-small-en": (-0.7366036, -0.34022003),
-    "jinaai/jina-embeddings-v2-base-code": (-0.15109017, -0.021903912),
-}
-"""Model -> the first two numbers of its mean vector of QUESTION, by the tests of text-embeddings-inference."""
-
-QUESTION = "What is Deep Learning?"
 
 
 class Padded:
@@ -211,23 +200,9 @@ def measure_memory(names: list[str], reference: Path | None) -> dict[str, int]:
     return peaks | {"weights": weights}
 
 
-def check_published() -> None:
-    """Compare models of the hub with what others have printed."""
-    for name, printed in PRINTED.items():
-        try:
-            vector = longreach.load_encoder(name).encode([QUESTION])[0]
-        except ValueError as error:
-            print(f"skipped: {error}")
-            continue
-        off = max(abs(float(x) - y) for x, y in zip(vector, printed, strict=False))
-        print(f"{name}: off by {off:.1e} from what text-embeddings-inference prints")
-        if off > 1e-3:
-            raise SystemExit(f"{name}: {vector[:2].tolist()} instead of {printed}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("times", "memory", "published", "memory-of"))
+    parser.add_argument("part", choices=("times", "memory", "memory-of"))
     parser.add_argument("--machine", default="cpu-2core", help="name of the file under benchmarks/results")
     parser.add_argument("--reference", type=Path, help="folder of MosaicBERT's own code")
     parser.add_argument("--cases", nargs="+", choices=tuple(CASES), default=list(CASES))
@@ -240,9 +215,6 @@ def main() -> None:
     torch.set_grad_enabled(False)
     if arguments.part == "memory-of":
         print(memory_of(arguments.name, arguments.reference))
-        return
-    if arguments.part == "published":
-        check_published()
         return
     names = ["ours", *arguments.contenders]
     path = Path(__file__).parent / "results" / f"encoders-{arguments.machine}.json"

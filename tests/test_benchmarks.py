@@ -311,7 +311,7 @@ def test_the_drawing_is_named_after_the_machine(scripts, monkeypatch, tmp_path, 
 
 
 @torch.no_grad()
-def test_encoders_are_timed_after_their_outputs_agree(scripts, monkeypatch, capsys):
+def test_encoders_are_timed_after_their_outputs_agree(scripts, monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     encoders = importlib.import_module("encoders")
     monkeypatch.setattr(encoders, "TABLE", 64)  # of Jina's code, 3 GiB as it is
@@ -321,8 +321,6 @@ def test_encoders_are_timed_after_their_outputs_agree(scripts, monkeypatch, caps
     monkeypatch.setattr(encoders.Padded, "attend", lambda self, q, k, v, heads: v)
     with pytest.raises(SystemExit, match="512: outputs of padded differ by"):
         encoders.measure("512", ["ours", "padded"], None, rounds=1, small=True)
-    encoders.check_published()
-    assert capsys.readouterr().out.count("skipped: model 'jinaai/") == len(encoders.PRINTED)
     del sys.modules["encoders"]
 
 
