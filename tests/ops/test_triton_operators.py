@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from functools import partial
 from typing import Any
 
 import pytest
@@ -170,11 +171,43 @@ def test_slopes_without_a_gradient_cost_none(monkeypatch: pytest.MonkeyPatch) ->
     assert slopes.grad is not None
 
 
-def test_second_derivatives_are_refused() -> None:
-    inputs = tensors(20, 20)
-    (gradient,) = torch.autograd.grad(attend(*inputs)[0].sum(), inputs[:1], create_graph=True)
-    with pytest.raises(RuntimeError, match="autograd"):
-        gradient.sum().backward()
+def sum_of_squares(function: Any, *inputs: Tensor) -> Tensor:
+    out, lse = function(*inputs[:3], slopes=inputs[3])
+    return out.square().sum() + lse.square().sum()
+
+
+def test_gradients_of_torch_func() -> None:
+    """Alone, through the function that pulls back, and of each of two samples."""
+    inputs = [x.detach() for x in tensors(20, 30)]
+    expected = torch.func.grad(partial(sum_of_squares, reference_attention), argnums=(0, 1, 2, 3))(*inputs)
+    ours = partial(sum_of_squares, triton_attention)
+    of_samples = torch.func.vmap(torch.func.grad(ours, argnums=(0, 1, 2, 3)), in_dims=(0, None, None, 0))
+    queries, slopes = torch.stack((inputs[0], -inputs[0])), torch.stack((inputs[3], inputs[3] / 2))
+    for found in (
+        torch.func.grad(ours, argnums=(0, 1, 2, 3))(*inputs),
+        torch.func.vjp(ours, *inputs)[1](torch.ones((), device=DEVICE)),
+        [x[0] for x in of_samples(queries, *inputs[1:3], slopes)],
+    ):
+        torch.testing.assert_close(tuple(found), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_mapped_decoding() -> None:
+    inputs = [x.detach() for x in tensors(1, 30)]
+    queries = torch.stack((inputs[0], -inputs[0]))
+    mapped = torch.func.vmap(attend, in_dims=(0, None, None, None))(queries, *inputs[1:])
+    for ours, plain in zip(mapped, zip(*(attend(q, *inputs[1:]) for q in queries), strict=True), strict=True):
+        assert torch.equal(ours, torch.stack(plain))
+
+
+def test_second_derivatives() -> None:
+    """Of a sum of squares of the first ones, which are functions of the gradient of the LSE too."""
+    found = []
+    for function in (triton_attention, reference_attention):
+        inputs = tensors(20, 30)
+        first = torch.autograd.grad(sum_of_squares(function, *inputs), inputs, create_graph=True)
+        found.append(torch.autograd.grad(sum(x.square().sum() for x in first), inputs))
+    for ours, plain in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4 * plain.abs().max().item())
 
 
 def test_importing_the_operators_loads_no_triton() -> None:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from longreach.ops.alibi import dense_bias
 from longreach.ops.reach import KEY_BLOCK, default_tolerance, key_ranges, visible_ranges
+from longreach.ops.transforms import by_slices
 from longreach.ops.visibility import Visibility, without_padding
-from longreach.ops.vmapped import by_slices
 
 TAKES_WIDE_MASKS = ("cpu",)
 """Devices whose kernels add a float32 mask to the scores of half-type queries as it is."""

@@ -1,7 +1,6 @@
 """Attention on the CPU as operators of torch.library: one path for eager, compiled, exported and transformed programs.
 
-They are opaque to tracing, for `products` plans its work from values, and come with shapes, formulas for autograd, for
-second derivatives too, and a rule for vmap.
+They are opaque to tracing, for `products` plans its work from values, and come with shapes and derivatives.
 """
 
 from typing import Any
@@ -12,9 +11,8 @@ from torch import Tensor
 from longreach.ops.cpu.plan import BLOCK_M
 from longreach.ops.cpu.products import Attended, attend, differentiate
 from longreach.ops.reach import default_tolerance
-from longreach.ops.reference import reference_attention
+from longreach.ops.transforms import differentiable, may_learn
 from longreach.ops.visibility import Visibility
-from longreach.ops.vmapped import by_slices
 
 
 def cpu_attention(
@@ -49,20 +47,12 @@ def cpu_attention(
     left, right = slopes if isinstance(slopes, tuple) else (slopes, slopes)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     tolerance = default_tolerance(q.dtype) if tolerance is None else tolerance
-    learns = torch.is_grad_enabled() and (
-        _transformed() or any(x is not None and x.requires_grad for x in (q, k, v, left, right))
-    )
-    masks = (visibility.key_padding_mask, visibility.cu_seqlens, key_norms)
-    bounds = (scale, visibility.causal, visibility.window_size, tolerance, learns)
-    # torch.compile takes the operator for what it is, and torch.func needs a Function with a setup_context.
-    function = _Attention.apply if learns and not torch.compiler.is_compiling() else _forward
-    out, lse, *_ = function(q, k, v, left, right, *masks, *bounds)
+    learns = may_learn(q, k, v, left, right)
+    masks = (visibility.key_padding_mask, visibility.cu_seqlens)
+    bounds = (scale, visibility.causal, visibility.window_size, tolerance)
+    function = _attend if learns else _forward
+    out, lse, *_ = function(q, k, v, left, right, *masks, *bounds, key_norms, learns)
     return out, lse
-
-
-def _transformed() -> bool:
-    """Whether torch.func may differentiate what it has wrapped, which hides that; torch.compile sees through it."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 @torch.library.custom_op("longreach::cpu_forward", mutates_args=())
@@ -74,11 +64,11 @@ def _forward(
     right: Tensor | None,
     key_padding_mask: Tensor | None,
     cu_seqlens: Tensor | None,
-    key_norms: Tensor | None,
     scale: float,
     causal: bool,
     window_size: int | None,
     tolerance: float,
+    key_norms: Tensor | None,
     learns: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     visibility = Visibility(q.shape[2], k.shape[2], causal, window_size, key_padding_mask, cu_seqlens)
@@ -110,6 +100,7 @@ def _backward(
     key_padding_mask: Tensor | None,
     cu_seqlens: Tensor | None,
     out: Tensor,
+    lse: Tensor,
     peak: Tensor,
     total: Tensor,
     low: Tensor,
@@ -120,7 +111,7 @@ def _backward(
     slopes_learn: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     visibility = Visibility(q.shape[2], k.shape[2], causal, window_size, key_padding_mask, cu_seqlens)
-    attended = Attended(out, peak, peak, total, low, high)
+    attended = Attended(out, lse, peak, total, low, high)
     gradients = differentiate(
         grad_out,
         grad_lse,
@@ -160,80 +151,4 @@ def _slopes(q: Tensor, left: Tensor | None, right: Tensor | None) -> tuple[Tenso
     return left, right
 
 
-by_slices(_forward)
-by_slices(_backward)
-
-
-class _Attention(torch.autograd.Function):
-    """The forward operator and its gradients."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        return _forward(*arguments)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        out, _, *others = output
-        ctx.mark_non_differentiable(*others)
-        ctx.save_for_backward(*inputs[:7], out, *others)
-        ctx.bounds = inputs[8:11]
-
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        slopes_learn = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
-        q, k, v, left, right, *others = ctx.saved_tensors
-        fixed = (*others, *ctx.bounds, slopes_learn)
-        dq, dk, dv, dleft, dright = _Gradients.apply(grad_out, grad_lse, q, k, v, left, right, fixed)
-        slopes = (dleft, dright) if slopes_learn else (None, None)
-        return dq, dk, dv, *slopes, *(None,) * 8
-
-
-class _Gradients(torch.autograd.Function):
-    """The backward operator, and second derivatives by the dense definition: nothing that is saved would help there."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(  # torch.compile counts its arguments
-        grad_out: Tensor,
-        grad_lse: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        left: Tensor | None,
-        right: Tensor | None,
-        fixed: tuple[Any, ...],
-    ) -> tuple[Tensor, ...]:
-        return _backward(grad_out, grad_lse, q, k, v, left, right, *fixed)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *factors, fixed = inputs
-        ctx.save_for_backward(*factors, *fixed[:2])
-        *ctx.bounds, ctx.slopes_learn = fixed[7:]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        *factors, key_padding_mask, cu_seqlens = ctx.saved_tensors  # grad_out, grad_lse, q, k, v, left, right
-        scale, causal, window_size = ctx.bounds
-
-        def gradients(grad_out: Tensor, grad_lse: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-            def dense(q: Tensor, k: Tensor, v: Tensor, *pair: Any) -> tuple[Tensor, Tensor]:
-                visibility = Visibility(q.shape[2], k.shape[2], causal, window_size, key_padding_mask, cu_seqlens)
-                out, lse = reference_attention(q, k, v, visibility, slopes=pair or None, scale=scale)
-                return out, lse.to(grad_lse.dtype)
-
-            return torch.func.vjp(dense, *inputs)[1]((grad_out, grad_lse))[: len(wanted)]
-
-        given = [n for n, x in enumerate(factors) if x is not None]
-        wanted = grads[: 5 if ctx.slopes_learn else 3]
-        found: list[Tensor | None] = [None] * 8
-        second = torch.func.vjp(gradients, *(factors[n] for n in given))[1]
-        for n, gradient in zip(given, second(wanted), strict=True):
-            found[n] = gradient
-        return tuple(found)
-
-
-_forward.register_autograd(_Attention.backward, setup_context=_Attention.setup_context)
+_attend = differentiable(_forward, _backward)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from longreach.ops.reach import default_tolerance, key_ranges
+from longreach.ops.transforms import by_slices, differentiable, may_learn
 from longreach.ops.triton.plans import (
     COMMON_HEAD_DIM,
     DECODE_ROWS,
@@ -65,7 +66,7 @@ def triton_attention(
         key_norms: `key_block_norms(k, REACH_N)`, which spares decoding the reading of keys beyond reach.
 
     Returns:
-        out (B, H, Tq, D) in the dtype of q, and the natural LSE (B, H, Tq) in float32. Both carry gradients, once.
+        out (B, H, Tq, D) in the dtype of q, and the natural LSE (B, H, Tq) in float32. Both carry gradients.
 
     Raises:
         ValueError: a dtype, head_dim or device that the kernels do not take, or Triton is not installed.
@@ -88,10 +89,11 @@ def triton_attention(
     bounds = (scale, visibility.causal, visibility.window_size, tolerance)
     key_padding_mask, cu_seqlens = visibility.key_padding_mask, visibility.cu_seqlens
     few = num_heads // k.shape[1] * query_length <= DECODE_ROWS
-    learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, left, right))
+    learns = may_learn(q, k, v, left, right)
     if few and not learns and cu_seqlens is None:
         return _decode(q, k, v, left, right, key_padding_mask, key_norms, *bounds)
-    out, log2_lse, *_ = _forward(q, k, v, left, right, key_padding_mask, cu_seqlens, *bounds)
+    function = _attend if learns else _forward
+    out, log2_lse, *_ = function(q, k, v, left, right, key_padding_mask, cu_seqlens, *bounds)
     return out, log2_lse * math.log(2.0)
 
 
@@ -246,19 +248,5 @@ def _(
     return empty_output(q), empty_output(k), empty_output(v), dleft, dright
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:7], *output)
-    ctx.scale, ctx.causal, ctx.window_size = inputs[7:10]
-
-
-def _differentiate(ctx: Any, grad_out: Tensor, grad_log2_lse: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    slopes_gradient = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
-    gradients = _backward(
-        grad_out, grad_log2_lse, *ctx.saved_tensors, ctx.scale, ctx.causal, ctx.window_size, slopes_gradient
-    )
-    dq, dk, dv, dleft, dright = gradients
-    slopes = (dleft, dright) if slopes_gradient else (None, None)
-    return dq, dk, dv, *slopes, *(None,) * 6
-
-
-_forward.register_autograd(_differentiate, setup_context=_save_for_backward)
+by_slices(_decode)
+_attend = differentiable(_forward, _backward, lse_unit=math.log(2.0))
