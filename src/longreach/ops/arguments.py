@@ -18,6 +18,9 @@ _SHOWN = 100
 _LARGEST = 2**63
 """Numbers below fit the 64 bits of integers in tensors."""
 
+_NUMBERS = (float, int, Real, torch.SymInt, torch.SymFloat)
+"""What is a real number; what is most often given comes first, for whether it is a Real takes ten times as long."""
+
 
 def shown(value: object) -> str:
     """A refused value in one line, however large it is."""
@@ -85,7 +88,7 @@ def validate_device(device: Any) -> None:
 
 def is_number(value: object) -> bool:
     """Whether a value is a real number, as NumPy's are, and neither a truth value nor a tensor."""
-    return isinstance(value, Real | torch.SymInt | torch.SymFloat) and not isinstance(value, bool)
+    return isinstance(value, _NUMBERS) and not isinstance(value, bool)
 
 
 def validate_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -208,13 +211,11 @@ def _can_be_read(x: Tensor) -> bool:
 
 def validate_values(name: str, x: Tensor, least: float = -math.inf) -> None:
     """Finite and at least `least`, where values can be looked at."""
-    if x.numel() and _can_be_read(x):
-        low, high = (float(end) for end in x.detach().aminmax())
-        if not (math.isfinite(low) and math.isfinite(high) and low >= least):
-            wrong = low if not math.isfinite(low) or low < least else high  # NaN is both ends
-            raise ValueError(
-                f"{name} holds {wrong:g}: give finite numbers{'' if least < 0 else f' of at least {least:g}'}"
-            )
+    if _can_be_read(x):
+        for value in x.detach().flatten().tolist():  # few, for which operations on tensors would take longer
+            if not (math.isfinite(value) and value >= least):
+                mend = f"give finite numbers{'' if least < 0 else f' of at least {least:g}'}"
+                raise ValueError(f"{name} holds {value:g}: {mend}")
 
 
 def _validate_borders(borders: list[int], length: int) -> None:
