@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from longreach.encoders.config import EncoderConfig
 from longreach.ops.linear import Linear
@@ -12,16 +13,8 @@ from longreach.ops.linear import Linear
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Queries, keys and values of all tokens, (..., C) each, to what each token attended to, (..., C)."""
 
-
-MLP_ROWS = 1024
-"""Tokens whose inner MLP is in memory at a time in inference: 8,192 in one go take an eighth longer."""
-
-
-def by_rows(mlp: Callable[[Tensor], Tensor], h: Tensor) -> Tensor:
-    """What an MLP makes of tokens (..., C), in inference a few at a time."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or h.dim() > 2 or len(h) <= MLP_ROWS:
-        return mlp(h)
-    return torch.cat([mlp(rows) for rows in h.split(MLP_ROWS)])
+ROWS = 1024
+"""Tokens of which a layer holds what follows attention in memory at a time, in inference: it stays in the cache."""
 
 
 def layer_norm(config: EncoderConfig) -> nn.LayerNorm:
@@ -57,17 +50,31 @@ class Projections(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention and the residual stream after it."""
+    """What stands before self-attention and after it."""
 
     def __init__(self, config: EncoderConfig, projections: nn.Module) -> None:
         super().__init__()
         self.self = projections
         self.output = Added(config, config.hidden_size)
 
+
+class Layer(GradientCheckpointingLayer):
+    """Self-attention, and what a layout does with it, which each token has for itself."""
+
+    def __init__(self, config: EncoderConfig, projections: nn.Module) -> None:
+        super().__init__()
+        self.attention = Attention(config, projections)
+
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
         """(..., C) to (..., C)."""
-        out: Tensor = self.output(attend(*self.self(x)), x)
-        return out
+        attended = attend(*self.attention.self(x))
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.dim() > 2 or len(x) <= ROWS:
+            return self.after(attended, x)
+        return torch.cat([self.after(*rows) for rows in zip(attended.split(ROWS), x.split(ROWS), strict=True)])
+
+    def after(self, attended: Tensor, x: Tensor) -> Tensor:
+        """What tokens attended to and what they were, (..., C) each, to (..., C)."""
+        raise NotImplementedError
 
 
 def gate(config: EncoderConfig) -> Callable[[Tensor], Tensor]:
@@ -88,9 +95,6 @@ class GatedMLP(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         """(..., C) to (..., C)."""
-        return by_rows(self._of_rows, h)
-
-    def _of_rows(self, h: Tensor) -> Tensor:
         first, second = self.gated_layers(h).chunk(2, dim=-1)
         out: Tensor = self.layernorm(self.wo(self.dropout(self.act(first) * second)) + h)
         return out

@@ -1,10 +1,9 @@
 """JinaBERT v2 for code: queries and keys are normed, and the residual stream goes another way."""
 
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from longreach.encoders.config import EncoderConfig
-from longreach.encoders.layouts.blocks import Attend, Attention, Projections, by_rows, gate, layer_norm
+from longreach.encoders.layouts.blocks import Layer, Projections, gate, layer_norm
 from longreach.ops.linear import Linear
 
 
@@ -32,25 +31,21 @@ class SecondHalfMLP(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         """(..., C) to (..., C)."""
-        return by_rows(self._of_rows, h)
-
-    def _of_rows(self, h: Tensor) -> Tensor:
         first, second = self.up_gated_layer(h).chunk(2, dim=-1)
         out: Tensor = self.down_layer(self.dropout(first * self.act(second)))
         return out
 
 
-class JinaCodeLayer(GradientCheckpointingLayer):
+class JinaCodeLayer(Layer):
     """The residual is added twice: within attention, as everywhere, and once more after it."""
 
     def __init__(self, config: EncoderConfig) -> None:
-        super().__init__()
-        self.attention = Attention(config, NormedProjections(config))
+        super().__init__(config, NormedProjections(config))
         self.layer_norm_1, self.layer_norm_2 = layer_norm(config), layer_norm(config)
         self.mlp = SecondHalfMLP(config)
 
-    def forward(self, x: Tensor, attend: Attend) -> Tensor:
-        """(..., C) to (..., C)."""
-        h = self.layer_norm_1(x + self.attention(x, attend))
+    def after(self, attended: Tensor, x: Tensor) -> Tensor:
+        """(..., C) each to (..., C)."""
+        h = self.layer_norm_1(x + self.attention.output(attended, x))
         out: Tensor = self.layer_norm_2(h + self.mlp(h))
         return out

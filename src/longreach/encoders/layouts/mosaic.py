@@ -1,10 +1,9 @@
 """MosaicBERT, DNABERT-2 and others of its code: one matrix makes queries, keys and values."""
 
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from longreach.encoders.config import EncoderConfig
-from longreach.encoders.layouts.blocks import Attend, Attention, GatedMLP
+from longreach.encoders.layouts.blocks import GatedMLP, Layer
 from longreach.ops.linear import Linear
 
 
@@ -21,15 +20,14 @@ class OneProjection(nn.Module):
         return q, k, v
 
 
-class MosaicLayer(GradientCheckpointingLayer):
+class MosaicLayer(Layer):
     """Post-norm attention, and Jina's gated MLP."""
 
     def __init__(self, config: EncoderConfig) -> None:
-        super().__init__()
-        self.attention = Attention(config, OneProjection(config))
+        super().__init__(config, OneProjection(config))
         self.mlp = GatedMLP(config)
 
-    def forward(self, x: Tensor, attend: Attend) -> Tensor:
-        """(..., C) to (..., C)."""
-        out: Tensor = self.mlp(self.attention(x, attend))
+    def after(self, attended: Tensor, x: Tensor) -> Tensor:
+        """(..., C) each to (..., C)."""
+        out: Tensor = self.mlp(self.attention.output(attended, x))
         return out

@@ -2,10 +2,9 @@
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from longreach.encoders.config import EncoderConfig
-from longreach.encoders.layouts.blocks import Added, Attend, Attention, Projections, by_rows
+from longreach.encoders.layouts.blocks import Added, Layer, Projections
 from longreach.ops.linear import Linear
 
 
@@ -21,16 +20,16 @@ class Intermediate(nn.Module):
         return F.gelu(self.dense(h))
 
 
-class OriginalLayer(GradientCheckpointingLayer):
+class OriginalLayer(Layer):
     """BERT's own layer but for ALiBi."""
 
     def __init__(self, config: EncoderConfig) -> None:
-        super().__init__()
-        self.attention = Attention(config, Projections(config))
+        super().__init__(config, Projections(config))
         self.intermediate = Intermediate(config)
         self.output = Added(config, config.intermediate_size)
 
-    def forward(self, x: Tensor, attend: Attend) -> Tensor:
-        """(..., C) to (..., C)."""
-        h = self.attention(x, attend)
-        return by_rows(lambda rows: self.output(self.intermediate(rows), rows), h)
+    def after(self, attended: Tensor, x: Tensor) -> Tensor:
+        """(..., C) each to (..., C)."""
+        h = self.attention.output(attended, x)
+        out: Tensor = self.output(self.intermediate(h), h)
+        return out
