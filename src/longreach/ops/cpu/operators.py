@@ -85,7 +85,7 @@ def _(q: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, 
     )
     blocks = (*q.shape[:2], (q.shape[2] + BLOCK_M - 1) // BLOCK_M) if learns else (0,)
     low, high = (q.new_empty(blocks, dtype=torch.int32) for _ in range(2))
-    return q.new_empty(q.shape), lse, peak, total, low, high
+    return torch.empty_like(q), lse, peak, total, low, high
 
 
 @torch.library.custom_op("longreach::cpu_backward", mutates_args=())
@@ -142,7 +142,7 @@ def _(
 ) -> tuple[Tensor, ...]:
     learned = (left, right) if others[-1] else (None, None)
     dleft, dright = (q.new_empty(0) if x is None else x.new_empty(x.shape) for x in learned)
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dleft, dright
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dleft, dright
 
 
 def _slopes(q: Tensor, left: Tensor | None, right: Tensor | None) -> tuple[Tensor, Tensor]:

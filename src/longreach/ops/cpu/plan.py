@@ -7,13 +7,14 @@ and so do heads.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from longreach.ops.lse_bound import FEW_QUERIES
+from longreach.ops.reach import key_ranges
 from longreach.ops.visibility import Visibility
 
 Item = TypeVar("Item")
@@ -109,6 +110,14 @@ class HostVisibility(Visibility):
             seen.query_length, length, seen.causal, seen.window_size, *tensors, documents, spans, holes
         )
 
+    def of(self, batch: slice) -> "HostVisibility":
+        """That of some sequences."""
+        if self.key_padding_mask is None:
+            return self
+        holes = None if self.holes is None else self.holes[batch]
+        spans = None if self.spans is None else self.spans[batch]
+        return replace(self, key_padding_mask=self.key_padding_mask[batch], spans=spans, holes=holes)
+
     @property
     def may_hide_all_keys(self) -> bool:
         """Whether there may be a query that sees no key, and no tile for it."""
@@ -150,6 +159,39 @@ def heads_worth_bounding(
     if saved < per_call:
         return slice(0, 0)
     return slice(min(worth) * group, (max(worth) + 1) * group)
+
+
+def bounded_ranges(
+    q: Tensor,
+    k: Tensor,
+    slopes: tuple[Tensor, Tensor],
+    visibility: HostVisibility,
+    key_norms: Tensor | None,
+    scale: float,
+    tolerance: float,
+) -> tuple[list[Ranges], list[Ranges]]:
+    """The keys within reach of each head for which finding them is worth it."""
+    left, right = slopes
+    worth = heads_worth_bounding(q, k, left, right, visibility, tolerance, key_norms)
+    low: list[Ranges] = [None] * q.shape[1]
+    high = low.copy()
+    if worth.stop > worth.start:
+        group = q.shape[1] // k.shape[1]
+        kv_heads = slice(worth.start // group, worth.stop // group)
+        starts, ends = key_ranges(
+            q[:, worth],
+            k[:, kv_heads],
+            (left[..., worth], right[..., worth]),
+            visibility,
+            scale=scale,
+            tolerance=tolerance,
+            block_m=BLOCK_M,
+            block_n=BLOCK_N,
+            key_norms=None if key_norms is None else key_norms[:, kv_heads],
+        )
+        low[worth] = starts.transpose(0, 1).mul(BLOCK_N).tolist()
+        high[worth] = ends.transpose(0, 1).mul(BLOCK_N).tolist()
+    return low, high
 
 
 def expected_reach(slope: float, tolerance: float) -> float:

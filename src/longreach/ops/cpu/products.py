@@ -8,7 +8,6 @@ by `kernel` where that is faster, as few queries are.
 """
 
 import math
-from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -25,7 +24,7 @@ from longreach.ops.cpu.plan import (
     HostVisibility,
     Ranges,
     Tile,
-    heads_worth_bounding,
+    bounded_ranges,
     kernel_cost,
     pieces,
     plan,
@@ -36,7 +35,6 @@ from longreach.ops.cpu.plan import (
 from longreach.ops.cpu.views import bias_of, distances, falloff, keys_of, kv_heads_of, lanes_of, rows_of
 from longreach.ops.cpu.workers import share_out
 from longreach.ops.lse_bound import FEW_QUERIES
-from longreach.ops.reach import key_ranges
 from longreach.ops.visibility import Visibility
 
 LOG2_E = math.log2(math.e)
@@ -47,6 +45,14 @@ ALIKE_ROWS = 16
 
 ALIKE_DIM = 192
 """Longest rows whose dot products MKL adds up in one go, as oneDNN does."""
+
+PRODUCTS_PAIRS = 2**20
+"""Pairs of a query and a key of a head from which on products are faster than the flash kernel: at 512 tokens and D 64
+they take 1.03 to 1.10 times as long, at 1,024 0.93 to 1.10 and at 2,048 0.76."""
+
+PRODUCTS_DIM = 64
+"""D from which on they are, as what they take beside multiplying is the same for any: with 32 at 512 to 8,192 tokens
+they take 1.07 to 1.33 times as long."""
 
 PART_PAIRS = 2**26
 """Pairs of a query and a key of a head from which on heads are shared out: for fewer, threads of Python wait for each
@@ -90,13 +96,15 @@ class _Part(NamedTuple):
         return x[self.batch, self.kv_heads]
 
     def inputs(
-        self, q: Tensor, k: Tensor, v: Tensor, slopes: tuple[Tensor, Tensor], visibility: Visibility
-    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor], Visibility]:
+        self, q: Tensor, k: Tensor, v: Tensor, slopes: tuple[Tensor, Tensor], visibility: HostVisibility
+    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor], HostVisibility]:
         """View what the part reads."""
         left, right = (x[self.heads] if x.dim() == 1 else self.queries(x) for x in slopes)
-        if visibility.key_padding_mask is not None:
-            visibility = replace(visibility, key_padding_mask=visibility.key_padding_mask[self.batch])
-        return self.queries(q), self.keys(k), self.keys(v), (left, right), visibility
+        return self.queries(q), self.keys(k), self.keys(v), (left, right), visibility.of(self.batch)
+
+    def ranges(self, ends: list[Ranges]) -> list[Ranges]:
+        """One end of the ranges of its heads."""
+        return [None if of_head is None else of_head[self.batch] for of_head in ends[self.heads]]
 
 
 def _parts(q: Tensor, k: Tensor, slopes: tuple[Tensor, Tensor]) -> list[_Part]:
@@ -130,13 +138,15 @@ def attend(
     peak, total = (lse.new_empty(lse.shape if learns else 0) for _ in range(2))
     blocks = (*q.shape[:2], -(-q.shape[2] // BLOCK_M))
     low, high = (q.new_empty(blocks if learns else 0, dtype=torch.int32) for _ in range(2))
-    whole = Attended(q.new_empty(q.shape), lse, peak, total, low, high)
+    # Results lie in memory as inputs do, so that what a model's projections made need not be put in order again.
+    whole = Attended(torch.empty_like(q), lse, peak, total, low, high)
+    seen = HostVisibility.read(visibility)
+    starts, ends = bounded_ranges(q, k, slopes, seen, key_norms, scale, tolerance)
 
     def job(part: _Part) -> None:
         into = Attended(*(part.queries(x) if x.dim() > 1 else x for x in whole))
-        norms = None if key_norms is None else part.keys(key_norms)
-        inputs = part.inputs(q, k, v, slopes, visibility)
-        _attend(*inputs, norms, into, scale=scale, tolerance=tolerance, learns=learns)
+        inputs = part.inputs(q, k, v, slopes, seen)
+        _attend(*inputs, part.ranges(starts), part.ranges(ends), into, scale=scale, tolerance=tolerance, learns=learns)
 
     share_out([partial(job, part) for part in _parts(q, k, slopes)])
     return whole
@@ -147,36 +157,41 @@ def _attend(
     k: Tensor,
     v: Tensor,
     slopes: tuple[Tensor, Tensor],
-    visibility: Visibility,
-    key_norms: Tensor | None,
+    seen: HostVisibility,
+    starts: list[Ranges],
+    ends: list[Ranges],
     into: Attended,
     *,
     scale: float,
     tolerance: float,
     learns: bool,
 ) -> None:
-    seen = HostVisibility.read(visibility)
-    low, high = _bounded_ranges(q, k, slopes, visibility, seen, key_norms, scale, tolerance)
     q, k, v = _readable(q, k, v, seen)
     if seen.may_hide_all_keys:
         into.out.zero_()
         into.lse.fill_(float("-inf"))
     few = seen.query_length < FEW_QUERIES
-    if not learns and (few or not onednn.IS_FAST):  # products of MKL are no faster than the kernel
+    if not learns and (few or not _products_are_faster(q, k)):
         tiles = (FewQueries if few else ManyQueries)(q, k, v, *slopes, into.out, into.lse, scale, seen)
-        for tile in plan(q.shape, k.shape, seen, low, high, reading_cost if few else kernel_cost):
+        for tile in plan(q.shape, k.shape, seen, starts, ends, reading_cost if few else kernel_cost):
             tiles.attend(tile)
         return
     peak, total = torch.full_like(into.lse, float("inf")), torch.zeros_like(into.lse)
     products = _Products(q, k, v, *slopes, scale, seen)
     found = _FoundRanges(q, seen, tolerance) if learns else None
-    for tile in plan(q.shape, k.shape, seen, low, high, product_cost):
+    for tile in plan(q.shape, k.shape, seen, starts, ends, product_cost):
         for piece in pieces(tile):
             products.attend(piece, into.out, peak, total, found)
     torch.add(total.log2(), peak.masked_fill(total == 0, 0.0), out=into.lse).mul_(1 / LOG2_E)
     if found is not None:
         for target, values in zip(into[2:], (peak, total, *found.by_block()), strict=True):
             target.copy_(values)
+
+
+def _products_are_faster(q: Tensor, k: Tensor) -> bool:
+    """Than PyTorch's flash kernel, where both would do."""
+    is_long = q.shape[2] * k.shape[2] >= PRODUCTS_PAIRS
+    return onednn.IS_FAST and is_long and q.shape[3] >= PRODUCTS_DIM
 
 
 def differentiate(
@@ -193,12 +208,12 @@ def differentiate(
     slopes_learn: bool,
 ) -> tuple[Tensor, ...]:
     """The gradients of q, k, v and both slopes, of those zeros unless `slopes_learn`."""
-    of_q, of_k, of_v = (x.new_empty(x.shape) for x in (q, k, v))
+    of_q, of_k, of_v = (torch.empty_like(x) for x in (q, k, v))
     of_slopes = [attended.peak.new_empty(q.shape[:2]) for _ in slopes]
+    whole = HostVisibility.read(visibility)
 
     def job(part: _Part) -> None:
-        rows, keys, values, pair, visible = part.inputs(q, k, v, slopes, visibility)
-        seen = HostVisibility.read(visible)
+        rows, keys, values, pair, seen = part.inputs(q, k, v, slopes, whole)
         products = _Products(*_readable(rows, keys, values, seen), *pair, scale, seen)
         known = Attended(*map(part.queries, attended))
         gradients = _Gradients(products, known, part.queries(grad_out), part.queries(grad_lse), slopes_learn)
@@ -216,40 +231,6 @@ def differentiate(
         (x.sum(dim=0) if slope.dim() == 1 else x).to(slope.dtype) for x, slope in zip(of_slopes, slopes, strict=True)
     ]
     return of_q, of_k, of_v, *shaped
-
-
-def _bounded_ranges(
-    q: Tensor,
-    k: Tensor,
-    slopes: tuple[Tensor, Tensor],
-    visibility: Visibility,
-    seen: HostVisibility,
-    key_norms: Tensor | None,
-    scale: float,
-    tolerance: float,
-) -> tuple[list[Ranges], list[Ranges]]:
-    """The keys within reach of each head for which finding them is worth it."""
-    left, right = slopes
-    worth = heads_worth_bounding(q, k, left, right, seen, tolerance, key_norms)
-    low: list[Ranges] = [None] * q.shape[1]
-    high = low.copy()
-    if worth.stop > worth.start:
-        group = q.shape[1] // k.shape[1]
-        kv_heads = slice(worth.start // group, worth.stop // group)
-        starts, ends = key_ranges(
-            q[:, worth],
-            k[:, kv_heads],
-            (left[..., worth], right[..., worth]),
-            visibility,
-            scale=scale,
-            tolerance=tolerance,
-            block_m=BLOCK_M,
-            block_n=BLOCK_N,
-            key_norms=None if key_norms is None else key_norms[:, kv_heads],
-        )
-        low[worth] = starts.transpose(0, 1).mul(BLOCK_N).tolist()
-        high[worth] = ends.transpose(0, 1).mul(BLOCK_N).tolist()
-    return low, high
 
 
 def _readable(q: Tensor, k: Tensor, v: Tensor, visibility: HostVisibility) -> tuple[Tensor, Tensor, Tensor]:
