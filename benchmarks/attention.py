@@ -3,6 +3,8 @@
     python benchmarks/attention.py --machine cpu-2core
     python benchmarks/attention.py --machine h200 --device cuda
     python benchmarks/attention.py --machine cpu-2core --crossover
+    ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \\
+        python benchmarks/attention.py --machine cpu-2core-avx2 --crossover
 
 All contenders of a workload run interleaved in one process, several rounds, and their medians are compared.
 Denormals are flushed for all. Before anything is timed, its result is compared with float64, as are the gradients of
@@ -22,6 +24,7 @@ import ctypes
 import functools
 import gc
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -69,6 +72,9 @@ CROSSOVER_LENGTHS = {
 
 DENSE_LIMIT = 32768
 """Above this length dense attention takes minutes a call on a CPU: what counts there is how our own time grows."""
+
+HOLDS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
+"""Environment variables that hold PyTorch, oneDNN and MKL to fewer instructions than a CPU has."""
 
 BUSY_LENGTHS = (1024, 2048, 8192)
 """Where a CPU is also measured beside one busy process."""
@@ -293,7 +299,11 @@ def cuda_workloads(lengths: list[int]) -> list[Workload]:
 
 
 def crossover_workloads(device: str) -> list[Workload]:
-    """Lengths around the points where `choose_impl` changes over."""
+    """Lengths around the points where `choose_impl` changes over.
+
+    A CPU that is held to fewer instructions trains in float32 alone: PyTorch, which is not aware of what oneDNN is held
+    to, has the products of half types in the backward pass done by its reference code.
+    """
     shapes = [(1, 8, 64), (8, 8, 32)] if device == "cpu" else [(1, 16, 64), (8, 16, 128)]
     whole, cached = CROSSOVER_LENGTHS[device]
     return [
@@ -304,9 +314,15 @@ def crossover_workloads(device: str) -> list[Workload]:
             ("decode", cached),
         )
         for dtype in ("float32", "bfloat16")
+        if not (mode == "training" and dtype == "bfloat16" and held_to())
         for batch, heads, head_dim in shapes
         for length in lengths
     ]
+
+
+def held_to() -> dict[str, str]:
+    """Those of HOLDS that are set."""
+    return {name: os.environ[name] for name in HOLDS if name in os.environ}
 
 
 def chosen(workload: Workload, device: str, skip: set[str], crossover: bool) -> dict[str, Maker]:
@@ -413,6 +429,8 @@ def machine(name: str, device: str) -> dict[str, Any]:
     return {
         "name": name,
         "processor": torch.cuda.get_device_name() if device == "cuda" else _processor(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "held_to": held_to(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -2,11 +2,14 @@
 
 import gc
 import os
+from dataclasses import replace
 
 import hypothesis
 import pytest
 import torch
 from which_tests import in_full, is_left_out, uses_transformers
+
+from longreach.ops.crossovers import CPU, CROSSOVERS
 
 # Triton reads this once, when it is first imported, which torch's own modules may do at any time.
 if not torch.cuda.is_available():
@@ -73,6 +76,18 @@ def unrendered(monkeypatch):
     tests/report renders every figure, and a comparison that is a process of its own renders those of a whole page.
     """
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, file, **options: file.write(b"<svg/>"))
+
+
+@pytest.fixture
+def choose_from(monkeypatch):
+    """A function that has "auto" take the implementation that skips what is beyond reach from so many tokens on."""
+
+    def choose(tokens, processor=CPU):
+        lengths = dict.fromkeys((2, 4), tokens)
+        changed = replace(CROSSOVERS[processor], forward=lengths, training=lengths, decoding=lengths)
+        monkeypatch.setitem(CROSSOVERS, processor, changed)
+
+    return choose
 
 
 @pytest.fixture(scope="session")

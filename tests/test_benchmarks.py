@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from longreach.ops.attention import choose_impl
+from longreach.ops.crossovers import CROSSOVERS
 from longreach.ops.triton.operators import MEASURED_CAPABILITIES
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -200,41 +201,50 @@ def test_growth_is_measured_in_turn_where_dense_attention_takes_minutes(scripts,
     assert list(plot.curves([record])) == [peers.OURS]
 
 
-RUNS = {path.name: json.loads(path.read_text()) for path in (BENCHMARKS / "results").glob("*-crossover.json")}
-"""What was measured for `choose_impl`, by file; all else follows from which files there are."""
+@pytest.mark.parametrize(("processor", "measured"), CROSSOVERS.items(), ids=CROSSOVERS)
+def test_auto_changes_over_where_the_committed_run_says(scripts, processor, measured):
+    """From the first length on at which, as at all longer ones, ours is faster than "sdpa" by a tenth.
 
-
-def is_gpu(run):
-    return "NVIDIA" in run["machine"]["processor"]
-
-
-@pytest.mark.parametrize("name", RUNS)
-def test_auto_changes_over_where_the_committed_run_says(scripts, name):
-    """From the first length on at which ours is faster than "sdpa" by a tenth, in the geometric mean of workloads.
-
-    GPUs tell dtypes apart: where their kernels multiply half types by matrix units, float32 is another matter.
+    That is the geometric mean of shapes.
     """
     peers = scripts[0]
-    device, ours = ("cuda", "triton") if is_gpu(RUNS[name]) else ("cpu", "cpu")
+    records = json.loads((BENCHMARKS / "results" / measured.run).read_text())["records"]
     gains = {}
-    for record in RUNS[name]["records"]:
+    for record in records:
         workload = record["workload"]
         seconds = {figure["contender"]: figure["seconds"] for figure in record["figures"]}
-        dtype = getattr(torch, workload["dtype"])
-        key = workload["mode"] == "decode", workload["length"], dtype if device == "cuda" else torch.float32
-        gains.setdefault(key, []).append(seconds[peers.DENSE] / seconds[peers.OURS])
-    for decoding, length, dtype in gains:
-        options = {"dtype": dtype, "has_key_norms": decoding, "kernels": device == "cuda"}
-        chosen = choose_impl(device, 1 if decoding else length, length, reaching=True, **options).impl
-        faster = statistics.geometric_mean(gains[decoding, length, dtype]) >= 1.1
-        assert chosen == (ours if faster else "sdpa"), (decoding, length, dtype)
+        lengths = gains.setdefault((workload["mode"], getattr(torch, workload["dtype"])), {})
+        lengths.setdefault(workload["length"], []).append(seconds[peers.DENSE] / seconds[peers.OURS])
+    assert {mode for mode, _ in gains} == {"forward", "training", "decode"}
+    for (mode, dtype), lengths in gains.items():
+        slower = [length for length, found in lengths.items() if statistics.geometric_mean(found) < 1.1]
+        for length in lengths:
+            options = {"dtype": dtype, "learns": mode == "training", "has_key_norms": True, "processor": processor}
+            queries = 1 if mode == "decode" else length
+            chosen = choose_impl("any", queries, length, reaching=True, **options).impl
+            assert chosen == (measured.impl if length > max(slower, default=0) else "sdpa"), (mode, dtype, length)
 
 
-def test_auto_takes_triton_on_no_gpu_that_was_not_measured():
-    """What stands in `MEASURED_CAPABILITIES` has a committed run, whose file names the processor."""
+def test_the_page_tells_where_auto_changes_over():
+    page = (BENCHMARKS.parent / "docs" / "attention.md").read_text(encoding="utf-8")
+    for processor, measured in CROSSOVERS.items():
+        columns = [
+            f"{tokens[4]:,}" if tokens[2] == tokens[4] else f"{tokens[4]:,}, half types {tokens[2]:,}"
+            for tokens in (measured.forward, measured.training, measured.decoding)
+        ]
+        assert f"| {processor} | {' | '.join(columns)} | `{measured.run}` |" in page
+
+
+def test_runs_are_of_the_processors_that_they_stand_for():
+    """One for each class of processor, whose file says what the machine was, or was held to."""
+    machines = {
+        path.name: json.loads(path.read_text())["machine"] for path in (BENCHMARKS / "results").glob("*-crossover.json")
+    }
+    assert set(machines) == {measured.run for measured in CROSSOVERS.values()}
+    for name, told in (("AVX-512", "AVX512"), ("AVX2", "AVX2")):
+        assert machines[CROSSOVERS[name].run]["instructions"] == told
     capabilities = {"NVIDIA H200": (9, 0), "NVIDIA H100 80GB HBM3": (9, 0)}
-    measured = {capabilities[run["machine"]["processor"]] for run in RUNS.values() if is_gpu(run)}
-    assert set(MEASURED_CAPABILITIES) == measured
+    assert {capabilities[machines[CROSSOVERS["Hopper"].run]["processor"]]} == set(MEASURED_CAPABILITIES)
 
 
 def gpu_records(scripts):

@@ -355,11 +355,10 @@ def test_names_the_attention_that_runs(build):
     assert build("t5").attention_impl(1024) == "sdpa"
 
 
-def test_long_sequences_and_caches_take_the_fast_path_to_the_same_numbers(build, tokens_of, monkeypatch):
+def test_long_sequences_and_caches_take_the_fast_path_to_the_same_numbers(build, tokens_of, choose_from):
     model, tokens = build("alibi"), tokens_of(2, 600)
     expected = model(tokens)
-    monkeypatch.setattr("longreach.ops.attention.CPU_CROSSOVER", 1)
-    monkeypatch.setattr("longreach.ops.attention.CPU_DECODE_CROSSOVER", 1)
+    choose_from(1)
     cache = KVCache()
     parts = [model(part, cache=cache) for part in tokens.split([1, 99, 470, 1, 1, 28], dim=1)]
     # What reach drops in float64 is at most 2^-53 of each row's mass, so only rounding is left.

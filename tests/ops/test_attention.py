@@ -1,6 +1,5 @@
 import math
-import re
-from pathlib import Path
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +14,7 @@ import longreach
 import longreach.ops.attention as module
 from longreach.ops.alibi import alibi_slopes
 from longreach.ops.attention import IMPLEMENTATIONS, attention, choose_impl
+from longreach.ops.crossovers import CPU, CROSSOVERS, Crossovers
 from longreach.ops.reach import KEY_BLOCK, key_block_norms
 from longreach.ops.triton.operators import triton_was_measured
 
@@ -271,37 +271,51 @@ def test_window_of_any_integer_type(qkv, number):
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.fixture
+def crossovers(monkeypatch):
+    """Others than those that were measured, of one CPU and one GPU."""
+    for name, impl in (("AVX2", "cpu"), ("Hopper", "triton")):
+        tokens = {"forward": {2: 500, 4: 1000}, "training": {2: 1500, 4: 2000}, "decoding": {2: 4000, 4: 8000}}
+        monkeypatch.setitem(CROSSOVERS, name, Crossovers(f"{name}.json", impl, **tokens))
+    monkeypatch.setattr(module, "CPU", "AVX2")
+
+
 @pytest.mark.parametrize(
     ("arguments", "options", "chosen"),
     [
-        (("cpu", 1024, 1024), {"reaching": True}, "cpu"),
-        (("cpu", 1024, 1024), {"reaching": False}, "sdpa"),
-        (("cpu", 512, 512), {"reaching": True}, "cpu"),
-        (("cpu", 511, 512), {"reaching": True}, "sdpa"),
+        (("cpu", 1000, 1000), {"reaching": True}, "cpu"),
+        (("cpu", 999, 1000), {"reaching": True}, "sdpa"),
+        (("cpu", 500, 2000), {"reaching": True}, "cpu"),
+        (("cpu", 1000, 1000), {"reaching": True, "dtype": torch.float64}, "cpu"),
+        (("cpu", 999, 999), {"reaching": True, "dtype": torch.float64}, "sdpa"),
+        (("cpu", 500, 500), {"reaching": True, "dtype": torch.bfloat16}, "cpu"),
+        (("cpu", 1999, 2000), {"reaching": True, "learns": True}, "sdpa"),
+        (("cpu", 2000, 2000), {"reaching": True, "learns": True}, "cpu"),
+        (("cpu", 2000, 2000), {"reaching": False}, "sdpa"),
         (("cpu", 64, 64), {"reaching": True, "return_lse": True}, "cpu"),
-        (("cpu", 1024, 1024), {"reaching": True, "dense": True}, "sdpa"),
-        (("cpu", 1024, 1024), {"reaching": True, "dense": True, "return_lse": True}, "sdpa"),
-        (("cpu", 1, 8191), {"reaching": True, "has_key_norms": True}, "sdpa"),
-        (("cpu", 1, 8192), {"reaching": True, "has_key_norms": True}, "cpu"),
-        (("cpu", 15, 8192), {"reaching": True, "has_key_norms": True}, "cpu"),
+        (("cpu", 2000, 2000), {"reaching": True, "dense": True}, "sdpa"),
+        (("cpu", 2000, 2000), {"reaching": True, "dense": True, "return_lse": True}, "sdpa"),
+        (("cpu", 1, 7999), {"reaching": True, "has_key_norms": True}, "sdpa"),
+        (("cpu", 1, 8000), {"reaching": True, "has_key_norms": True}, "cpu"),
+        (("cpu", 15, 8000), {"reaching": True, "has_key_norms": True}, "cpu"),
         (("cpu", 1, 65536), {"reaching": True}, "sdpa"),
         (("cuda", 8192, 8192), {"reaching": True}, "sdpa"),
         (("cuda", 8192, 8192), {"reaching": True, "return_lse": True}, "sdpa"),
         (("mps", 65536, 65536), {"reaching": True}, "sdpa"),
-        (("cuda", 4096, 4095), {"reaching": True, "kernels": True}, "sdpa"),
-        (("cuda", 4096, 4096), {"reaching": True, "kernels": True}, "triton"),
-        (("cuda", 4096, 4096), {"reaching": True, "kernels": True, "return_lse": True}, "triton"),
-        (("cuda", 1024, 1024), {"reaching": True, "kernels": True, "dtype": torch.bfloat16}, "triton"),
-        (("cuda", 1024, 1023), {"reaching": True, "kernels": True, "dtype": torch.bfloat16}, "sdpa"),
-        (("cuda", 1, 4095), {"reaching": True, "kernels": True, "dtype": torch.bfloat16}, "sdpa"),
-        (("cuda", 1, 4096), {"reaching": True, "kernels": True, "dtype": torch.bfloat16}, "triton"),
-        (("cuda", 8192, 8192), {"reaching": False, "kernels": True}, "sdpa"),
-        (("cuda", 8192, 8192), {"reaching": False, "return_lse": True, "kernels": True}, "triton"),
-        (("cuda", 8192, 8192), {"reaching": True, "dense": True, "kernels": True}, "sdpa"),
+        (("cuda", 1000, 999), {"reaching": True, "processor": "Hopper"}, "sdpa"),
+        (("cuda", 1000, 1000), {"reaching": True, "processor": "Hopper"}, "triton"),
+        (("cuda", 1000, 1000), {"reaching": True, "processor": "Hopper", "return_lse": True}, "triton"),
+        (("cuda", 64, 64), {"reaching": True, "processor": "Hopper", "return_lse": True}, "sdpa"),
+        (("cuda", 500, 500), {"reaching": True, "processor": "Hopper", "dtype": torch.bfloat16}, "triton"),
+        (("cuda", 1, 3999), {"reaching": True, "processor": "Hopper", "dtype": torch.bfloat16}, "sdpa"),
+        (("cuda", 1, 4000), {"reaching": True, "processor": "Hopper", "dtype": torch.bfloat16}, "triton"),
+        (("cuda", 8192, 8192), {"reaching": False, "processor": "Hopper"}, "sdpa"),
+        (("cuda", 8192, 8192), {"reaching": False, "return_lse": True, "processor": "Hopper"}, "triton"),
+        (("cuda", 8192, 8192), {"reaching": True, "dense": True, "processor": "Hopper"}, "sdpa"),
     ],
     ids=str,
 )
-def test_what_auto_chooses(arguments, options, chosen):
+def test_what_auto_chooses(crossovers, arguments, options, chosen):
     assert choose_impl(*arguments, **options).impl == chosen
 
 
@@ -313,18 +327,35 @@ def test_what_auto_chooses(arguments, options, chosen):
         (("cpu", 1024, 1024), {"reaching": False}, "nothing can be skipped"),
         (("cpu", 64, 64), {"reaching": True, "return_lse": True}, "the LSE is wanted"),
         (("cpu", 1, 8192), {"reaching": True}, "no key_norms"),
-        (("cpu", 64, 64), {"reaching": True}, "as fast at such lengths"),
-        (("cpu", 1024, 1024), {"reaching": True}, "faster at such lengths"),
-        (("cuda", 64, 64), {"reaching": True, "kernels": True}, "it was faster at such lengths"),
-        (("cuda", 4096, 4096), {"reaching": True, "kernels": True}, "faster at such lengths"),
+        (("cpu", 64, 64), {"reaching": True}, "as fast at such lengths on AVX2 (benchmarks/results/AVX2.json)"),
+        (("cpu", 1024, 1024), {"reaching": True}, "faster at such lengths on AVX2 (benchmarks/results/AVX2.json)"),
+        (("cuda", 64, 64), {"reaching": True, "processor": "Hopper"}, "as fast at such lengths on Hopper"),
+        (("cuda", 4096, 4096), {"reaching": True, "processor": "Hopper"}, "faster at such lengths on Hopper"),
     ],
     ids=str,
 )
-def test_the_choice_says_why(arguments, options, why):
-    reason = choose_impl(*arguments, **options).reason
-    assert why in reason
-    for run in re.findall(r"benchmarks/results/[\w-]+\.json", reason):
-        assert Path(__file__).parents[2].joinpath(run).exists()
+def test_the_choice_says_why(crossovers, arguments, options, why):
+    assert why in choose_impl(*arguments, **options).reason
+
+
+def test_auto_tells_training_from_inference(monkeypatch, choose_from):
+    """By whether a gradient is wanted, of q, k, v or the slopes, or torch.func may want one."""
+    choose_from(1)
+    monkeypatch.setitem(CROSSOVERS, CPU, replace(CROSSOVERS[CPU], training={4: 100}))
+    asked = []
+
+    def note(name, function):
+        return lambda *arguments, **options: asked.append(name) or function(*arguments, **options)
+
+    monkeypatch.setattr(module, "cpu_attention", note("cpu", module.cpu_attention))
+    monkeypatch.setattr(module, "sdpa_attention", note("sdpa", module.sdpa_attention))
+    q, slopes = torch.ones(1, 2, 20, 4), torch.ones(2)
+    attention(q, q, q, slopes=slopes)
+    attention(q, q, q, slopes=slopes.requires_grad_())
+    torch.func.grad(lambda q: attention(q, q, q, slopes=torch.ones(2)).sum())(q)
+    with torch.no_grad():
+        attention(q, q, q, slopes=slopes)
+    assert asked == ["cpu", "sdpa", "sdpa", "cpu"]
 
 
 @pytest.mark.parametrize("length", [32, 520])
@@ -492,7 +523,7 @@ def test_where_the_kernels_were_measured(monkeypatch, device, capability, dtype,
     assert triton_was_measured(torch.device(device), dtype, head_dim) == runs
 
 
-def test_auto_leaves_long_inputs_to_the_kernels_where_they_run(monkeypatch):
+def test_auto_leaves_long_inputs_to_the_kernels_where_they_run(monkeypatch, choose_from):
     class Ran(Exception):
         pass
 
@@ -500,9 +531,9 @@ def test_auto_leaves_long_inputs_to_the_kernels_where_they_run(monkeypatch):
         raise Ran
 
     asked = []
-    monkeypatch.setattr(module, "triton_was_measured", lambda *arguments: asked.append(arguments) or True)
+    monkeypatch.setattr(module, "processor_of", lambda *arguments: asked.append(arguments) or "Hopper")
     monkeypatch.setattr(module, "triton_attention", run)
-    monkeypatch.setattr(module, "TRITON_CROSSOVERS", {4: 5 * 5})
+    choose_from(5, "Hopper")
     monkeypatch.setattr(module, "FEW_QUERIES", 2)
     q, slopes = torch.randn(1, 2, 5, 8), torch.ones(2)
     attention(q, q, q, slopes=slopes, bias=torch.zeros(5))

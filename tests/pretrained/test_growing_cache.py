@@ -205,7 +205,7 @@ def test_it_knows_the_norms_of_the_keys_that_it_holds(model):
 
 
 @torch.no_grad()
-def test_decoding_through_its_norms_gives_the_same(model, monkeypatch):
+def test_decoding_through_its_norms_gives_the_same(model, monkeypatch, choose_from):
     ids = tokens(2, 140)
     expected = model(ids).logits[:, 100:]
     asked = []
@@ -215,7 +215,7 @@ def test_decoding_through_its_norms_gives_the_same(model, monkeypatch):
         return True
 
     monkeypatch.setattr("longreach.pretrained.attend.uses_key_norms", uses_key_norms)
-    monkeypatch.setattr("longreach.ops.attention.CPU_DECODE_CROSSOVER", 1)
+    choose_from(1)
     growing = growing_cache()
     model(ids[:, :100], past_key_values=growing, use_cache=True)
     steps = [model(token, past_key_values=growing, use_cache=True).logits for token in ids[:, 100:].split(1, dim=1)]

@@ -12,8 +12,8 @@ from longreach.models.config import ModelConfig
 from longreach.models.kv_cache import KVCache
 from longreach.models.vocabulary import Vocabulary
 from longreach.ops.attention import attention, choose_impl, uses_key_norms
+from longreach.ops.crossovers import processor_of
 from longreach.ops.linear import Linear
-from longreach.ops.triton.operators import triton_was_measured
 from longreach.positions import AttentionPositions, build_method, rotate
 
 # Axes: B batch, T tokens (Tq queries, Tk keys), H query heads, Hkv key/value heads, D head_dim, C d_model,
@@ -166,7 +166,8 @@ class Decoder(nn.Module):
             reaching=windowed or attend.slopes is not None,
             dense=dense,
             has_key_norms=attend.slopes is not None and not windowed,
-            kernels=triton_was_measured(device, weight.dtype, self.config.head_dim),
+            learns=self.training,
+            processor=processor_of(device, weight.dtype, self.config.head_dim),
         ).impl
 
     def _place(self, tokens: Tensor, positions: Tensor | None, cache: KVCache | None, length: int | None) -> "_Placed":

@@ -23,32 +23,16 @@ from longreach.ops.arguments import (
     validated_visibility,
 )
 from longreach.ops.cpu.operators import cpu_attention
+from longreach.ops.crossovers import CPU, CROSSOVERS, processor_of
 from longreach.ops.lse_bound import FEW_QUERIES
 from longreach.ops.reach import KEY_BLOCK
 from longreach.ops.reference import reference_attention
 from longreach.ops.sdpa import sdpa_attention, surely
-from longreach.ops.triton.operators import triton_attention, triton_was_measured
+from longreach.ops.transforms import may_learn
+from longreach.ops.triton.operators import triton_attention
 
 IMPLEMENTATIONS = ("reference", "sdpa", "cpu", "triton", "flex")
 """What `impl` may name besides "auto"."""
-
-CPU_CROSSOVER = 512 * 512
-"""Tq Tk from which "cpu" is preferred to "sdpa" with a dense mask on the CPU. By `benchmarks/attention.py --crossover`
-(benchmarks/results/cpu-2core-crossover.json) it is 0.69 to 1.01 times as fast at 256 tokens, 0.99 to 1.63 at 512 and
-1.42 to 7.48 at 1024, forward alone and with a backward pass."""
-
-CPU_DECODE_CROSSOVER = 8192
-"""Tk from which that holds for fewer than FEW_QUERIES queries whose keys have known norms. By the same run it is 0.67
-to 1.73 times as fast at 4096 keys, 0.91 to 2.88 at 8192 and 1.76 to 5.54 at 16384."""
-
-TRITON_CROSSOVERS = {2: 1024 * 1024, 4: 4096 * 4096}
-"""Tq Tk from which "triton" is preferred to "sdpa" where its kernels were measured, by the bytes of the dtype. By
-`benchmarks/attention.py --crossover` (benchmarks/results/h200-crossover.json) it is 0.7 to 2.5 times as fast at 1024
-tokens and 4 to 22 at 4096 in bfloat16, in float32 0.5 to 1.3 at 2048 and 0.6 to 2.5 at 4096."""
-
-TRITON_DECODE_CROSSOVERS = {2: 4096, 4: 16384}
-"""Tk from which that holds for fewer than FEW_QUERIES queries: by the same run 1.5 to 1.8 times as fast at 4096 keys in
-bfloat16, in float32 0.8 to 1.3 there and 2.9 to 4.4 at 16384."""
 
 
 class Choice(NamedTuple):
@@ -180,7 +164,8 @@ def attention(
             dense=bias is not None or dropout_p > 0,
             return_lse=return_lse,
             has_key_norms=key_norms is not None,
-            kernels=triton_was_measured(q.device, q.dtype, q.shape[3]),
+            learns=may_learn(q, k, v, *(slopes if isinstance(slopes, tuple) else (slopes,))),
+            processor=processor_of(q.device, q.dtype, q.shape[3]),
         ).impl
     arguments: dict[str, Any] = {"slopes": slopes, "scale": scale}
     with _without_autocast(q.device.type):
@@ -209,13 +194,14 @@ def choose_impl(
     dense: bool = False,
     return_lse: bool = False,
     has_key_norms: bool = False,
-    kernels: bool = False,
+    learns: bool = False,
+    processor: str | None = None,
 ) -> Choice:
     """Name the implementation that `attention(impl="auto")` runs, and say why it is that one.
 
-    On the CPU that is "cpu" from the measured crossovers on, where there is anything to skip or hide, and for the LSE;
-    on GPUs where the Triton kernels were measured, "triton" likewise. Otherwise it is "sdpa", as for a dense bias or
-    dropout, which anywhere is what PyTorch maintains for the device and makes no large mask.
+    On the CPU that is "cpu" from the lengths on that were measured for such processors, where there is anything to skip
+    or hide, and for the LSE; on GPUs where the Triton kernels were measured, "triton" likewise. Otherwise it is "sdpa",
+    as for a dense bias or dropout, which anywhere is what PyTorch maintains for the device and makes no large mask.
 
     Args:
         device: the type of the device, as in "cpu".
@@ -226,29 +212,31 @@ def choose_impl(
         dense: whether there is a dense bias or dropout.
         return_lse: whether the LSE is wanted.
         has_key_norms: whether the norms of the keys are given.
-        kernels: what `triton_was_measured` says of the device, dtype and head_dim.
+        learns: whether a gradient is wanted.
+        processor: what `longreach.ops.crossovers.processor_of` says of the device, dtype and head_dim. None is this CPU
+            where the device is one, and elsewhere a device on which nothing was measured.
     """
     if dense:
         return Choice("sdpa", "there is a dense bias or dropout, which nothing else takes")
-    if not (kernels or device == "cpu"):
+    if processor is None and device == "cpu":
+        processor = CPU
+    if processor is None:
         return Choice(
             "sdpa", "PyTorch maintains it for this device, where no kernel of ours was measured on such inputs"
         )
     if not (reaching or return_lse):
         return Choice("sdpa", "there are no slopes, window, padding or documents: nothing can be skipped")
-    decoding = surely(query_length < FEW_QUERIES)
-    if kernels:
-        crossover = (TRITON_DECODE_CROSSOVERS if decoding else TRITON_CROSSOVERS)[dtype.itemsize]
-        if surely((key_length if decoding else query_length * key_length) < crossover):
-            return Choice("sdpa", "it was faster at such lengths (benchmarks/results/h200-crossover.json)")
-        return Choice("triton", "it was faster at such lengths (benchmarks/results/h200-crossover.json)")
-    if return_lse:
+    measured = CROSSOVERS[processor]
+    if return_lse and measured.impl == "cpu":
         return Choice("cpu", "the LSE is wanted, which SDPA does not return")
-    if decoding and not has_key_norms:
+    decoding = surely(query_length < FEW_QUERIES)
+    if decoding and measured.impl == "cpu" and not has_key_norms:
         return Choice("sdpa", "few queries and no key_norms, and to find the norms is to read half of the cache")
-    if surely(key_length < CPU_DECODE_CROSSOVER if decoding else query_length * key_length < CPU_CROSSOVER):
-        return Choice("sdpa", "it was as fast at such lengths (benchmarks/results/cpu-2core-crossover.json)")
-    return Choice("cpu", "it was faster at such lengths (benchmarks/results/cpu-2core-crossover.json)")
+    least = measured.least(dtype, decoding=decoding, learns=learns)
+    where = f"at such lengths on {processor} (benchmarks/results/{measured.run})"
+    if surely(key_length < least if decoding else query_length * key_length < least**2):
+        return Choice("sdpa", f"it was as fast {where}")
+    return Choice(measured.impl, f"it was faster {where}")
 
 
 def uses_key_norms(impl: str, q: Tensor, key_length: int) -> bool:
@@ -263,7 +251,6 @@ def uses_key_norms(impl: str, q: Tensor, key_length: int) -> bool:
     if query_length >= FEW_QUERIES:
         return False
     if impl == "auto":
-        kernels = triton_was_measured(q.device, q.dtype, q.shape[3])
         impl = choose_impl(
             q.device.type,
             query_length,
@@ -271,7 +258,7 @@ def uses_key_norms(impl: str, q: Tensor, key_length: int) -> bool:
             dtype=q.dtype,
             reaching=True,
             has_key_norms=True,
-            kernels=kernels,
+            processor=processor_of(q.device, q.dtype, q.shape[3]),
         ).impl
     return impl in ("cpu", "triton")
 

@@ -55,7 +55,7 @@ def differentiable(operator: Any, backward_operator: Any, lse_unit: float = 1.0)
 
         @staticmethod
         def forward(*arguments: Any) -> tuple[Tensor, ...]:
-            return operator(*arguments)  # type: ignore[no-any-return]
+            return operator(*arguments)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -87,7 +87,7 @@ def differentiable(operator: Any, backward_operator: Any, lse_unit: float = 1.0)
             right: Tensor | None,
             fixed: tuple[Any, ...],
         ) -> tuple[Tensor, ...]:
-            return backward_operator(grad_out, grad_lse, q, k, v, left, right, *fixed)  # type: ignore[no-any-return]
+            return backward_operator(grad_out, grad_lse, q, k, v, left, right, *fixed)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -122,6 +122,6 @@ def differentiable(operator: Any, backward_operator: Any, lse_unit: float = 1.0)
 
     def call(*arguments: Any) -> tuple[Tensor, ...]:
         # torch.compile takes the operator for what it is, and torch.func needs a Function with a setup_context.
-        return (operator if torch.compiler.is_compiling() else Attention.apply)(*arguments)  # type: ignore[no-any-return, no-untyped-call]
+        return (operator if torch.compiler.is_compiling() else Attention.apply)(*arguments)
 
     return call

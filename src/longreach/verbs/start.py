@@ -24,7 +24,7 @@ from longreach.models.decoder import Decoder
 from longreach.models.files import load_model
 from longreach.models.generate import sampler
 from longreach.ops.attention import choose_impl
-from longreach.ops.triton.operators import triton_was_measured
+from longreach.ops.crossovers import processor_of
 from longreach.positions import build_method, parse_method
 from longreach.positions.scaling import Scaling, parse_scaling
 from longreach.pretrained.attend import fixed_length
@@ -260,7 +260,8 @@ def _pretrained_trainee(config: RunConfig, tokenizer: Tokenizer, device: torch.d
             dtype=model.dtype,
             reaching=True,
             dense=_attention_dropout(model.config) > 0,
-            kernels=triton_was_measured(device, model.dtype, head_dim),
+            learns=True,
+            processor=processor_of(device, model.dtype, head_dim),
         ).impl,
         save=lambda folder, weights: save_pretrained(model, folder, state_dict=weights),
         flops=partial(training_flops, _multiplied(model), text.num_hidden_layers, text.num_attention_heads * head_dim),

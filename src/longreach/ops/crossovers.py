@@ -1,0 +1,61 @@
+"""From which lengths on an implementation of ours is taken instead of "sdpa": what was measured, by class of processor.
+
+Each row is read off a run of `benchmarks/attention.py --crossover` that is committed under benchmarks/results: from the
+first length on at which, as at all longer ones, ours was faster by a tenth in the geometric mean of shapes, or where it
+never was, from twice the longest on. A test holds rows to their runs.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from longreach.ops.triton.operators import triton_was_measured
+
+Tokens = dict[int, int]
+"""Numbers of tokens by the bytes of the dtype: processors multiply half types by other means than float32."""
+
+
+@dataclass(frozen=True)
+class Crossovers:
+    """What was measured on one class of processors."""
+
+    run: str
+    """Name of the file."""
+    impl: str
+    """Which implementation of ours runs there."""
+    forward: Tokens
+    """From which length of sequences on it is faster where no gradient is wanted."""
+    training: Tokens
+    """Likewise where one is."""
+    decoding: Tokens
+    """From how many keys on it is faster for few queries; on CPUs where the norms of keys are known."""
+
+    def least(self, dtype: torch.dtype, *, decoding: bool, learns: bool) -> int:
+        """The number of tokens that counts."""
+        tokens = self.decoding if decoding else self.training if learns else self.forward
+        return tokens[min(dtype.itemsize, 4)]
+
+
+CROSSOVERS = {
+    "AVX-512": Crossovers("cpu-2core-crossover.json", "cpu", {2: 512, 4: 512}, {2: 1024, 4: 1024}, {2: 8192, 4: 8192}),
+    "AVX2": Crossovers(
+        "cpu-2core-avx2-crossover.json",
+        "cpu",
+        forward={2: 512, 4: 512},
+        training={2: 1024, 4: 1024},  # not measured for half types, see the benchmark
+        decoding={2: 4096, 4: 8192},
+    ),
+    "Hopper": Crossovers("h200-crossover.json", "triton", {2: 1024, 4: 4096}, {2: 1024, 4: 8192}, {2: 4096, 4: 16384}),
+}
+"""Class of processor -> what was measured there."""
+
+
+CPU = "AVX-512" if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else "AVX2"
+"""The class of this CPU. Others than x86 count as AVX2: there too, tiles are computed by PyTorch's own kernel."""
+
+
+def processor_of(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """The class in `CROSSOVERS` of a device; None where nothing was measured on such, or on such inputs."""
+    if device.type == "cpu":
+        return CPU
+    return "Hopper" if triton_was_measured(device, dtype, head_dim) else None
