@@ -16,7 +16,7 @@ SHARED = [name for name, case in CASES.items() if case.queries >= FEW_QUERIES an
 
 @pytest.fixture
 def two_threads(monkeypatch):
-    monkeypatch.setattr(products, "PART_PAIRS", 1)
+    monkeypatch.setattr(products, "PART_PAIRS", {True: 1, False: 1})
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(1)
@@ -28,7 +28,7 @@ def test_shared_out_heads_equal_the_definition(name):
     """In float64, where nothing but rounding may differ; and two runs agree to the last bit."""
     tensors, options = CASES[name].inputs(torch.float64)
     grads = random_grads(tensors)
-    assert len(products._parts(*tensors[:2], (torch.ones(tensors[0].shape[1]),) * 2)) > 1
+    assert len(products._parts(*tensors[:2], (torch.ones(tensors[0].shape[1]),) * 2, learns=True)) > 1
     expected, *actual = (run(f, tensors, options, grads) for f in (reference_attention, cpu_attention, cpu_attention))
     first, second = ((*found[:2], *found[2]) for found in actual)
     for x, y, again in zip((*expected[:2], *expected[2]), first, second, strict=True):
