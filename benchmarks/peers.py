@@ -74,7 +74,7 @@ Maker = Callable[[Workload, list[Tensor]], Attend | None]
 def implementation(workload: Workload, tensors: list[Tensor], impl: str, cached_norms: bool = True) -> Attend:
     """An implementation of `longreach.attention` by name; decoding by reach with the norms that KVCache keeps."""
     slopes = alibi_slopes(workload.heads, device=tensors[0].device)
-    takes_norms = cached_norms and workload.mode == "decode" and impl in ("cpu", "triton")
+    takes_norms = cached_norms and workload.mode == "decode" and impl in ("auto", "cpu", "triton")
     norms = key_block_norms(tensors[1], KEY_BLOCK) if takes_norms else None
     return lambda q, k, v: attention(q, k, v, slopes=slopes, key_norms=norms, impl=impl)  # type: ignore[return-value]
 
@@ -167,9 +167,9 @@ def causal_sdpa(workload: Workload, tensors: list[Tensor]) -> Attend:
 
 
 def contenders(device: str) -> dict[str, Maker]:
-    """Everything that may run on a device; ours comes first."""
+    """Everything that may run on a device; ours comes first, by what "auto" takes."""
     makers: dict[str, Maker] = {
-        OURS: ours,
+        OURS: functools.partial(implementation, impl="auto"),
         "SDPA, dense mask": sdpa_with_mask,
         "SDPA, extra head dims": extra_dims,
         FLEX: flex,

@@ -2,6 +2,7 @@
 
     python benchmarks/plot.py cpu-2core
     python benchmarks/plot.py h200 --output h200.svg
+    python benchmarks/plot.py cpu-2core --beside cpu-2core-avx2
 
 Decoding is in the table alone: it is measured at few lengths.
 """
@@ -115,10 +116,10 @@ def tables(records: list[Record]) -> str:
     Heads and head_dim are named where they differ. Where the Forgetting Transformer's kernel, which skips keys too, was
     measured, it has a column of its own. How time grows where there are no peers, and who failed, is told below.
     """
-    named = shapes_differ(records)
+    with_shapes = shapes_differ(records)
     contenders = {figure["contender"] for record in records for figure in record["figures"]}
     pruned = PRUNED in contenders
-    head = ["", *(["H", "D"] if named else []), "length", "std", "longreach"]
+    head = ["", *(["H", "D"] if with_shapes else []), "length", "std", "longreach"]
     head += ["fastest dense peer" if pruned else "fastest peer", "times faster", "times faster than no bias"]
     head += [f"times faster than {PRUNED}"] if pruned else []
     head.append("extra memory")
@@ -130,9 +131,8 @@ def tables(records: list[Record]) -> str:
         ours = figures[OURS]["seconds"]
         peers = [figure for name, figure in figures.items() if is_dense_peer(name)]
         peer = min(peers, key=lambda figure: figure["seconds"], default=None)
-        row = [f"{MODES[workload['mode']]}, {workload['dtype']}"]
-        row[0] += ", beside one busy process" if workload.get("busy") else ""
-        row += [str(workload["heads"]), str(workload["head_dim"])] if named else []
+        row = [named(workload)]
+        row += [str(workload["heads"]), str(workload["head_dim"])] if with_shapes else []
         row += [f"{workload['length']:,}", f"{workload['std']:g}", f"{ours * 1e3:,.{places}f} ms"]
         row.append("-" if peer is None else f"{peer['contender']}, {peer['seconds'] * 1e3:,.{places}f} ms")
         for figure in (peer, figures.get(CEILING), *([figures.get(PRUNED)] if pruned else [])):
@@ -140,6 +140,29 @@ def tables(records: list[Record]) -> str:
         row.append(f"{figures[OURS]['extra_bytes'] / 2**20:.0f} MiB")
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines + growth(records) + failures(records))
+
+
+def side_by_side(runs: dict[str, list[Record]]) -> str:
+    """What several machines measured alike: our time, and how many times faster that is than the fastest dense peer."""
+    lines = [f"| | length | std | {' | '.join(runs)} |", "|---" * (3 + len(runs)) + "|"]
+    first, *others = runs.values()
+    for record in first:
+        workload = record["workload"]
+        alike = [record, *(x for records in others for x in records if x["workload"] == workload)]
+        if len(alike) < len(runs):
+            continue
+        cells = []
+        for figures in (found["figures"] for found in alike):
+            ours = next(figure["seconds"] for figure in figures if figure["contender"] == OURS)
+            peer = min(figure["seconds"] for figure in figures if is_dense_peer(figure["contender"]))
+            cells.append(f"{ours * 1e3:,.1f} ms, {peer / ours:.2f}")
+        lines.append(f"| {named(workload)} | {workload['length']:,} | {workload['std']:g} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def named(workload: Record) -> str:
+    what = f"{MODES[workload['mode']]}, {workload['dtype']}"
+    return what + (", beside one busy process" if workload.get("busy") else "")
 
 
 def growth(records: list[Record]) -> list[str]:
@@ -168,14 +191,23 @@ def failures(records: list[Record]) -> list[str]:
     return [f"\n{name} failed ({reason}): {'; '.join(whats)}." for (name, reason), whats in found.items()]
 
 
+def read(machine: str) -> list[Record]:
+    records: list[Record] = json.loads((HERE / "results" / f"{machine}.json").read_text())["records"]
+    return records
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("machine", help="name of a file under benchmarks/results")
     parser.add_argument(
         "--output", type=Path, help="the drawing; docs/attention-NAME.svg, or docs/attention.svg for cpu-2core"
     )
+    parser.add_argument("--beside", help="another file: print a table of what both measured, and draw nothing")
     arguments = parser.parse_args()
-    records = json.loads((HERE / "results" / f"{arguments.machine}.json").read_text())["records"]
+    records = read(arguments.machine)
+    if arguments.beside:
+        print(side_by_side({name: read(name) for name in (arguments.machine, arguments.beside)}))
+        return
     name = "attention.svg" if arguments.machine == DOCUMENTED else f"attention-{arguments.machine}.svg"
     (arguments.output or HERE.parent / "docs" / name).write_bytes(to_svg(draw(records)))
     print(tables(records))

@@ -298,7 +298,10 @@ def test_the_page_shows_the_committed_figures_in_the_same_form(scripts):
     records = json.loads((BENCHMARKS / "results" / "cpu-2core.json").read_text())["records"]
     head = "| | length | std | longreach | fastest peer | times faster | times faster than no bias | extra memory |"
     assert scripts[2].tables(records).splitlines()[0] == head
-    assert scripts[2].tables(records) in (BENCHMARKS.parent / "docs" / "attention.md").read_text(encoding="utf-8")
+    page = (BENCHMARKS.parent / "docs" / "attention.md").read_text(encoding="utf-8")
+    assert scripts[2].tables(records) in page
+    runs = {name: scripts[2].read(name) for name in ("cpu-2core", "cpu-2core-avx2")}
+    assert scripts[2].side_by_side(runs) in page
 
 
 def test_the_drawing_is_named_after_the_machine(scripts, monkeypatch, tmp_path, capsys):
