@@ -9,12 +9,13 @@ from ngram_oracle import VOCAB, NgramOracle, random_text
 from tiny_subjects import decoder_subject, tokenizer, transformers_subject
 
 from longreach.measure.bootstrap import units
+from longreach.measure.material import Material
 from longreach.measure.plan import EvaluateConfig
 from longreach.measure.prompts import Case
 from longreach.measure.score import score
 from longreach.measure.subject import Subject
 from longreach.measure.summaries import MeetingCase
-from longreach.measure.sweep import Material, evaluate, failures
+from longreach.measure.sweep import evaluate, failures
 from longreach.measure.text_tasks import Text
 from longreach.results import Cell, Model, Skipped
 

@@ -1,33 +1,21 @@
 """All that is asked of one model, as pieces of work that are each done, skipped for a reason, or found done already."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property, partial
 
 import numpy as np
 
 from longreach.cost import is_out_of_memory
 from longreach.measure.generation import generate_greedily
+from longreach.measure.material import Material
 from longreach.measure.plan import RETRIEVAL_TASKS, EvaluateConfig, planned
 from longreach.measure.retrieval import Case, bucket, generate_cases, max_new_tokens, measure_retrieval, possible_depths
 from longreach.measure.subject import Subject, Unsupported
-from longreach.measure.summaries import MeetingCase, measure_summaries
-from longreach.measure.text_tasks import Progress, Text, TextTasks
+from longreach.measure.summaries import measure_summaries
+from longreach.measure.text_tasks import Progress, TextTasks
 from longreach.results import Cell, Entry, Model, Skipped
 
 Share = Callable[[Callable[[Cell], Sequence[Entry]], Sequence[Cell]], Iterable[Sequence[Entry]]]
-
-
-@dataclass(frozen=True)
-class Material:
-    """What the tasks of a configuration are measured on."""
-
-    text: Text | None = None
-    """For perplexity, positions and probes."""
-    cases: Sequence[Case] | None = None
-    """For a retrieval task; None to generate them."""
-    meetings: Sequence[MeetingCase] = ()
-    """For qmsum."""
 
 
 def evaluate(
@@ -55,7 +43,7 @@ def evaluate(
         ValueError: what is wrong with the material, as a text of too few tokens.
     """
     sweep = _Sweep(subject, material, config, progress)
-    cells = planned(subject.identity, config, _num_targets(material))
+    cells = planned(subject.identity, config, material.num_targets)
     yield from share(sweep.entries, [cell for cell in cells if cell not in done])
 
 
@@ -72,7 +60,7 @@ def failures(
         error: what ended the work on the model; its first line becomes the reason.
     """
     reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-    cells = planned(model, config.resolved(model.train_length), _num_targets(material))
+    cells = planned(model, config.resolved(model.train_length), material.num_targets)
     return [_skipped(cell, reason, failed=True) for cell in cells if cell not in done]
 
 
@@ -84,8 +72,8 @@ class _Sweep:
         longest = config.longest_window(subject.train_length)
         if longest and material.text is None:
             raise ValueError(f"tasks={','.join(config.tasks)} without a text: give one in the material")
-        if longest > _num_targets(material):
-            raise ValueError(f"a length of {longest} with {_num_targets(material)} tokens to score: give more text")
+        if longest > material.num_targets:
+            raise ValueError(f"a length of {longest} with {material.num_targets} tokens to score: give more text")
         if material.text is not None:
             self._text_tasks = TextTasks(subject, material.text, config.tokens_per_batch, progress)
 
@@ -114,7 +102,7 @@ class _Sweep:
             return f"a summary of {config.summary_tokens} tokens leaves no room for a meeting"
         if cell.stride is not None and cell.stride > length:
             return f"a stride of {cell.stride} leaves gaps between windows of {length}"
-        reached = _num_targets(self._material) if cell.protocol in ("cached", "cached-unbounded") else length
+        reached = self._material.num_targets if cell.protocol in ("cached", "cached-unbounded") else length
         past_table = self._past_table(reached)
         if past_table is None and cell.task == "decomposition" and self._capped_stride > self._subject.train_length:
             return f"capped_stride={self._capped_stride} leaves gaps between windows of L={self._subject.train_length}"
@@ -217,10 +205,6 @@ class _Sweep:
             max_new_tokens=self._config.summary_tokens,
             on_case=lambda done: self._progress(f"summaries by {subject.name} at {length}", done, len(meetings)),
         )
-
-
-def _num_targets(material: Material) -> int:
-    return 0 if material.text is None else material.text.num_targets
 
 
 def _skipped(cell: Cell, reason: str, failed: bool = False) -> Skipped:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from longreach.data.prepare import DataConfig, prepare
 from longreach.folder import begin, hold, this_start
+from longreach.measure.material import material_sources, read_material
 from longreach.measure.plan import EvaluateConfig
 from longreach.measure.sweep import failures
 from longreach.models.config import ARCHITECTURES, Architecture
@@ -20,7 +21,7 @@ from longreach.train.config import RunConfig, TrainConfig
 from longreach.train.loop import resolve_device
 from longreach.train.parallel import ALONE, Ranks
 from longreach.train.tracking import check_trackers, evaluated
-from longreach.verbs.evaluate import case_sources, measure, read_material, read_results, shared_out
+from longreach.verbs.evaluate import measure, read_results, shared_out
 from longreach.verbs.report import MOST_MODELS
 from longreach.verbs.train import (
     Progress,
@@ -189,7 +190,7 @@ def compare(
             material = read_material(config.evaluate, text_of(prepared, config.evaluate, longest_window))
             for run in config.runs():
                 training_batches(run.train, prepared, ranks)  # refuses too little text
-            sources = case_sources(config.evaluate)
+            sources = material_sources(config.evaluate)
             starts: tuple[Start, ...] = (this_start(config, device),)
             if ranks.is_first:
                 starts = begin(output, config, prepared.digests | sources, device)

@@ -12,22 +12,14 @@ import torch
 
 from longreach.data.prepare import DataConfig, ValidationData, prepare_validation
 from longreach.data.tokenizer import Tokenizer, load_tokenizer
-from longreach.files import digest, open_file
 from longreach.folder import begin, begun_with, hold, this_start
-from longreach.measure.plan import RETRIEVAL_TASKS, TEXT_TASKS, EvaluateConfig
-from longreach.measure.retrieval import read_cases
+from longreach.measure.material import Material, material_sources, read_material
+from longreach.measure.plan import TEXT_TASKS, EvaluateConfig
 from longreach.measure.subject import Subject
-from longreach.measure.summaries import read_meetings
-from longreach.measure.sweep import Material, Share, evaluate
+from longreach.measure.sweep import Share, evaluate
 from longreach.measure.text_tasks import Text
-from longreach.measure.transformers import StateLength
-from longreach.positions import with_scaling
-from longreach.positions.scaling import Scaling, parse_scaling
-from longreach.pretrained.attend import extension_of, fixed_length
-from longreach.pretrained.extend import extend
-from longreach.pretrained.frequencies import is_rotary
 from longreach.pretrained.lengths import training_length
-from longreach.pretrained.load import adapt, check_scaling, load_configuration, stretch
+from longreach.pretrained.load import adapt, load_configuration
 from longreach.reading import respelled
 from longreach.report.page import write_report
 from longreach.results import Entry, Model, Provenance, Results, Start, TrainingRecord
@@ -38,14 +30,12 @@ from longreach.train.parallel import ALONE, Ranks
 from longreach.train.tracking import check_trackers, evaluated
 from longreach.verbs.open import fine_tuning, load_subject, names_pretrained
 from longreach.verbs.report import MOST_MODELS
+from longreach.verbs.scalings import adapt_by, check_pretrained_scaling, require_scaling, scaled_method
 from longreach.verbs.sharing import shared_subject
 from longreach.verbs.start import digest_of_weights
 from longreach.verbs.train import Progress, check_record, num_read, open_run, provenance, read_run, text_of, tracking
 
 _Split = tuple[DataConfig, str, int | None]
-
-_LISTED = {"scaling": "scalings"}
-"""Name of one -> the field that lists them."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +102,7 @@ class EvaluationConfig:
             raise ValueError(f"models: with their scalings they are {count:,}, give at most {MOST_MODELS:,}")
         for scaling in self.scalings:
             if scaling != "stock":
-                _require_scaling(scaling)
+                require_scaling(scaling)
 
     def idle(self) -> dict[str, str]:
         """Name of a field that nothing heeds beside the others -> why."""
@@ -192,7 +182,7 @@ def evaluate_models(
                 stack.enter_context(hold(output, config))
             material = read_material(config.evaluate, None)
             prepared, texts = _read_texts(models, config, progress)
-            sources = case_sources(config.evaluate)
+            sources = material_sources(config.evaluate)
             if output is not None:  # digests are kept for a folder, and they take as long as reading all weights
                 for model in models:
                     sources |= digest_of_weights(model.name, model.pretrained)
@@ -291,12 +281,7 @@ def _find_run(name: str, config: EvaluationConfig, scaling: str | None) -> _Mode
             f"train_length={config.train_length}: {name} was trained by longreach at {run.train.train_length}; "
             "leave it out"
         )
-    if scaling == "stock":
-        raise ValueError(f"scalings=stock: {name} was trained by longreach and has no other code; give none")
-    try:
-        method = run.method if scaling is None else replace(run, method=with_scaling(run.method, scaling)).method
-    except ValueError as error:
-        raise ValueError(f"{respelled(str(error), _LISTED)} ({name})") from None
+    method = run.method if scaling is None else scaled_method(run, scaling, name)
     scaled = method != run.method
     identity = replace(run.identity, method=f"{run.method}:{scaling}") if scaled else run.identity
     tokenizer = str(folder / "tokenizer.json")
@@ -317,8 +302,8 @@ def _find_pretrained(name: str, config: EvaluationConfig, scaling: str | None, f
     """A model of Hugging Face, or one that was fine-tuned from it by longreach."""
     given = config.train_length or (fine_tuned.train.train_length if fine_tuned else None)
     configuration = load_configuration(name, trust_remote_code=config.trust_remote_code)
-    if scaling not in (None, "stock"):
-        _check_scaling(name, configuration, _require_scaling(scaling))
+    if scaling is not None:
+        check_pretrained_scaling(name, configuration, scaling)
     train_length = training_length(name, configuration, given)
     identity = Model(
         name if scaling is None else f"{name}:{scaling}", train_length, fine_tuned.train.seed if fine_tuned else None
@@ -337,7 +322,7 @@ def _find_pretrained(name: str, config: EvaluationConfig, scaling: str | None, f
             dtype=config.dtype,
             train_length=given,
             trust_remote_code=config.trust_remote_code,
-            adapt=adapt if scaling is None else partial(_adapt_by, scaling, given),
+            adapt=adapt if scaling is None else partial(adapt_by, scaling, given),
         )
         return replace(subject, identity=identity)
 
@@ -434,66 +419,6 @@ def _provenance(
     first = models[0]
     of_first = provenance(config, starts, first.tokenizer, prepared.get(first.split), sources)
     return replace(of_first, tokenizer_hash=_digests(models, prepared)["tokenizer"])
-
-
-def _adapt_by(scaling: str, train_length: int | None, model: Any) -> StateLength | None:
-    """Scale the positions of a loaded model in place, or leave it to its stock code."""
-    if scaling == "stock":
-        return None
-    named = _require_scaling(scaling)
-    if named.name != "none" or is_rotary(model.config):
-        return stretch(model, scaling, train_length)
-    declared = extension_of(extend(model, train_length=train_length)).scaling  # as the configuration says
-    extend(model, scaling=replace(declared, logn=named.logn))
-    return partial(fixed_length, model)
-
-
-def _check_scaling(name: str, configuration: Any, scaling: Scaling) -> None:
-    """As `check_scaling`, with the name of the model."""
-    try:
-        check_scaling(configuration, scaling)
-    except ValueError as error:
-        raise ValueError(f"{respelled(str(error), _LISTED)} ({name})") from None
-
-
-def _require_scaling(text: str) -> Scaling:
-    """Read one of the scalings, of which any but stock is one of `longreach.positions.scaling`; its L is not known."""
-    try:
-        return parse_scaling(text, train_length=2)
-    except ValueError as error:
-        raise ValueError(f"{respelled(str(error), _LISTED)}; or stock") from None
-
-
-def read_material(config: EvaluateConfig, text: Text | None) -> Material:
-    """The text, and what the files of a configuration hold.
-
-    Raises:
-        ValueError: a file cannot be read, or lacks a field; the line is named.
-        FileNotFoundError: there is no such file.
-    """
-    cases = None
-    if config.cases is not None:
-        (task,) = (task for task in config.tasks if task in RETRIEVAL_TASKS)
-        cases = read_cases(task, _existing("cases", config.cases))
-    return Material(
-        text, cases, () if config.meetings is None else read_meetings(_existing("meetings", config.meetings))
-    )
-
-
-def _existing(argument: str, path: str) -> Path:
-    try:
-        open_file(Path(path)).close()
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{argument}={path}: no such file; give a .jsonl file of {argument}") from None
-    except OSError as error:
-        raise ValueError(f"{argument}: {error}") from error
-    return Path(path)
-
-
-def case_sources(config: EvaluateConfig) -> dict[str, str]:
-    """The files of a configuration, as `Provenance.sources` has them."""
-    named = {"cases": config.cases, "meetings": config.meetings}
-    return {f"{name} {path}": digest(Path(path)) for name, path in named.items() if path is not None}
 
 
 def read_results(path: Path | None, provenance: Provenance) -> Results:
