@@ -121,8 +121,6 @@ def test_random_topics_ask_for_the_first_of_different_ones():
     assert not any(topics[0] in other or other in topics[0] for other in topics[1:])
     assert case.prompt.count("this is the end of our discussion on the topic The ") == 40
     assert "on 40 different topics" in case.prompt
-    with pytest.raises(ValueError, match=r"^depth=0.5: topics asks for the first topic"):
-        random_topics(Random(0), 3, 0.5)
 
 
 def test_more_records_than_names_are_refused(monkeypatch):

@@ -204,11 +204,6 @@ def test_shifted_positions_hurt_absolute_methods_alone():
         assert np.array_equal(shifted.nll, plain.nll) != hurt
 
 
-def test_shifting_needs_a_length_to_stay_in():
-    with pytest.raises(ValueError, match=r"^shifted=True with max_context=None"):
-        stream(small_model("alibi"), np.arange(9), None, shifted=True)
-
-
 def test_a_stream_reports_its_progress(monkeypatch):
     monkeypatch.setattr(scoring, "CACHED_CHUNK", 4)
     done = []

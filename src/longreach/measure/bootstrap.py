@@ -41,18 +41,11 @@ def units(tokens: np.ndarray, eos_id: int, valid_length: int) -> Units:
     valid_length targets, or of fewer so that there are MIN_UNITS; what is left over joins the last block.
 
     Args:
-        tokens: (N + 1,) int64 ids.
+        tokens: (N + 1,) int64 ids, at least two.
         eos_id: the token that ends a document.
         valid_length: in tokens, the longest at which the sequence is scored.
-
-    Raises:
-        ValueError: fewer than two tokens, or a valid_length that is not positive.
     """
     num_targets = len(tokens) - 1
-    if num_targets < 1:
-        raise ValueError(f"tokens has {len(tokens)} of them: give at least 2, one to see and one to predict")
-    if valid_length < 1:
-        raise ValueError(f"valid_length={valid_length}: give a positive integer")
     ended = np.cumsum(tokens == eos_id)  # [N + 1], documents that end at or before a token
     document = ended[:-1] - ended[0]  # the document of token t + 1 is told by the eos up to token t
     if document[-1] + 1 >= MIN_UNITS:
@@ -63,30 +56,18 @@ def units(tokens: np.ndarray, eos_id: int, valid_length: int) -> Units:
     return Units(block, f"{count:,} block{'s' * (count > 1)} of {block_length:,} token{'s' * (block_length > 1)}")
 
 
-def interval(sums: np.ndarray, counts: np.ndarray, seed: int) -> Interval:
-    """Percentile bootstrap interval of sum(sums) / sum(counts), for units drawn with replacement.
+def intervals(sums: np.ndarray, counts: np.ndarray, seed: int) -> list[Interval]:
+    """Percentile bootstrap intervals of sum(sums) / sum(counts) of each column, for units drawn with replacement.
 
-    (Efron & Tibshirani, 1993, chapter 13.) Units weigh by their counts, as they do in the figure itself.
+    (Efron & Tibshirani, 1993, chapter 13.) Units weigh by their counts, as they do in the figure itself. The draws are
+    the same for all columns. Units without counts in a column do not make an interval there: it takes two that have
+    some. Draws that hold none of them say nothing of the column and are left out of it.
 
     Args:
-        sums: (U,) what is averaged, summed over each unit.
-        counts: (U,) how many it was summed over, 0 where a unit has none.
+        sums: (U, K) what is averaged, summed over each unit.
+        counts: (U, K) how many it was summed over, 0 where a unit has none.
         seed: of the draws.
-
-    Raises:
-        ValueError: shapes that differ.
     """
-    _check_shapes(sums, counts, "(U,)", 1)
-    return intervals(sums[:, None], counts[:, None], seed)[0]
-
-
-def intervals(sums: np.ndarray, counts: np.ndarray, seed: int) -> list[Interval]:
-    """`interval` of each column of sums and counts (U, K), with the same draws for all.
-
-    Units without counts in a column do not make an interval there: it takes two that have some. Draws that hold none
-    of them say nothing of the column and are left out of it.
-    """
-    _check_shapes(sums, counts, "(U, K)", 2)
     num_units, num_columns = sums.shape
     columns = np.concatenate((sums, counts), axis=1)  # [U, 2 K]
     random = np.random.default_rng(seed)
@@ -109,8 +90,3 @@ def _ends(totals: np.ndarray, weights: np.ndarray) -> Interval:
     weighed = weights > 0
     low, high = np.quantile(totals[weighed] / weights[weighed], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
-
-
-def _check_shapes(sums: np.ndarray, counts: np.ndarray, wanted: str, dimensions: int) -> None:
-    if sums.ndim != dimensions or sums.shape != counts.shape or not len(sums):
-        raise ValueError(f"sums {sums.shape} and counts {counts.shape}: give both as {wanted}, at least one unit")

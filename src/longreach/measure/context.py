@@ -19,12 +19,7 @@ def context_bins(length: int) -> np.ndarray:
     Bins end at length / 2^(i / BINS_PER_OCTAVE), rounded, so that none is cut short at the top, and so that lengths
     that are each other's power of two share their ends. Bins of short contexts, where these ends lie closer than one
     token, hold a single context.
-
-    Raises:
-        ValueError: a length below 1.
     """
-    if length < 1:
-        raise ValueError(f"length={length}: give a positive integer")
     halvings = np.arange(BINS_PER_OCTAVE * length.bit_length()) / BINS_PER_OCTAVE
     ends = np.unique(np.rint(length / 2**halvings).astype(np.int64))  # the last of each bin, down to 1
     return np.concatenate(([1], ends + 1))

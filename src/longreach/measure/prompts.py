@@ -93,8 +93,6 @@ def random_lines(random: Random, num_records: int, depth: float) -> Case:
 
 def random_topics(random: Random, num_records: int, depth: float) -> Case:
     """`num_records` dialogues. The first one's topic is asked for, so `depth` must be 0."""
-    if depth:
-        raise ValueError(f"depth={depth}: topics asks for the first topic; give 0 alone")
     topics = _shuffled(random, [f"the {aspect} of {noun}s" for aspect in ASPECTS for noun in NOUNS], num_records)
     prompt = topics_prompt([_dialogue(random, topic) for topic in topics])
     return Case("topics", prompt, _capitalized(topics[0]), depth)

@@ -4,6 +4,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from random import Random
@@ -42,11 +43,11 @@ def read_cases(task: str, path: Path) -> list[Case]:
     prompt.
 
     Raises:
-        ValueError: an unknown task, no case, or a line that lacks a field or whose answer does not stand in its prompt;
+        ValueError: no case, or a line that lacks a field or whose answer does not stand in its prompt;
             the file and the line are named.
         OSError: the file cannot be read.
     """
-    read = _known(task).read
+    read = _TASKS[task].read
     cases = [read(_Fields(record, name)) for name, record in read_json_lines(path)]
     if not cases:
         raise ValueError(f"{path} holds no case: give a file with at least one")
@@ -70,15 +71,9 @@ def generate_cases(
         seed: of all that is drawn.
 
     Raises:
-        ValueError: a value out of range, or a depth that the task does not have.
         Unsupported: a length too short for one record, or too long for the words that keep records apart.
     """
-    draw = _known(task).draw
-    for depth in depths:
-        if not 0 <= depth <= 1:
-            raise ValueError(f"depths={tuple(depths)}: give numbers from 0 to 1")
-    if cases_per_depth < 1:
-        raise ValueError(f"cases_per_depth={cases_per_depth}: give a positive integer")
+    draw = _TASKS[task].draw
 
     def case(depth: float, number: int) -> Case:
         # Drawn anew for each number of records: what fits is then a beginning of one and the same sequence.
@@ -103,12 +98,7 @@ def bucket(
 
     Returns:
         The cases by length, without lengths that got none, and how many cases are longer than all lengths.
-
-    Raises:
-        ValueError: `num_depths` is not positive.
     """
-    if num_depths < 1:
-        raise ValueError(f"num_depths={num_depths}: give a positive integer")
     cases = list(cases)
     buckets: dict[int, list[Case]] = {length: [] for length in sorted(lengths)}
     left_out = 0
@@ -137,12 +127,12 @@ def is_correct(case: Case, output: str) -> bool:
 
     Numbers are whole runs of digits: 1234 is not found in 12345.
     """
-    return _known(case.task).matches(case.answer, output)
+    return _TASKS[case.task].matches(case.answer, output)
 
 
 def max_new_tokens(cases: Iterable[Case], tokenizer: Tokenizer) -> int:
     """How many tokens a model may write for any of these cases: as many as a sentence takes that gives the answer."""
-    sentences = [_known(case.task).sentence.format(answer=case.answer) for case in cases]
+    sentences = [_TASKS[case.task].sentence.format(answer=case.answer) for case in cases]
     return max(map(len, tokenizer.encode_batch(sentences))) + SPARE_TOKENS
 
 
@@ -286,14 +276,6 @@ def _read_kv(fields: _Fields) -> Case:
     return fields.case("kv", kv_prompt(records, key), value, re.escape(f'"{key}": "{value}"'))
 
 
-def _read_passkey(fields: _Fields) -> Case:
-    return _read_hidden("passkey", fields)
-
-
-def _read_retrieval(fields: _Fields) -> Case:
-    return _read_hidden("retrieval", fields)
-
-
 def _read_hidden(task: str, fields: _Fields) -> Case:
     prompt, answer = fields.text("prompt"), fields.answer("answer")
     return fields.case(task, prompt, answer, rf"\b{re.escape(answer)}\b")
@@ -351,14 +333,8 @@ _TASKS = {
     ),
     "topics": _Task(_read_topics, random_topics, 'The first topic we discussed was "{answer}".', _matches_topics),
     "kv": _Task(_read_kv, random_kv, 'The value corresponding to the key "{answer}" is "{answer}".', _matches_kv),
-    "passkey": _Task(_read_passkey, random_passkey, " The pass key is {answer}.", _matches_passkey),
-    "retrieval": _Task(_read_retrieval, random_retrieval, " {answer},", _matches_retrieval),
+    "passkey": _Task(partial(_read_hidden, "passkey"), random_passkey, " The pass key is {answer}.", _matches_passkey),
+    "retrieval": _Task(partial(_read_hidden, "retrieval"), random_retrieval, " {answer},", _matches_retrieval),
 }
 TASKS = tuple(_TASKS)
 """The retrieval tasks; see `longreach.measure.prompts`."""
-
-
-def _known(task: str) -> _Task:
-    if task not in _TASKS:
-        raise ValueError(f"task={task!r}: give one of {', '.join(TASKS)}")
-    return _TASKS[task]

@@ -110,20 +110,18 @@ def score_stream(
         max_context: the most tokens that a token sees; None for all.
         vocab_size: V.
         device: where the model is.
-        shifted: keep absolute positions within 0 to max_context - 1, the naive way: each new token takes the last
-            position of the window, while cached keys keep the positions that they came with.
+        shifted: keep absolute positions within 0 to max_context - 1, which must be given, the naive way: each new token
+            takes the last position of the window, while cached keys keep the positions that they came with.
         on_scored: called now and then with how many targets have been scored.
 
     Returns:
         nll and context of the N targets, in the order of the sequence.
 
     Raises:
-        ValueError: a token outside the vocabulary, or shifted without max_context.
+        ValueError: a token outside the vocabulary.
         Unsupported: the model has no cache of that kind, or takes no positions.
     """
     _check_vocabulary(tokens, vocab_size)
-    if shifted and max_context is None:
-        raise ValueError("shifted=True with max_context=None: give the length that positions are to stay in")
     num_targets = len(tokens) - 1
     cache = model.new_cache(num_targets, max_context)
     parts = []
@@ -132,7 +130,7 @@ def score_stream(
         inputs = torch.from_numpy(tokens[start:stop])[None].to(device)
         positions = None
         if shifted:
-            assert max_context is not None  # checked above
+            assert max_context is not None, "shifted goes with it"
             positions = torch.arange(start, stop, device=device).clamp(max=max_context - 1)[None]
         parts.append(token_nll(model, inputs, tokens[None, start + 1 : stop + 1], vocab_size, positions, cache)[0])
         on_scored(stop)

@@ -24,19 +24,10 @@ def windows(num_targets: int, valid_length: int, stride: int) -> Iterator[Window
     last window may be shorter.
 
     Args:
-        num_targets: how many tokens there are to predict: one less than there are tokens.
-        valid_length: L_valid, the number of inputs of a window.
+        num_targets: how many tokens there are to predict, at least 1: one less than there are tokens.
+        valid_length: L_valid, the number of inputs of a window, at least 1.
         stride: S, at least 1 and at most valid_length.
-
-    Raises:
-        ValueError: a value out of range.
     """
-    if num_targets < 1:
-        raise ValueError(f"num_targets={num_targets}: give at least 2 tokens, one to see and one to predict")
-    if valid_length < 1:
-        raise ValueError(f"valid_length={valid_length}: give a positive integer")
-    if not 1 <= stride <= valid_length:
-        raise ValueError(f"stride={stride}: give at least 1 and at most valid_length={valid_length}")
     stop = min(valid_length, num_targets)
     yield Window(0, stop, stop)
     while stop < num_targets:
