@@ -70,7 +70,6 @@ def test_mistakes_in_a_file_are_named(tmp_path, text, message):
         ({"final_learning_rate": 1.5}, "final_learning_rate"),
         ({"weight_decay": -0.1}, "weight_decay"),
         ({"betas": (0.9, 1.0)}, "betas"),
-        ({"precision": "fp8"}, "precision"),
         ({"mix": ("retrieval=2",)}, "mix"),
         ({"mix": ("lines=0.1",)}, "mix"),
     ],

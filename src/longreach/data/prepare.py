@@ -73,7 +73,7 @@ class DataConfig:
     """Folder for tokens and trained tokenizers; by default longreach in the user's cache folder."""
 
     def __post_init__(self) -> None:
-        if type(self.vocab_size) is not int or self.vocab_size < MIN_VOCAB_SIZE:
+        if self.vocab_size < MIN_VOCAB_SIZE:
             raise ValueError(f"vocab_size={self.vocab_size!r}; give a whole number of at least {MIN_VOCAB_SIZE}")
         if not 0 < self.valid_fraction < 1:
             raise ValueError(f"valid_fraction={self.valid_fraction!r}; give a number above 0 and below 1")
