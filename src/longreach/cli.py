@@ -192,9 +192,10 @@ def doctor(parse: Parse) -> None:
 
     from longreach.terminal import TerminalProgress
     from longreach.verbs import doctor, doctor_encoder
+    from longreach.verbs.open import is_encoder
 
     (config,) = parse(doctor.DoctorConfig, positional="model")
-    kind: Any = doctor_encoder if doctor_encoder.is_encoder(config.model) else doctor
+    kind: Any = doctor_encoder if is_encoder(config.model) else doctor
     with TerminalProgress() as progress:
         checkup = kind.examine(config, progress)
     kind.print_checkup(checkup, Console())

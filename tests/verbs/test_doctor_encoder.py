@@ -7,7 +7,8 @@ from rich.console import Console
 
 from longreach.cli import main
 from longreach.verbs.doctor import DoctorConfig
-from longreach.verbs.doctor_encoder import examine, is_encoder, print_checkup
+from longreach.verbs.doctor_encoder import examine, print_checkup
+from longreach.verbs.open import is_encoder
 
 
 def page(checkup, width=100):

@@ -47,7 +47,7 @@ def test_it_counts_what_a_training_takes_and_writes_nothing(config, tmp_path):
     ],
 )
 def test_what_changes_memory_is_heeded(config, monkeypatch, changes, name, factor):
-    monkeypatch.setattr(module, "_available", lambda device, sharing: 0)  # nothing is tried
+    monkeypatch.setattr(module, "total_memory", lambda device: 0)  # nothing is tried
     before, after = (
         getattr(dry_run(replace(config, train=train), silent), name)
         for train in (config.train, replace(config.train, **changes))
@@ -56,7 +56,7 @@ def test_what_changes_memory_is_heeded(config, monkeypatch, changes, name, facto
 
 
 def test_what_will_not_fit_is_not_tried(config, monkeypatch, capsys):
-    monkeypatch.setattr(module, "_available", lambda device, sharing: 1000)
+    monkeypatch.setattr(module, "total_memory", lambda device: 1000)
     forecast = dry_run(config, silent)
     assert not forecast.fits
     assert forecast.seconds_per_step is None

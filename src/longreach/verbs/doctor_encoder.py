@@ -12,7 +12,7 @@ from torch import Tensor
 
 from longreach.data.corpora import Corpus, first_pieces
 from longreach.data.prepare import naming
-from longreach.encoders.config import LAYOUT, is_alibi_encoder
+from longreach.encoders.config import LAYOUT
 from longreach.encoders.encode import tokenize
 from longreach.encoders.load import load_encoder
 from longreach.encoders.packing import Heads, Packed, split_heads
@@ -26,6 +26,7 @@ from longreach.report.grid import format_memory, format_percent
 from longreach.train.loop import resolve_device
 from longreach.verbs.doctor import SEED, DoctorConfig, reach_grid, show
 from longreach.verbs.embed import BYTES_PER_TOKEN, check_length_is_heeded
+from longreach.verbs.open import named_dtype
 
 
 @dataclass(frozen=True)
@@ -62,14 +63,6 @@ class EncoderCheckup:
     """The text, in words."""
 
 
-def is_encoder(name: str) -> bool:
-    """Whether a name is that of an ALiBi encoder that can be had now."""
-    try:
-        return is_alibi_encoder(Source(name).configuration())
-    except ValueError:  # whoever opens it next says what is wrong
-        return False
-
-
 def examine(config: DoctorConfig, progress: Progress = lambda stage, done, total: None) -> EncoderCheckup:
     """Load an encoder and find out what the page says.
 
@@ -84,9 +77,7 @@ def examine(config: DoctorConfig, progress: Progress = lambda stage, done, total
     if len(config.valid_lengths) > 1:
         lengths = ",".join(map(str, config.valid_lengths))
         raise ValueError(f"valid_lengths={lengths}: an encoder is examined at one length; give the longest alone")
-    dtype = None if config.dtype == "auto" else getattr(torch, config.dtype, None)
-    if config.dtype != "auto" and not isinstance(dtype, torch.dtype):
-        raise ValueError(f"dtype={config.dtype!r}: give auto, float32, bfloat16 or another dtype of torch")
+    dtype = named_dtype(config.dtype)
     device = resolve_device(config.device)
     progress("loading", 0, None)
     model = load_encoder(config.model, train_length=config.train_length, dtype=dtype, device=device)

@@ -1,10 +1,10 @@
 """What a training will take: memory of each process, time and epochs, from its shape and from three steps of it."""
 
-import os
 from dataclasses import dataclass, replace
 
 import torch
 
+from longreach.cost import total_memory
 from longreach.data.prepare import prepare
 from longreach.models.decoder import Decoder
 from longreach.train.config import RunConfig
@@ -109,7 +109,7 @@ def dry_run(config: RunConfig, progress: Progress, ranks: Ranks = ALONE) -> Fore
         weights=4 * parameters // shards,
         optimizer=8 * parameters // shards,
         activations=_activations(config, prepared.tokenizer.vocab_size, ranks.size, runs_in_bf16(train, device)),
-        available=_available(device, ranks.processes_here),
+        available=total_memory(device) // (1 if device.type == "cuda" else ranks.processes_here),
         tokens_per_step=train.batch_size * train.train_length,
         steps=train.steps,
         steps_per_epoch=batches.steps_per_epoch,
@@ -132,10 +132,3 @@ def _activations(config: RunConfig, vocab_size: int, processes: int, bf16: bool)
     vectors = model.num_layers + KEPT if train.recompute else KEPT * model.num_layers
     logits = 4 + 4 + (size if bf16 else 0)  # in float32 with their gradient, and as autocast made them
     return tokens * (vectors * model.d_model * size + vocab_size * logits)
-
-
-def _available(device: torch.device, sharing: int) -> int:
-    """Memory in bytes for each process of this machine."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // sharing

@@ -22,6 +22,7 @@ from longreach.folder import begin, hold
 from longreach.positions.scaling import Scaling, parse_scaling
 from longreach.terminal import TerminalProgress
 from longreach.train.loop import resolve_device
+from longreach.verbs.open import named_dtype
 
 WORK = ".part"
 """What the name of the folder has after that of the output, in which vectors are kept until all of them are made."""
@@ -69,8 +70,7 @@ class EmbedConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}: give at least 1")
-        if self.dtype != "auto" and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
-            raise ValueError(f"dtype={self.dtype!r}: give auto, float32, bfloat16 or another dtype of torch")
+        named_dtype(self.dtype)  # refuses
         if self.scaling is not None:
             parse_scaling(self.scaling, train_length=2).require_slopes()  # any L will do to see that it can be read
 
@@ -123,7 +123,7 @@ def _load(config: EmbedConfig, device: torch.device) -> Any:
         scaling=config.scaling,
         train_length=config.train_length,
         tokenizer=config.tokenizer,
-        dtype=None if config.dtype == "auto" else getattr(torch, config.dtype),
+        dtype=named_dtype(config.dtype),
         device=device,
     )
 

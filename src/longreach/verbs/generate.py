@@ -17,8 +17,7 @@ from longreach.pretrained.families import find_layout
 from longreach.pretrained.lengths import declared_length
 from longreach.pretrained.load import adapt, stretch
 from longreach.train.loop import resolve_device
-from longreach.verbs.doctor_encoder import is_encoder
-from longreach.verbs.open import fine_tuning, load_subject, names_pretrained
+from longreach.verbs.open import fine_tuning, is_encoder, load_subject, names_pretrained
 from longreach.verbs.train import open_run
 
 

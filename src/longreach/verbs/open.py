@@ -7,6 +7,8 @@ from typing import Any
 import torch
 
 from longreach.data.tokenizer import load_tokenizer
+from longreach.encoders.config import is_alibi_encoder
+from longreach.encoders.source import Source
 from longreach.foreign import refusing
 from longreach.measure.subject import Subject
 from longreach.measure.transformers import HuggingFaceModel, StateLength
@@ -22,12 +24,27 @@ DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 """In what weights may be loaded, auto for what their files are in."""
 
 
+def named_dtype(name: str) -> torch.dtype | None:
+    """The dtype of a name, None for auto; ValueError where weights cannot be in it."""
+    if name not in DTYPES:
+        raise ValueError(f"dtype={name!r}: give one of {', '.join(DTYPES)}")
+    return None if name == "auto" else getattr(torch, name)
+
+
 def names_pretrained(name: str) -> bool:
     """Whether a name is that of a model of Hugging Face, fine-tuned here or not, rather than the folder of a run."""
     folder = Path(name)
     if holds_pretrained(folder):
         return True
     return not (folder / "config.toml").exists() and (not folder.is_dir() or (folder / "config.json").exists())
+
+
+def is_encoder(name: str) -> bool:
+    """Whether a name is that of an ALiBi encoder that can be had now."""
+    try:
+        return is_alibi_encoder(Source(name).configuration())
+    except ValueError:  # whoever opens it next says what is wrong
+        return False
 
 
 def fine_tuning(name: str) -> RunConfig | None:
@@ -66,8 +83,7 @@ def load_subject(
         ValueError: transformers is not installed, there is no such model or it cannot be had now, a file is missing
             or damaged, the tokenizer is not the model's, or the training length is not known.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r}: give one of {', '.join(DTYPES)}")
+    named_dtype(dtype)  # refuses
     if config is None:
         config = load_configuration(name, trust_remote_code=trust_remote_code)
     length = training_length(name, config, train_length)
