@@ -92,7 +92,7 @@ def kept(starts: Tensor, ends: Tensor, lengths: tuple[int, int]) -> Tensor:
     return (key_block >= starts[:, :, query_block, None]) & (key_block < ends[:, :, query_block, None])
 
 
-@pytest.mark.parametrize("case", swept(CASES, "causal, half", "few queries with norms"))
+@pytest.mark.parametrize("case", swept(CASES, "causal, half"))
 def test_ranges_hold_all_but_the_tolerated_mass_and_little_more(case: dict[str, Any]) -> None:
     """The promise, and that at most one key block in eight is kept which the tensor operations prove unneeded."""
     tensors, bounds, masks = make(case)
@@ -106,12 +106,14 @@ def test_ranges_hold_all_but_the_tolerated_mass_and_little_more(case: dict[str, 
     assert count <= 1.125 * other
 
 
+@pytest.mark.interpreted
 def test_far_keys_are_dropped() -> None:
     (q, k, slopes), bounds, masks = make({"lengths": (900, 900)})
     starts, ends = kernel_key_ranges(q, k, slopes, bounds, masks)
     assert (ends - starts)[:, 0].max() <= 4  # 128 queries and slope 1
 
 
+@pytest.mark.interpreted
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter computes with NumPy, which warns of NaN
 @pytest.mark.parametrize("place", ["q", "k"])
 @pytest.mark.parametrize("value", [math.inf, math.nan])
@@ -124,6 +126,7 @@ def test_what_cannot_be_bounded_is_kept(place: str, value: float) -> None:
     assert starts[1, 1, -1] > 0
 
 
+@pytest.mark.interpreted
 def test_zeros_are_bounded_by_the_bias_alone() -> None:
     (q, k, slopes), bounds, masks = make({"lengths": (900, 900)})
     starts, ends = kernel_key_ranges(q * 0, k, slopes, bounds, masks)
