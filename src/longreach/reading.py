@@ -257,6 +257,24 @@ def check_fields(entry: Any) -> None:
         object.__setattr__(entry, field.name, read)
 
 
+def refuse_below(config: Any, least: int, *names: str) -> None:
+    """Raise ValueError for fields of a configuration below a number, or with an item below it; None is let through."""
+    for name in names:
+        value = getattr(config, name)
+        items = value if isinstance(value, tuple) else (value,)
+        if any(item is not None and item < least for item in items):
+            mend = "a positive integer" if least else "at least 0"
+            raise ValueError(f"{name}={','.join(map(str, items))}: give {mend}{' for each' if len(items) > 1 else ''}")
+
+
+def refuse_repeats(config: Any, *names: str) -> None:
+    """Raise ValueError for lists of a configuration in which anything stands twice."""
+    for name in names:
+        value = getattr(config, name)
+        if len(set(value)) < len(value):
+            raise ValueError(f"{name}={','.join(map(str, value))}: give each once")
+
+
 def plain_values(instance: Any) -> dict[str, Any]:
     """What `read_values` made a dataclass of, without what is None, for which TOML has no word.
 

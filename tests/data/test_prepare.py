@@ -1,7 +1,5 @@
 import gzip
 import json
-import subprocess
-import sys
 from dataclasses import replace
 
 import datasets
@@ -121,7 +119,7 @@ def test_the_split_has_the_seed_of_training_unless_it_has_its_own(source, tmp_pa
     assert held_out(3)[1] != held_out(7)[1]
     assert held_out(3)[2] != held_out(7)[2]
     assert held_out(3)[0] == 3
-    with pytest.raises(ValueError, match=r"^split_seed=-1; give at least 0"):
+    with pytest.raises(ValueError, match=r"^split_seed=-1: give at least 0"):
         config_of(source, tmp_path, split_seed=-1)
 
 
@@ -309,7 +307,7 @@ def test_cache_folder_follows_the_xdg_rules(monkeypatch, tmp_path):
         ({"valid_fraction": float("nan")}, "valid_fraction=nan; give"),
         ({"streaming": True, "data": "text.txt"}, "streaming=True is for Hugging Face data sets; give data=hf:NAME"),
         ({"streaming": True, "data": "hf:a", "skip_bad": True}, "skip_bad=True: of a stream it is not known before"),
-        ({"shuffle_buffer": 0}, "shuffle_buffer=0; give at least 1"),
+        ({"shuffle_buffer": 0}, "shuffle_buffer=0: give a positive integer"),
     ],
 )
 def test_contradictory_configurations_are_refused(options, message):
@@ -384,13 +382,6 @@ def test_a_text_that_is_all_bad_is_refused_all_the_same(tmp_path):
     config = config_of(tmp_path / "latin.txt", tmp_path, skip_bad=True)
     with pytest.raises(ValueError, match=r"holds no text without 1 bad file or line: .*latin\.txt; name a source"):
         prepare(config, 0)
-
-
-def test_importing_it_loads_nothing_heavy():
-    script = (
-        "import sys, longreach.data.prepare; print(*sorted({'torch', 'datasets', 'transformers'} & set(sys.modules)))"
-    )
-    assert subprocess.run([sys.executable, "-c", script], capture_output=True, check=True).stdout.strip() == b""
 
 
 @pytest.fixture

@@ -1,12 +1,13 @@
 import dataclasses
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
-from continuations import generate
 from tiny_subjects import LENGTH, decoder_subject, transformers_subject
 
-from longreach.measure.generation import generate_greedily, stream_tokens
+from longreach.measure.generation import generate_greedily, sampler, stream_tokens
+from longreach.measure.subject import Unsupported
 
 PROMPT = [5, 270, 31, 8, 8, 119, 40]
 
@@ -15,10 +16,14 @@ def ending_at(subject, eos_id):
     return dataclasses.replace(subject, tokenizer=SimpleNamespace(eos_id=eos_id))
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("method", ["alibi", "alibi:scaling=linear", "rotary", "t5", "sinusoidal"])
-def test_equals_the_generation_of_our_own_decoder(method):
+def test_greedy_is_the_argmax_of_the_full_forward(method):
     subject = ending_at(decoder_subject(method), -1)
-    (expected,) = generate(subject.model, [PROMPT], max_new_tokens=20)
+    ids = list(PROMPT)
+    for _ in range(20):
+        ids.append(int(subject.model(torch.tensor([ids]), length=len(PROMPT) + 20)[0, -1].argmax()))
+    expected = ids[len(PROMPT) :]
     assert len(set(expected)) > 3  # the likeliest token depends on those before
     assert generate_greedily(subject, PROMPT, 20) == expected
 
@@ -61,6 +66,7 @@ def test_tokens_can_be_had_as_they_come():
     subject = ending_at(decoder_subject(), -1)
     stream = stream_tokens(subject, PROMPT, 1000)
     assert [next(stream) for _ in range(4)] == generate_greedily(subject, PROMPT, 4)
+    assert not torch.is_inference_mode_enabled()  # between tokens the caller's own mode holds
 
 
 @pytest.mark.parametrize(
@@ -83,3 +89,76 @@ def test_a_table_of_positions_can_be_used_to_its_end():
     subject = ending_at(decoder_subject("learned"), -1)
     assert subject.max_length == LENGTH
     assert len(generate_greedily(subject, PROMPT, LENGTH - len(PROMPT) + 1)) == LENGTH - len(PROMPT) + 1
+
+
+# Drawn tokens
+
+LOGITS = torch.randn(12, generator=torch.Generator().manual_seed(2)) * 2
+
+
+def assert_drawn_from(probabilities, **options):
+    """Counts are those of a multinomial, each within five standard deviations, and zero exactly where it is zero."""
+    choose = sampler(torch.device("cpu"), **{"temperature": 4.0, "top_k": None, "top_p": None, "seed": 0, **options})
+    total = 4000
+    counts = torch.bincount(choose(LOGITS.expand(total, -1)), minlength=12).double()
+    deviation = (total * probabilities * (1 - probabilities)).sqrt()
+    assert ((counts - total * probabilities).abs() <= 5 * deviation + 1e-9).all(), (counts, total * probabilities)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_temperature(temperature):
+    assert_drawn_from((LOGITS / temperature).softmax(-1), temperature=temperature)
+
+
+@pytest.mark.parametrize("top_k", [1, 3, 12, 99])
+def test_top_k(top_k):
+    kept = LOGITS.sort(descending=True).values[min(top_k, 12) - 1] <= LOGITS
+    assert kept.sum() == min(top_k, 12)
+    assert_drawn_from((LOGITS / 4).masked_fill(~kept, -math.inf).softmax(-1), top_k=top_k)
+
+
+@pytest.mark.parametrize("top_p", [1e-6, 0.4, 0.9, 1.0])
+def test_top_p(top_p):
+    probabilities = (LOGITS / 4).softmax(-1)
+    kept, held = [], 0.0
+    for token in probabilities.argsort(descending=True).tolist():
+        if held < top_p:
+            kept.append(token)
+        held += float(probabilities[token])
+    expected = torch.zeros(12, dtype=torch.float64)
+    expected[kept] = (probabilities[kept] / probabilities[kept].sum()).double()
+    assert_drawn_from(expected, top_p=top_p)
+
+
+def test_top_p_is_of_what_top_k_left():
+    best = (LOGITS / 4).softmax(-1).sort(descending=True)
+    within = best.values[:3] / best.values[:3].sum()
+    top_p = float(within[0] + within[1] / 2)  # ends within the second of the three
+    assert best.values[0] + best.values[1] < top_p  # so that of all tokens a third would be needed
+    expected = torch.zeros(12, dtype=torch.float64)
+    expected[best.indices[:2]] = (within[:2] / within[:2].sum()).double()
+    assert_drawn_from(expected, top_k=3, top_p=top_p)
+
+
+def test_the_seed_decides():
+    subject = ending_at(decoder_subject(), -1)
+
+    def draw(seed, temperature=1.0):
+        choose = sampler(subject.device, temperature=temperature, top_k=None, top_p=None, seed=seed)
+        return list(stream_tokens(subject, PROMPT, 20, choose))
+
+    before = torch.get_rng_state()
+    assert draw(1) == draw(1)
+    assert draw(1) != draw(2)
+    assert torch.equal(torch.get_rng_state(), before)  # the global generator is left alone
+    assert draw(1, temperature=1e-38) == draw(2, temperature=0.0) == generate_greedily(subject, PROMPT, 20)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_logits_that_are_no_numbers_are_refused(value):
+    subject = decoder_subject()
+    logits = torch.zeros(1, 1, subject.vocab_size)
+    logits[..., 3] = value
+    model = SimpleNamespace(logits=lambda *arguments, **options: iter([logits]), new_cache=lambda length: None)
+    with pytest.raises(Unsupported, match="nan or infinite: load it in float32"):
+        generate_greedily(dataclasses.replace(subject, model=model), PROMPT, 5)

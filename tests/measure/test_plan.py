@@ -35,7 +35,7 @@ def test_what_is_given_stays():
         ({"strides": (0,)}, "strides=0"),
         ({"strides": (4, 9), "valid_lengths": (4, 8)}, "strides=9 is over every window: give at most .*=4,8"),
         ({"capped_stride": 0}, "capped_stride=0"),
-        ({"offsets": (-1,)}, "offsets=-1: give positions of at least 0"),
+        ({"offsets": (-1,)}, "offsets=-1: give at least 0"),
         ({"cases_seed": -1}, "cases_seed=-1: give at least 0"),
         ({"tasks": ()}, "tasks is empty"),
         ({"tasks": ("perplexity", "speed")}, "tasks='speed': give one or more of perplexity, positions"),

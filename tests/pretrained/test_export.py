@@ -67,14 +67,15 @@ def test_others_may_read_the_weights_if_they_may_read_the_rest(tmp_path):
 
 
 def test_generation_by_stock_transformers_is_ours(tmp_path, tokenizer):
-    from continuations import generate
-
     model, prompt = build(), tokens_of(1, 20)
     export_mpt(model, tmp_path / "mpt", max_length=MAX_LENGTH, tokenizer=tokenizer)
     stock = load(tmp_path / "mpt")
     eos_id = AutoTokenizer.from_pretrained(tmp_path / "mpt").eos_token_id
     assert stock.generation_config.eos_token_id == eos_id is not None
-    ours = generate(model, prompt.tolist(), max_new_tokens=40, eos_id=eos_id)[0]
+    ours, ids = [], prompt
+    while len(ours) < 40 and (token := int(model(ids)[0, -1].argmax())) != eos_id:
+        ours.append(token)
+        ids = torch.cat((ids, torch.tensor([[token]])), dim=1)
     theirs = stock.generate(prompt, max_new_tokens=40, do_sample=False, attention_mask=torch.ones_like(prompt))
     theirs = theirs[0, 20:].tolist()
     assert [token for token in theirs if token != eos_id] == ours

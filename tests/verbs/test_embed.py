@@ -72,7 +72,7 @@ def test_it_goes_on_where_it_was_killed(command, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--max-length", "0"], "--max-length=0: give at least 1"),
+        (["--max-length", "0"], "--max-length=0: give a positive integer"),
         (["--max-length", "1"], "--max-length=1: its tokenizer adds 2"),
         (["--dtype", "float3"], "dtype='float3'"),
         (["--output", "vectors.txt"], "give a name that ends in .npy"),

@@ -346,7 +346,7 @@ def test_a_bad_file_of_cases_is_named_with_its_line(comparison, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("models", "message"), [((), "models is empty"), (("a", "a"), "models=a a: give each")])
+@pytest.mark.parametrize(("models", "message"), [((), "models is empty"), (("a", "a"), "models=a,a: give each")])
 def test_models_that_make_no_evaluation(models, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         EvaluationConfig(models=models)

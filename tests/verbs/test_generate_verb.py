@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 
 import pytest
@@ -56,16 +57,24 @@ def test_without_a_prompt_it_begins_a_document(config):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"temperature": -1.0}, {"top_k": 0}, {"top_p": 1.5}, {"max_new_tokens": 0}, {"seed": -1}], ids=str
+    "changes",
+    [
+        *({"temperature": value} for value in (-1.0, math.inf, math.nan)),
+        *({"top_p": value} for value in (0.0, 1.01, math.nan)),
+        {"top_k": 0},
+        {"max_new_tokens": 0},
+        {"seed": -1},
+    ],
+    ids=str,
 )
 def test_values_out_of_range_are_named(config, changes):
     (name,) = changes
-    with pytest.raises(ValueError, match=name):
-        list(generate(replace(config, **changes)))
+    with pytest.raises(ValueError, match=f"^{name}="):
+        replace(config, **changes)
 
 
 def test_past_a_learned_table_is_refused(config, runs):
-    with pytest.raises(ValueError, match=f"holds {LENGTH}"):
+    with pytest.raises(ValueError, match=f"takes {LENGTH}"):
         list(generate(replace(config, model=str(runs / "learned"))))
 
 

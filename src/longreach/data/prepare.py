@@ -28,6 +28,7 @@ from longreach.data.stream import TextStream, open_stream
 from longreach.data.tokenizer import MIN_VOCAB_SIZE, Tokenizer, load_tokenizer, train_tokenizer
 from longreach.data.tokens import TokenStream, find_tokens, split_documents, tokenize, tokenize_in_memory
 from longreach.files import digest_of, expanded
+from longreach.reading import refuse_below
 
 Progress = Callable[[str, int, int | None], None]
 """Called with a stage in words, the bytes of text done, and the bytes in all or None if unknown."""
@@ -77,14 +78,12 @@ class DataConfig:
             raise ValueError(f"vocab_size={self.vocab_size!r}; give a whole number of at least {MIN_VOCAB_SIZE}")
         if not 0 < self.valid_fraction < 1:
             raise ValueError(f"valid_fraction={self.valid_fraction!r}; give a number above 0 and below 1")
-        if self.split_seed is not None and self.split_seed < 0:
-            raise ValueError(f"split_seed={self.split_seed}; give at least 0")
+        refuse_below(self, 0, "split_seed")
+        refuse_below(self, 1, "shuffle_buffer")
         if self.streaming and not (self.data or "").startswith("hf:"):
             raise ValueError("streaming=True is for Hugging Face data sets; give data=hf:NAME or leave it out")
         if self.streaming and self.skip_bad:
             raise ValueError("skip_bad=True: of a stream it is not known before training what is bad; leave it out")
-        if self.shuffle_buffer < 1:
-            raise ValueError(f"shuffle_buffer={self.shuffle_buffer}; give at least 1")
 
     def idle(self) -> dict[str, str]:
         """Name of a field that nothing heeds beside the others -> why."""

@@ -1,4 +1,4 @@
-"""Text from any model that evaluation knows, a token at a time."""
+"""Text from any model that evaluation knows, a token at a time, the likeliest or drawn."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -11,6 +11,41 @@ from longreach.measure.subject import Subject, Unsupported
 def likeliest(logits: Tensor) -> Tensor:
     """The token id of the highest of each row of logits (B, V), as (B,)."""
     return logits.max(dim=-1).indices
+
+
+def sampler(
+    device: torch.device, *, temperature: float, top_k: int | None, top_p: float | None, seed: int
+) -> Callable[[Tensor], Tensor]:
+    """What draws one token id for each row of logits (B, V), as (B,).
+
+    Args:
+        device: where the logits are.
+        temperature: what they are divided by; 0 takes the likeliest token.
+        top_k: draw only among the k likeliest tokens.
+        top_p: draw only among the likeliest tokens that together hold probability p.
+        seed: of the draws.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    return lambda logits: _choose(logits, temperature, top_k, top_p, generator)
+
+
+def _choose(
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator
+) -> Tensor:
+    """One token id for each row of logits (B, V), as (B,)."""
+    if temperature == 0.0:
+        return likeliest(logits)
+    ordered, ids = logits.sort(dim=-1, descending=True)
+    # A small temperature cannot overflow, and one that float32 has not would be 0.
+    temperature = max(temperature, torch.finfo(torch.float32).tiny)
+    probabilities = ((ordered - ordered[:, :1]) / temperature).softmax(dim=-1)
+    if top_k is not None:
+        probabilities[:, top_k:] = 0.0
+    if top_p is not None:
+        probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True)
+        before = probabilities.cumsum(dim=-1) - probabilities  # what likelier tokens hold already
+        probabilities = probabilities.masked_fill(before >= top_p, 0.0)
+    return ids.gather(-1, torch.multinomial(probabilities, 1, generator=generator))[:, 0]
 
 
 def generate_greedily(
@@ -42,7 +77,7 @@ def stream_tokens(
     Raises:
         ValueError: an empty prompt, a token outside the vocabulary, a value out of range, or a prompt that leaves no
             room for max_new_tokens in what the model can take; at the call, before the first token.
-        Unsupported: logits that are no numbers, among which none can be chosen.
+        Unsupported: logits that are no numbers or infinite, among which none can be chosen.
     """
     _check(subject, prompt, max_new_tokens)
     return _steps(subject, prompt, max_new_tokens, choose)
@@ -57,8 +92,8 @@ def _steps(
     for _ in range(max_new_tokens):
         inputs = torch.tensor([tokens], device=subject.device)
         (logits,) = subject.model.logits(inputs, 1, last=1, cache=cache)  # [1, 1, V]
-        if logits.isnan().any():
-            raise Unsupported(f"logits after {len(prompt)} tokens of prompt are no numbers: load it in float32")
+        if not (logits < torch.inf).all():
+            raise Unsupported(f"logits after {len(prompt)} tokens of prompt are nan or infinite: load it in float32")
         token = int(choose(logits[:, 0].float()))
         if token == subject.tokenizer.eos_id:
             return

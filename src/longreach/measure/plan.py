@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from longreach.measure.retrieval import TASKS as RETRIEVAL_TASKS
+from longreach.reading import refuse_below, refuse_repeats
 from longreach.results import PROTOCOLS, Cell, Model
 from longreach.results.merge import HEEDED_BY
 
@@ -73,8 +74,6 @@ class EvaluateConfig:
     """The most tokens of a summary."""
 
     def __post_init__(self) -> None:
-        if self.cases_seed < 0:
-            raise ValueError(f"cases_seed={self.cases_seed}: give at least 0")
         for name, known in (("tasks", TASKS), ("protocols", PROTOCOLS)):
             for value in getattr(self, name):
                 if value not in known:
@@ -83,24 +82,15 @@ class EvaluateConfig:
             raise ValueError("tasks is empty: give at least one")
         if "sliding-window" in self.protocols:
             raise ValueError("protocols=sliding-window: leave it out and give the strides, as in strides=1,64")
-        for name in ("valid_lengths", "strides", "offsets", "tasks", "protocols"):
-            values = getattr(self, name)
-            shown = ",".join(map(str, values))
-            least = 0 if name == "offsets" else 1
-            if any(value < least for value in values if isinstance(value, int)):
-                mend = "give positive integers" if least else "give positions of at least 0"
-                raise ValueError(f"{name}={shown}: {mend}")
-            if len(set(values)) < len(values):
-                raise ValueError(f"{name}={shown}: give each once")
-            if len(values) > MOST_LISTED:
+        refuse_below(self, 1, "valid_lengths", "valid_tokens", "tokens_per_batch", "strides", "capped_stride")
+        refuse_below(self, 1, "cases_per_depth", "num_depths", "summary_tokens")
+        refuse_below(self, 0, "offsets", "cases_seed")
+        lists = ("valid_lengths", "strides", "offsets", "tasks", "protocols")
+        refuse_repeats(self, *lists)
+        for name in lists:
+            if len(values := getattr(self, name)) > MOST_LISTED:
+                shown = ",".join(map(str, values))
                 raise ValueError(f"{name}={shown}: these are {len(values)}, give at most {MOST_LISTED}")
-        for name in (
-            *("valid_tokens", "tokens_per_batch", "capped_stride"),
-            *("cases_per_depth", "num_depths", "summary_tokens"),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value}: give a positive integer")
         for name, largest in MOST.items():
             value = getattr(self, name)
             for number in value if isinstance(value, tuple) else (value,):

@@ -1,1 +1,1 @@
-"""The decoder that every position method is trained in, its cache, generation and files."""
+"""The decoder that every position method is trained in, its cache and files."""

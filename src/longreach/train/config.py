@@ -10,6 +10,7 @@ from typing import Any, Literal
 from longreach.data.mix import parse_mix
 from longreach.data.prepare import DataConfig
 from longreach.models.config import ARCHITECTURES, Architecture, ModelConfig
+from longreach.reading import refuse_below, refuse_repeats
 from longreach.results import Model
 
 
@@ -99,21 +100,10 @@ class TrainConfig:
     """Synthetic sequences among those of the text, as NAME=SHARE of all: retrieval=0.2."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "train_length",
-            "steps",
-            "batch_size",
-            "accumulation",
-            "checkpoint_every",
-            "keep_checkpoints",
-            "validate_every",
-            "context_parallel",
-            "sample_every",
-        ):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: give a positive integer")
-        if self.seed < 0:
-            raise ValueError(f"seed={self.seed}: give at least 0")
+        refuse_below(self, 1, "train_length", "steps", "batch_size", "accumulation", "context_parallel")
+        refuse_below(self, 1, "checkpoint_every", "keep_checkpoints", "validate_every", "sample_every")
+        refuse_below(self, 0, "seed", "weight_decay")
+        refuse_repeats(self, "track")
         if self.batch_size % self.accumulation:
             raise ValueError(
                 f"accumulation={self.accumulation} does not divide batch_size={self.batch_size}: change one"
@@ -123,14 +113,10 @@ class TrainConfig:
                 raise ValueError(f"{name}={getattr(self, name)}: give a positive number")
         if self.peak_flops is not None and not 1 <= self.peak_flops <= 1e30:
             raise ValueError(f"peak_flops={self.peak_flops}: give a number from 1 to 1e30")
-        if len(set(self.track)) < len(self.track):
-            raise ValueError(f"track={','.join(self.track)}: give each once")
         if not 0 <= self.warmup_steps <= self.steps:
             raise ValueError(f"warmup_steps={self.warmup_steps}: give at least 0 and at most steps={self.steps}")
         if not 0 <= self.final_learning_rate <= 1:
             raise ValueError(f"final_learning_rate={self.final_learning_rate}: give a fraction of the peak, 0 to 1")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"weight_decay={self.weight_decay}: give at least 0")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas={self.betas}: give two numbers of at least 0 and below 1")
         if self.packing == "documents" and self.context_parallel > 1:

@@ -14,7 +14,7 @@ from longreach.measure.material import material_sources, read_material
 from longreach.measure.plan import EvaluateConfig
 from longreach.measure.sweep import failures
 from longreach.models.config import ARCHITECTURES, Architecture
-from longreach.reading import respelled
+from longreach.reading import refuse_repeats, respelled
 from longreach.report.page import write_report
 from longreach.results import Model, Results, Start
 from longreach.train.config import RunConfig, TrainConfig
@@ -66,14 +66,7 @@ class CompareConfig:
     def __post_init__(self) -> None:
         if not self.methods:
             raise ValueError("methods is empty: give at least one position method")
-        if len(set(map(run_name, self.methods))) < len(self.methods):
-            raise ValueError(f"methods={','.join(self.methods)}: give each method once")
-        if len(set(self.train_lengths)) < len(self.train_lengths):
-            raise ValueError(f"train_lengths={','.join(map(str, self.train_lengths))}: give each length once")
-        if len(set(self.shapes)) < len(self.shapes):
-            raise ValueError(f"shapes={','.join(self.shapes)}: give each shape once")
-        if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds={','.join(map(str, self.seeds))}: give each seed once")
+        refuse_repeats(self, "methods", "train_lengths", "shapes", "seeds")
         lists = (self.methods, self.lengths, self.shapes or ("",), self.seeds or (0,))
         if (count := math.prod(map(len, lists))) > MOST_MODELS:
             raise ValueError(

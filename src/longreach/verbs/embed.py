@@ -20,6 +20,7 @@ from longreach.encoders.texts import Texts
 from longreach.files import digest, digest_of, replacing, sync
 from longreach.folder import begin, hold
 from longreach.positions.scaling import Scaling, parse_scaling
+from longreach.reading import refuse_below
 from longreach.terminal import TerminalProgress
 from longreach.train.loop import resolve_device
 from longreach.verbs.open import named_dtype
@@ -66,10 +67,7 @@ class EmbedConfig:
     """Where to run: auto, cpu, cuda or another device of torch."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "max_length", "train_length"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value}: give at least 1")
+        refuse_below(self, 1, "batch_size", "max_length", "train_length")
         named_dtype(self.dtype)  # refuses
         if self.scaling is not None:
             parse_scaling(self.scaling, train_length=2).require_slopes()  # any L will do to see that it can be read

@@ -20,7 +20,7 @@ from longreach.measure.sweep import Share, evaluate
 from longreach.measure.text_tasks import Text
 from longreach.pretrained.lengths import training_length
 from longreach.pretrained.load import adapt, load_configuration
-from longreach.reading import respelled
+from longreach.reading import refuse_below, refuse_repeats, respelled
 from longreach.report.page import write_report
 from longreach.results import Entry, Model, Provenance, Results, Start, TrainingRecord
 from longreach.results.document import pack_entries, unpack_entries
@@ -79,12 +79,8 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         if not self.models:
             raise ValueError("models is empty: give the folder of a trained run, or a Hugging Face model")
-        if len(set(self.models)) < len(self.models):
-            raise ValueError(f"models={' '.join(self.models)}: give each model once")
-        if self.train_length is not None and self.train_length < 1:
-            raise ValueError(f"train_length={self.train_length}: give a positive number of tokens")
-        if self.context_parallel < 1:
-            raise ValueError(f"context_parallel={self.context_parallel}: give a positive integer")
+        refuse_repeats(self, "models", "scalings")
+        refuse_below(self, 1, "train_length", "context_parallel")
         if self.context_parallel > 1:
             for name, able in (("tasks", ("perplexity", "positions")), ("protocols", ("nonoverlapping",))):
                 if others := set(getattr(self.evaluate, name)) - set(able):
@@ -96,8 +92,6 @@ class EvaluationConfig:
             for name, default in (("text_field", None), ("skip_bad", False)):
                 if getattr(self, name) != default:
                     raise ValueError(f"{name}={getattr(self, name)}: it is for data; give that too, or leave it out")
-        if len(set(self.scalings)) < len(self.scalings):
-            raise ValueError(f"scalings={','.join(self.scalings)}: give each once")
         if (count := len(self.models) * max(1, len(self.scalings))) > MOST_MODELS:
             raise ValueError(f"models: with their scalings they are {count:,}, give at most {MOST_MODELS:,}")
         for scaling in self.scalings:

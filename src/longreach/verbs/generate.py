@@ -1,21 +1,22 @@
 """A text continued by a trained run or a pretrained model: `generate`."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from longreach.data.tokenizer import StreamingDecoder, Tokenizer
-from longreach.measure.generation import stream_tokens
+from longreach.data.tokenizer import StreamingDecoder
+from longreach.measure.generation import sampler, stream_tokens
 from longreach.measure.subject import Subject
 from longreach.measure.transformers import HuggingFaceModel, StateLength
-from longreach.models.generate import sampler, stream
 from longreach.positions.scaling import parse_scaling
 from longreach.pretrained.attend import find_extension
 from longreach.pretrained.families import find_layout
 from longreach.pretrained.lengths import declared_length
 from longreach.pretrained.load import adapt, stretch
+from longreach.reading import refuse_below
 from longreach.train.loop import resolve_device
 from longreach.verbs.open import fine_tuning, is_encoder, load_subject, names_pretrained
 from longreach.verbs.train import open_run
@@ -50,14 +51,14 @@ class GenerateConfig:
     default as its configuration says."""
 
     def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise ValueError(f"seed={self.seed}: give at least 0")
+        refuse_below(self, 0, "seed")
+        refuse_below(self, 1, "max_new_tokens", "top_k", "train_length")
         if self.prompt == "":
             raise ValueError("prompt is empty: give text, or leave it out to start a document")
-        for name in ("max_new_tokens", "train_length"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value}: give at least 1")
+        if not 0.0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature={self.temperature}: give 0 for the likeliest token, or a positive number")
+        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p={self.top_p}: give more than 0 and at most 1")
         if self.scaling is not None:
             parse_scaling(self.scaling, train_length=2)  # any L will do to see that it can be read
 
@@ -73,9 +74,15 @@ def generate(config: GenerateConfig) -> Iterator[str]:
 
     Raises:
         FileNotFoundError: the folder holds no finished run.
-        ValueError: there is no such model, its files are damaged, or a setting is out of range or not for such a model.
+        ValueError: there is no such model, its files are damaged, or a setting is not for such a model.
     """
-    tokenizer, tokens = (_of_pretrained if names_pretrained(config.model) else _of_run)(config)
+    subject = (_pretrained if names_pretrained(config.model) else _run)(config)
+    tokenizer = subject.tokenizer
+    choose = sampler(
+        subject.device, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=config.seed
+    )
+    ids = tokenizer.encode(config.prompt) if config.prompt else [tokenizer.eos_id]
+    tokens = stream_tokens(subject, ids, config.max_new_tokens, choose)
     decoder = StreamingDecoder(tokenizer)
     yield config.prompt or ""
     for token in tokens:
@@ -83,42 +90,29 @@ def generate(config: GenerateConfig) -> Iterator[str]:
     yield decoder.finish()
 
 
-def _of_run(config: GenerateConfig) -> tuple[Tokenizer, Iterator[int]]:
+def _run(config: GenerateConfig) -> Subject:
     for name in ("dtype", "train_length", "scaling"):
         if (value := getattr(config, name)) is not None:
             raise ValueError(f"{name}={value}: {config.model} is a run, which has its own; leave it out")
-    run = open_run(Path(config.model), config.device)
-    steps = stream(
-        run.model,
-        [_ids(run.tokenizer, config)],
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        eos_id=run.tokenizer.eos_id,
-        seed=config.seed,
-    )
-    return run.tokenizer, (token for (token,) in steps if token is not None)
+    return open_run(Path(config.model), config.device).subject()
 
 
-def _of_pretrained(config: GenerateConfig) -> tuple[Tokenizer, Iterator[int]]:
+def _pretrained(config: GenerateConfig) -> Subject:
     if is_encoder(config.model):
         raise ValueError(f"model {config.model!r} is an encoder: longreach embed is for it; give a decoder")
     fine_tuned = fine_tuning(config.model)
     train_length = config.train_length or (fine_tuned.train.train_length if fine_tuned else None)
     default = fine_tuned.train.device if fine_tuned else "auto"
-    device = resolve_device(default if config.device is None else config.device)
-    choose = sampler(device, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=config.seed)
     subject = load_subject(
         config.model,
-        device=device,
+        device=resolve_device(default if config.device is None else config.device),
         dtype="auto" if config.dtype is None else config.dtype,
         train_length=train_length,
         adapt=partial(_extended, config.scaling, train_length),
     )
     if config.train_length is not None:
         _check_length_is_heeded(config.train_length, config.scaling, subject)
-    return subject.tokenizer, stream_tokens(subject, _ids(subject.tokenizer, config), config.max_new_tokens, choose)
+    return subject
 
 
 def _check_length_is_heeded(train_length: int, scaling: str | None, subject: Subject) -> None:
@@ -148,7 +142,3 @@ def _extended(scaling: str | None, train_length: int | None, model: Any) -> Stat
         return stretch(model, scaling, train_length)
     except ValueError as error:
         raise ValueError(f"scaling={scaling}: {error}") from error
-
-
-def _ids(tokenizer: Tokenizer, config: GenerateConfig) -> list[int]:
-    return tokenizer.encode(config.prompt) if config.prompt else [tokenizer.eos_id]

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from longreach.reading import refuse_repeats
 from longreach.report.page import write_report
 from longreach.results import Results, merge
 
@@ -31,8 +32,7 @@ class ReportConfig:
     def __post_init__(self) -> None:
         if not self.folders:
             raise ValueError("folders is empty: give a folder that holds results.json")
-        if len(set(self.folders)) < len(self.folders):
-            raise ValueError(f"folders={' '.join(map(str, self.folders))}: give each once")
+        refuse_repeats(self, "folders")
         if len(self.folders) > MOST_MODELS:
             raise ValueError(f"folders: these are {len(self.folders):,}, give at most {MOST_MODELS:,}")
         if len(self.folders) > 1 and self.output is None:

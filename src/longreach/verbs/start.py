@@ -16,13 +16,12 @@ from longreach.data.prepare import DataConfig, PreparedData
 from longreach.data.tokenizer import Tokenizer, load_tokenizer
 from longreach.files import digest
 from longreach.folder import begun_with
-from longreach.measure.generation import stream_tokens
+from longreach.measure.generation import sampler, stream_tokens
 from longreach.measure.subject import LanguageModel, Subject
 from longreach.measure.transformers import HuggingFaceModel
 from longreach.models.config import Architecture
 from longreach.models.decoder import Decoder
 from longreach.models.files import load_model
-from longreach.models.generate import sampler
 from longreach.ops.attention import choose_impl
 from longreach.ops.crossovers import processor_of
 from longreach.positions import build_method, parse_method
