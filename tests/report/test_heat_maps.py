@@ -10,7 +10,6 @@ from matplotlib.text import Text
 from longreach.report.drawing import DARK, LIGHT, to_svg
 from longreach.report.heat_maps import contrast, shade, text_on
 from longreach.report.subjects.retrieval import retrieval_figure
-from longreach.report.subjects.strides import stride_figure
 
 
 @given(st.floats(0, 1), st.sampled_from([LIGHT, DARK]))
@@ -27,26 +26,24 @@ def test_contrast_of_known_pairs():
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
-def test_words_neither_touch_nor_leave_the_figure(empty, found, strided, count):
+def test_words_neither_touch_nor_leave_the_figure(empty, found, count):
     names = [f"an-organisation/with-a-long-model-name-{i}" for i in range(count)]
     results = empty.add(*(found(name, n, 0.5, 10, 10) for name in names for n in (128, 65536)))
-    results = results.add(*(strided(name, n, 9e5) for name in names for n in (128, 65536)))
-    for figure in (retrieval_figure("lines", results), stride_figure(results)):
-        ElementTree.fromstring(to_svg(figure))
-        canvas = FigureCanvasAgg(figure)
-        canvas.draw()
-        assert len(figure.axes) == count
-        assert figure.get_figwidth() < 12
-        words = [text for text in figure.findobj(Text) if text.get_text() and text.get_visible()]
-        boxes = [text.get_window_extent(canvas.renderer) for text in words]
-        for index, box in enumerate(boxes):
-            assert min(box.x0, box.y0) >= 0, words[index]
-            assert box.x1 <= figure.bbox.x1, words[index]
-            assert box.y1 <= figure.bbox.y1, words[index]
-            for other, earlier in zip(boxes[:index], words, strict=False):
-                assert not box.overlaps(other), (words[index], earlier)
+    figure = retrieval_figure("lines", results)
+    ElementTree.fromstring(to_svg(figure))
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    assert len(figure.axes) == count
+    assert figure.get_figwidth() < 12
+    words = [text for text in figure.findobj(Text) if text.get_text() and text.get_visible()]
+    boxes = [text.get_window_extent(canvas.renderer) for text in words]
+    for index, box in enumerate(boxes):
+        assert min(box.x0, box.y0) >= 0, words[index]
+        assert box.x1 <= figure.bbox.x1, words[index]
+        assert box.y1 <= figure.bbox.y1, words[index]
+        for other, earlier in zip(boxes[:index], words, strict=False):
+            assert not box.overlaps(other), (words[index], earlier)
 
 
 def test_no_records_draw_nothing(empty):
     assert retrieval_figure("lines", empty).axes == []
-    assert stride_figure(empty).axes == []

@@ -1,8 +1,7 @@
-"""Heat maps in small multiples, drawn alike for every figure that has them."""
+"""Heat maps of accuracy by prompt length and depth, in small multiples: one for each model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,54 +21,35 @@ _BAR = (1.5, 0.12)  # inches
 _HEADER = 0.4  # inches, for the colour bar
 _STEPS = 48  # of the colour bar
 _LONGEST_TITLE = 24  # characters
+_ROWS = "Depth"
+_BELOW, _ABOVE = "0%", "100%  accuracy"  # at the ends of the colour bar
 
 
 @dataclass(frozen=True)
 class HeatMap:
     """One panel."""
 
-    title: str
-    """What stands above it."""
+    method: str
+    """Of the model."""
+    train_length: int
+    """Likewise."""
     rows: tuple[str, ...]
-    """From top to bottom."""
+    """Depths, from top to bottom."""
     columns: tuple[str, ...]
-    """From left to right."""
+    """Prompt lengths, from left to right."""
     cells: dict[tuple[str, str], tuple[float, str]]
-    """(row, column) -> value and text. What is not there was not measured."""
+    """(row, column) -> accuracy, from 0 to 1, and text. What is not there was not measured."""
 
 
-@dataclass(frozen=True)
-class Scale:
-    """What the axes and the colours of a figure stand for."""
-
-    xlabel: str
-    """Under each panel."""
-    ylabel: str
-    """Beside each panel."""
-    colour: str
-    """What the shade shows."""
-    low: str
-    """The value at shade 0."""
-    high: str
-    """The value at shade 1."""
-    place: Callable[[float], float] = float
-    """Value -> shade from 0 to 1."""
-
-
-def model_title(method: str, train_length: int) -> str:
-    """The title of a panel of one model."""
-    return f"{short(method, _LONGEST_TITLE)}\ntrained at {train_length:,}"
-
-
-def draw_heat_maps(maps: list[HeatMap], scale: Scale, theme: Theme) -> Figure:
+def draw_heat_maps(maps: list[HeatMap], theme: Theme) -> Figure:
     """The panels, cells of one size, row by row under the colour bar."""
     columns = max((len(panel.columns) for panel in maps), default=1)
     rows = max((len(panel.rows) for panel in maps), default=1)
     labels = max((len(label) for panel in maps for label in panel.rows), default=0)
-    size = (columns * _CELL[0], max(rows * _CELL[1], text_width(len(scale.ylabel))))
+    size = (columns * _CELL[0], max(rows * _CELL[1], text_width(len(_ROWS))))
     left = 0.45 + text_width(labels)
     # Narrow panels get room to the right for their titles, and for the words above that one or two must hold.
-    words = text_width(len(scale.low + scale.high + scale.colour) + 6) + _BAR[0]
+    words = text_width(len(_BELOW + _ABOVE) + 4) + _BAR[0]
     above = (left + words) / max(1, min(len(maps), 2)) - left
     right = max(0.25, text_width(_LONGEST_TITLE) - size[0], above - size[0])
     margins = Margins(left, right, bottom=0.62, top=0.5)
@@ -77,8 +57,8 @@ def draw_heat_maps(maps: list[HeatMap], scale: Scale, theme: Theme) -> Figure:
     with settings():
         figure, places = axes_grid(len(maps), per_row, size, margins, theme, header=_HEADER)
         for axes, panel in zip(places, maps, strict=True):
-            _draw_map(axes, panel, size, scale, theme)
-        _draw_colour_bar(figure, margins.left, scale, theme)
+            _draw_map(axes, panel, size, theme)
+        _draw_colour_bar(figure, margins.left, theme)
     return figure
 
 
@@ -108,34 +88,35 @@ def contrast(one: str | tuple[float, float, float], other: str | tuple[float, fl
     return (light + 0.05) / (dark + 0.05)
 
 
-def _draw_map(axes: Axes, panel: HeatMap, size: tuple[float, float], scale: Scale, theme: Theme) -> None:
+def _draw_map(axes: Axes, panel: HeatMap, size: tuple[float, float], theme: Theme) -> None:
     from matplotlib.colors import to_rgb
     from matplotlib.patches import Rectangle
 
     axes.set(xlim=(0, size[0] / _CELL[0]), ylim=(size[1] / _CELL[1], 0))
     axes.spines[:].set_visible(False)
-    axes.set_title(panel.title, loc="left", color=theme.ink, fontsize=FONT_SIZE, pad=5, linespacing=1.3)
+    title = f"{short(panel.method, _LONGEST_TITLE)}\ntrained at {panel.train_length:,}"
+    axes.set_title(title, loc="left", color=theme.ink, fontsize=FONT_SIZE, pad=5, linespacing=1.3)
     axes.set_xticks([j + 0.5 for j in range(len(panel.columns))], panel.columns)
     axes.set_yticks([i + 0.5 for i in range(len(panel.rows))], panel.rows)
     axes.tick_params(length=0)
-    axes.set_xlabel(scale.xlabel, color=theme.ink, loc="left")
-    axes.set_ylabel(scale.ylabel, color=theme.ink)
+    axes.set_xlabel("Prompt length in tokens", color=theme.ink, loc="left")
+    axes.set_ylabel(_ROWS, color=theme.ink)
     for i, row in enumerate(panel.rows):
         for j, column in enumerate(panel.columns):
             value, text = panel.cells.get((row, column), (None, MISSING))
-            fill = to_rgb(theme.paper) if value is None else shade(scale.place(value), theme)
+            fill = to_rgb(theme.paper) if value is None else shade(value, theme)
             axes.add_patch(Rectangle((j, i), 1, 1, facecolor=fill, edgecolor=theme.paper, linewidth=1.5))
             colour = theme.muted if value is None else text_on(fill, theme)
             axes.text(j + 0.5, i + 0.5, text, color=colour, ha="center", va="center", fontsize=FONT_SIZE - 0.5)
 
 
-def _draw_colour_bar(figure: Figure, x: float, scale: Scale, theme: Theme) -> None:
+def _draw_colour_bar(figure: Figure, x: float, theme: Theme) -> None:
     """Write what the shades mean at the figure's top, from `x` inches on."""
     from matplotlib.patches import Rectangle
 
     width, height = figure.get_size_inches()
     bottom = height - 0.3
-    start = x + text_width(len(scale.low) + 1)
+    start = x + text_width(len(_BELOW) + 1)
     for step in range(_STEPS):
         # Each step reaches under the next one, or hairlines would show between them.
         reach = _BAR[0] * min(2, _STEPS - step) / _STEPS
@@ -150,6 +131,5 @@ def _draw_colour_bar(figure: Figure, x: float, scale: Scale, theme: Theme) -> No
             )
         )
     middle = (bottom + _BAR[1] / 2) / height
-    figure.text(x / width, middle, scale.low, color=theme.muted, va="center")
-    words = f"{scale.high}  {scale.colour}"
-    figure.text((start + _BAR[0] + 0.07) / width, middle, words, color=theme.muted, va="center")
+    figure.text(x / width, middle, _BELOW, color=theme.muted, va="center")
+    figure.text((start + _BAR[0] + 0.07) / width, middle, _ABOVE, color=theme.muted, va="center")

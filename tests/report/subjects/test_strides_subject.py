@@ -1,16 +1,7 @@
-import math
-
 import pytest
 from sample_records import at_seed
 
-from longreach.report.drawing import LIGHT
-from longreach.report.heat_maps import shade
-from longreach.report.subjects.strides import cells_of, stride_figure, stride_grid, strides
-
-
-def cells(axes):
-    """(column, row) -> text of every cell."""
-    return {tuple(math.floor(x) for x in text.get_position()): text.get_text() for text in axes.texts}
+from longreach.report.subjects.strides import cells_of, stride_grid, strides
 
 
 def test_strides_are_of_methods_that_slide(empty, record, strided):
@@ -62,24 +53,6 @@ def test_strides_with_nonoverlapping_windows_last(empty, record, strided):
     grid = stride_grid(empty.add(record("alibi", 128, 19.73), record("t5", 128, 19.0), *entries), 128)
     assert grid.columns == (("method",), ("validation", "length"), ("stride", "1"), ("stride", "64"), ("no overlap",))
     assert grid.rows == (("alibi", "128", "17.98", "-", "19.73"), ("alibi", "256", "18.30", "18.20", "-"))
-
-
-def test_strides_are_shaded_by_the_logarithm(empty, record, strided):
-    results = empty.add(
-        record("alibi", 128, 10.0),
-        strided("alibi", 256, 160.0, stride=64),
-        strided("alibi", 256, 40.0, stride=1),
-        strided("alibi", 512, math.inf, stride=1),
-    )
-    (axes,) = stride_figure(results).axes
-    assert cells(axes)[2, 0] == "10.00"
-    assert cells(axes)[0, 2] == "∞"
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "64", "none"]
-    colours = {text: patch.get_facecolor()[:3] for text, patch in zip(axes.texts, axes.patches, strict=True)}
-    shades = {text.get_text(): colour for text, colour in colours.items()}
-    assert shades["10.00"] == shade(0.0, LIGHT)
-    assert shades["40.00"] == pytest.approx(shade(0.5, LIGHT))
-    assert shades["160.00"] == shades["∞"] == shade(1.0, LIGHT)
 
 
 def test_over_seeds_the_disclaimer_is_of_the_mean(empty, record, strided):

@@ -12,7 +12,7 @@ from urllib.parse import quote
 from longreach.report.drawing import LIGHT, Theme
 from longreach.report.entries import by_method
 from longreach.report.grid import MISSING, Grid, format_interval, format_multiple, format_percent, format_range
-from longreach.report.heat_maps import HeatMap, Scale, draw_heat_maps, model_title
+from longreach.report.heat_maps import HeatMap, draw_heat_maps
 from longreach.report.means import are_repeated, counted
 from longreach.report.section import NAMED, Finding, Picture, Section, at_each, listed
 from longreach.results import Results, RetrievalRecord
@@ -167,8 +167,8 @@ def retrieval_figure(task: str, results: Results, theme: Theme = LIGHT) -> Figur
         for method, chosen in methods.items():
             found = _summed(chosen, lambda entry: (format_percent(entry.depth), f"{entry.valid_length:,}"))
             cells = {place: (score.accuracy, f"{score.correct}/{score.cases}") for place, score in found.items()}
-            maps.append(HeatMap(model_title(method, train_length), rows, columns, cells))
-    return draw_heat_maps(maps, Scale("Prompt length in tokens", "Depth", "accuracy", "0%", "100%"), theme)
+            maps.append(HeatMap(method, train_length, rows, columns, cells))
+    return draw_heat_maps(maps, theme)
 
 
 def accuracy_grid(task: str, results: Results, train_length: int) -> Grid | None:

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from functools import partial
-from typing import TYPE_CHECKING
 
-from longreach.report.drawing import LIGHT, Theme
 from longreach.report.entries import LEVEL, by_method, loss_ratio
 from longreach.report.grid import MISSING, Grid, format_perplexity, format_ratio
-from longreach.report.heat_maps import HeatMap, Scale, draw_heat_maps, model_title
 from longreach.report.means import on_chance
-from longreach.report.section import Finding, Picture, Section, at_each, clauses, first
+from longreach.report.section import Finding, Section, at_each, clauses, first
 from longreach.results import Record, Results
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 Cells = dict[tuple[int, int | None], Record]
 """(validation length, stride) -> perplexity; the stride of nonoverlapping windows is None."""
@@ -29,11 +21,6 @@ def sections(results: Results) -> Iterator[Section]:
         yield Section(
             title="Sliding windows",
             findings=at_each(strides, results),
-            picture=Picture(
-                "strides",
-                partial(stride_figure, results),
-                "Perplexity by validation length and stride, one map per model. The tables below have the numbers.",
-            ),
             reading=(
                 "The smaller the stride, the fewer tokens are scored with little context, and the dearer is scoring."
             ),
@@ -121,28 +108,3 @@ def stride_grid(results: Results, train_length: int) -> Grid | None:
         columns=(*columns, ("no overlap",)),
         rows=tuple(rows),
     )
-
-
-def stride_figure(results: Results, theme: Theme = LIGHT) -> Figure:
-    """Perplexity by validation length and stride, one panel for each model, shaded by its logarithm."""
-    maps = []
-    for train_length in results.train_lengths():
-        methods = cells_of(results, train_length)
-        columns = (*(f"{stride:,}" for stride in _strides(methods)), "none")
-        for method, cells in methods.items():
-            rows = tuple(f"{length:,}" for length in sorted({length for length, _ in cells}))
-            shown = {
-                (f"{length:,}", "none" if stride is None else f"{stride:,}"): entry.perplexity
-                for (length, stride), entry in cells.items()
-            }
-            texts = {place: (value, format_perplexity(value)) for place, value in shown.items()}
-            maps.append(HeatMap(model_title(method, train_length), rows, columns, texts))
-    values = [value for panel in maps for value, _ in panel.cells.values() if value < math.inf] or [1.0]
-    low, high = min(values), max(values)
-
-    def place(value: float) -> float:
-        return 0.0 if value <= low else min(1.0, math.log(value / low) / (math.log(high / low) or 1.0))
-
-    ends = format_perplexity(low), format_perplexity(high)
-    scale = Scale("Stride (none: no overlap)", "Validation length", "perplexity, logarithmic", *ends, place)
-    return draw_heat_maps(maps, scale, theme)
