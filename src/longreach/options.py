@@ -11,6 +11,7 @@ import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, is_dataclass
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from types import NoneType
@@ -183,6 +184,7 @@ def _explained(leaf: Leaf) -> str:
     return text.replace("%", "%%")
 
 
+@cache
 def documentation(kind: type[Any]) -> dict[str, str]:
     """Name of a field -> its docstring, from the source: Python keeps none of them, and under -OO no others either."""
     texts: dict[str, str] = {}
