@@ -149,12 +149,13 @@ def test_the_command_line_answers_without_torch(word):
 
 
 def test_using_attention_and_models_loads_nothing_optional():
-    statement = "import longreach; longreach.attention; import longreach.models.generate, longreach.models.files"
-    assert not HEAVY & loaded_after(statement)
+    used = "longreach.models.files, longreach.measure.transformers, longreach.ops.triton.operators"
+    assert not HEAVY & loaded_after(f"import longreach; longreach.attention; import {used}, longreach.ops.triton.plans")
 
 
-def test_reading_results_and_writing_reports_load_no_torch():
-    assert "torch" not in loaded_after("import longreach.results, longreach.report.page")
+def test_preparing_text_and_writing_reports_load_no_torch():
+    loaded = loaded_after("import longreach.data.prepare, longreach.results, longreach.report.page")
+    assert not {"torch", *HEAVY} & loaded
 
 
 def test_type_checkers_see_what_is_public():

@@ -1,7 +1,7 @@
 import dataclasses
+import importlib
 import json
 import math
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -247,7 +247,9 @@ def test_the_harness_runs_its_tasks_on_a_registered_model(task, registry):
         registry.get("longreach").create_from_arg_string("run=x", {"batch_size": "auto"})
 
 
-def test_without_the_harness_the_extra_is_named():
-    code = "import sys; sys.modules['lm_eval'] = None; import longreach.measure.lm_eval"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert run.stderr.splitlines()[-1].endswith("needs lm-evaluation-harness: pip install 'longreach[eval]'")
+def test_without_the_harness_the_extra_is_named(monkeypatch):
+    monkeypatch.delitem(sys.modules, "longreach.measure.lm_eval")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "lm_eval"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError, match=r"needs lm-evaluation-harness: pip install 'longreach\[eval\]'$"):
+        importlib.import_module("longreach.measure.lm_eval")

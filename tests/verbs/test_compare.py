@@ -1,12 +1,13 @@
 import json
 import os
 import signal
-import subprocess
 import sys
+import warnings
 from dataclasses import replace
 
 import pytest
 
+from longreach.cli import main
 from longreach.data.prepare import DataConfig
 from longreach.measure.plan import EvaluateConfig
 from longreach.models.config import Architecture
@@ -164,7 +165,7 @@ def test_damaged_results_are_named(config, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("methods", "message"), [((), "methods is empty"), (("alibi", "alibi"), "give each method once")]
+    ("methods", "message"), [((), "methods is empty"), (("alibi", "alibi"), "methods=alibi,alibi: give each once")]
 )
 def test_methods_that_make_no_comparison(methods, message):
     with pytest.raises(ValueError, match=message):
@@ -250,7 +251,7 @@ def test_several_shapes_stand_in_one_file(config, tmp_path):
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [
-        (("1x16", "2x24", "1x16"), "shapes=1x16,2x24,1x16: give each shape once"),
+        (("1x16", "2x24", "1x16"), "shapes=1x16,2x24,1x16: give each once"),
         (("2",), "shapes='2': give layers x width, as in 2x128"),
         (("0x16",), "shapes='0x16': give layers x width"),
         (("2x16x4",), "shapes='2x16x4': give layers x width"),
@@ -263,7 +264,7 @@ def test_shapes_that_make_no_comparison(config, shapes, message):
 
 
 def test_seeds_that_make_no_comparison(config):
-    with pytest.raises(ValueError, match=r"^seeds=1,2,1: give each seed once"):
+    with pytest.raises(ValueError, match=r"^seeds=1,2,1: give each once"):
         replace(config, seeds=(1, 2, 1))
     with pytest.raises(ValueError, match=r"^seeds=-1: give at least 0"):
         replace(config, seeds=(0, -1))
@@ -336,7 +337,7 @@ def test_too_little_text_to_train_on_is_refused_before_anything_is_written(confi
     [
         ((16, 24), "train_lengths=24: it does not divide the 64 tokens of a batch"),
         ((0,), "train_lengths=0"),
-        ((16, 16), "train_lengths=16,16: give each length once"),
+        ((16, 16), "train_lengths=16,16: give each once"),
     ],
 )
 def test_training_lengths_that_do_not_fit_are_refused(config, lengths, message):
@@ -363,26 +364,37 @@ def test_every_task_that_needs_no_file(config, tmp_path):
     assert (tmp_path / "out" / "report.html").exists()
 
 
-STOPPED_AT_A_WRITE = """
-import os, signal, sys, torch
-# Shells start what runs in the background with SIGINT ignored, which processes hand down.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-torch.set_num_threads(1)
-stop, left = int(sys.argv.pop(1)), int(sys.argv.pop(1))
-replace = os.replace
+def stopped_at_a_write(words, stop, write, errors):
+    """The exit status of the command line, which sends itself a signal when it is about to give the n-th file its name.
 
-def stopping(*paths):
-    global left
-    left -= 1
-    if left == 0:
-        os.kill(os.getpid(), stop)
-    return replace(*paths)
+    A process of its own, forked, so that nothing is loaded again. What it says as an error goes to a file.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns where pytest-xdist has threads
+        process = os.fork()
+    if process:
+        return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    status, replace_file, left = 99, os.replace, write
 
-os.replace = stopping
-from longreach.cli import main
-main()
-"""
-"""The command line, which sends itself a signal when it is about to give a file of a given number its name."""
+    def stopping(*paths):
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), stop)
+        return replace_file(*paths)
+
+    try:
+        # Shells start what runs in the background with SIGINT ignored, which processes hand down.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.replace = stopping
+        sys.stdout = sys.stderr = errors.open("w")
+        main(words)
+        status = 0
+    except SystemExit as end:
+        status = end.code or 0
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def test_killed_at_any_write_it_goes_on_to_the_same_numbers(config, tmp_path):
@@ -400,11 +412,10 @@ def test_killed_at_any_write_it_goes_on_to_the_same_numbers(config, tmp_path):
         (signal.SIGINT, 17, 130),
         (signal.SIGKILL, 0, 0),  # never
     ):
-        command = [sys.executable, "-c", STOPPED_AT_A_WRITE, str(int(stop)), str(write), *words]
-        ended = subprocess.run(command, capture_output=True, text=True)
-        assert ended.returncode == status, ended.stderr
+        errors = tmp_path / "errors"
+        assert stopped_at_a_write(words, stop, write, errors) == status, errors.read_text()
         if status == 130:
-            assert ended.stderr.endswith("interrupted; run the same command again to go on\n")
+            assert errors.read_text().endswith("interrupted; run the same command again to go on\n")
     assert timeless(Results.read(tmp_path / "parts" / "results.json"))[1:3] == timeless(whole)[1:3]
     assert [t.final_loss for t in Results.read(tmp_path / "parts" / "results.json").training] == [
         t.final_loss for t in whole.training

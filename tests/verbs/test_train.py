@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from longreach.cli import main
 from longreach.data.prepare import DataConfig
 from longreach.measure.plan import EvaluateConfig
 from longreach.models.config import Architecture
@@ -317,18 +318,19 @@ def command(verb, config, output):
     return [*words, "--methods" if verb == "compare" else "--method", "none"]
 
 
-def test_a_second_process_is_refused_at_once_and_leaves_the_first_alone(config, tmp_path):
+def test_a_second_process_is_refused_at_once_and_leaves_the_first_alone(config, tmp_path, capsys):
     output, run = tmp_path / "out", tmp_path / "out" / "none"
     with subprocess.Popen(command("compare", config, output), stderr=subprocess.PIPE, text=True) as first:
         try:
             while first.poll() is None and not (run / "metrics.jsonl").exists():
                 time.sleep(0.01)
             for verb, folder in (("compare", output), ("train", run)):
-                second = subprocess.run(command(verb, config, folder), capture_output=True, text=True)
+                with pytest.raises(SystemExit, match="2"):
+                    main(command(verb, config, folder)[3:])
                 holder = f"process {first.pid} on {socket.gethostname()}"
                 mend = "wait until that has ended, or give another folder"
-                assert second.stderr == f"longreach {verb}: --output={folder}: it is in use by {holder}, {mend}\n"
-                assert second.returncode == 2
+                said = capsys.readouterr().err.splitlines()[-1]
+                assert said == f"longreach {verb}: --output={folder}: it is in use by {holder}, {mend}"
         finally:
             first.send_signal(signal.SIGKILL)
     *whole, _ = (run / "metrics.jsonl").read_text().splitlines()
