@@ -23,16 +23,17 @@ test: .venv/dev
 types: .venv/dev
 	$(BIN)/mypy
 
+# Each of the two processes begins with half of the files, whose fixtures the other then need not make too.
 pytest: .venv/dev
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist worksteal
 
 # Nothing is left out where what it depends on changed: pytest then says 5, for no tests.
 test-all: test
-	$(BIN)/pytest -n 2 --left-out || [ $$? -eq 5 ]
+	$(BIN)/pytest -n 2 --dist worksteal --left-out || [ $$? -eq 5 ]
 
 test-oldest: .venv/oldest
 	PYTHONPATH="$(OLDEST)" $(BIN)/python -c "import transformers as t; print('transformers', t.__version__)"
-	PYTHONPATH="$(OLDEST)" $(BIN)/pytest -n 2 -m transformers
+	PYTHONPATH="$(OLDEST)" $(BIN)/pytest -n 2 --dist worksteal -m transformers
 
 docs: .venv/dev
 	$(BIN)/python docs/site.py build

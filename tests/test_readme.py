@@ -48,7 +48,7 @@ def _as_a_user(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     # Of Python's library a few files, as text that is much like the whole.
-    monkeypatch.setattr("longreach.data.corpora.walk", lambda *folders: walk(*folders)[::40])
+    monkeypatch.setattr("longreach.data.corpora.walk", lambda *folders: walk(*folders)[::10])
     Path("books").mkdir()
     for number in range(12):
         lines = (f"On page {page} of book {number}, {page * number} words are told.\n" for page in range(400))
