@@ -31,9 +31,15 @@ these changed."""
 def uses_transformers(item: pytest.Item) -> bool:
     """Whether a test depends on the version of transformers: it names the library, itself or by what it uses."""
     fixtures = item._fixtureinfo.name2fixturedefs
-    used = [fixtures[name][-1].func for name in item.fixturenames if name in fixtures]
+    used = (fixtures[name][-1].func for name in item.fixturenames if name in fixtures)
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
-    return leads_to_transformers([item.function, used, parameters], set())
+    return any_leads_to_transformers(item.function, *used) or leads_to_transformers(parameters, set())
+
+
+@cache
+def any_leads_to_transformers(*functions: FunctionType) -> bool:
+    """As `leads_to_transformers`, found once for all parameters that a test is run with."""
+    return leads_to_transformers(functions, set())
 
 
 def leads_to_transformers(thing: Any, seen: set[FunctionType]) -> bool:

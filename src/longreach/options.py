@@ -143,7 +143,8 @@ def _parser(
         for name, leaf in leaves(kind, started if kind is kinds[-1] else None).items():
             section = leaf.path[0]
             if len(leaf.path) > 1 and section not in groups:
-                groups[section] = parser.add_argument_group(documentation(kind)[section].rstrip("."))
+                about_section = documentation(kind)[section]  # type: ignore[arg-type]
+                groups[section] = parser.add_argument_group(about_section.rstrip("."))
             _add(groups.get(section, parser), name, leaf, positional, seconds.get(name, []))
     return parser
 
