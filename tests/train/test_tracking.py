@@ -117,7 +117,7 @@ def test_what_is_not_installed_is_named_with_its_extra(monkeypatch, name):
         (["--track", "mlflow"], "--track='mlflow': give 'tensorboard', 'trackio' or 'wandb'"),
         (["--track", "wandb,wandb"], "--track=wandb,wandb: give each once"),
         (["--sample-every", "0"], "--sample-every=0: give a positive integer"),
-        (["--peak-flops", "0"], "--peak-flops=0.0: give a positive number"),
+        (["--peak-flops", "0"], "--peak-flops=0.0: give a number from 1 to 1e30"),
         (["--on-full-disk", "wait"], "--on-full-disk='wait': give 'stop' or 'continue'"),
     ],
 )
