@@ -1,5 +1,4 @@
 import os
-import random
 import re
 import signal
 from dataclasses import dataclass, field
@@ -10,7 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from adversarial import CASES, assert_within_the_rule, magnitudes, probabilities, random_grads, run
-from together import fork, statuses, together
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from together import Company, fork, statuses, together
 
 from longreach.ops.alibi import alibi_slopes
 from longreach.ops.attention import attention
@@ -18,7 +19,7 @@ from longreach.ops.reference import reference_attention
 from longreach.ops.visibility import Visibility
 from longreach.parallel import context_parallel_attention, count_traffic
 from longreach.parallel.line import Line
-from longreach.parallel.needed import Looking, first_keys
+from longreach.parallel.needed import Common, Looking, first_keys, opening
 
 EXACT = 2.0**-40
 """Of float64: 13 bits of roundings of 2^-53, in sums of a thousand products."""
@@ -43,7 +44,6 @@ class Split:
     slopes: Any = None
     """None for the paper's."""
     options: dict[str, Any] = field(default_factory=dict)
-    change: Any = lambda q, k, v: None
     seed: int = 0
 
     def inputs(self, dtype=torch.float64):
@@ -54,7 +54,6 @@ class Split:
             torch.randn(self.batch, h, sum(self.lengths), self.head_dim, generator=generator, dtype=torch.float64)
             for h in heads
         ]
-        self.change(*tensors[:3])
         slopes = alibi_slopes(self.heads).double() if self.slopes is None else self.slopes
         return [x.to(dtype) for x in tensors], slopes
 
@@ -78,7 +77,8 @@ def by_one(split, tensors, slopes):
     visibility = Visibility(length, length, **masks)
     out, lse = reference_attention(*qkv, visibility, slopes=given, scale=split.options.get("scale"))
     finite = lse.masked_fill(lse.isneginf(), 0.0)
-    gradients = torch.autograd.grad((out * grad).sum() + finite.sum(), [*qkv, *leaves])
+    loss = (out * grad).sum() + finite.sum()
+    gradients = torch.autograd.grad(loss, [*qkv, *leaves], allow_unused=True, materialize_grads=True)
     return out.detach(), lse.detach(), gradients
 
 
@@ -100,10 +100,13 @@ def by_many(split, tensors, slopes, rank, group):
     return out.detach(), lse.detach(), gradients
 
 
-def check(split, tensors, slopes, by_one, rank, group):
-    """Output, LSE and gradients in float64 are those of one process."""
-    expected_out, expected_lse, expected = by_one
-    out, lse, gradients = by_many(split, tensors, slopes, rank, group)
+def check(rank, split):
+    """Output, LSE and gradients in float64, by as many of the processes as there are pieces, are those of one."""
+    if rank >= len(split.lengths):
+        return
+    tensors, slopes = split.inputs()
+    expected_out, expected_lse, expected = by_one(split, tensors, slopes)
+    out, lse, gradients = by_many(split, tensors, slopes, rank, GROUPS[len(split.lengths)])
     piece = split.pieces()[rank]
 
     def close(actual, wanted, what):
@@ -116,34 +119,26 @@ def check(split, tensors, slopes, by_one, rank, group):
         close(actual, wanted[:, :, piece] if what in ("dq", "dk", "dv") else wanted, what)
 
 
-def random_split(number, size):
-    """A split with options that are drawn, of one of some hundred tokens."""
-    draw = random.Random(f"{size} {number}")
-    length = draw.choice([size, 30, 150, 250])
-    cuts = sorted(draw.randint(0, length) for _ in range(size - 1))
-    lengths = tuple(b - a for a, b in pairwise([0, *cuts, length]))
-    heads, kv_heads = draw.choice([(4, 4), (4, 2), (2, 1)])
-    batch = draw.choice([1, 2])
-    options = {"causal": draw.random() < 0.6, "window_size": draw.choice([None, None, 1, 2, 40])}
-    if draw.random() < 0.4:
-        borders = sorted({0, length, *(draw.randint(0, length) for _ in range(draw.choice([1, 3, 9])))})
-        options["cu_seqlens"] = torch.tensor(borders)
-    if draw.random() < 0.4:
-        generator = torch.Generator().manual_seed(number)
-        options["key_padding_mask"] = torch.rand(batch, length, generator=generator) < draw.choice([0.1, 0.9])
-    steepness = draw.choice([0.0, 0.5, 3.0])
-    shape = draw.choice([(heads,), (batch, heads)])
-    slopes = [torch.tensor(steepness) * torch.rand(shape, generator=torch.Generator().manual_seed(n)) for n in (1, 2)]
-    slopes = [x.double() for x in slopes]
-    return Split(
-        lengths,
-        heads,
-        kv_heads,
-        batch,
-        slopes=tuple(slopes) if draw.random() < 0.3 else slopes[0],
-        options=options,
-        seed=number,
-    )
+@st.composite
+def splits(draw):
+    """Sequences of some hundred tokens at most, cut anywhere, with any options."""
+    length = draw(st.integers(1, 250))
+    places = st.integers(0, length)
+    borders = [0, *sorted(draw(st.lists(places, min_size=1, max_size=3))), length]
+    heads, kv_heads = draw(st.sampled_from([(4, 4), (4, 2), (2, 1)]))
+    batch, seed = draw(st.integers(1, 2)), draw(st.integers(0, 2**32))
+    options = {"causal": draw(st.booleans()), "window_size": draw(st.none() | st.sampled_from([1, 2, 40]))}
+    if draw(st.booleans()):
+        options["cu_seqlens"] = torch.tensor(sorted({0, length, *draw(st.lists(places, max_size=9))}))
+    generator = torch.Generator().manual_seed(seed)
+    if draw(st.booleans()):
+        share = draw(st.sampled_from([0.1, 0.9]))
+        options["key_padding_mask"] = torch.rand(batch, length, generator=generator) < share
+    steepness, shape = draw(st.sampled_from([0.0, 0.5, 3.0])), draw(st.sampled_from([(heads,), (batch, heads)]))
+    left, right = (steepness * torch.rand(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    slopes = (left, right) if draw(st.booleans()) else left
+    lengths = tuple(past - first for first, past in pairwise(borders))
+    return Split(lengths, heads, kv_heads, batch, slopes=slopes, options=options, seed=seed)
 
 
 @dataclass(frozen=True)
@@ -174,8 +169,9 @@ def outputs(function, tensors, options, grads):
     return [out, *gradients]
 
 
-def check_rule(case, rank, size):
-    """The rule for implementations."""
+def check_rule(rank, name, dtype, size=4):
+    """The rule for implementations, in a hard case."""
+    case = hard(name, dtype)
     length = case.tensors[0].shape[2]
     cuts = [0, *(length * number // size + number for number in range(1, size)), length]
     piece = slice(*cuts[rank : rank + 2])
@@ -196,22 +192,34 @@ def check_rule(case, rank, size):
 HARD = [name for name, case in CASES.items() if 1 < case.queries == case.keys <= 300]
 
 
-def test_results_are_those_of_one_process(tmp_path):
-    """By two, three and four of four processes: random splits in float64, and hard cases in other types by the rule."""
-    splits = {size: [random_split(number, size) for number in range(10)] for size in (2, 3, 4)}
-    inputs = {split: (*split.inputs(), by_one(split, *split.inputs())) for row in splits.values() for split in row}
-    dtypes = cycle((torch.float32, torch.bfloat16, torch.float16))
-    cases = {name: hard(name, dtype) for name, dtype in zip(HARD, dtypes, strict=False)}
+GROUPS = {}
+"""Number of processes -> the group of the first so many of four, in each of them."""
 
-    def work(rank):
-        groups = {size: dist.new_group(range(size)) for size in (2, 3)} | {4: None}
-        for size, group in groups.items():
-            for split in splits[size] if rank < size else ():
-                check(split, *inputs[split], rank, group)
-        for case in cases.values():
-            check_rule(case, rank, 4)
 
-    together(work, tmp_path, 4)
+def meet(rank):
+    GROUPS.update({size: dist.new_group(range(size)) for size in (2, 3)} | {4: None})
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    """Four processes."""
+    company = Company(tmp_path_factory.mktemp("four"), 4)
+    company(meet)
+    yield company
+    company.part()
+
+
+@settings(max_examples=60)
+@given(split=splits())
+def test_results_are_those_of_one_process(four, split):
+    four(check, split)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), list(zip(HARD, cycle((torch.float32, torch.bfloat16, torch.float16)), strict=False))
+)
+def test_hard_cases_keep_the_rule(four, name, dtype):
+    four(check_rule, name, dtype)
 
 
 def test_before_the_first_key_lies_at_most_the_tolerance(tmp_path):
@@ -225,9 +233,10 @@ def test_before_the_first_key_lies_at_most_the_tolerance(tmp_path):
             line = Line(None, (length // 2, length // 4, length - length // 2 - length // 4), rank)
             piece = slice(line.start, line.stop)
             q, k = (x[:, :, piece] for x in tensors[:2])
+            common = Common.of(line.gather(opening(q, k, None, 0.25)), q, k)
             for tolerance in (0.0, 2.0**-24, 1e-2):
                 looking = Looking(line, piece.stop - piece.start, 0, True, None, None)
-                firsts = first_keys(q, k, options["slopes"], looking, scale=0.25, tolerance=tolerance)
+                firsts = first_keys(q, k, options["slopes"], looking, common, scale=0.25, tolerance=tolerance)
                 group = q.shape[1] // k.shape[1]
                 for head, first in enumerate(firsts[rank]):
                     heads = slice(head * group, (head + 1) * group)
@@ -311,7 +320,10 @@ def call(q, k, slopes, cu_seqlens, dtype, device="cpu", k_device=None, learns=Fa
 
 def test_a_mistake_of_one_rank_is_one_error_on_all(tmp_path):
     def work(rank):
-        for name, (mistake, message) in MISTAKES.items():
+        for name, (mistake, message) in [*MISTAKES.items(), (None, (None, None)), *MISTAKES.items()]:
+            if name is None:  # from here on there is something that the ranks have agreed on before
+                assert call(**FINE).shape == (1, 2, 8, 4)
+                continue
             with pytest.raises(ValueError, match=f"^{re.escape(message)}") as found:
                 call(**FINE | mistake if rank == 1 else FINE)
             assert "\n" not in str(found.value), name
@@ -322,6 +334,45 @@ def test_a_mistake_of_one_rank_is_one_error_on_all(tmp_path):
             with pytest.raises(ValueError, match=r"^group of other ranks than this, 2: give one that it is in$"):
                 call(**FINE, group=others)
         assert call(**FINE).shape == (1, 2, 8, 4)  # and they go on together
+
+    together(work, tmp_path, 3)
+
+
+def test_groups_that_differ_are_one_error_on_all(tmp_path):
+    def work(rank):
+        two, same = dist.new_group([0, 1]), dist.new_group([0, 1])
+        for groups, other in (((None, two, None), r"\[0, 1, 2\]"), ((same, two), r"\[0, 1\]")):
+            if rank < len(groups):
+                message = rf"^group of the ranks \[0, 1\] on rank 1 and of {other} on rank 0: give one$"
+                with pytest.raises(ValueError, match=message):
+                    call(**FINE, group=groups[rank])
+            dist.barrier()
+
+    together(work, tmp_path, 3)
+
+
+def test_what_was_agreed_on_before_takes_no_exchange_of_its_own(tmp_path):
+    def work(rank):
+        gathers = []
+        all_gather = dist.all_gather
+
+        def counted(found, mine, group):
+            gathers.append(mine.numel())
+            all_gather(found, mine, group=group)
+
+        dist.all_gather = counted
+        longer = {"q": (1, 2, 9, 4), "k": (1, 2, 9, 4), "cu_seqlens": (0, 25)}
+        for options, number in (
+            (FINE, 4),  # three numbers, and three messages of what the bound needs
+            (FINE, 3),
+            (FINE | {"cu_seqlens": (0, 12, 24)}, 5),  # news to all, which were told in the place of the first of three
+            (FINE | {"cu_seqlens": (0, 12, 24)}, 3),
+            (FINE | longer | ({} if rank == 1 else {"q": FINE["q"], "k": FINE["k"]}), 5),
+            (FINE, 5),
+        ):
+            assert call(**options).shape == options["q"]
+            assert len(gathers) == number, options
+            gathers.clear()
 
     together(work, tmp_path, 3)
 
@@ -350,7 +401,9 @@ def test_a_rank_that_dies_in_mid_exchange_ends_the_others(tmp_path, what):
         assert last.startswith(f"RuntimeError: context parallelism could not {what}: another rank ended, or is later")
 
 
-def test_a_rank_that_does_not_come_ends_the_others_in_time(tmp_path):
+def test_a_rank_that_does_not_come_ends_the_others_in_time(tmp_path, monkeypatch):
+    monkeypatch.setattr("longreach.parallel.meeting.LOOK", 0.1)
+
     def work(rank):
         if rank == 1:
             signal.pause()

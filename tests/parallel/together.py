@@ -1,10 +1,12 @@
 """Processes that work together: a function in each of several, forked, joined by gloo."""
 
 import os
+import pickle
 import time
 import traceback
 import warnings
 from datetime import timedelta
+from multiprocessing import Pipe
 
 import torch
 import torch.distributed as dist
@@ -60,3 +62,36 @@ def together(function, folder, size, **options):
     ended = statuses(fork(function, folder, size, **options))
     errors = {path.name: path.read_text() for path in sorted(folder.glob("error*"))}
     assert ended == [0] * size, "\n".join(f"{name}\n{text}" for name, text in errors.items())
+
+
+class Company:
+    """Processes of one group that do one work after another, as they are told."""
+
+    def __init__(self, folder, size):
+        self._ends, theirs = zip(*(Pipe() for _ in range(size)), strict=True)
+        self._processes = fork(lambda rank: _serve(theirs[rank], rank), folder, size)
+
+    def __call__(self, function, *arguments):
+        """Run `function(rank, *arguments)`, of a module, in each; AssertionError where it fails in one."""
+        order = pickle.dumps((function, arguments))
+        for end in self._ends:
+            end.send_bytes(order)
+        errors = [pickle.loads(end.recv_bytes()) for end in self._ends]
+        assert not any(errors), "\n".join(f"rank {rank}\n{error}" for rank, error in enumerate(errors) if error)
+
+    def part(self):
+        """End them."""
+        for end in self._ends:
+            end.send_bytes(b"")
+        assert statuses(self._processes) == [0] * len(self._processes)
+
+
+def _serve(end, rank):
+    while order := end.recv_bytes():
+        error = ""
+        try:
+            function, arguments = pickle.loads(order)
+            function(rank, *arguments)
+        except BaseException:
+            error = traceback.format_exc()
+        end.send_bytes(pickle.dumps(error))

@@ -25,7 +25,7 @@ from longreach.ops.reach import default_tolerance
 from longreach.parallel.agreement import agree
 from longreach.parallel.exchange import Route, exchange
 from longreach.parallel.line import Line
-from longreach.parallel.needed import Looking, first_keys
+from longreach.parallel.needed import Common, Looking, first_keys, opening
 
 Slopes = Tensor | tuple[Tensor, Tensor] | None
 _Outcome = tuple[Tensor, Tensor | None]
@@ -146,17 +146,23 @@ def context_parallel_attention(
             "requires_grad": str(learns),
         }
 
-    line = agree(group, lambda: q.shape[2], said)
+    def told() -> Tensor:
+        return opening(*autocast(q, k, v)[:2], key_padding_mask, factor())
+
+    def factor() -> float:
+        return q.shape[3] ** -0.5 if scale is None else scale
+
+    line, openings = agree(group, lambda: q.shape[2], said, told)
     borders: tuple[int, ...] = (0, line.borders[-1])
     if cu_seqlens is not None:
         validate_documents(cu_seqlens, q, line.borders[-1])
         borders = tuple(cu_seqlens.tolist())
     q, k, v = autocast(q, k, v)
-    piece = _Piece(q, k, v, line, borders, key_padding_mask)
+    piece = _Piece(q, k, v, line, borders, key_padding_mask, Common.of(openings, q, k))
     tolerance = default_tolerance(q.dtype) if tolerance is None else tolerance
     causal = causal or window_size == 1
     bounds = _Bounds(
-        scale=q.shape[3] ** -0.5 if scale is None else scale,
+        scale=factor(),
         window_size=window_size,
         beyond=tolerance / (2 if causal else 4),
         tolerance=tolerance / 2,
@@ -198,6 +204,8 @@ class _Piece:
     """Of documents, over the whole sequence."""
     padding: Tensor | None
     """(B, T) bool, True where a key is padding."""
+    common: Common
+    """Of all pieces."""
 
     @property
     def _document(self) -> tuple[int, int]:
@@ -219,7 +227,8 @@ class _Piece:
         """The same from the other end."""
         q, k, v = (x.flip(2) for x in (self.q, self.k, self.v))
         borders = tuple(self.borders[-1] - border for border in reversed(self.borders))
-        return _Piece(q, k, v, self.line.turn(), borders, None if self.padding is None else self.padding.flip(1))
+        padding = None if self.padding is None else self.padding.flip(1)
+        return _Piece(q, k, v, self.line.turn(), borders, padding, self.common)
 
     def within(self, first: int, past: int, slopes: Slopes, bounds: _Bounds, causal: bool, wanted: bool) -> _Outcome:
         """Attention of some rows, which make up whole documents, among themselves."""
@@ -271,7 +280,7 @@ def _look_back(
     """
     looking = piece.looking(causal, bounds.window_size)
     line, rows = piece.line, looking.rows
-    firsts = first_keys(piece.q, piece.k, slopes, looking, scale=bounds.scale, tolerance=bounds.beyond)
+    firsts = first_keys(piece.q, piece.k, slopes, looking, piece.common, scale=bounds.scale, tolerance=bounds.beyond)
     route = Route(line, firsts)
     padding = None if piece.padding is None else _whole(piece.padding, line)
     q, gathered = exchange(piece.q, piece.k, piece.v, route, rows)

@@ -5,6 +5,7 @@ share. Whoever holds the keys knows their radius; whoever holds the queries boun
 radii travel, one number for each head and block, and then the keys.
 """
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -50,12 +51,45 @@ class Looking:
     """(B, T) bool, True where a key of this piece is padding."""
 
 
+@dataclass(frozen=True)
+class Common:
+    """What must be the same for all keys of a sequence."""
+
+    centre: Tensor
+    """(B, Hkv, 1, D): the mean of some keys."""
+    largest: Tensor
+    """(B, H, 1): the largest scale |q|."""
+
+    @classmethod
+    def of(cls, openings: list[Tensor], q: Tensor, k: Tensor) -> "Common":
+        """By the `opening` of each rank, for q and k as one of them has them."""
+        shapes = (k.shape[0], k.shape[1], k.shape[3]), (k.shape[0], 1, 1), (*q.shape[:2], 1)
+        parts = torch.stack(openings).split([math.prod(shape) for shape in shapes], dim=1)
+        sums, counts, largest = (part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=True))
+        return cls((sums.sum(dim=0) / counts.sum(dim=0).clamp(min=1))[:, :, None], largest.amax(dim=0))
+
+
+@torch.no_grad()
+def opening(q: Tensor, k: Tensor, padding: Tensor | None, scale: float) -> Tensor:
+    """What `Common` is made of, in numbers (n,): the sum of some keys, how many they are, and the largest scale |q|."""
+    norm = row_norms(q) * scale
+    every = max(1, k.shape[2] // SAMPLE)
+    sample = k[:, :, ::every].to(norm.dtype)
+    count = norm.new_full((k.shape[0], 1), sample.shape[2])
+    if padding is not None:
+        hidden = padding[:, ::every]
+        sample = sample.masked_fill(hidden[:, None, :, None], 0.0)
+        count = (~hidden).sum(dim=1, keepdim=True).to(norm.dtype)
+    return torch.cat([x.flatten() for x in (sample.sum(dim=2), count, F.pad(norm, (0, 1)).amax(dim=-1))])
+
+
 @torch.no_grad()
 def first_keys(
     q: Tensor,
     k: Tensor,
     slopes: Tensor | tuple[Tensor, Tensor] | None,
     looking: Looking,
+    common: Common,
     *,
     scale: float,
     tolerance: float,
@@ -67,21 +101,21 @@ def first_keys(
         k: (B, Hkv, T, D).
         slopes: (H,) or (B, H), a pair (left, right) of them, or None.
         looking: what may be seen.
+        common: of all pieces.
         scale: factor of q . k.
         tolerance: probability mass per row that may be dropped, in [0, 1).
     """
     line, num_heads, padding = looking.line, q.shape[1], looking.padding
     left, right = lowered_slopes(q, slopes)
-    norm = row_norms(q) * scale  # [B, H, T]
+    norm = row_norms(q[:, :, : looking.rows]) * scale  # [B, H, rows]
     side = Side(left, 1, log_tolerance(tolerance, norm.dtype, line.borders[-1]))
-    centre, largest = _in_common(k, norm, padding, line)
-    lengths = row_norms(k, centre)  # [B, Hkv, T]
+    lengths = row_norms(k, common.centre)  # [B, Hkv, T]
     if padding is not None:
         lengths = lengths.masked_fill(padding[:, None], float("-inf"))
-    radius = _radii(per_query_head(lengths, num_heads), largest, side, line)
+    radius = _radii(per_query_head(lengths, num_heads), common.largest, side, line)
     mine = torch.full((k.shape[1],), line.start, device=k.device)
     if looking.rows and radius.shape[-1] and looking.lowest < line.start:
-        norm, lse = _first_rows(q, k, (left, right), centre, norm, lengths, looking, scale)
+        lse = _lse_bound(q, k, (left, right), common.centre, norm, lengths, looking, scale)
         chord = chord_of(
             norm,
             lse,
@@ -97,24 +131,6 @@ def first_keys(
         found = F.pad(first, (0, 1), value=line.start)[dropped].clamp(min=looking.lowest)
         mine = found.amin(dim=0).unflatten(0, (k.shape[1], -1)).amin(dim=-1)
     return [firsts.tolist() for firsts in line.gather(mine)]
-
-
-def _in_common(k: Tensor, norm: Tensor, padding: Tensor | None, line: Line) -> tuple[Tensor, Tensor]:
-    """A centre of all keys (B, Hkv, 1, D) and the largest scale |q| of each head (B, H, 1), alike on all ranks."""
-    every = max(1, k.shape[2] // SAMPLE)
-    sample = k[:, :, ::every].to(norm.dtype)
-    count = norm.new_full((k.shape[0], 1, 1), sample.shape[2])
-    if padding is not None:
-        hidden = padding[:, None, ::every, None]
-        sample = sample.masked_fill(hidden, 0.0)
-        count = (~hidden).sum(dim=2).to(norm.dtype)
-    parts = (sample.sum(dim=2), count, F.pad(norm, (0, 1)).amax(dim=-1, keepdim=True))
-    gathered = torch.stack(line.gather(torch.cat([part.flatten() for part in parts])))
-    sums, counts, largest = (
-        x.view(-1, *part.shape)
-        for x, part in zip(gathered.split([p.numel() for p in parts], dim=1), parts, strict=True)
-    )
-    return (sums.sum(dim=0) / counts.sum(dim=0).clamp(min=1))[:, :, None], largest.amax(dim=0)
 
 
 def _radii(lengths: Tensor, largest: Tensor, side: Side, line: Line) -> Tensor:
@@ -145,7 +161,7 @@ def _num_blocks(length: int) -> int:
     return -(-length // KEY_BLOCK)
 
 
-def _first_rows(
+def _lse_bound(
     q: Tensor,
     k: Tensor,
     slopes: tuple[Tensor, Tensor],
@@ -154,11 +170,10 @@ def _first_rows(
     lengths: Tensor,
     looking: Looking,
     scale: float,
-) -> tuple[Tensor, Tensor]:
-    """scale |q_i| and a lower bound of the LSE of the rows that look back, by the keys of their piece: (B, H, rows)."""
+) -> Tensor:
+    """A lower bound of the LSE of the rows that look back, by the keys of their piece: (B, H, rows), as `norm` is."""
     rows, padding = looking.rows, looking.padding
     among = Visibility(rows, rows, looking.causal, looking.window_size, None if padding is None else padding[:, :rows])
     lse, _ = lse_lower_bound(q[:, :, :rows], k[:, :, :rows], *slopes, centre, scale, among)
     longest = lengths[:, :, :rows].amax(dim=-1, keepdim=True).clamp(min=0.0) + torch.linalg.vector_norm(centre, dim=-1)
-    norm = norm[:, :, :rows]
-    return norm, lse - norm * per_query_head(longest, q.shape[1]) * LSE_ROUNDING - 2.0**-12
+    return lse - norm * per_query_head(longest, q.shape[1]) * LSE_ROUNDING - 2.0**-12
