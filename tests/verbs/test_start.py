@@ -1,5 +1,6 @@
 import dataclasses
 import json
+from itertools import accumulate, pairwise
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from longreach.data.batches import Batches
 from longreach.data.prepare import DataConfig, prepare
-from longreach.data.sequences import Blocks
+from longreach.data.sequences import IGNORED, Blocks
 from longreach.data.tokenizer import load_tokenizer
 from longreach.measure.plan import EvaluateConfig
 from longreach.measure.subject import Unsupported
@@ -373,15 +374,6 @@ def test_a_shape_for_a_pretrained_model_is_refused(pretrained):
         check_start(config)
 
 
-def test_packed_documents_for_a_pretrained_model_are_refused(pretrained):
-    config = starting_config(pretrained("gpt2"))
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, packing="documents"))
-    with pytest.raises(
-        ValueError, match=r"^packing=documents: start_from=.* is a Hugging Face model, which is not told"
-    ):
-        check_start(config)
-
-
 def test_models_without_a_way_to_alibi_are_refused(pretrained):
     told = "bloom, mpt, falcon, gpt2, llama, mistral, qwen2"  # none whose code comes with its files
     with pytest.raises(ValueError, match=rf"^start_from=.*opt' is a opt: longreach can train one of {told}$"):
@@ -435,6 +427,37 @@ def test_the_loss_and_its_gradient_are_those_of_transformers(pretrained):
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bloom", "mpt", "falcon"])
+def test_packed_documents_have_the_loss_and_gradients_that_each_has_alone(pretrained, data, family, monkeypatch):
+    monkeypatch.setattr("longreach.verbs.start.AT_ONCE", 10)
+    config = fine_tuning(pretrained(family), data)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    trainee = build_trainee(config, tokenizer, CPU, check_start(config))
+    lengths = (7, 20, 1, 4)
+    tokens, targets = torch.randint(0, 250, (2, 1, sum(lengths)), generator=torch.Generator().manual_seed(1))
+    targets[:, 25:30] = IGNORED
+    places = torch.cat([torch.arange(n) for n in lengths])[None]
+    alone = [
+        trainee.loss(*(x[:, start:end] for x in (tokens, targets, places))) * (targets[:, start:end] != IGNORED).sum()
+        for start, end in pairwise([0, *accumulate(lengths)])
+        if (targets[:, start:end] != IGNORED).any()
+    ]
+    expected = sum(alone) / (targets != IGNORED).sum()
+    loss = trainee.loss(tokens, targets, places, torch.tensor([0, *accumulate(lengths)]))
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    weights = list(trainee.model.parameters())
+    for one, other in zip(*(torch.autograd.grad(x, weights) for x in (loss, expected)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_a_pretrained_model_is_trained_on_packed_documents(pretrained, data, tmp_path):
+    config = fine_tuning(pretrained("bloom"), data)
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, packing="documents"))
+    record = run(config, tmp_path / "run")
+    assert record.cut_documents > 0
+    assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
 
 
 def test_float32_logits_are_not_kept_for_the_gradient(pretrained):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from longreach.data.prepare import DataConfig, PreparedData
+from longreach.data.sequences import IGNORED
 from longreach.data.tokenizer import Tokenizer, load_tokenizer
 from longreach.files import digest
 from longreach.folder import begun_with
@@ -45,6 +46,9 @@ RATE_OF_RUNS = 1e-3
 
 RATE_OF_PRETRAINED = 1e-4
 """That for a Hugging Face model, which is larger."""
+
+AT_ONCE = 1024
+"""Tokens of packed documents whose logits in float32 are there at a time."""
 
 SAMPLE_TOKENS, SAMPLE_TEMPERATURE = 100, 0.8
 """Of the texts that `sample_every` asks for: their longest length, and what logits are divided by."""
@@ -154,11 +158,6 @@ def check_start(config: RunConfig) -> Any:
             raise ValueError(f"{field.name}={asked}: start_from={config.start_from!r} has {shape}; leave it out")
     if pretrained:
         _check_pretrained_method(config.method)
-        if config.train.packing == "documents":
-            raise ValueError(
-                f"packing=documents: start_from={config.start_from!r} is a Hugging Face model, which is not told of "
-                "documents; leave it out"
-            )
     else:
         _check_positions(config, start)
     if config.data.tokenizer != start.data.tokenizer and (
@@ -245,6 +244,7 @@ def _pretrained_trainee(config: RunConfig, tokenizer: Tokenizer, device: torch.d
     (convert if model.config.model_type in CONVERTIBLE else extend)(model, scaling=scaling)
     model.to(device).train()
     length = config.train.train_length
+    at_once = config.train.packed_length or length
     text = model.config.get_text_config()
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     setattr(model.config, TRAIN_LENGTH, length)  # saved with it, for the longest input may be another
@@ -254,8 +254,8 @@ def _pretrained_trainee(config: RunConfig, tokenizer: Tokenizer, device: torch.d
         loss=next_token_loss(model),
         attention=choose_impl(
             device.type,
-            length,
-            length,
+            at_once,
+            at_once,
             dtype=model.dtype,
             reaching=True,
             dense=_attention_dropout(model.config) > 0,
@@ -295,25 +295,30 @@ def _sample(model: LanguageModel, tokenizer: Tokenizer, config: TrainConfig, dev
     return tokenizer.decode(list(stream_tokens(subject, [tokenizer.eos_id], length, choose)))
 
 
-def next_token_loss(model: Any) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """The loss of a model of transformers as `Trainee` has it; positions are left to the model.
+def next_token_loss(model: Any) -> Callable[..., Tensor]:
+    """The loss of an extended model of transformers as `Trainee` has it; positions are left to the model.
 
-    The float32 logits of one sequence at a time are made from the model's own, and made again for the gradient.
+    The float32 logits of one sequence, or of `AT_ONCE` tokens of packed documents, at a time are made from the model's
+    own, and made again for the gradient.
     """
 
-    def loss(tokens: Tensor, targets: Tensor, positions: Tensor) -> Tensor:
-        logits = model(input_ids=tokens, use_cache=False).logits  # [B, T, V]
-        losses = [
-            checkpoint(_nll, scores, wanted, use_reentrant=False, preserve_rng_state=False)
-            for scores, wanted in zip(logits.unbind(), targets.unbind(), strict=True)
-        ]
-        return torch.stack(losses).mean()
+    def loss(tokens: Tensor, targets: Tensor, positions: Tensor, borders: Tensor | None = None) -> Tensor:
+        documents = {} if borders is None else {"cu_seq_lens_q": borders}
+        logits = model(input_ids=tokens, use_cache=False, **documents).logits  # [B, T, V]
+        rows: Any = zip(logits.unbind(), targets.unbind(), strict=True)
+        if borders is not None:  # all documents are one row
+            rows = zip(logits[0].split(AT_ONCE), targets[0].split(AT_ONCE), strict=True)
+        reduction = "mean" if borders is None else "sum"
+        losses = torch.stack(
+            [checkpoint(_nll, *row, reduction, use_reentrant=False, preserve_rng_state=False) for row in rows]
+        )
+        return losses.mean() if borders is None else losses.sum() / (targets != IGNORED).sum()
 
     return loss
 
 
-def _nll(logits: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(logits.float(), targets)
+def _nll(logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
+    return F.cross_entropy(logits.float(), targets, reduction=reduction)
 
 
 def _same_source(one: str | None, other: str | None) -> bool:
