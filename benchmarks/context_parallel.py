@@ -8,11 +8,10 @@ an all-gather of all keys and values has them send, which is what a ring sends t
 barrier on, over that of the attention within it on the rank that takes longest for it: medians of rounds. Imbalance is
 the processor time of the busiest rank's attention over the mean, cut evenly and by work. `window` scores one window of
 262,144 tokens with a decoder of 2 layers, 8 heads, d_model 128 and random weights, by one process and by four: memory
-is the peak of a process less what a window of 4,096 takes.
+is the most that tensors but the weights hold at a time.
 """
 
 import argparse
-import ctypes
 import json
 import os
 import statistics
@@ -30,8 +29,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from torch import Tensor
+from torch.autograd.profiler import profile
 
-from longreach.cost import Cost
 from longreach.measure.score import score
 from longreach.models.config import ModelConfig
 from longreach.models.decoder import Decoder
@@ -39,6 +38,7 @@ from longreach.ops.alibi import alibi_slopes
 from longreach.ops.attention import attention
 from longreach.parallel import balanced_pieces, context_parallel_attention, count_traffic
 from longreach.parallel.sharing import Sharing
+from longreach.train.parallel import ALONE
 from longreach.verbs.sharing import PieceScorer
 
 RANKS, HEADS, HEAD_DIM = 4, 8, 64
@@ -147,7 +147,6 @@ def imbalance(rank: int, length: int, rounds: int) -> dict[str, Any]:
 
 def window(rank: int, length: int) -> dict[str, Any]:
     """Nll of one window and the memory that it took, by rank 0 alone and by all."""
-    map_every_tensor()
     torch.manual_seed(0)
     model = Decoder(
         ModelConfig(num_layers=2, num_heads=HEADS, d_model=128, vocab_size=256, train_length=512, method="alibi")
@@ -155,9 +154,10 @@ def window(rank: int, length: int) -> dict[str, Any]:
     tokens = np.random.default_rng(0).integers(0, 256, length + 1)
     whole = _scored(model, tokens, None) if rank == 0 else None
     dist.barrier()
-    sharing = Sharing(dist.group.WORLD, partial(balanced_pieces, size=RANKS, slopes=SHAPES["paper"], per_token=6144))
-    model.attend_by(sharing.attend)
-    nll, memory = _scored(model, tokens, PieceScorer(model, sharing))
+    even = partial(balanced_pieces, size=RANKS, slopes=SHAPES["paper"], window_size=1)  # as `evaluate` cuts them
+    sharing = Sharing(dist.group.WORLD, even)
+    model.attend_by(sharing.attention)
+    nll, memory = _scored(model, tokens, PieceScorer(model, sharing, ALONE))
     memories = [peak for (peak,) in gathered(memory)]
     if whole is None:
         return {}
@@ -172,32 +172,22 @@ def window(rank: int, length: int) -> dict[str, Any]:
     }
 
 
-def map_every_tensor() -> None:
-    """Have malloc take what is 1 MiB or more from the system, and give it back: else it keeps small pieces for later.
-
-    Left alone it raises that bound to 32 MiB as it sees fit, so that a quarter of a tensor may stay where all did not.
-    """
-    ctypes.CDLL(None).mallopt(-3, 2**20)  # M_MMAP_THRESHOLD
-
-
 def _scored(model: Decoder, tokens: np.ndarray, nll: PieceScorer | None) -> tuple[float, int]:
-    """Nll of a window, and bytes that it took more than a short one, after which all is loaded that a process loads."""
-    peaks = []
-    for stop in (4097, len(tokens)):
-        with Cost(torch.device("cpu")) as cost:
-            scores = score(
-                model,
-                tokens[:stop],
-                valid_length=stop - 1,
-                stride=stop - 1,
-                vocab_size=256,
-                device=torch.device("cpu"),
-                tokens_per_batch=stop,
-                nll=nll,
-            )
-        assert cost.peak_memory is not None, "a system that tells no peak of memory"
-        peaks.append(cost.peak_memory)
-    return float(scores.nll.sum()), peaks[1] - peaks[0]
+    """Nll of a window, and the most bytes that tensors held at a time meanwhile."""
+    length = len(tokens) - 1
+    with profile(profile_memory=True) as profiler:
+        scores = score(
+            model,
+            tokens,
+            valid_length=length,
+            stride=length,
+            vocab_size=256,
+            device=torch.device("cpu"),
+            tokens_per_batch=length,
+            nll=nll,
+        )
+    changes = (event.nbytes() for event in profiler.kineto_results.events() if event.name() == "[memory]")
+    return float(scores.nll.sum()), max(accumulate(changes))
 
 
 def work(rank: int, folder: str, part: str) -> None:

@@ -46,8 +46,8 @@ def context_parallel(path: Path) -> str:
         f"{balance['length']:,} tokens cut evenly, and {cut:.2f} times by `balanced_pieces`; with the paper's slopes "
         f"{balance['paper even']['imbalance']:.2f} and {balance['paper balanced']['imbalance']:.2f}. A window of "
         f"{window['length']:,} tokens, scored by four processes, has the nll that one finds, to "
-        f"{window['relative_difference']:.0e}, and each takes {window['share']:.2f} of the memory that one does "
-        "(malloc giving back what is freed)."
+        f"{window['relative_difference']:.0e}, and each holds {window['share']:.3f} of the activations that one "
+        "does at a time."
     )
 
 

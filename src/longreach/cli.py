@@ -124,6 +124,7 @@ def compare(parse: Parse) -> None:
 
 def train(parse: Parse) -> None:
     """`longreach train`."""
+    from longreach.results.exchanged import in_words
     from longreach.terminal import TerminalProgress
     from longreach.train.config import RunConfig
     from longreach.train.parallel import joined
@@ -149,6 +150,8 @@ def train(parse: Parse) -> None:
             f"{record.method}: {record.steps} steps, {record.tokens:,} tokens, {record.tokens_per_second:,.0f} "
             f"tokens/s, loss {record.final_loss:.3f} nats per token; model in {to.output}"
         )
+        if record.exchanged is not None:
+            print(f"In the last step {in_words([record.exchanged])}")
 
 
 def evaluate(parse: Parse) -> None:
@@ -170,6 +173,7 @@ def _measure(program: str, parse: Parse, kind: type[Any]) -> None:
 
     from longreach.report.page import print_tables
     from longreach.results import Results
+    from longreach.results.exchanged import in_words
     from longreach.terminal import TerminalProgress
     from longreach.train.parallel import joined
     from longreach.verbs.evaluate import evaluate_models
@@ -182,6 +186,9 @@ def _measure(program: str, parse: Parse, kind: type[Any]) -> None:
     finally:  # an error at a later model leaves what was measured before it
         if so_far and speaks():
             print_tables(so_far[-1], Console())
+    exchanged = [one.exchanged for one in so_far[-1].records if one.exchanged is not None] if so_far else []
+    if exchanged and speaks():
+        print(f"For all windows {in_words(exchanged)}")
     if to.output is not None and speaks():
         print(f"Report: {to.output / 'report.html'}")
 

@@ -13,7 +13,7 @@ from ranks import free_port, launch, run
 
 from longreach.cli import main
 from longreach.models.files import load_model
-from longreach.results import Results
+from longreach.results import Results, read_training
 from longreach.train.parallel import Ranks, read_launch
 
 SMALL = (
@@ -67,16 +67,24 @@ def test_the_loss_curve_is_that_of_one_process(small, alone, tmp_path, words):
     assert all((one[name] - other[name]).abs().max() < 1e-3 for name in other)
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_packed_documents_and_a_curriculum_are_shared(small, tmp_path, parallel):
-    words = [*small, "--packing", "documents", "--train-length", "700", "--steps", "6", "--warmup-steps", "2"]
-    words += ["--lengths", "350:50%,700:50%"]
-    main(["train", "--output", str(tmp_path / "alone"), *words])
-    words = [*words, "--parallel", parallel, "--accumulation", "2"]
+PACKED = "--packing documents --train-length 700 --steps 4 --warmup-steps 2 --lengths 350:50%,700:50%"
+
+
+@pytest.fixture(scope="module")
+def packed_alone(small, tmp_path_factory):
+    """A run of one process on packed documents."""
+    folder = tmp_path_factory.mktemp("packed") / "run"
+    main(["train", "--output", str(folder), *small, *PACKED.split()])
+    return folder
+
+
+@pytest.mark.parametrize("parallel", ["--parallel ddp", "--parallel fsdp", "--context-parallel 2"])
+def test_packed_documents_and_a_curriculum_are_shared(small, packed_alone, tmp_path, parallel):
+    words = [*small, *PACKED.split(), *parallel.split(), "--accumulation", "2"]
     run(["train", "--output", str(tmp_path / "run"), *words], tmp_path / "logs")
     assert "packed 9 documents into " in (tmp_path / "logs" / "err0").read_text()
     for name in ("loss", "gradient_norm", "tokens"):
-        one, other = ([line[name] for line in metrics(tmp_path / folder)] for folder in ("run", "alone"))
+        one, other = ([line[name] for line in metrics(folder)] for folder in (tmp_path / "run", packed_alone))
         assert one == pytest.approx(other, rel=1e-5)
 
 
@@ -180,6 +188,25 @@ def test_processes_share_sequences_as_one_has_them(small, tmp_path, method, size
     for name in ("loss", "gradient_norm", "tokens", "valid_loss"):
         one, other = ([line.get(name, 0) for line in metrics(tmp_path / folder)] for folder in ("run", "alone"))
         assert one == pytest.approx(other, rel=1e-5), name
+    check_exchanged(
+        read_training(tmp_path / "run" / "training.json"), metrics(tmp_path / "run"), tmp_path / "logs", words
+    )
+
+
+def check_exchanged(record, steps, logs, words):
+    """What processes sent each other is told of each step, and of the last one by layer and head."""
+    exchanged = record.exchanged
+    # Of each of 8 sequences of 32 tokens the first of two pieces is needed by the other process, where a head has no
+    # slope to its end; 2 layers, 2 heads of 16, a key and its value in float32. Recomputed, it is sent twice.
+    times = 2 if "--recompute" in words else 1
+    assert exchanged.all_gather == times * 8 * 32 * 2 * 2 * 2 * 16 * 4
+    assert len(exchanged.sent) == 2
+    assert all(len(heads) == 2 for heads in exchanged.sent)
+    assert 0 < exchanged.total - exchanged.bound <= exchanged.all_gather
+    assert (steps[-1]["exchanged"], steps[-1]["all_gather"]) == (exchanged.total, exchanged.all_gather)
+    said = (logs / "out0").read_text().splitlines()[1]
+    assert said.startswith("In the last step processes sent each other 0.")
+    assert (logs / "out1").read_text() == ""
 
 
 def test_a_dry_run_by_two_counts_a_part_of_the_weights_in_each(small, tmp_path):
@@ -323,13 +350,17 @@ def test_mistakes_get_one_line_of_rank_0_and_leave_nothing(small, tmp_path, word
     assert not output.exists()
 
 
-def test_a_dense_bias_is_not_shared(small, tmp_path):
-    words = ["train", "--output", str(tmp_path / "run"), *small, "--method", "t5", "--context-parallel", "2"]
+@pytest.mark.parametrize(
+    ("method", "part"),
+    [
+        ("t5", "--method=t5 gives a dense bias, of which no rank has all; choose a position method without one"),
+        ("rotary-randomized", "--method=rotary-randomized draws positions anew on each rank; leave one"),
+    ],
+)
+def test_methods_that_ranks_cannot_share_are_refused(small, tmp_path, method, part):
+    words = ["train", "--output", str(tmp_path / "run"), *small, "--method", method, "--context-parallel", "2"]
     said = run(words, tmp_path / "logs", status=2)
-    message = (
-        "longreach train: bias in attention of sequences that ranks share, which has none: choose a position method"
-    )
-    assert said[0].splitlines()[-1].startswith(message)
+    assert said[0].splitlines()[-1].startswith(f"longreach train: --context-parallel=2: {part}")
     assert said[1] == ""
 
 
@@ -416,6 +447,12 @@ def test_an_evaluation_whose_windows_three_share_is_that_of_one(alone, tmp_path)
     for kind in ("records", "contexts"):
         expected = {entry.key: entry.nll for entry in getattr(one, kind)}
         assert {entry.key: entry.nll for entry in getattr(three, kind)} == pytest.approx(expected, rel=1e-6)
+    assert all(entry.exchanged is None for entry in one.records)
+    for record in three.records:
+        assert len(record.exchanged.sent) == 2
+        assert record.exchanged.total > 0
+        assert 0 < sum(map(sum, record.exchanged.sent)) <= record.exchanged.all_gather
+    assert "For all windows processes sent each other " in (tmp_path / "logs" / "out0").read_text()
 
 
 @pytest.mark.parametrize(

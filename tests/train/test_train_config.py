@@ -71,6 +71,8 @@ def test_mistakes_in_a_file_are_named(tmp_path, text, message):
         ({"weight_decay": -0.1}, "weight_decay"),
         ({"betas": (0.9, 1.0)}, "betas"),
         ({"mix": ("retrieval=2",)}, "mix"),
+        ({"context_parallel": 3, "train_length": 2}, "context_parallel"),
+        ({"context_parallel": 9, "train_length": 64, "curriculum": ("8:50%", "64:50%")}, "context_parallel"),
         ({"mix": ("lines=0.1",)}, "mix"),
     ],
 )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from longreach.measure.subject import LanguageModel, Nll
 from longreach.measure.windows import Window, windows
+from longreach.results import Exchanged
 
 LOGITS_PER_CHUNK = 2**24
 """How many logits are held at a time, 64 MiB in float32."""
@@ -29,6 +30,8 @@ class Scores:
     """(N,) float64, nats."""
     context: np.ndarray
     """(N,) int64: how many tokens the prediction could see."""
+    exchanged: Exchanged | None = None
+    """What processes that shared each window sent to each other."""
 
 
 @torch.inference_mode()
@@ -84,7 +87,7 @@ def score(
             context[new] = np.arange(new.start, new.stop) - window.start + 1
             done += scored
         on_scored(done)
-    return Scores(found, context)
+    return Scores(found, context, None if nll is None else nll.exchanged())
 
 
 @torch.inference_mode()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from longreach.data.tokenizer import Tokenizer
-from longreach.results import Model
+from longreach.results import Exchanged, Model
 
 
 class Unsupported(ValueError):
@@ -48,10 +48,14 @@ class LanguageModel(Protocol):
 
 
 class Nll(Protocol):
-    """How the nll of tokens is had from a model, where not by `longreach.measure.score` from its logits."""
+    """How several processes have the nll of tokens from a model, where not by `longreach.measure.score` from logits."""
 
     def __call__(self, inputs: Tensor, targets: np.ndarray, vocab_size: int, positions: Tensor | None) -> np.ndarray:
         """Nll of targets (B, n) after the last n of inputs (B, T), (B, n) float64; positions as in `logits`."""
+        ...
+
+    def exchanged(self) -> Exchanged:
+        """What they have sent to each other since it was last asked for."""
         ...
 
 

@@ -83,6 +83,7 @@ class TextTasks:
             seconds=cost.seconds,
             peak_memory=cost.peak_memory,
             attention=attention,
+            exchanged=scores.exchanged,
         )
         return [record]
 

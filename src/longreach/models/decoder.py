@@ -15,6 +15,7 @@ from longreach.ops.attention import attention, choose_impl, uses_key_norms
 from longreach.ops.crossovers import processor_of
 from longreach.ops.linear import Linear
 from longreach.positions import AttentionPositions, build_method, rotate
+from longreach.positions.method import require_borders
 
 # Axes: B batch, T tokens (Tq queries, Tk keys), H query heads, Hkv key/value heads, D head_dim, C d_model,
 # V vocabulary.
@@ -106,11 +107,11 @@ class Decoder(nn.Module):
         normed: Tensor = self.norm(x)
         return normed
 
-    def attend_by(self, attend: Attend) -> None:
-        """Let another function compute the attention of all blocks."""
+    def attend_by(self, attention: Callable[[int], Attend]) -> None:
+        """Let other functions compute the attention of all blocks, given the number of each."""
         for module in self.modules():
             if isinstance(module, SelfAttention):
-                module.attend = attend
+                module.attend = attention(module.layer)
 
     def logits(
         self,
@@ -146,9 +147,10 @@ class Decoder(nn.Module):
         targets: Tensor,
         positions: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        length: int | None = None,
     ) -> Tensor:
         """Mean nll in nats per token of targets (B, T), each the token after tokens (B, T); -100 counts for nothing."""
-        hidden = self.hidden(tokens, positions=positions, cu_seqlens=cu_seqlens)
+        hidden = self.hidden(tokens, positions=positions, cu_seqlens=cu_seqlens, length=length)
         loss: Tensor = self.vocabulary.loss(hidden.flatten(0, 1), targets.flatten())
         return loss
 
@@ -185,12 +187,11 @@ class Decoder(nn.Module):
         self, tokens: Tensor, positions: Tensor | None, cu_seqlens: Tensor, length: int | None
     ) -> "_Placed":
         """Where the tokens of packed documents stand."""
-        if (end := int(cu_seqlens[-1])) != tokens.shape[1]:
-            raise ValueError(f"cu_seqlens ends with {end}: give [0, ..., T], here T={tokens.shape[1]}")
         lengths = cu_seqlens.diff()
         longest = int(lengths.max())
         self._check_length(longest, positions, None, length)
         if positions is None:
+            end = require_borders(cu_seqlens, tokens.shape[1])
             starts = cu_seqlens[:-1].repeat_interleave(lengths)  # [T]
             positions = (torch.arange(end, device=starts.device) - starts)[None]
         end = int(positions.max()) + 1

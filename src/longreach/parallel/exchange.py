@@ -26,6 +26,14 @@ class Traffic:
     all_gather: int
     """What an all-gather of all keys and values has this rank send, and a ring on average."""
 
+    def __add__(self, other: "Traffic") -> "Traffic":
+        """That of both calls, of one layer."""
+        sent, received = (
+            tuple(a + b for a, b in zip(*pair, strict=True))
+            for pair in ((self.sent, other.sent), (self.received, other.received))
+        )
+        return Traffic(sent, received, self.bound + other.bound, self.all_gather + other.all_gather)
+
 
 _counts: ContextVar[list[Traffic] | None] = ContextVar("counts", default=None)
 
@@ -34,14 +42,18 @@ _counts: ContextVar[list[Traffic] | None] = ContextVar("counts", default=None)
 def count_traffic() -> Iterator[list[Traffic]]:
     """Count what each call of `context_parallel_attention` inside of the block sends: a list that grows with them.
 
-    A causal call adds one entry, another one two, for each way in which its rows look.
+    A causal call adds one entry, another one two, for each way in which its rows look. A block around it has them too,
+    once this one ends.
     """
     calls: list[Traffic] = []
+    around = _counts.get()
     token = _counts.set(calls)
     try:
         yield calls
     finally:
         _counts.reset(token)
+        if around is not None:
+            around.extend(calls)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Ranks that share sequences, as the code of a model meets them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longreach.parallel.attention import context_parallel_attention
+from longreach.parallel.exchange import Traffic, count_traffic
 from longreach.parallel.line import device_of_numbers, telling
 
 
@@ -22,6 +24,8 @@ class Sharing:
     """The ranks, in the order of the pieces."""
     cut: Callable[[int], tuple[int, ...]]
     """The lengths of the pieces of a sequence of so many tokens, the same on all ranks."""
+    traffic: dict[int, Traffic] = field(default_factory=dict)
+    """What this rank has sent and received in each layer, until somebody clears it."""
 
     @property
     def place(self) -> int:
@@ -36,9 +40,14 @@ class Sharing:
         """Which tokens of a sequence are this rank's."""
         return slice(*self.borders(length)[self.place : self.place + 2])
 
+    def attention(self, layer: int) -> Callable[..., Tensor]:
+        """What is attention in a layer of a model."""
+        return partial(self._attend, layer)
+
     @torch.compiler.disable  # ranks talk in it
-    def attend(
+    def _attend(
         self,
+        layer: int,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -56,7 +65,11 @@ class Sharing:
         ):
             if value:
                 raise ValueError(f"{name} in attention of sequences that ranks share, which has none: {mend}")
-        return context_parallel_attention(q, k, v, group=self.group, **options)
+        with count_traffic() as calls:
+            out: Tensor = context_parallel_attention(q, k, v, group=self.group, **options)
+        for call in calls:
+            self.traffic[layer] = self.traffic[layer] + call if layer in self.traffic else call
+        return out
 
     def joined(self, x: Tensor, counts: list[int]) -> Tensor:
         """The columns (B, n) of all ranks side by side, of which each has so many, on each of them."""

@@ -60,6 +60,7 @@ class AttentionPositions:
         biases = None
         if self.bias is not None:
             places = positions[0].tolist()
+            require_borders(cu_seqlens, len(places))
             spans = [
                 slice(places[start], places[end - 1] + 1) for start, end in pairwise(cu_seqlens.tolist()) if start < end
             ]
@@ -67,6 +68,17 @@ class AttentionPositions:
         return replace(
             self, rotation=rotation, key_rotation=key_rotation, bias=None, cu_seqlens=cu_seqlens, document_biases=biases
         )
+
+
+def require_borders(cu_seqlens: Tensor, length: int) -> int:
+    """The end of the last document, which must be that of all tokens.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if (end := int(cu_seqlens[-1])) != length:
+        raise ValueError(f"cu_seqlens ends with {end}: give [0, ..., T], here T={length}")
+    return end
 
 
 class PositionMethod(nn.Module):
@@ -80,6 +92,8 @@ class PositionMethod(nn.Module):
     """The longest length, in tokens, that the method can represent at all; None for any length."""
     max_training_offset: int = 0
     """Each training sequence starts at a position drawn uniformly from 0 to this."""
+    draws_in_training: bool = False
+    """Whether each training pass has other positions, drawn by whoever computes it."""
     depends_on_length: bool = False
     """Whether `attend` uses the length L' of the whole sequence, which cached decoding must then be told."""
 

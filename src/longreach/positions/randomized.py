@@ -35,6 +35,8 @@ class RandomizedRotary(Rotary):
     the full pass. What comes after T in a longer stream stands at the same positions N further on.
     """
 
+    draws_in_training = True
+
     def __init__(self, options: RandomizedRotaryOptions, size: ModelSize):
         super().__init__(RotaryOptions(options.base), size)
         self.depends_on_length = True

@@ -1,6 +1,7 @@
 """What was measured, in memory and as `results.json`."""
 
 from longreach.results.document import Results, read_training, write_training
+from longreach.results.exchanged import Exchanged
 from longreach.results.merge import merge
 from longreach.results.model import Model
 from longreach.results.records import (
@@ -27,6 +28,7 @@ __all__ = [
     "ContextRecord",
     "DecompositionRecord",
     "Entry",
+    "Exchanged",
     "Model",
     "OffsetRecord",
     "OverSeeds",

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from longreach.reading import below, check_fields, read_values
 from longreach.results.checks import require_not_negative, require_positive
+from longreach.results.exchanged import Exchanged
 from longreach.results.model import Model
 from longreach.results.start import Start
 
@@ -135,6 +136,8 @@ class Record(Scored):
     not be measured."""
     attention: str
     """The attention implementation that ran."""
+    exchanged: Exchanged | None = None
+    """What processes that shared each window sent to each other for it; None where one had all of it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -390,6 +393,8 @@ class TrainingRecord(OfModel):
     """As in `Record`."""
     cut_documents: int | None = None
     """Documents longer than a training sequence, which were cut into pieces, where documents were packed."""
+    exchanged: Exchanged | None = None
+    """Of the last step, as in `Record`."""
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -119,10 +119,13 @@ class TrainConfig:
             raise ValueError(f"final_learning_rate={self.final_learning_rate}: give a fraction of the peak, 0 to 1")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas={self.betas}: give two numbers of at least 0 and below 1")
-        if self.packing == "documents" and self.context_parallel > 1:
-            raise ValueError(f"packing=documents with context_parallel={self.context_parallel}: leave one of them out")
         parse_mix(self.mix)
         self._check_curriculum()
+        shortest = min((length for length, _ in parse_curriculum(self.curriculum)), default=self.train_length)
+        if self.context_parallel > shortest:
+            raise ValueError(
+                f"context_parallel={self.context_parallel} with sequences of {shortest} tokens: give at most so many"
+            )
 
     def length_at(self, step: int) -> int:
         """The length in tokens of the sequences of step 0, 1, ...: L without a curriculum."""

@@ -5,48 +5,87 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from longreach.data.sequences import IGNORED
 from longreach.models.decoder import Decoder
 from longreach.parallel import balanced_pieces
 from longreach.parallel.sharing import Sharing
+from longreach.results import Exchanged
+from longreach.train.config import TrainConfig
 from longreach.train.parallel import Loss, Ranks
 
 
-def share_sequences(model: Decoder, ranks: Ranks, context: int) -> Sharing:
+def share_sequences(model: Decoder, ranks: Ranks, context: int, *, evenly: bool) -> Sharing:
     """Let as many ranks as `context`, side by side, compute each sequence of a decoder together; all ranks call it.
 
-    Pieces are cut so that they take as long as each other: attention by the slopes that the decoder has now, and what a
-    block does to each token besides, 12 C^2 products, where a key of a head takes 2 D.
+    Args:
+        model: the decoder.
+        ranks: all of them.
+        context: how many share a sequence.
+        evenly: whether pieces have as many tokens as each other, and so take as much memory. Else they take as long:
+            attention by the slopes that the decoder has now, and what a block does to each token besides, 12 C^2
+            products, where a key of a head takes 2 D.
+
+    Raises:
+        ValueError: its position method gives a dense bias.
     """
     config, device = model.config, next(model.parameters()).device
-    slopes = model.positions.attend(torch.zeros(1, 1, dtype=torch.int64, device=device), 1, config.train_length).slopes
+    given = model.positions.attend(torch.zeros(1, 1, dtype=torch.int64, device=device), 1, config.train_length)
+    if given.bias is not None:
+        raise ValueError(
+            f"context_parallel={context}: method={config.method} gives a dense bias, of which no rank has all; choose "
+            "a position method without one, such as alibi"
+        )
     cut = partial(
         balanced_pieces,
         size=context,
-        slopes=torch.zeros(config.num_heads) if slopes is None else slopes.detach().cpu(),
+        slopes=torch.zeros(config.num_heads) if given.slopes is None else given.slopes.detach().cpu(),
+        window_size=1 if evenly else None,  # each token counts alike
         per_token=6 * config.d_model**2 / config.head_dim,
     )
     sharing = Sharing(ranks.context_group(context, device), cut)
-    model.attend_by(sharing.attend)
+    model.attend_by(sharing.attention)
     return sharing
 
 
-def shared_loss(model: nn.Module, loss: Loss, ranks: Ranks, context: int) -> Loss:
-    """The loss of a model each of whose sequences is computed by as many ranks as `context`; `loss` itself for one.
+def share_loss(model: nn.Module, loss: Loss, ranks: Ranks, config: TrainConfig) -> tuple[Loss, Sharing]:
+    """The loss of a model each of whose sequences several ranks compute together.
 
-    That of a rank is of its piece, weighed by its tokens, so that the mean over all ranks is that of the batch.
+    That of a rank is of its piece, weighed by its targets, so that the mean over all ranks is that of the batch.
 
     Raises:
-        ValueError: it is no decoder of our own.
+        ValueError: it is no decoder of our own, or its positions are not the same on all ranks.
     """
-    if context == 1:
-        return loss
+    context = config.context_parallel
     if not isinstance(model, Decoder):
         raise ValueError(f"context_parallel={context}: this model has attention of its own; leave it out")
-    sharing = share_sequences(model, ranks, context)
+    if model.positions.draws_in_training:
+        raise ValueError(
+            f"context_parallel={context}: method={model.config.method} draws positions anew on each rank; leave "
+            "one of them out"
+        )
+    packs = config.packing == "documents"  # which may begin anywhere
+    sharing = share_sequences(model, ranks, context, evenly=packs)
 
-    def of_piece(tokens: Tensor, targets: Tensor, positions: Tensor) -> Tensor:
-        columns, length = sharing.columns(tokens.shape[1]), tokens.shape[1]
-        mean = loss(tokens[:, columns], targets[:, columns], positions[:, columns])
-        return mean * ((columns.stop - columns.start) * context / length)
+    def of_piece(tokens: Tensor, targets: Tensor, positions: Tensor, borders: Tensor | None = None) -> Tensor:
+        columns = sharing.columns(tokens.shape[1])
+        mean = loss(
+            tokens[:, columns],
+            targets[:, columns],
+            positions[:, columns],
+            borders,
+            length=tokens.shape[1] if borders is None else None,
+        )
+        share = (targets[:, columns] != IGNORED).sum() * context / (targets != IGNORED).sum()
+        return torch.where(share > 0, mean * share, 0.0)  # the mean over no targets is no number
 
-    return of_piece
+    return of_piece, sharing
+
+
+def exchanged(sharing: Sharing, ranks: Ranks) -> Exchanged:
+    """What all ranks have sent to each other since it was last asked for; all of them call it."""
+    layers = [sharing.traffic[layer] for layer in sorted(sharing.traffic)]
+    sharing.traffic.clear()
+    mine = [(*layer.sent, layer.bound, layer.all_gather) for layer in layers]
+    sums = iter(round(mean * ranks.size) for mean in ranks.mean(*(float(n) for numbers in mine for n in numbers)))
+    *heads, bound, all_gather = zip(*([next(sums) for _ in numbers] for numbers in mine), strict=True)
+    return Exchanged(sent=tuple(zip(*heads, strict=True)), bound=sum(bound), all_gather=sum(all_gather))

@@ -23,11 +23,11 @@ from longreach.data.sequences import IGNORED, Sequences
 from longreach.foreign import refusing
 from longreach.models.decoder import Decoder
 from longreach.models.files import save_model
-from longreach.results import Model, TrainingRecord, read_training, write_training
+from longreach.results import Exchanged, Model, TrainingRecord, read_training, write_training
 from longreach.stopping import deferred, exception
 from longreach.train.checkpoint import Writer, damaged, load_checkpoint, remove_checkpoints
 from longreach.train.config import TrainConfig
-from longreach.train.context import shared_loss
+from longreach.train.context import exchanged, share_loss
 from longreach.train.flops import count_matrices, published_peak, training_flops
 from longreach.train.metrics import Log, Step, final_loss, keep_first
 from longreach.train.optim import build_optimizer, independent_of_steps, learning_rate
@@ -195,6 +195,7 @@ def _finish(run: "_Run", folder: Path, cost: Cost, weights: dict[str, Tensor]) -
         peak_memory=cost.peak_memory,
         attention=run.trainee.attention,
         cut_documents=run.batches.cut_documents,
+        exchanged=run.exchanged,
     )
     write_training(record, finished)
     if not independent_of_steps(config, config.steps):
@@ -259,7 +260,10 @@ class _Run:
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
             if config.compile:
                 block.compile()
-        loss = shared_loss(self.trainee.model, self.trainee.loss, ranks, config.context_parallel)
+        loss, self.sharing = self.trainee.loss, None
+        if config.context_parallel > 1:
+            loss, self.sharing = share_loss(self.trainee.model, loss, ranks, config)
+        self.exchanged: Exchanged | None = None
         self.loss, self.syncing, self.gathered = ranks.spread(
             config.parallel, self.trainee.model, self.trainee.blocks, loss
         )
@@ -291,6 +295,8 @@ class _Run:
         count = (rows.targets != IGNORED).sum() if self.packs else rows.targets.size
         (mean_count,) = self.ranks.mean(float(count)) if self.packs else (float(count),)
         losses = []
+        if self.sharing is not None:
+            self.sharing.traffic.clear()  # that of validation
         for number, part in enumerate(self._parts(rows), start=1):
             with self.syncing(number == self.config.accumulation):
                 with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
@@ -298,6 +304,8 @@ class _Run:
                 part_loss.backward()
             losses.append(part_loss.detach())
         (loss,) = self.ranks.mean(sum(part_loss.item() for part_loss in losses))  # the device is waited for once
+        if self.sharing is not None:
+            self.exchanged = exchanged(self.sharing, self.ranks)
         norm = whole(clip_grad_norm_(self.trainee.model.parameters(), self.config.gradient_clip)).item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise FloatingPointError(
@@ -324,6 +332,8 @@ class _Run:
             tokens_per_second=tokens / seconds,
             flops_per_second=flops,
             utilisation=flops / (self.peak_flops * self.ranks.size) if flops and self.peak_flops else None,
+            exchanged=None if self.exchanged is None else self.exchanged.total,
+            all_gather=None if self.exchanged is None else self.exchanged.all_gather,
         )
 
     def _parts(self, rows: Sequences) -> Iterator["_Part"]:

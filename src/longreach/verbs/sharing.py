@@ -13,15 +13,19 @@ from longreach.measure.score import token_nll
 from longreach.measure.subject import Subject
 from longreach.models.decoder import Decoder
 from longreach.parallel.sharing import Sharing
-from longreach.train.context import share_sequences
+from longreach.results import Exchanged
+from longreach.train.context import exchanged, share_sequences
 from longreach.train.parallel import Ranks
 
 
 def shared_subject(subject: Subject, ranks: Ranks) -> Subject:
-    """A subject that is a decoder of our own, each of whose windows all ranks compute together, a piece each."""
+    """A subject that is a decoder of our own, each of whose windows all ranks compute together, a piece each.
+
+    Windows are shared because they are too large for one: so pieces are alike in tokens, not in time.
+    """
     model = subject.model
     assert isinstance(model, Decoder)  # the model of a run
-    return replace(subject, nll=PieceScorer(model, share_sequences(model, ranks, ranks.size)))
+    return replace(subject, nll=PieceScorer(model, share_sequences(model, ranks, ranks.size, evenly=True), ranks))
 
 
 @dataclass(frozen=True)
@@ -32,25 +36,31 @@ class PieceScorer:
     """The same on all ranks; its attention is that of `sharing`."""
     sharing: Sharing
     """Which rank has which piece."""
+    ranks: Ranks
+    """All of them."""
 
     def __call__(self, inputs: Tensor, targets: np.ndarray, vocab_size: int, positions: Tensor | None) -> np.ndarray:
         """As `longreach.measure.subject.Nll`."""
         length, scored = inputs.shape[1], targets.shape[1]
         columns = self.sharing.columns(length)
-        if positions is None:
-            positions = torch.arange(length, device=inputs.device)[None]
+        tokens, first = inputs[:, columns], columns.start + (0 if positions is None else int(positions[0, 0]))
+        positions = torch.arange(first, first + tokens.shape[1], device=inputs.device)[None]
         # The last `scored` tokens of the window are scored, of which each piece has some, or none.
         borders = [max(0, border - (length - scored)) for border in self.sharing.borders(length)]
         own = slice(*borders[self.sharing.place : self.sharing.place + 2])
         if own.start < own.stop:
             piece = _Piece(self.model, length)
-            found = token_nll(piece, inputs[:, columns], targets[:, own], vocab_size, positions[:, columns])
+            found = token_nll(piece, tokens, targets[:, own], vocab_size, positions)
         else:  # others may need its keys
-            self.model.hidden(inputs[:, columns], positions=positions[:, columns], length=length)
+            self.model.hidden(tokens, positions=positions, length=length)
             found = np.empty((len(inputs), 0))
         counts = [past - first for first, past in pairwise(borders)]
         joined: np.ndarray = self.sharing.joined(torch.from_numpy(found), counts).numpy()
         return joined
+
+    def exchanged(self) -> Exchanged:
+        """As `longreach.measure.subject.Nll`."""
+        return exchanged(self.sharing, self.ranks)
 
 
 @dataclass(frozen=True)
