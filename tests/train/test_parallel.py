@@ -178,7 +178,10 @@ def until(condition, ranks, seconds=300.0):
 
 @pytest.mark.parametrize(
     ("method", "size", "words"),
-    [("alibi", 4, "--parallel fsdp --accumulation 2 --recompute"), ("sinusoidal-shifted", 2, "--validate-every 3")],
+    [
+        ("alibi", 4, "--parallel fsdp --accumulation 2 --recompute"),
+        ("sinusoidal-shifted", 2, "--validate-every 3 --sample-every 6"),
+    ],
 )
 def test_processes_share_sequences_as_one_has_them(small, tmp_path, method, size, words):
     words = [*small, "--method", method, "--steps", "6", "--warmup-steps", "1", *words.split()]
@@ -188,14 +191,13 @@ def test_processes_share_sequences_as_one_has_them(small, tmp_path, method, size
     for name in ("loss", "gradient_norm", "tokens", "valid_loss"):
         one, other = ([line.get(name, 0) for line in metrics(tmp_path / folder)] for folder in ("run", "alone"))
         assert one == pytest.approx(other, rel=1e-5), name
-    check_exchanged(
-        read_training(tmp_path / "run" / "training.json"), metrics(tmp_path / "run"), tmp_path / "logs", words
-    )
+    assert metrics(tmp_path / "run")[-1].get("sample") == metrics(tmp_path / "alone")[-1].get("sample")
+    check_exchanged(tmp_path / "run", tmp_path / "logs", words)
 
 
-def check_exchanged(record, steps, logs, words):
+def check_exchanged(folder, logs, words):
     """What processes sent each other is told of each step, and of the last one by layer and head."""
-    exchanged = record.exchanged
+    exchanged, steps = read_training(folder / "training.json").exchanged, metrics(folder)
     # Of each of 8 sequences of 32 tokens the first of two pieces is needed by the other process, where a head has no
     # slope to its end; 2 layers, 2 heads of 16, a key and its value in float32. Recomputed, it is sent twice.
     times = 2 if "--recompute" in words else 1
@@ -438,7 +440,7 @@ def test_an_evaluation_by_two_is_that_of_one(alone, tmp_path):
 
 def test_an_evaluation_whose_windows_three_share_is_that_of_one(alone, tmp_path):
     # The last window has one token, for which three processes are too many, and others have more than are scored.
-    tested = "--valid-lengths 32,64 --valid-tokens 513 --task perplexity,positions --strides 8 --scalings linear"
+    tested = "--valid-lengths 32,64 --valid-tokens 129 --task perplexity,positions --strides 8 --scalings linear"
     words = ["evaluate", str(alone), *tested.split()]
     main([*words, "--output", str(tmp_path / "one")])
     run([*words, "--output", str(tmp_path / "three"), "--context-parallel", "3"], tmp_path / "logs", size=3)

@@ -107,11 +107,11 @@ class Decoder(nn.Module):
         normed: Tensor = self.norm(x)
         return normed
 
-    def attend_by(self, attention: Callable[[int], Attend]) -> None:
-        """Let other functions compute the attention of all blocks, given the number of each."""
+    def attend_by(self, attends: Callable[[int], Attend] | None) -> None:
+        """Let other functions compute the attention of all blocks, given the number of each; None ends that."""
         for module in self.modules():
             if isinstance(module, SelfAttention):
-                module.attend = attention(module.layer)
+                module.attend = attention if attends is None else attends(module.layer)
 
     def logits(
         self,

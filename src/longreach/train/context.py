@@ -1,5 +1,7 @@
 """A decoder whose sequences lie over many ranks, each of which holds a piece of all of them (context parallelism)."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -79,6 +81,18 @@ def share_loss(model: nn.Module, loss: Loss, ranks: Ranks, config: TrainConfig) 
         return torch.where(share > 0, mean * share, 0.0)  # the mean over no targets is no number
 
     return of_piece, sharing
+
+
+@contextmanager
+def unshared(model: nn.Module, sharing: Sharing | None) -> Iterator[None]:
+    """In the block each rank computes whole sequences of its own, if it shares them else."""
+    if sharing is None:
+        yield
+        return
+    assert isinstance(model, Decoder)  # whose attention is the sharing's
+    model.attend_by(None)
+    yield
+    model.attend_by(sharing.attention)
 
 
 def exchanged(sharing: Sharing, ranks: Ranks) -> Exchanged:

@@ -27,7 +27,7 @@ from longreach.results import Exchanged, Model, TrainingRecord, read_training, w
 from longreach.stopping import deferred, exception
 from longreach.train.checkpoint import Writer, damaged, load_checkpoint, remove_checkpoints
 from longreach.train.config import TrainConfig
-from longreach.train.context import exchanged, share_loss
+from longreach.train.context import exchanged, share_loss, unshared
 from longreach.train.flops import count_matrices, published_peak, training_flops
 from longreach.train.metrics import Log, Step, final_loss, keep_first
 from longreach.train.optim import build_optimizer, independent_of_steps, learning_rate
@@ -376,10 +376,11 @@ class _Run:
         """A text that the model writes."""
         if self.trainee.sample is None:
             return None
-        self.trainee.model.eval()
-        with self.gathered(), torch.compiler.set_stance("force_eager"):  # each length would be compiled
+        model = self.trainee.model.eval()
+        by_itself = unshared(model, self.sharing)
+        with self.gathered(), by_itself, torch.compiler.set_stance("force_eager"):  # each length would be compiled
             text = self.trainee.sample()
-        self.trainee.model.train()
+        model.train()
         return text
 
     def save(self, checkpoints: Writer) -> None:
