@@ -338,17 +338,18 @@ def test_a_mistake_of_one_rank_is_one_error_on_all(tmp_path):
     together(work, tmp_path, 3)
 
 
-def test_groups_that_differ_are_one_error_on_all(tmp_path):
+@pytest.mark.parametrize(
+    ("chosen", "first"),
+    [(("all", "two", "all"), r"\[0, 1, 2\]"), (("same", "two"), r"\[0, 1\]")],
+)
+def test_groups_that_differ_are_one_error_on_all(tmp_path, chosen, first):
     def work(rank):
-        two, same = dist.new_group([0, 1]), dist.new_group([0, 1])
-        for groups, other in (((None, two, None), r"\[0, 1, 2\]"), ((same, two), r"\[0, 1\]")):
-            if rank < len(groups):
-                message = rf"^group of the ranks \[0, 1\] on rank 1 and of {other} on rank 0: give one$"
-                with pytest.raises(ValueError, match=message):
-                    call(**FINE, group=groups[rank])
-            dist.barrier()
+        groups = {"all": None, "two": dist.new_group([0, 1]), "same": dist.new_group([0, 1])}
+        message = rf"^group of the ranks \[0, 1\] on rank 1 and of {first} on rank 0: give one$"
+        with pytest.raises(ValueError, match=message):
+            call(**FINE, group=groups[chosen[rank]])
 
-    together(work, tmp_path, 3)
+    together(work, tmp_path, len(chosen))
 
 
 def test_what_was_agreed_on_before_takes_no_exchange_of_its_own(tmp_path):
