@@ -48,7 +48,12 @@ CLAIM = Claim(
         "ALiBi's interval is below T5's growth."
     ),
     judge=judge,
-    caveats="Half a million parameters and a million tokens: absolute perplexities compare with nothing else.",
+    caveats=(
+        "Half a million parameters and a million tokens: absolute perplexities compare with nothing else. Growth is "
+        "from a method's own perplexity at L. Rotary positions, near to ALiBi there, have more to lose than sinusoidal "
+        "ones, which have learned less by then: the likely reason that the two stand in the other order here, and that "
+        "shifted positions and none grow so little."
+    ),
     figure=perplexity_figure,
     caption=(
         "Perplexity per token by tested length, both logarithmic: the mean over seeds, single seeds thin. Dotted: the "
