@@ -174,7 +174,7 @@ def test_pickled_weights_that_would_run_code(capfd, model, corpus, verb, tmp_pat
     [
         *("--num-layers=2", "--num-heads=6", "--num-kv-heads=6", "--d-model=24", "--d-ff=96", "--norm=rmsnorm"),
         *("--activation=gelu", "--bias", "--no-tied-embeddings", "--attention-dropout=0.1", "--residual-dropout=0"),
-        *("--longest-length=64", "--vocab-size=300", "--packing=documents", "--method=rotary", "--preset=cc100-1.3b"),
+        *("--longest-length=64", "--vocab-size=300", "--method=rotary", "--preset=cc100-1.3b"),
     ],
 )
 def test_what_a_model_of_hugging_face_has_by_itself(capfd, model, corpus, tmp_path, option):
