@@ -33,8 +33,8 @@ CLAIM = Claim(
     ),
     judge=judge,
     caveats=(
-        "Small models use near context alone, for which steep slopes are enough. Speeds were measured beside other work, "
-        "and tell no method from another."
+        "Small models use near context alone, for which steep slopes are enough. Speeds were measured beside other "
+        "work, and tell no method from another."
     ),
     figure=perplexity_figure,
     caption=(
