@@ -91,8 +91,10 @@ def unshared(model: nn.Module, sharing: Sharing | None) -> Iterator[None]:
         return
     assert isinstance(model, Decoder)  # whose attention is the sharing's
     model.attend_by(None)
-    yield
-    model.attend_by(sharing.attention)
+    try:
+        yield
+    finally:
+        model.attend_by(sharing.attention)
 
 
 def exchanged(sharing: Sharing, ranks: Ranks) -> Exchanged:
