@@ -599,3 +599,29 @@ def test_the_installed_command_runs():
         [sys.executable, "-m", "longreach", "--version"], capture_output=True, text=True, check=True
     )
     assert result.stdout.startswith("longreach ")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("generate", "nowhere"),
+        ("embed", "nowhere", "--data=README.md", "--output=vectors.npy"),
+        ("doctor", "nowhere"),
+        ("evaluate", "nowhere", "--output=tested"),
+        ("train", "--from=nowhere", "--output=trained"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_model_that_needs_an_extra_names_it(capsys, monkeypatch, tmp_path, words):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert refused(capsys, *words).endswith("pip install 'longreach[hf]'")
+
+
+@pytest.mark.parametrize(("package", "mend"), [("transformers", "pip install 'longreach[hf]'"), ("other", "No other")])
+def test_a_package_that_is_missing_further_in_is_named(capsys, monkeypatch, package, mend):
+    def fail(*_):
+        raise ModuleNotFoundError(f"No {package}", name=package)
+
+    monkeypatch.setattr(cli, "_run_verb", fail)
+    assert refused(capsys, "doctor", "nowhere").endswith(mend)

@@ -381,7 +381,11 @@ def _run(words: list[str]) -> None:
         raise
     except OSError as error:
         _fail(program, line.spelled(_reason(error)))
-    except (ValueError, FloatingPointError, ModuleNotFoundError) as error:
+    except ModuleNotFoundError as error:
+        package = str(error.name).partition(".")[0]
+        is_extra = package in ("transformers", "datasets")
+        _fail(program, f"{package} is not installed: pip install 'longreach[hf]'" if is_extra else str(error))
+    except (ValueError, FloatingPointError) as error:
         _fail(program, line.spelled(str(error)))
     except (MemoryError, RuntimeError) as error:
         from longreach.cost import is_out_of_memory

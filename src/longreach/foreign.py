@@ -28,6 +28,16 @@ def refusing(subject: str, mend: str) -> Iterator[None]:
         raise ValueError(f"{subject} ({first_line(error)}); {mend}") from error
 
 
+def require_transformers(model: str) -> None:
+    """Refuse a model that transformers would have to find or read, where that is not installed: a ValueError."""
+    try:
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise ValueError(
+            f"model {model!r} is no run here; one of Hugging Face needs transformers: pip install 'longreach[hf]'"
+        ) from error
+
+
 def first_line(error: BaseException) -> str:
     """The first line of what an error says, and the next after a colon; what it is where it says nothing."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from longreach.files import open_file
-from longreach.foreign import first_line, refusing
+from longreach.foreign import first_line, refusing, require_transformers
 from longreach.models.files import shards_of
 from longreach.reading import parse_file
 
@@ -40,11 +40,12 @@ class Source:
         Raises:
             ValueError: there is no such model, or the hub cannot be reached and the file was never fetched.
         """
-        from transformers.utils.hub import cached_file
-
         if Path(self.name).is_dir():
             path = Path(self.name, self.options.get("subfolder", ""), file)
             return path if path.is_file() else None
+        require_transformers(self.name)
+        from transformers.utils.hub import cached_file
+
         absent = {"_raise_exceptions_for_missing_entries": False}
         try:
             found = cached_file(self.name, file, **self.options, **absent)

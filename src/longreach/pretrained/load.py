@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from longreach.files import MODEL_FILES, open_file
-from longreach.foreign import refusing
+from longreach.foreign import refusing, require_transformers
 from longreach.models.files import MODEL_TYPE, check_labels, shards_of
 from longreach.ops.arguments import validate_path
 from longreach.positions.scaling import Scaling, parse_scaling
@@ -234,12 +234,9 @@ def _is_weight(model: Any, key: str) -> bool:
 
 def _from_pretrained(auto: str, name: str, **options: Any) -> Any:
     """What a class of transformers, given by its name, makes of a model's files."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise ValueError(
-            f"model {name!r} is no run here; one of Hugging Face needs transformers: pip install 'longreach[hf]'"
-        ) from error
+    require_transformers(name)
+    import transformers
+
     if Path(name).is_dir():
         pickled = any(Path(name).glob("*.bin")) and not any(Path(name).glob("*.safetensors"))
         subject = f"model {name!r} cannot be loaded from this folder"
