@@ -37,7 +37,7 @@ class Crossovers:
 
 
 CROSSOVERS = {
-    "AVX-512": Crossovers("cpu-2core-crossover.json", "cpu", {2: 512, 4: 512}, {2: 1024, 4: 1024}, {2: 8192, 4: 8192}),
+    "AVX-512": Crossovers("cpu-2core-crossover.json", "cpu", {2: 512, 4: 512}, {2: 1024, 4: 1024}, {2: 4096, 4: 8192}),
     "AVX2": Crossovers(
         "cpu-2core-avx2-crossover.json",
         "cpu",
