@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -124,6 +124,7 @@ def compare(parse: Parse) -> None:
 
 def train(parse: Parse) -> None:
     """`longreach train`."""
+    from longreach.pretrained.load import load_configuration
     from longreach.results.exchanged import in_words
     from longreach.terminal import TerminalProgress
     from longreach.train.config import RunConfig
@@ -132,13 +133,14 @@ def train(parse: Parse) -> None:
     from longreach.verbs.start import idle
     from longreach.verbs.train import train_run
 
-    start = partial(_starting_values, RunConfig)
+    load = cache(load_configuration)  # for the starting values, and once more for what is trained
+    start = partial(_starting_values, RunConfig, load=load)
     to, together, _, config = parse(TrainOutput, Together, Start, RunConfig, start=start, idle=_alone_too(idle))
     with joined("longreach train", together.rank_timeout) as ranks, TerminalProgress(ranks.is_first) as progress:
         if to.dry_run:
-            forecast = dry_run(config, progress, ranks)
+            forecast = dry_run(config, progress, ranks, load)
         else:
-            record = train_run(config, to.output, progress, ranks=ranks)
+            record = train_run(config, to.output, progress, ranks=ranks, load=load)
     if to.dry_run:
         if ranks.is_first:
             print(*forecast.lines(), sep="\n")
@@ -426,8 +428,11 @@ def _overview() -> str:
     return "\n".join([*lines, "", "longreach VERB --help shows a verb's options; longreach --version the version."])
 
 
-def _starting_values(kind: type[Any], given: Mapping[str, Any]) -> Any:
-    """What options default to: the values of the preset, of the configuration file or of the model to start from."""
+def _starting_values(kind: type[Any], given: Mapping[str, Any], load: Callable[[str], Any] | None = None) -> Any:
+    """What options default to: the values of the preset, of the configuration file or of the model to start from.
+
+    load gives the configuration of a Hugging Face model, of kinds that may start from one.
+    """
     from longreach.reading import read_file
     from longreach.train.config import PRESETS
     from longreach.verbs.start import starting_config
@@ -436,10 +441,10 @@ def _starting_values(kind: type[Any], given: Mapping[str, Any]) -> Any:
     file, source = (None if given.get(name) == "none" else given.get(name) for name in ("config_file", "start_from"))
     if preset not in PRESETS:
         raise ValueError(f"preset={preset!r}: give one of {', '.join(PRESETS)}")
-    if source is not None:
+    if source is not None and load is not None:
         if file is not None or preset != "demo":
             raise ValueError(f"start_from={source} gives the starting values: leave --preset and --config-file out")
-        return starting_config(source)
+        return starting_config(source, load)
     if file is not None:
         if "preset" in given:
             raise ValueError(f"preset={preset}: config_file={file} gives the starting values, leave one of them out")

@@ -77,6 +77,6 @@ def test_processes_of_torchrun_share_a_machine_s_memory(monkeypatch):
 
 
 def test_a_pretrained_model_is_refused(config, monkeypatch):
-    monkeypatch.setattr(module, "check_start", lambda config: "its configuration")
+    monkeypatch.setattr(module, "check_start", lambda config, load: "its configuration")
     with pytest.raises(ValueError, match=r"^dry_run: start_from='org/model' has a shape of its own: leave dry_run"):
         dry_run(replace(config, start_from="org/model"), silent)

@@ -11,6 +11,7 @@ import transformers
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from longreach.cli import main
 from longreach.data.batches import Batches
 from longreach.data.prepare import DataConfig, prepare
 from longreach.data.sequences import IGNORED, Blocks
@@ -338,6 +339,21 @@ def test_fine_tuning_goes_on_from_what_was_fine_tuned(pretrained, data, tmp_path
     assert again.data == dataclasses.replace(data, tokenizer=tokenizer, split_seed=0)
     run(dataclasses.replace(again, train=TRAIN), tmp_path / "second")
     assert extension_of(load_pretrained(tmp_path / "second")).scaling == Scaling("linear-fixed", factor=2.0)
+
+
+def test_a_command_loads_a_configuration_once(pretrained, data, tmp_path, monkeypatch, capsys):
+    loaded, load = [], transformers.AutoConfig.from_pretrained
+
+    def counted(*args, **options):
+        loaded.append(args)
+        return load(*args, **options)
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", counted)
+    source = pretrained("mpt")
+    words = f"--from {source} --data {data.data} --cache {data.cache} --valid-fraction {data.valid_fraction}"
+    options = f"--output {tmp_path / 'new'} --steps 1 --warmup-steps 0 --batch-size 1 --train-length 8 --device cpu"
+    main(["train", *words.split(), *options.split()])
+    assert len(loaded) == 1
 
 
 def test_the_starting_values_are_the_model_s(pretrained, tmp_path):

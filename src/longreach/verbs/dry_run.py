@@ -7,10 +7,11 @@ import torch
 from longreach.cost import total_memory
 from longreach.data.prepare import prepare
 from longreach.models.decoder import Decoder
+from longreach.pretrained.load import load_configuration
 from longreach.train.config import RunConfig
 from longreach.train.loop import resolve_device, runs_in_bf16, try_out
 from longreach.train.parallel import ALONE, Ranks
-from longreach.verbs.start import build_trainee, check_held_out, check_start
+from longreach.verbs.start import Load, build_trainee, check_held_out, check_start
 from longreach.verbs.train import Progress, training_batches
 
 KEPT = 17
@@ -79,13 +80,14 @@ class Forecast:
         ]
 
 
-def dry_run(config: RunConfig, progress: Progress, ranks: Ranks = ALONE) -> Forecast:
+def dry_run(config: RunConfig, progress: Progress, ranks: Ranks = ALONE, load: Load = load_configuration) -> Forecast:
     """Say what a training will take, and take three steps of it if it fits; nothing but the cache is written.
 
     Args:
         config: the training.
         progress: told of each stage as it goes on.
         ranks: the processes that would train, all of which call this.
+        load: as `starting_config` was given it.
 
     Raises:
         ValueError: as `train_run`, but for what concerns the folder.
@@ -94,7 +96,7 @@ def dry_run(config: RunConfig, progress: Progress, ranks: Ranks = ALONE) -> Fore
     with ranks.leading():
         ranks.check(train.parallel, train.batch_size, train.accumulation, train.context_parallel)
         device = resolve_device(train.device)
-        if check_start(config) is not None:
+        if check_start(config, load) is not None:
             raise ValueError(f"dry_run: start_from={config.start_from!r} has a shape of its own: leave dry_run out")
         prepared = prepare(config.data, train.seed, progress)
         check_held_out(config, prepared)

@@ -41,6 +41,9 @@ from longreach.train.flops import count_matrices, training_flops
 from longreach.train.loop import Trainee, decoder_trainee
 from longreach.verbs.open import names_pretrained
 
+Load = Callable[[str], Any]
+"""Name of a Hugging Face model -> its configuration."""
+
 RATE_OF_RUNS = 1e-3
 """Peak learning rate for weights of a run of our own, unless another is given: new weights take a larger one."""
 
@@ -71,7 +74,7 @@ def idle(config: RunConfig) -> dict[str, str]:
     return idle
 
 
-def starting_config(source: str) -> RunConfig:
+def starting_config(source: str, load: Load = load_configuration) -> RunConfig:
     """The run that starts from a model and changes nothing: its data, tokenizer, shape, method and training length.
 
     What a finished run held out of its text is held out again, whatever the seed. The seed is the finished run's too,
@@ -80,14 +83,15 @@ def starting_config(source: str) -> RunConfig:
 
     Args:
         source: the folder of a finished run, or a Hugging Face model as a folder or a name on the hub.
+        load: as `load_configuration`, for who needs what that reads once more.
 
     Raises:
         ValueError: there is no such model, it cannot have ALiBi, or the folder holds no finished run.
     """
-    return _start(source)[0]
+    return _start(source, load)[0]
 
 
-def _start(source: str) -> tuple[RunConfig, Any]:
+def _start(source: str, load: Load) -> tuple[RunConfig, Any]:
     """As `starting_config`, and the configuration of a Hugging Face model, None of a run."""
     folder = Path(source)
     if (folder / "config.toml").exists() and (folder / "training.json").exists():
@@ -105,13 +109,13 @@ def _start(source: str) -> tuple[RunConfig, Any]:
                 train_length=before.train.train_length, seed=before.train.seed, learning_rate=RATE_OF_RUNS
             ),
         )
-        return continued, _configuration(source) if holds_pretrained(folder) else None
+        return continued, _configuration(source, load) if holds_pretrained(folder) else None
     if folder.is_dir() and ((folder / "config.toml").exists() or not holds_pretrained(folder)):
         raise ValueError(
             f"start_from={source!r} holds no finished run: give the folder of one, as train writes it and compare "
             "does for each method, or a Hugging Face model"
         )
-    pretrained = _configuration(source)
+    pretrained = _configuration(source, load)
     trainable = {name: family for name, family in FAMILIES.items() if family.kind != "remote"}
     if pretrained.model_type not in trainable:
         raise ValueError(
@@ -131,16 +135,18 @@ def _start(source: str) -> tuple[RunConfig, Any]:
     return config, pretrained
 
 
-def _configuration(source: str) -> Any:
+def _configuration(source: str, load: Load) -> Any:
     """That of the Hugging Face model that is started from."""
     try:
-        return load_configuration(source)
+        return load(source)
     except (ValueError, OSError) as error:
         raise ValueError(f"start_from={source!r}: {error}") from error
 
 
-def check_start(config: RunConfig) -> Any:
+def check_start(config: RunConfig, load: Load = load_configuration) -> Any:
     """Check that the model a run starts from is there and fits it, before any text is read or weights are loaded.
+
+    load is as for `starting_config`.
 
     Returns:
         Its configuration, where it is one of Hugging Face.
@@ -150,7 +156,7 @@ def check_start(config: RunConfig) -> Any:
     """
     if config.start_from is None:
         return None
-    start, pretrained = _start(config.start_from)
+    start, pretrained = _start(config.start_from, load)
     for field in fields(Architecture):
         there, asked = getattr(start.model, field.name), getattr(config.model, field.name)
         if asked != there and (pretrained or not field.name.endswith("_dropout")):

@@ -26,7 +26,7 @@ from longreach.measure.text_tasks import Text
 from longreach.measure.words import count_words
 from longreach.models.decoder import Decoder, count_weights
 from longreach.models.files import load_model, read_model_config
-from longreach.pretrained.load import holds_pretrained
+from longreach.pretrained.load import holds_pretrained, load_configuration
 from longreach.reading import plain_values, read_file
 from longreach.results import Provenance, Start, TrainingRecord
 from longreach.train.config import RunConfig, TrainConfig
@@ -41,7 +41,7 @@ from longreach.train.metrics import Step
 from longreach.train.optim import independent_of_steps
 from longreach.train.parallel import ALONE, Ranks
 from longreach.train.tracking import Tracked, Tracking, check_trackers
-from longreach.verbs.start import build_trainee, check_held_out, check_start, digest_of_weights
+from longreach.verbs.start import Load, build_trainee, check_held_out, check_start, digest_of_weights
 
 VALIDATION_TOKENS = 1 << 17
 """How much of the validation text `validate_every` measures the loss on, about."""
@@ -83,6 +83,7 @@ def train_run(
     progress: Progress,
     prepared: PreparedData | None = None,
     ranks: Ranks = ALONE,
+    load: Load = load_configuration,
 ) -> TrainingRecord:
     """Train into a folder, or go on with what is there; the record of a finished run is returned at once.
 
@@ -92,6 +93,7 @@ def train_run(
         progress: told of each stage as it goes on.
         prepared: the text of `config`, where it has been read already.
         ranks: the processes that train it together, all of which call this.
+        load: as `starting_config` was given it.
 
     Raises:
         ValueError: the folder holds another run, what was read for it has changed since, too few tokens to train on,
@@ -105,7 +107,7 @@ def train_run(
             )
             device = resolve_device(config.train.device)
             check_trackers(config.train.track)
-            pretrained = check_start(config)
+            pretrained = check_start(config, load)
             check_memory(config, device)
             before = stack.enter_context(hold(folder, config, besides=("steps",))) if ranks.is_first else None
             if before is not None:
