@@ -87,6 +87,12 @@ def test_negative_lengths(lengths, name):
         alibi_bias(torch.ones(2), *lengths)
 
 
+@pytest.mark.parametrize("lengths", [(10**6,), (10**9,), (10**18,), (1, 10**12), (10**12, 1)])
+def test_tables_that_no_memory_holds(lengths):
+    with pytest.raises(ValueError, match=r"^query_length=\d+ and key_length=\d+ make a table larger than any memory: "):
+        alibi_bias(torch.ones(2), *lengths)
+
+
 @pytest.mark.parametrize("shape", [(3,), (2, 3)])
 def test_bias_is_minus_slope_times_absolute_distance(shape):
     slopes = torch.rand(shape, dtype=torch.float64)

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -52,11 +54,19 @@ def test_every_rank_has_a_piece_where_there_is_a_token_for_each(length, size, sl
         ((8, 0, PLAIN), "size=0: give an integer of at least 1"),
         ((-1, 2, PLAIN), "length=-1: give an integer of at least 0"),
         ((8, 2, [0.5]), "slopes of list: give a tensor"),
+        ((8, 2, torch.tensor([math.nan])), "slopes holds nan: give finite numbers of at least 0"),
+        ((8, 2, -PLAIN - 1), "slopes holds -1: give finite numbers of at least 0"),
     ],
 )
 def test_what_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         balanced_pieces(*arguments)
+
+
+@pytest.mark.parametrize("window_size", [0, -1, "3", 2.5, True])
+def test_a_window_of_nothing_is_refused(window_size):
+    with pytest.raises(ValueError, match=r"^window_size=.*: give an integer of at least 1$"):
+        balanced_pieces(8, 2, PLAIN, window_size=window_size)
 
 
 def test_a_cost_below_nothing_is_refused():

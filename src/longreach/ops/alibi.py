@@ -7,6 +7,9 @@ from torch import Tensor
 
 from longreach.ops.arguments import validate_device, validate_integer, validate_types, validate_values
 
+MOST_DISTANCES = 2**36
+"""The most elements of a table of distances, half a TiB, that are taken for no mistake."""
+
 MOST_HEADS = 2**20
 """The most heads that are taken for no mistake, each of which has its slope computed by itself."""
 
@@ -59,11 +62,16 @@ def alibi_distance(
         (Tq, Tk) int64.
 
     Raises:
-        ValueError: a length is negative or no integer.
+        ValueError: a length is negative or no integer, or the table is larger than any memory.
     """
     key_length = query_length if key_length is None else key_length
     query_length = validate_integer("query_length", query_length, 0)
     key_length = validate_integer("key_length", key_length, 0)
+    if query_length * key_length > MOST_DISTANCES:
+        raise ValueError(
+            f"query_length={query_length} and key_length={key_length} make a table larger than any memory: give "
+            "smaller ones; attention(..., slopes=...) needs no table"
+        )
     query_positions = torch.arange(query_length, device=device) + (key_length - query_length)
     return query_positions[:, None] - torch.arange(key_length, device=device)
 
@@ -84,8 +92,8 @@ def alibi_bias(slopes: Tensor, query_length: int, key_length: int | None = None)
         (H, Tq, Tk) or (B, H, Tq, Tk) in the dtype of the slopes.
 
     Raises:
-        ValueError: slopes are not of that shape, not floating point or not finite; a length is negative or no
-            integer.
+        ValueError: slopes are not of that shape, not floating point or not finite; a length is negative, no
+            integer, or too large for a dense bias.
     """
     validate_types(slopes=slopes)
     if slopes.dim() not in (1, 2) or not slopes.is_floating_point():

@@ -7,7 +7,14 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from longreach.ops.arguments import is_number, shown, validate_integer, validate_tolerance, validate_types
+from longreach.ops.arguments import (
+    is_number,
+    shown,
+    validate_integer,
+    validate_tolerance,
+    validate_types,
+    validate_values,
+)
 from longreach.ops.cpu.plan import expected_reach
 from longreach.ops.reach import KEY_BLOCK
 
@@ -45,7 +52,10 @@ def balanced_pieces(
     size = validate_integer("size", size, 1)
     length = validate_integer("length", length, 0)
     validate_types(slopes=slopes)
+    validate_values("slopes", slopes, 0.0)
     validate_tolerance(tolerance)
+    if window_size is not None:
+        validate_integer("window_size", window_size, 1)
     if not (is_number(per_token) and per_token >= 0):
         raise ValueError(f"per_token={shown(per_token)}: give at least 0")
     if length < size:
