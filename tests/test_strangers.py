@@ -148,6 +148,10 @@ def test_a_configuration_that_no_model_can_have(capfd, model, corpus, change, pa
         lambda weights: dict(list(weights.items())[1:]),
         lambda weights: {**weights, "transformer.wpe.weight": torch.zeros(32, 24)},
         lambda weights: {},
+        lambda weights: {name: weight.to(torch.int8) for name, weight in weights.items()},
+        lambda weights: {**weights, "transformer.norm_f.weight": torch.ones(24, dtype=torch.int64)},
+        lambda weights: {name: weight.bool() for name, weight in weights.items()},
+        lambda weights: {name: weight.to(torch.complex64) for name, weight in weights.items()},
     ],
 )
 def test_weights_of_another_model(capfd, model, corpus, change):
@@ -293,6 +297,7 @@ CHECKPOINTS = {
     "a list": lambda state: [],
     "nothing": lambda state: {},
     "a step that is none": lambda state: {**state, "step": "x"},
+    "a step of before": lambda state: {**state, "step": 1},
     "a step of a longer run": lambda state: {**state, "step": 100},
     "no time": lambda state: {**state, "seconds": float("nan")},
     "no model": lambda state: {**state, "model": {}},

@@ -176,7 +176,7 @@ def _lock(file: BinaryIO, folder: Path) -> None:
         lock(file, wait=False)
     except BlockingIOError:
         file.seek(0)
-        holder = file.read().decode() or "another process"
+        holder = file.read().decode(errors="replace") or "another process"
         raise BlockingIOError(
             f"output={folder}: it is in use by {holder}, wait until that has ended, or give another folder"
         ) from None

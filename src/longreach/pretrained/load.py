@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import safetensors
 from torch import nn
 
 from longreach.files import MODEL_FILES, open_file
@@ -177,6 +178,7 @@ def _check_files(folder: Path) -> None:
     """
     if not folder.is_dir():
         return
+    quantized = False
     with contextlib.suppress(FileNotFoundError):  # transformers says what it looks for
         values = parse_file(path := folder / "config.json")
         if not isinstance(values, dict):
@@ -185,12 +187,27 @@ def _check_files(folder: Path) -> None:
             check_labels(values)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+        quantized = "quantization_config" in values
     for path in folder.iterdir():
         if path.suffix in MODEL_FILES:
             open_file(path).close()
+        if path.suffix == ".safetensors" and not quantized:
+            _check_floating(path)
         if path.name.endswith(".index.json"):
             for shard in shards_of(path):
                 open_file(path.with_name(shard)).close()
+
+
+def _check_floating(path: Path) -> None:
+    """Check that weights are floating point, which transformers would make of anything; masks beside them need not be.
+
+    Raises:
+        ValueError: one is not. What cannot be read is left to transformers, which says so.
+    """
+    with contextlib.suppress(safetensors.SafetensorError), safetensors.safe_open(path, framework="pt") as file:
+        for key in file.keys():  # noqa: SIM118  # it is no dictionary
+            if key.endswith(".weight") and not (dtype := file.get_slice(key).get_dtype()).startswith(("F", "BF")):
+                raise ValueError(f"{path} has {key} in {dtype}: give weights in floating point")
 
 
 def _check_counts(config: Any) -> None:

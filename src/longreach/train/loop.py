@@ -435,6 +435,8 @@ class _Run:
             for name in ("exp_avg", "exp_avg_sq"):
                 _check_alike(name, of_one[name], parameters[number])
             _check_alike("step", of_one["step"], torch.zeros(()))
+        if (counted := max(of_one["step"].item() for of_one in averages.values())) != self.step:
+            raise ValueError(f"step={self.step!r}, and averages of {counted:g} steps")
         # Settings are those of the configuration; what is restored are the averages.
         optimizer = {"state": averages, "param_groups": self.optimizer.state_dict()["param_groups"]}
         restore(self.trainee.model, self.optimizer, {**state, "optimizer": optimizer})
