@@ -191,6 +191,20 @@ def test_texts_elsewhere_are_packed_with_borders(scaling, tmp_path, monkeypatch)
         ({"input_ids": torch.ones(1, 3)}, r"input_ids of shape \(1, 3\) and torch.float32: give \(B, T\) int64"),
         ({"input_ids": torch.ones(3, dtype=torch.int64)}, r"input_ids of shape \(3,\)"),
         ({"inputs_embeds": torch.zeros(3, 48)}, r"inputs_embeds of shape \(3, 48\)"),
+        ({"input_ids": draw(1, 3), "token_type_ids": draw(1, 1)}, r"token_type_ids of shape \(1, 1\)"),
+        ({"input_ids": draw(1, 3), "token_type_ids": torch.zeros(1, 3)}, r"token_type_ids of .*float32: give \(B, T\)"),
+        (
+            {"input_ids": draw(1, 3) + 10**6},
+            r"^input_ids has ids that Embedding\(.*\) has not: give",
+        ),
+        (
+            {"input_ids": draw(1, 3) - 10**6},
+            r"^input_ids has ids that Embedding\(.*\) has not: give",
+        ),
+        (
+            {"input_ids": draw(1, 3), "token_type_ids": draw(1, 3) + 9},
+            r"^token_type_ids has ids that Embedding\(2, 48\)",
+        ),
         ({"inputs_embeds": torch.ones(1, 3, 48).long()}, r"inputs_embeds .* torch.int64: give \(B, T, C\) floating"),
     ],
 )

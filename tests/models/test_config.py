@@ -85,6 +85,8 @@ def test_contradictions_are_refused_in_one_line(changes, message):
     with pytest.raises(ValueError, match=f"^{message}") as raised:
         read_values(ModelConfig, {"vocab_size": 10, "train_length": 8, **changes})
     assert "\n" not in str(raised.value)
+    with pytest.raises(ValueError, match=f"^{message}"):
+        ModelConfig(**{"vocab_size": 10, "train_length": 8, **changes})
 
 
 def test_asking_a_method_for_its_refusals_takes_no_memory_and_no_random_numbers():

@@ -274,6 +274,18 @@ def test_the_last_logits_alone(build, tokens_of, last):
     torch.testing.assert_close(made, model(tokens)[:, -last:], rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("config", [None, {}, "demo", 3, ModelConfig])
+def test_a_decoder_of_no_configuration(config):
+    with pytest.raises(ValueError, match=r"^config=.*: give a longreach\.models\.config\.ModelConfig$"):
+        Decoder(config)
+
+
+@pytest.mark.parametrize("token", [-1, 50, 2**40])
+def test_tokens_that_the_vocabulary_has_not(build, token):
+    with pytest.raises(ValueError, match=r"^tokens has ids that Embedding\(50, .*\) has not: give those"):
+        build()(torch.tensor([[1, token]]))
+
+
 def test_chunks_of_nothing(build, tokens_of):
     with pytest.raises(ValueError, match=r"^chunk_size=0: give at least 1$"):
         next(build().logits(tokens_of(1, 4), chunk_size=0))

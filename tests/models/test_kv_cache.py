@@ -109,6 +109,7 @@ def test_a_bounded_cache_stays_small_and_moves_seldom():
 
 
 @pytest.mark.parametrize("name", ["length", "max_context"])
-def test_a_cache_for_nothing_is_refused(name):
-    with pytest.raises(ValueError, match=rf"^{name}=0: give a positive integer, or None$"):
-        KVCache(**{name: 0})
+@pytest.mark.parametrize("value", [0, -1, 2.5, "8", True, 10**30])
+def test_a_cache_for_nothing_is_refused(name, value):
+    with pytest.raises(ValueError, match=rf"^{name}={value!r}: give a positive integer, or None$"):
+        KVCache(**{name: value})

@@ -18,6 +18,7 @@ from longreach.encoders.packing import Arrangement, Dense, Heads, Packed
 from longreach.encoders.source import Source
 from longreach.encoders.texts import Texts, copy_text_files
 from longreach.foreign import refusing
+from longreach.ops.arguments import looked_up
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 """Options of `from_pretrained` that say how the hub is asked."""
@@ -59,7 +60,8 @@ class Embeddings(nn.Module):
 
     def forward(self, words: Tensor, types: Tensor | None) -> Tensor:
         """Words (..., C), and types (...), 0 everywhere when None, to (..., C)."""
-        of_type = self.token_type_embeddings.weight[0] if types is None else self.token_type_embeddings(types)
+        table = self.token_type_embeddings
+        of_type = table.weight[0] if types is None else looked_up("token_type_ids", table, types)
         out: Tensor = self.dropout(self.LayerNorm(words + of_type))
         return out
 
@@ -200,14 +202,21 @@ class EncoderModel(PublishedModel):
             `hidden_states`.
 
         Raises:
-            ValueError: neither ids nor embeddings, or both; the mask has another shape or padding between tokens.
+            ValueError: neither ids nor embeddings, or both; one has another shape or kind, ids are none of the
+                vocabulary (found on the CPU alone); the mask has another shape or padding between tokens.
         """
         given = input_ids if inputs_embeds is None else inputs_embeds
         if given is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("give one of input_ids and inputs_embeds")
-        for name, axes, x in (("input_ids", 2, input_ids), ("inputs_embeds", 3, inputs_embeds)):
-            if x is not None and (x.dim() != axes or x.is_floating_point() != (axes == 3)):
-                kind = "(B, T) int64" if axes == 2 else "(B, T, C) floating point"
+        for name, axes, x in (
+            ("input_ids", 2, input_ids),
+            ("inputs_embeds", 3, inputs_embeds),
+            ("token_type_ids", 2, token_type_ids),
+        ):
+            if x is None:
+                continue
+            if x.dim() != axes or x.is_floating_point() != (axes == 3) or x.shape[:2] != given.shape[:2]:
+                kind = "(B, T) int64, alike" if axes == 2 else "(B, T, C) floating point"
                 raise ValueError(f"{name} of shape {tuple(x.shape)} and {x.dtype}: give {kind}")
         arrangement: Arrangement
         if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
@@ -216,7 +225,7 @@ class EncoderModel(PublishedModel):
             arrangement = Packed.of(attention_mask, (given.shape[0], given.shape[1]))
         words = arrangement.gather(given)
         if inputs_embeds is None:
-            words = self.embeddings.word_embeddings(words)
+            words = looked_up("input_ids", self.embeddings.word_embeddings, words)
         types = None if token_type_ids is None else arrangement.gather(token_type_ids)
         states = self._layers(words, types, arrangement, keep=bool(output_hidden_states))
         hidden = [arrangement.scatter(state) for state in states]

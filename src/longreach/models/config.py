@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 from longreach.positions import ModelSize, build_method, parse_method
+from longreach.reading import check_fields
 
 LARGEST = 2**24
 """The most layers, heads, tokens of a vocabulary and so on that are taken for no mistake."""
@@ -45,6 +46,7 @@ class Architecture:
     """Dropout of what each sublayer adds to the residual stream."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         self._check_counts("num_layers", "num_heads", "num_kv_heads", "d_model", "d_ff")
         if self.d_model % self.num_heads:
             raise ValueError(f"num_heads={self.num_heads} does not divide d_model={self.d_model}: change one of them")

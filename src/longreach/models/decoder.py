@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from longreach.models.config import ModelConfig
 from longreach.models.kv_cache import KVCache
 from longreach.models.vocabulary import Vocabulary
+from longreach.ops.arguments import validate_kind
 from longreach.ops.attention import attention, choose_impl, uses_key_norms
 from longreach.ops.crossovers import processor_of
 from longreach.ops.linear import Linear
@@ -29,6 +30,7 @@ class Decoder(nn.Module):
     """Token ids to logits. With LayerNorm, GELU and no biases its weights fit `transformers`' MPT exactly."""
 
     def __init__(self, config: ModelConfig):
+        validate_kind("config", config, ModelConfig, "a longreach.models.config.ModelConfig")
         super().__init__()
         self.config = config
         self.vocabulary = Vocabulary(config)

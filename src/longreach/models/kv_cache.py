@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from longreach.ops.arguments import validate_integer
 from longreach.ops.key_norms import KeyNorms
 
 
@@ -19,13 +20,13 @@ class KVCache:
         max_context: how many of the last tokens a token sees, itself included; all of them when None.
 
     Raises:
-        ValueError: a value below 1.
+        ValueError: a value is no integer, or below 1.
     """
 
     def __init__(self, *, length: int | None = None, max_context: int | None = None) -> None:
         for name, value in (("length", length), ("max_context", max_context)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value}: give a positive integer, or None")
+            if value is not None:
+                validate_integer(name, value, 1, "a positive integer, or None")
         self.final_length = length
         self.max_context = max_context
         self._layers: list[_Layer] = []

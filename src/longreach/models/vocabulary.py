@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longreach.models.config import ModelConfig
+from longreach.ops.arguments import looked_up
 from longreach.ops.linear import Linear, linear
 
 
@@ -21,8 +22,7 @@ class Vocabulary(nn.Module):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """(B, T) ids to (B, T, C)."""
-        embeddings: Tensor = self.embedding(tokens)
-        return embeddings
+        return looked_up("tokens", self.embedding, tokens)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., C) to (..., V)."""

@@ -8,7 +8,7 @@ from numbers import Real
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from longreach.ops.visibility import Visibility
 
@@ -89,6 +89,15 @@ def validate_device(device: Any) -> None:
 def is_number(value: object) -> bool:
     """Whether a value is a real number, as NumPy's are, and neither a truth value nor a tensor."""
     return isinstance(value, _NUMBERS) and not isinstance(value, bool)
+
+
+def looked_up(name: str, table: nn.Module, ids: Tensor) -> Tensor:
+    """Rows of a table of embeddings; ids that it has not are told from others on the CPU alone, and at no cost."""
+    try:
+        rows: Tensor = table(ids)
+    except IndexError as error:
+        raise ValueError(f"{name} has ids that {table} has not: give those of the model's own tokenizer") from error
+    return rows
 
 
 def validate_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
