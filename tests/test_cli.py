@@ -127,6 +127,18 @@ def test_no_verb_is_an_error(capsys):
     assert end.value.code == 2
 
 
+def test_threads_of_openmp_sleep_soon_unless_the_user_says_otherwise(monkeypatch):
+    """By a variable that PyTorch's OpenMP reads as it is loaded: nothing may load it before that is set."""
+    code = "import sys, longreach.cli; assert 'torch' not in sys.modules; longreach.cli.main(['--version'])"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    for before, after in ((None, "1000"), ("7", "7")):
+        monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+        if before is not None:
+            monkeypatch.setenv("GOMP_SPINCOUNT", before)
+        main(["--version"])
+        assert os.environ["GOMP_SPINCOUNT"] == after
+
+
 def test_version_is_the_package_s(capsys):
     import longreach
 

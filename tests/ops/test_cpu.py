@@ -260,7 +260,7 @@ def test_time_is_linear_beyond_the_reach():
         ranges = key_ranges(q, k, torch.tensor([0.5, 0.05]), scale=0.25, tolerance=2**-24, block_m=128, block_n=64)
         ranges = [x.transpose(0, 1).mul(module.BLOCK_N).tolist() for x in ranges]
         visibility = HostVisibility.read(Visibility(length, length))
-        tiles = list(module.plan(shape, shape, visibility, *ranges, product_cost))
+        tiles = list(module.plan(shape, shape, visibility, *ranges, product_cost, apart=False))
         assert sum(tile.rows * tile.windows * (tile.heads.stop - tile.heads.start) for tile in tiles) == 2 * length
         pairs.append(sum(t.rows * t.width * t.windows * (t.heads.stop - t.heads.start) for t in tiles))
     assert pairs[1] < 2.1 * pairs[0]
@@ -361,7 +361,7 @@ def test_heads_share_calls_where_that_is_cheapest(data, kv_heads):
     blocks = data.draw(st.lists(st.integers(0, length // 64 - 1), min_size=heads, max_size=heads))
     low, high = [[[64 * block]] for block in blocks], [[[length]]] * heads
     visibility = HostVisibility.read(Visibility(1, length))
-    tiles = list(plan((1, heads, 1, 8), (1, kv_heads, length, 8), visibility, low, high, reading_cost))
+    tiles = list(plan((1, heads, 1, 8), (1, kv_heads, length, 8), visibility, low, high, reading_cost, apart=False))
     covered = [head for tile in tiles for head in range(tile.heads.start, tile.heads.stop)]
     assert covered == list(range(heads))
 

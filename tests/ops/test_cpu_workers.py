@@ -8,28 +8,40 @@ from adversarial import CASES, random_grads, run
 from flat import cpu_attention, reference_attention
 
 import longreach.ops.cpu.products as products
-from longreach.ops.cpu.workers import share_out
+import longreach.ops.cpu.workers as workers
 from longreach.ops.lse_bound import FEW_QUERIES
 
 SHARED = [name for name, case in CASES.items() if case.queries >= FEW_QUERIES and case.batch * case.kv_heads > 1]
 
 
 @pytest.fixture
-def two_threads(monkeypatch):
-    monkeypatch.setattr(products, "PART_PAIRS", {True: 1, False: 1})
+def two_threads():
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(1)
 
 
-@pytest.mark.usefixtures("two_threads")
+@pytest.fixture
+def shared(monkeypatch, two_threads):
+    """The number of jobs that were shared out."""
+    counts = []
+
+    def share_out(jobs):
+        counts.append(len(jobs))
+        workers.share_out(jobs)
+
+    monkeypatch.setattr(products, "SHARED_PAIRS", 1)
+    monkeypatch.setattr(products, "share_out", share_out)
+    return counts
+
+
 @pytest.mark.parametrize("name", SHARED)
-def test_shared_out_heads_equal_the_definition(name):
+def test_shared_out_heads_equal_the_definition(name, shared):
     """In float64, where nothing but rounding may differ; and two runs agree to the last bit."""
     tensors, options = CASES[name].inputs(torch.float64)
     grads = random_grads(tensors)
-    assert len(products._parts(*tensors[:2], (torch.ones(tensors[0].shape[1]),) * 2, learns=True)) > 1
     expected, *actual = (run(f, tensors, options, grads) for f in (reference_attention, cpu_attention, cpu_attention))
+    assert max(shared) > 1
     first, second = ((*found[:2], *found[2]) for found in actual)
     for x, y, again in zip((*expected[:2], *expected[2]), first, second, strict=True):
         torch.testing.assert_close(y, x, rtol=1e-9, atol=1e-9)
@@ -38,13 +50,14 @@ def test_shared_out_heads_equal_the_definition(name):
 
 @pytest.mark.usefixtures("two_threads")
 def test_workers_leave_the_caller_its_threads():
-    together = threading.Barrier(2)
+    together, found = threading.Barrier(2), []
 
     def job():
         together.wait(timeout=60)  # so that each worker takes one
-        return threading.get_ident(), torch.get_num_threads(), torch.is_grad_enabled()
+        found.append((threading.get_ident(), torch.get_num_threads(), torch.is_grad_enabled()))
 
-    idents, threads, gradients = zip(*share_out([job, job]), strict=True)
+    workers.share_out([job, job])
+    idents, threads, gradients = zip(*found, strict=True)
     assert threading.get_ident() not in idents
     assert len(set(idents)) == 2
     assert threads == (1, 1)
@@ -57,5 +70,13 @@ def test_workers_leave_the_caller_its_threads():
     assert later == [2]
 
 
+@pytest.mark.usefixtures("two_threads")
+def test_an_error_of_a_job_comes_out():
+    with pytest.raises(ZeroDivisionError):
+        workers.share_out([lambda: None, lambda: 1 // 0])
+
+
 def test_one_thread_works_alone():
-    assert share_out([threading.get_ident, threading.get_ident]) == [threading.get_ident()] * 2
+    found = []
+    workers.share_out([lambda: found.append(threading.get_ident())] * 2)
+    assert found == [threading.get_ident()] * 2

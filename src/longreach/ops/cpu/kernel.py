@@ -80,17 +80,16 @@ class FewQueries(_Tiles):
         return left, right
 
 
+@dataclass
 class ManyQueries(_Tiles):
     """Tiles that see a bias without making it."""
 
-    @cached_property
-    def falloff(self) -> Tensor:
-        """The bias at each distance."""
-        return falloff(self.left, self.right, self.visibility, self.lse.dtype)
+    def __post_init__(self) -> None:
+        self._falloff = falloff(self.left, self.right, self.visibility, self.lse.dtype)  # the bias at each distance
 
     def attend(self, tile: Tile) -> None:
         """Compute a tile of one window or several."""
-        bias = bias_of(self.falloff, tile, self.visibility)
+        bias = bias_of(self._falloff, tile, self.visibility)
         out, lse = self._with_bias(rows_of(self.q, tile).flip(-2), bias, tile)
         rows_of(self.out, tile).copy_(out.flip(-2))
         rows_of(self.lse, tile).copy_(lse.flip(-1))

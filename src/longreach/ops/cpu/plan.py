@@ -6,8 +6,8 @@ and so do heads.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -109,14 +109,6 @@ class HostVisibility(Visibility):
         return HostVisibility(
             seen.query_length, length, seen.causal, seen.window_size, *tensors, documents, spans, holes
         )
-
-    def of(self, batch: slice) -> "HostVisibility":
-        """That of some sequences."""
-        if self.key_padding_mask is None:
-            return self
-        holes = None if self.holes is None else self.holes[batch]
-        spans = None if self.spans is None else self.spans[batch]
-        return replace(self, key_padding_mask=self.key_padding_mask[batch], spans=spans, holes=holes)
 
     @property
     def may_hide_all_keys(self) -> bool:
@@ -242,14 +234,22 @@ def plan(
     low: list[Ranges],
     high: list[Ranges],
     cost: Cost,
+    *,
+    apart: bool,
 ) -> Iterator[Tile]:
-    """Cover by few tiles all keys from low to high; for a head without ranges, all that are visible."""
+    """Cover by few tiles all keys from low to high; for a head without ranges, all that are visible.
+
+    `apart` is whether each key head of each sequence is to have tiles of its own.
+    """
     batch, num_heads = q_shape[:2]
     group = num_heads // k_shape[1]
-    whole = [(slice(0, batch), (0, visibility.key_length))]
     if not batch:
         return
-    spans = whole if visibility.spans is None else [(slice(b, b + 1), span) for b, span in enumerate(visibility.spans)]
+    whole = (0, visibility.key_length)
+    if apart or visibility.spans is not None:
+        spans = [(slice(b, b + 1), span) for b, span in enumerate(visibility.spans or [whole] * batch)]
+    else:
+        spans = [(slice(0, batch), whole)]
     for sequences, span in spans:
         lowest = [_over_sequences(min, ranges, sequences) for ranges in low]  # [H][blocks]
         highest = [_over_sequences(max, ranges, sequences) for ranges in high]
@@ -265,7 +265,7 @@ def plan(
                 unbounded if starts is None else _blocks(rows, keys, visibility, starts, ends, cost)
                 for starts, ends in zip(lowest, highest, strict=True)
             ]
-            yield from _tiles(sequences, blocks, group, keys, visibility.offset, cost)
+            yield from _tiles(sequences, blocks, group, keys, visibility.offset, cost, apart)
 
 
 def _over_sequences(extreme: Callable[..., int], ranges: Ranges, sequences: slice) -> list[int] | None:
@@ -319,7 +319,7 @@ def _block(
 
 
 def _tiles(
-    batch: slice, blocks: list[list[_Block]], group: int, keys: tuple[int, int], offset: int, cost: Cost
+    batch: slice, blocks: list[list[_Block]], group: int, keys: tuple[int, int], offset: int, cost: Cost, apart: bool
 ) -> Iterator[Tile]:
     """Batch consecutive blocks of a head whose windows are alike, and heads whose blocks are."""
     alone: dict[tuple[int, int], list[tuple[int, _Block]]] = {}
@@ -333,7 +333,7 @@ def _tiles(
             key = row + offset - before
             yield Tile(batch, slice(head, head + 1), row, run[0].rows, len(run), key, width)
     for (row, rows), members in alone.items():
-        for call in _calls(members, group, cost):
+        for call in _calls(members, group, cost, apart):
             low = min(block.low for _, block in call)
             high = max(block.high for _, block in call)
             yield Tile(batch, slice(call[0][0], call[-1][0] + 1), row, rows, 1, low, high - low)
@@ -372,7 +372,7 @@ def _run_cost(run: list[_Block], keys: tuple[int, int], offset: int, cost: Cost)
     return cost(len(run), rows, width)
 
 
-def _calls(members: list[tuple[int, _Block]], group: int, cost: Cost) -> list[list[tuple[int, _Block]]]:
+def _calls(members: list[tuple[int, _Block]], group: int, cost: Cost, apart: bool) -> list[list[tuple[int, _Block]]]:
     """Cut one block of queries of several heads into calls of adjacent heads, as few and as narrow as is cheapest."""
     least = [0.0]  # cost of the calls of the first 0, 1, ... members
     firsts = []  # who comes first in the last of these calls
@@ -381,7 +381,7 @@ def _calls(members: list[tuple[int, _Block]], group: int, cost: Cost) -> list[li
         low, high, best, chosen = block.low, block.high, math.inf, past - 1
         for first in range(past - 1, -1, -1):
             head, block = members[first]
-            if last - head != past - 1 - first or (group > 1 and head // group != last // group):
+            if last - head != past - 1 - first or ((apart or group > 1) and head // group != last // group):
                 break  # a call takes heads that lie evenly spaced in memory, as their keys do
             low, high = min(low, block.low), max(high, block.high)
             call = cost(past - first, block.rows, high - low)
@@ -421,3 +421,11 @@ def strips(tile: Tile) -> Iterator[Tile]:
     width = max(1, STRIP_PAIRS // (tile.rows * ALIGNED)) * ALIGNED
     for first in range(0, tile.width, width):
         yield tile._replace(key=tile.key + first, width=min(width, tile.width - first))
+
+
+def by_key_head(tiles: Iterable[Tile], group: int) -> list[list[Tile]]:
+    """Tiles that are apart, those of each key head of each sequence together, and the most work first."""
+    of_head: dict[tuple[int, int], list[Tile]] = {}
+    for tile in tiles:
+        of_head.setdefault((tile.batch.start, tile.heads.start // group), []).append(tile)
+    return sorted(of_head.values(), key=lambda some: -sum(tile.windows * tile.rows * tile.width for tile in some))

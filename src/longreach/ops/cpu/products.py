@@ -8,6 +8,7 @@ by `kernel` where that is faster, as few queries are.
 """
 
 import math
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,10 +22,12 @@ from longreach.ops.cpu.plan import (
     ALIGNED,
     BLOCK_M,
     BLOCK_N,
+    Cost,
     HostVisibility,
     Ranges,
     Tile,
     bounded_ranges,
+    by_key_head,
     kernel_cost,
     pieces,
     plan,
@@ -54,11 +57,11 @@ PRODUCTS_DIM = 64
 """D from which on they are, as what they take beside multiplying is the same for any: with 32 at 512 to 8,192 tokens
 they take 1.07 to 1.33 times as long."""
 
-PART_PAIRS = {False: 2**26, True: 2**24}
-"""Pairs of a query and a key of a head from which on heads are shared out, by whether a gradient is wanted: for fewer,
-threads of Python wait for each other, and for those of the operation before, longer than those of a product do. Where
-nothing else runs it makes no difference there; beside one busy process on two cores, sharing out takes half the time of
-a forward pass at 8k, and 0.84 of training at 4k. At 2k it would take 1.5 and 1.2 times as long where nothing runs."""
+SHARED_PAIRS = 2**22
+"""Pairs of a query and a key of a head from which on heads are shared out among threads, at 2,048 tokens. Beside one
+busy process on two cores that halves the time of both passes. Where nothing else runs it costs 5 ms a pass, in which
+OpenMP's threads spin after the operation before, a fifth at 2k and 5 to 14% at 4k: nothing where they spin less, as in
+the processes of `longreach`. At 1k that would be two fifths."""
 
 
 class Attended(NamedTuple):
@@ -78,51 +81,6 @@ class Attended(NamedTuple):
     """Likewise: one past the last."""
 
 
-class _Part(NamedTuple):
-    """Some heads of some sequences, which are computed by themselves where several threads share out the work."""
-
-    batch: slice
-    """Which sequences."""
-    heads: slice
-    """Which query heads."""
-    kv_heads: slice
-    """The heads of k and v that these read."""
-
-    def queries(self, x: Tensor) -> Tensor:
-        """View x (B, H, ...)."""
-        return x[self.batch, self.heads]
-
-    def keys(self, x: Tensor) -> Tensor:
-        """View x (B, Hkv, ...)."""
-        return x[self.batch, self.kv_heads]
-
-    def inputs(
-        self, q: Tensor, k: Tensor, v: Tensor, slopes: tuple[Tensor, Tensor], visibility: HostVisibility
-    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor], HostVisibility]:
-        """View what the part reads."""
-        left, right = (x[self.heads] if x.dim() == 1 else self.queries(x) for x in slopes)
-        return self.queries(q), self.keys(k), self.keys(v), (left, right), visibility.of(self.batch)
-
-    def ranges(self, ends: list[Ranges]) -> list[Ranges]:
-        """One end of the ranges of its heads."""
-        return [None if of_head is None else of_head[self.batch] for of_head in ends[self.heads]]
-
-
-def _parts(q: Tensor, k: Tensor, slopes: tuple[Tensor, Tensor], learns: bool) -> list[_Part]:
-    """One part for each key head of each sequence, the shallowest first, which take longest; or all as one."""
-    batch, num_heads, query_length, num_kv_heads = *q.shape[:3], k.shape[1]
-    group = num_heads // num_kv_heads
-    pairs = query_length * k.shape[2]
-    if torch.get_num_threads() == 1 or query_length < FEW_QUERIES or pairs < PART_PAIRS[learns]:
-        return [_Part(slice(0, batch), slice(0, num_heads), slice(0, num_kv_heads))]
-    parts = [
-        _Part(slice(sequence, sequence + 1), slice(head * group, (head + 1) * group), slice(head, head + 1))
-        for sequence in range(batch)
-        for head in range(num_kv_heads)
-    ]
-    return sorted(parts, key=lambda part: float(slopes[0][..., part.heads].min()))
-
-
 def attend(
     q: Tensor,
     k: Tensor,
@@ -137,63 +95,59 @@ def attend(
 ) -> Attended:
     """The forward pass, arguments as in `longreach.attention`; `learns` is whether a backward pass may come."""
     lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
-    peak, total = (lse.new_empty(lse.shape if learns else 0) for _ in range(2))
-    blocks = (*q.shape[:2], -(-q.shape[2] // BLOCK_M))
-    low, high = (q.new_empty(blocks if learns else 0, dtype=torch.int32) for _ in range(2))
     # Results lie in memory as inputs do, so that what a model's projections made need not be put in order again.
-    whole = Attended(torch.empty_like(q), lse, peak, total, low, high)
+    out = torch.empty_like(q)
+    nothing = lse.new_empty(0), lse.new_empty(0), *(q.new_empty(0, dtype=torch.int32) for _ in range(2))
     seen = HostVisibility.read(visibility)
-    starts, ends = bounded_ranges(q, k, slopes, seen, key_norms, scale, tolerance)
-
-    def job(part: _Part) -> None:
-        into = Attended(*(part.queries(x) if x.dim() > 1 else x for x in whole))
-        inputs = part.inputs(q, k, v, slopes, seen)
-        _attend(*inputs, part.ranges(starts), part.ranges(ends), into, scale=scale, tolerance=tolerance, learns=learns)
-
-    share_out([partial(job, part) for part in _parts(q, k, slopes, learns)])
-    return whole
-
-
-def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    slopes: tuple[Tensor, Tensor],
-    seen: HostVisibility,
-    starts: list[Ranges],
-    ends: list[Ranges],
-    into: Attended,
-    *,
-    scale: float,
-    tolerance: float,
-    learns: bool,
-) -> None:
+    ranges = bounded_ranges(q, k, slopes, seen, key_norms, scale, tolerance)
     q, k, v = _readable(q, k, v, seen)
     if seen.may_hide_all_keys:
-        into.out.zero_()
-        into.lse.fill_(float("-inf"))
+        out.zero_()
+        lse.fill_(float("-inf"))
     few = seen.query_length < FEW_QUERIES
     if not learns and (few or not _products_are_faster(q, k)):
-        tiles = (FewQueries if few else ManyQueries)(q, k, v, *slopes, into.out, into.lse, scale, seen)
-        for tile in plan(q.shape, k.shape, seen, starts, ends, reading_cost if few else kernel_cost):
-            tiles.attend(tile)
-        return
-    peak, total = torch.full_like(into.lse, float("inf")), torch.zeros_like(into.lse)
+        tiles = (FewQueries if few else ManyQueries)(q, k, v, *slopes, out, lse, scale, seen)
+        _compute(tiles.attend, q, k, seen, ranges, reading_cost if few else kernel_cost)
+        return Attended(out, lse, *nothing)
+    peak, total = torch.full_like(lse, float("inf")), torch.zeros_like(lse)
     products = _Products(q, k, v, *slopes, scale, seen)
     found = _FoundRanges(q, seen, tolerance) if learns else None
-    for tile in plan(q.shape, k.shape, seen, starts, ends, product_cost):
+
+    def compute(tile: Tile) -> None:
         for piece in pieces(tile):
-            products.attend(piece, into.out, peak, total, found)
-    torch.add(total.log2(), peak.masked_fill(total == 0, 0.0), out=into.lse).mul_(1 / LOG2_E)
-    if found is not None:
-        for target, values in zip(into[2:], (peak, total, *found.by_block()), strict=True):
-            target.copy_(values)
+            products.attend(piece, out, peak, total, found)
+
+    _compute(compute, q, k, seen, ranges, product_cost)
+    torch.add(total.log2(), peak.masked_fill(total == 0, 0.0), out=lse).mul_(1 / LOG2_E)
+    return Attended(out, lse, *nothing) if found is None else Attended(out, lse, peak, total, *found.by_block())
+
+
+def _compute(
+    compute: Callable[[Tile], None],
+    q: Tensor,
+    k: Tensor,
+    visibility: HostVisibility,
+    ranges: tuple[list[Ranges], list[Ranges]],
+    cost: Cost,
+) -> None:
+    """Compute all tiles that cover the ranges, in their order or, where sequences are long, by several threads."""
+
+    def each(tiles: Iterable[Tile]) -> None:
+        for tile in tiles:
+            compute(tile)
+
+    queries, pairs = q.shape[2], q.shape[2] * k.shape[2]
+    apart = torch.get_num_threads() > 1 and queries >= FEW_QUERIES and pairs >= SHARED_PAIRS
+    tiles = plan(q.shape, k.shape, visibility, *ranges, cost, apart=apart)
+    if apart:
+        share_out([partial(each, some) for some in by_key_head(tiles, q.shape[1] // k.shape[1])])
+    else:
+        each(tiles)
 
 
 def _products_are_faster(q: Tensor, k: Tensor) -> bool:
     """Than PyTorch's flash kernel, where both would do."""
-    is_long = q.shape[2] * k.shape[2] >= PRODUCTS_PAIRS
-    return onednn.IS_FAST and is_long and q.shape[3] >= PRODUCTS_DIM
+    return onednn.IS_FAST and q.shape[2] * k.shape[2] >= PRODUCTS_PAIRS and q.shape[3] >= PRODUCTS_DIM
 
 
 def differentiate(
@@ -210,29 +164,21 @@ def differentiate(
     slopes_learn: bool,
 ) -> tuple[Tensor, ...]:
     """The gradients of q, k, v and both slopes, of those zeros unless `slopes_learn`."""
-    of_q, of_k, of_v = (torch.empty_like(x) for x in (q, k, v))
-    of_slopes = [attended.peak.new_empty(q.shape[:2]) for _ in slopes]
-    whole = HostVisibility.read(visibility)
+    seen = HostVisibility.read(visibility)
+    products = _Products(*_readable(q, k, v, seen), *slopes, scale, seen)
+    gradients = _Gradients(products, (q, k, v), attended, grad_out, grad_lse, slopes_learn)
 
-    def job(part: _Part) -> None:
-        rows, keys, values, pair, seen = part.inputs(q, k, v, slopes, whole)
-        products = _Products(*_readable(rows, keys, values, seen), *pair, scale, seen)
-        known = Attended(*map(part.queries, attended))
-        gradients = _Gradients(products, known, part.queries(grad_out), part.queries(grad_lse), slopes_learn)
-        low, high = (x.transpose(0, 1).tolist() for x in (known.low, known.high))
-        for tile in plan(rows.shape, keys.shape, seen, low, high, product_cost):
-            for piece in pieces(tile):
-                gradients.add(piece)
-        targets = (part.queries(of_q), part.keys(of_k), part.keys(of_v), *map(part.queries, of_slopes))
-        found = (gradients.of_q, gradients.of_k, gradients.of_v, gradients.of_left, gradients.of_right)
-        for target, sums in zip(targets, found, strict=True):
-            target.copy_(sums)
+    def compute(tile: Tile) -> None:
+        for piece in pieces(tile):
+            gradients.add(piece)
 
-    share_out([partial(job, part) for part in _parts(q, k, slopes, learns=True)])
-    shaped = [
-        (x.sum(dim=0) if slope.dim() == 1 else x).to(slope.dtype) for x, slope in zip(of_slopes, slopes, strict=True)
-    ]
-    return of_q, of_k, of_v, *shaped
+    low, high = (x.transpose(0, 1).tolist() for x in (attended.low, attended.high))
+    _compute(compute, q, k, seen, (low, high), product_cost)
+    of_slopes = (
+        (sums.sum(dim=0) if slope.dim() == 1 else sums).to(slope.dtype)
+        for sums, slope in zip((gradients.of_left, gradients.of_right), slopes, strict=True)
+    )
+    return (*(sums.to(q.dtype) for sums in (gradients.of_q, gradients.of_k, gradients.of_v)), *of_slopes)
 
 
 def _readable(q: Tensor, k: Tensor, v: Tensor, visibility: HostVisibility) -> tuple[Tensor, Tensor, Tensor]:
@@ -389,17 +335,22 @@ class _Gradients:
     """Sums of the gradients of q, k, v and both slopes over tiles."""
 
     def __init__(
-        self, products: _Products, attended: Attended, grad_out: Tensor, grad_lse: Tensor, slopes_learn: bool
+        self,
+        products: _Products,
+        inputs: tuple[Tensor, Tensor, Tensor],
+        attended: Attended,
+        grad_out: Tensor,
+        grad_lse: Tensor,
+        slopes_learn: bool,
     ) -> None:
         self.products, self.out, self.grad_out, self.slopes_learn = products, attended.out, grad_out, slopes_learn
         self.peak, self.dtype = attended.peak, attended.peak.dtype
-        q, k, v = products.q, products.k, products.v
         empty = attended.total == 0  # rows that see no key
         self.grad_lse = grad_lse.masked_fill(empty, 0.0)
         self.share = attended.total.reciprocal().masked_fill_(empty, 0.0)
-        self.of_q = q.new_zeros(q.shape)  # no tile holds rows that need no keys
-        self.of_k, self.of_v = (x.new_zeros(x.shape, dtype=self.dtype) for x in (k, v))
-        self.of_left, self.of_right = (q.new_zeros(q.shape[:2], dtype=self.dtype) for _ in range(2))
+        # In memory as inputs lie, as for results of the forward pass; no tile holds rows that need no keys.
+        self.of_q, self.of_k, self.of_v = (torch.zeros_like(x, dtype=self.dtype) for x in inputs)
+        self.of_left, self.of_right = (self.peak.new_zeros(self.peak.shape[:2]) for _ in range(2))
 
     def add(self, tile: Tile) -> None:
         """Add the gradients of a tile, a strip of its keys at a time.

@@ -9,25 +9,25 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from os import getpid
-from typing import TypeVar
 
 import torch
 
-Result = TypeVar("Result")
 
-
-def share_out(jobs: Sequence[Callable[[], Result]]) -> list[Result]:
-    """The results of all jobs, which whoever is free takes in their order; they record no gradient."""
+def share_out(jobs: Sequence[Callable[[], None]]) -> None:
+    """Do all jobs, which whoever is free takes in their order; they record no gradient."""
     threads = torch.get_num_threads()
     workers = min(threads, len(jobs))
     if workers < 2:
-        return [job() for job in jobs]
-    return list(_pool(workers, threads, getpid()).map(_without_gradient, jobs))
+        for job in jobs:
+            job()
+    else:
+        for _ in _pool(workers, threads, getpid()).map(_without_gradient, jobs):
+            pass  # an error of a job comes out
 
 
-def _without_gradient(job: Callable[[], Result]) -> Result:
+def _without_gradient(job: Callable[[], None]) -> None:
     with torch.no_grad():  # which each thread has to say for itself
-        return job()
+        job()
 
 
 @lru_cache(maxsize=1)
