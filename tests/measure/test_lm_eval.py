@@ -13,7 +13,7 @@ from lm_eval.api.registry import model_registry
 from lm_eval.tasks import TaskManager
 from tiny_subjects import LENGTH, decoder_subject, tokenizer, transformers_subject
 
-from longreach.measure.generation import generate_greedily
+from longreach.measure.generation import stream_tokens
 from longreach.measure.lm_eval import HarnessModel, register
 from longreach.measure.score import score
 
@@ -116,14 +116,14 @@ def test_figures_are_those_of_the_harness_own_model(length, tmp_path):
 
 def greedy_text(subject, context, num_tokens):
     endless = dataclasses.replace(subject, tokenizer=SimpleNamespace(eos_id=-1))
-    tokens = generate_greedily(endless, tokenizer().encode(context), num_tokens)
+    tokens = list(stream_tokens(endless, tokenizer().encode(context), num_tokens))
     return tokens, tokenizer().decode(tokens)
 
 
 def test_a_continuation_costs_what_the_model_says_and_greedy_ones_are_known():
     subject = decoder_subject()
     context = tokenizer().encode("the sum of 1 and 2 is")
-    likely = generate_greedily(subject, context, 3)
+    likely = list(stream_tokens(subject, context, 3))
     assert len(likely) == 3
     for continuation in (likely, [*likely[:2], (likely[2] + 1) % subject.vocab_size], likely[:1]):
         with torch.inference_mode():
@@ -178,7 +178,7 @@ def test_generation_leaves_room_in_max_length():
     kept = tokenizer().encode(context)[-20:]
     model = HarnessModel(subject, max_length=25, max_gen_toks=5)
     (text,) = model.generate_until(requests((context, {"until": ["\n\n"]})), disable_tqdm=True)
-    assert text == tokenizer().decode(generate_greedily(subject, kept, 5))
+    assert text == tokenizer().decode(list(stream_tokens(subject, kept, 5)))
     with pytest.raises(ValueError, match="max_gen_toks=25 with max_length=25: give a greater max_length"):
         model.generate_until(requests((context, {"max_gen_toks": 25})), disable_tqdm=True)
     with pytest.raises(ValueError, match="do_sample=True: longreach decodes greedily"):

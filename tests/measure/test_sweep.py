@@ -340,11 +340,6 @@ def test_summaries_at_each_length_that_has_room():
     assert (long.cases, long.truncated) == (1, 0)
 
 
-def test_a_window_longer_than_the_text_is_refused():
-    with pytest.raises(ValueError, match=rf"^a length of 161 with {NUM_TARGETS} tokens to score: give more text"):
-        measured(subject_of(Uniform(1)), EvaluateConfig(tasks=PERPLEXITY, valid_lengths=(161,)))
-
-
 def test_the_same_scores_serve_perplexity_and_positions(monkeypatch):
     calls = []
 

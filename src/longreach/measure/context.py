@@ -38,11 +38,7 @@ def loss_by_context(
         model: whose scores they are.
         valid_length: the most context that a target can have had.
         seed: of the bootstrap.
-
-    Raises:
-        ValueError: arrays of different lengths, or contexts that valid_length does not allow.
     """
-    _check("scores", scores, valid_length, documents)
     edges = context_bins(valid_length)
     num_bins = len(edges) - 1
     bins = np.searchsorted(edges, scores.context, side="right") - 1  # [N]
@@ -93,33 +89,15 @@ def decompose(
     Args:
         base: nonoverlapping windows of L.
         sliding: windows of L that slide by stride.
-        long: nonoverlapping windows of valid_length.
+        long: nonoverlapping windows of valid_length, at least one of them whole.
         documents: what to resample for the intervals.
         model: whose scores they are.
         valid_length: above L.
         stride: of sliding. At 1 the capped context is exact, else it falls short of L by up to stride - 1.
         seed: of the bootstrap.
-
-    Raises:
-        ValueError: arrays of different lengths, contexts that the lengths and the stride do not allow, or no target
-            with more than L tokens of context.
     """
     train_length = model.train_length
-    for name, scores, length in (
-        ("base", base, train_length),
-        ("sliding", sliding, train_length),
-        ("long", long, valid_length),
-    ):
-        _check(name, scores, length, documents)
     longer = long.context > train_length  # [N]
-    if not longer.any():
-        raise ValueError(
-            f"valid_length={valid_length} gives no token more than train_length={train_length} tokens of context:"
-            " give a longer one, or more text"
-        )
-    if (least := sliding.context[longer].min()) <= train_length - stride:
-        raise ValueError(f"sliding has a context of {least}: windows of {train_length} with stride={stride} give more")
-
     from_base = base.context == np.minimum(train_length, long.context)
     from_sliding = longer & ~from_base
     capped = np.select([from_base, from_sliding], [base.nll, sliding.nll], default=long.nll)
@@ -144,16 +122,3 @@ def decompose(
         beyond_high=beyond_high,
         resampled=documents.description,
     )
-
-
-def _check(name: str, scores: Scores, length: int, documents: Units) -> None:
-    """Refuse scores of other targets than the documents', or of windows longer than length."""
-    sizes = {len(scores.nll), len(scores.context), len(documents.ids)}
-    if len(sizes) > 1:
-        raise ValueError(
-            f"{name} has {len(scores.nll)} nll and {len(scores.context)} contexts, documents has"
-            f" {len(documents.ids)} targets: score the same tokens"
-        )
-    least, most = scores.context.min(), scores.context.max()
-    if least < 1 or most > length:
-        raise ValueError(f"{name} has contexts of {least} to {most} tokens: windows of {length} give 1 to {length}")

@@ -48,15 +48,6 @@ def _choose(
     return ids.gather(-1, torch.multinomial(probabilities, 1, generator=generator))[:, 0]
 
 
-def generate_greedily(
-    subject: Subject,
-    prompt: Sequence[int],
-    max_new_tokens: int,
-) -> list[int]:
-    """Continue a prompt; see `stream_tokens`, which this collects."""
-    return list(stream_tokens(subject, prompt, max_new_tokens))
-
-
 def stream_tokens(
     subject: Subject, prompt: Sequence[int], max_new_tokens: int, choose: Callable[[Tensor], Tensor] = likeliest
 ) -> Iterator[int]:
@@ -75,11 +66,18 @@ def stream_tokens(
         An iterator over the new token ids.
 
     Raises:
-        ValueError: an empty prompt, a token outside the vocabulary, a value out of range, or a prompt that leaves no
-            room for max_new_tokens in what the model can take; at the call, before the first token.
+        ValueError: an empty prompt, or one that leaves no room for max_new_tokens in what the model can take; at the
+            call, before the first token.
         Unsupported: logits that are no numbers or infinite, among which none can be chosen.
     """
-    _check(subject, prompt, max_new_tokens)
+    if not prompt:
+        raise ValueError("prompt is empty: give at least one token")
+    needed = len(prompt) + max_new_tokens - 1  # the last token is not read
+    if subject.max_length is not None and needed > subject.max_length:
+        raise ValueError(
+            f"max_new_tokens={max_new_tokens} after a prompt of {len(prompt)} tokens needs {needed} positions: "
+            f"{subject.name} takes {subject.max_length}; ask for fewer"
+        )
     return _steps(subject, prompt, max_new_tokens, choose)
 
 
@@ -99,21 +97,3 @@ def _steps(
             return
         yield token
         tokens = [token]
-
-
-def _check(subject: Subject, prompt: Sequence[int], max_new_tokens: int) -> None:
-    if not prompt:
-        raise ValueError("prompt is empty: give at least one token")
-    if not 0 <= min(prompt) <= max(prompt) < subject.vocab_size:
-        raise ValueError(
-            f"prompt holds token ids {min(prompt)} to {max(prompt)} with vocab_size={subject.vocab_size}: "
-            "the tokenizer is not the model's"
-        )
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens}: give at least 1")
-    needed = len(prompt) + max_new_tokens - 1  # the last token is not read
-    if subject.max_length is not None and needed > subject.max_length:
-        raise ValueError(
-            f"max_new_tokens={max_new_tokens} after a prompt of {len(prompt)} tokens needs {needed} positions: "
-            f"{subject.name} takes {subject.max_length}; ask for fewer"
-        )

@@ -137,7 +137,7 @@ def max_new_tokens(cases: Iterable[Case], tokenizer: Tokenizer) -> int:
 
 
 def measure_retrieval(
-    generate: Callable[[list[int]], list[int]],
+    generate: Callable[[list[int]], Iterable[int]],
     tokenizer: Tokenizer,
     cases: Sequence[Case],
     *,
@@ -163,7 +163,7 @@ def measure_retrieval(
         count = correct = tokens = 0
         for case in group:
             prompt = tokenizer.encode(case.prompt)
-            correct += is_correct(case, tokenizer.decode(generate(prompt)))
+            correct += is_correct(case, tokenizer.decode(list(generate(prompt))))
             tokens += len(prompt)
             count += 1
             done += 1

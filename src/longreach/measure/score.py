@@ -66,10 +66,8 @@ def score(
         nll and context of the N targets, in the order of the sequence.
 
     Raises:
-        ValueError: a token outside the vocabulary, or a length or stride out of range.
         Unsupported: an offset where the model takes no positions.
     """
-    _check_vocabulary(tokens, vocab_size)
     score_batch = partial(token_nll, model) if nll is None else nll
     num_targets = len(tokens) - 1
     found = np.empty(num_targets)
@@ -121,10 +119,8 @@ def score_stream(
         nll and context of the N targets, in the order of the sequence.
 
     Raises:
-        ValueError: a token outside the vocabulary.
         Unsupported: the model has no cache of that kind, or takes no positions.
     """
-    _check_vocabulary(tokens, vocab_size)
     num_targets = len(tokens) - 1
     cache = model.new_cache(num_targets, max_context)
     parts = []
@@ -139,11 +135,6 @@ def score_stream(
         on_scored(stop)
     context = np.arange(1, num_targets + 1)
     return Scores(np.concatenate(parts), context if max_context is None else np.minimum(context, max_context))
-
-
-def _check_vocabulary(tokens: np.ndarray, vocab_size: int) -> None:
-    if tokens.max() >= vocab_size:
-        raise ValueError(f"token id {tokens.max()} with vocab_size={vocab_size}: the tokenizer is not the model's")
 
 
 def _batches(all_windows: Iterator[Window], batch_size: int) -> Iterator[list[Window]]:

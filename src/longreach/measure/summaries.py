@@ -4,7 +4,7 @@ import re
 import time
 import unicodedata
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,8 @@ UNSPACED = re.compile(
 SEED = 0
 """Of the bootstrap's draws."""
 
-Generate = Callable[[list[int], int], list[int]]
-"""Continues a prompt of token ids by at most so many tokens, without eos; see `generate_greedily`."""
+Generate = Callable[[list[int], int], Iterable[int]]
+"""Continues a prompt of token ids by at most so many tokens, without eos; see `stream_tokens`."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,7 @@ class MeetingCase:
     transcript: str
     """A line "speaker: content" for each turn."""
     query: str
-    """What the summary is to be about."""
     summary: str
-    """The reference."""
 
 
 def read_meetings(path: Path) -> list[MeetingCase]:
@@ -123,21 +121,17 @@ def measure_summaries(
         on_case: called after each case with how many are done.
 
     Raises:
-        ValueError: `rouge-score` is not installed, or there is no case.
+        ValueError: `rouge-score` is not installed.
         Unsupported: a case does not fit.
     """
     scorer = _rouge_scorer()
-    if not cases:
-        raise ValueError("cases is empty: give at least one")
-    if not 1 <= max_new_tokens < valid_length:
-        raise ValueError(f"max_new_tokens={max_new_tokens}: give at least 1 and less than valid_length={valid_length}")
     start = time.perf_counter()
     scores = np.empty((len(cases), len(ROUGE_TYPES)))
     truncated = 0
     for number, case in enumerate(cases):
         prompt, cut = prompt_tokens(tokenizer, case, valid_length - max_new_tokens)
         truncated += cut
-        summary = tokenizer.decode(generate(prompt, max_new_tokens))
+        summary = tokenizer.decode(list(generate(prompt, max_new_tokens)))
         rouge = scorer.score(case.summary, summary)
         scores[number] = [rouge[kind].fmeasure for kind in ROUGE_TYPES]
         on_case(number + 1)

@@ -6,7 +6,7 @@ from functools import cached_property, partial
 import numpy as np
 
 from longreach.cost import is_out_of_memory
-from longreach.measure.generation import generate_greedily
+from longreach.measure.generation import stream_tokens
 from longreach.measure.material import Material
 from longreach.measure.plan import RETRIEVAL_TASKS, EvaluateConfig, planned
 from longreach.measure.retrieval import Case, bucket, generate_cases, max_new_tokens, measure_retrieval, possible_depths
@@ -33,14 +33,11 @@ def evaluate(
 
     Args:
         subject: the model.
-        material: what the tasks are measured on.
+        material: what the tasks are measured on, its text at least as long as the longest window.
         config: resolved for the subject's training length.
         done: cells that are measured or skipped already.
         progress: told of each stage as it goes on.
         share: applies what measures a cell to those that are left; processes that work together share them out.
-
-    Raises:
-        ValueError: what is wrong with the material, as a text of too few tokens.
     """
     sweep = _Sweep(subject, material, config, progress)
     cells = planned(subject.identity, config, material.num_targets)
@@ -69,11 +66,6 @@ class _Sweep:
 
     def __init__(self, subject: Subject, material: Material, config: EvaluateConfig, progress: Progress):
         self._subject, self._material, self._config, self._progress = subject, material, config, progress
-        longest = config.longest_window(subject.train_length)
-        if longest and material.text is None:
-            raise ValueError(f"tasks={','.join(config.tasks)} without a text: give one in the material")
-        if longest > material.num_targets:
-            raise ValueError(f"a length of {longest} with {material.num_targets} tokens to score: give more text")
         if material.text is not None:
             self._text_tasks = TextTasks(subject, material.text, config.tokens_per_batch, progress)
 
@@ -186,7 +178,7 @@ class _Sweep:
             )
         stage = f"asking {subject.name} {cell.task} at {length}"
         return measure_retrieval(
-            lambda prompt: generate_greedily(subject, prompt, new_tokens),
+            lambda prompt: stream_tokens(subject, prompt, new_tokens),
             subject.tokenizer,
             cases,
             model=subject.identity,
@@ -197,7 +189,7 @@ class _Sweep:
     def _summarize(self, length: int) -> Entry:
         subject, meetings = self._subject, self._material.meetings
         return measure_summaries(
-            partial(generate_greedily, subject),
+            partial(stream_tokens, subject),
             subject.tokenizer,
             meetings,
             model=subject.identity,
