@@ -15,7 +15,6 @@ import csv
 import functools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib import resources
 from itertools import combinations, pairwise
 from typing import TYPE_CHECKING
@@ -62,50 +61,29 @@ def sections(results: Results) -> Iterator[Section]:
     )
 
 
-@dataclass(frozen=True)
-class PaperCell:
-    """One perplexity of the paper."""
-
-    table: int
-    """Number of the table in arXiv 2108.12409v2."""
-    page: int
-    """Page of that table."""
-    method: str
-    """Our name of the method."""
-    train_length: int
-    """The paper's L."""
-    valid_length: int
-    """The paper's L_valid."""
-    perplexity: float | None
-    """Per word; None where the paper ran out of memory."""
-
-
 @functools.cache
-def paper_cells() -> tuple[PaperCell, ...]:
-    """Every reported cell of Tables 2 to 5, in the paper's order."""
+def paper_cells() -> dict[tuple[int, str, int, int], float | None]:
+    """(table, method, train_length, valid_length) -> perplexity, of every reported cell of Tables 2 to 5, in the
+    paper's order; None where the paper ran out of memory.
+    """
     text = resources.files("longreach.report.subjects").joinpath("paper.csv").read_text(encoding="utf-8")
-    return tuple(
-        PaperCell(
-            table=int(row["table"]),
-            page=int(row["page"]),
-            method=method,
-            train_length=int(row["train_length"]),
-            valid_length=int(row["valid_length"]),
-            perplexity=None if row[method] == "OOM" else float(row[method]),
+    return {
+        (int(row["table"]), method, int(row["train_length"]), int(row["valid_length"])): (
+            None if row[method] == "OOM" else float(row[method])
         )
         for row in csv.DictReader(text.splitlines())
         for method in METHODS
         if row[method]
-    )
+    }
 
 
 def paper_curve(method: str, train_length: int) -> dict[int, float]:
     """valid_length -> perplexity from Table 2, 3 or 4, ascending; without the lengths that ran out of memory."""
-    table = EXTRAPOLATION_TABLES[train_length]
+    wanted = (EXTRAPOLATION_TABLES[train_length], method)
     return {
-        cell.valid_length: cell.perplexity
-        for cell in paper_cells()
-        if (cell.table, cell.method) == (table, method) and cell.perplexity is not None
+        valid_length: perplexity
+        for (table, by, _, valid_length), perplexity in paper_cells().items()
+        if (table, by) == wanted and perplexity is not None
     }
 
 
@@ -175,16 +153,18 @@ def paper_figure(theme: Theme = LIGHT) -> Figure:
 
 def paper_grid() -> Grid:
     """The paper's Table 5: ALiBi at every training length, and the other methods without extrapolation."""
-    cells = {(c.method, c.train_length, c.valid_length): c.perplexity for c in paper_cells() if c.table == 5}
-    lengths = sorted({valid_length for _, _, valid_length in cells})
+    cells = paper_cells()
+    lengths = sorted({valid_length for table, _, _, valid_length in cells if table == 5})
 
     def row(name: str, values: list[float | None]) -> tuple[str, ...]:
         return (name, *(MISSING if value is None else format_perplexity(value) for value in values))
 
-    rows = [row(f"alibi, trained at {n:,}", [cells.get(("alibi", n, length)) for length in lengths]) for n in lengths]
+    rows = [
+        row(f"alibi, trained at {n:,}", [cells.get((5, "alibi", n, length)) for length in lengths]) for n in lengths
+    ]
     for method in METHODS:
         if method != "alibi":
-            same_length = [cells.get((method, length, length)) for length in lengths]
+            same_length = [cells.get((5, method, length, length)) for length in lengths]
             rows.append(row(f"{method}, trained at the validation length", same_length))
     return Grid(
         title="The paper's Table 5 (page 19): perplexity per word",
