@@ -407,13 +407,8 @@ def _trained_tokenizer(
                         yield piece
                     seen += len(piece)
 
-    def build(folder: Path) -> None:
-        train_tokenizer(training_pieces(), vocab_size).save(folder / "tokenizer.json")
-
-    key = digest_of(
-        text.scan.fingerprint, in_training.tobytes().hex(), str(vocab_size), str(share), tokenizers.__version__
-    )
-    return cached(cache / f"tokenizer-{key[:16]}", _load_trained, build)
+    decisive = (text.scan.fingerprint, in_training.tobytes().hex(), str(vocab_size), str(share))
+    return _cached_tokenizer(training_pieces(), vocab_size, cache, decisive)
 
 
 def _tokenizer_of_stream(text: TextStream, vocab_size: int, cache: Path, progress: Progress) -> Tokenizer:
@@ -421,24 +416,30 @@ def _tokenizer_of_stream(text: TextStream, vocab_size: int, cache: Path, progres
 
     def beginning_of() -> Iterator[str]:
         used = 0
-        for row, behind in text.texts():
-            if used >= TOKENIZER_TRAINING_BYTES or behind.epoch > 0:
-                return
-            for piece in cut_text(row):
-                used += len(piece.encode())
-                progress("training the tokenizer", used, TOKENIZER_TRAINING_BYTES)
-                yield piece
+        with naming("data"):
+            for row, behind in text.texts():
+                if used >= TOKENIZER_TRAINING_BYTES or behind.epoch > 0:
+                    return
+                for piece in cut_text(row):
+                    used += len(piece.encode())
+                    progress("training the tokenizer", used, TOKENIZER_TRAINING_BYTES)
+                    yield piece
+
+    decisive = (text.fingerprint, str(vocab_size), str(TOKENIZER_TRAINING_BYTES))
+    return _cached_tokenizer(beginning_of(), vocab_size, cache, decisive)
+
+
+def _cached_tokenizer(pieces: Iterator[str], vocab_size: int, cache: Path, decisive: tuple[str, ...]) -> Tokenizer:
+    """The tokenizer trained on these pieces of text, which are read where the cache has none of what decides on it."""
+
+    def load(folder: Path) -> Tokenizer | None:
+        try:
+            return load_tokenizer(folder / "tokenizer.json")
+        except (ValueError, OSError):
+            return None
 
     def build(folder: Path) -> None:
-        with naming("data"):
-            train_tokenizer(beginning_of(), vocab_size).save(folder / "tokenizer.json")
+        train_tokenizer(pieces, vocab_size).save(folder / "tokenizer.json")
 
-    key = digest_of(text.fingerprint, str(vocab_size), str(TOKENIZER_TRAINING_BYTES), tokenizers.__version__)
-    return cached(cache / f"tokenizer-{key[:16]}", _load_trained, build)
-
-
-def _load_trained(folder: Path) -> Tokenizer | None:
-    try:
-        return load_tokenizer(folder / "tokenizer.json")
-    except (ValueError, OSError):
-        return None
+    key = digest_of(*decisive, tokenizers.__version__)
+    return cached(cache / f"tokenizer-{key[:16]}", load, build)

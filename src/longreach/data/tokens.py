@@ -5,7 +5,7 @@ import functools
 import json
 import shutil
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,10 @@ def tokenize(
         if shutil.disk_usage(folder).free < _dtype(tokenizer).itemsize * scan.sizes.sum() // BYTES_OF_A_TOKEN:
             raise OSError(errno.ENOSPC, "too little room for its tokens")  # before hours of work, not after them
         documents = reread(corpus, scan, progress)
-        offsets = _write_tokens(folder / "tokens.bin", documents, tokenizer)
+        with open(folder / "tokens.bin", "wb") as file:
+            offsets = _tokens_to(
+                lambda ids: file.write(np.array(ids, dtype=_dtype(tokenizer)).tobytes()), documents, tokenizer
+            )
         np.save(folder / "offsets.npy", offsets)
         (folder / "meta.json").write_text(json.dumps(meta))
 
@@ -81,12 +84,8 @@ def find_tokens(scan: Scan, tokenizer: Tokenizer, cache: Path) -> TokenStore | N
 def tokenize_in_memory(documents: Iterable[Document], tokenizer: Tokenizer) -> TokenStore:
     """The tokens of a few documents."""
     tokens = array("q")
-    offsets = array("q", [0])
-    for ids, ends_document in _encode(documents, tokenizer):
-        tokens.extend(ids)
-        if ends_document:
-            offsets.append(len(tokens))
-    return TokenStore(np.array(tokens, dtype=_dtype(tokenizer)), np.array(offsets, dtype=np.int64))
+    offsets = _tokens_to(tokens.extend, documents, tokenizer)
+    return TokenStore(np.array(tokens, dtype=_dtype(tokenizer)), offsets)
 
 
 def _entry(scan: Scan, tokenizer: Tokenizer, cache: Path) -> Path:
@@ -108,16 +107,15 @@ def _dtype(tokenizer: Tokenizer) -> np.dtype:
     return np.dtype("uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32")
 
 
-def _write_tokens(path: Path, documents: Iterable[Document], tokenizer: Tokenizer) -> np.ndarray:
-    """Write the tokens of all documents to `path`; returns their offsets."""
+def _tokens_to(write: Callable[[list[int]], object], documents: Iterable[Document], tokenizer: Tokenizer) -> np.ndarray:
+    """Hand on the tokens of all documents, piece by piece; returns the documents' offsets."""
     offsets = array("q", [0])
     written = 0
-    with open(path, "wb") as file:
-        for ids, ends_document in _encode(documents, tokenizer):
-            file.write(np.array(ids, dtype=_dtype(tokenizer)).tobytes())
-            written += len(ids)
-            if ends_document:
-                offsets.append(written)
+    for ids, ends_document in _encode(documents, tokenizer):
+        write(ids)
+        written += len(ids)
+        if ends_document:
+            offsets.append(written)
     return np.array(offsets, dtype=np.int64)
 
 
