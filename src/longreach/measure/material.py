@@ -1,14 +1,19 @@
 """What the tasks of a configuration are measured on, and the files that it names for them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
+from longreach.data.prepare import ValidationData
 from longreach.files import digest, open_file
+from longreach.measure.bootstrap import units
 from longreach.measure.plan import RETRIEVAL_TASKS, EvaluateConfig
 from longreach.measure.retrieval import Case, read_cases
 from longreach.measure.summaries import MeetingCase, read_meetings
 from longreach.measure.text_tasks import Text
+from longreach.measure.words import count_words
 
 
 @dataclass(frozen=True)
@@ -21,6 +26,8 @@ class Material:
     """For a retrieval task; None to generate them."""
     meetings: Sequence[MeetingCase] = ()
     """For qmsum."""
+    sources: dict[str, str] = field(default_factory=dict)
+    """The files that these were read from and their digests, as `Provenance.sources` has them."""
 
     @property
     def num_targets(self) -> int:
@@ -40,7 +47,9 @@ def read_material(config: EvaluateConfig, text: Text | None) -> Material:
         (task,) = (task for task in config.tasks if task in RETRIEVAL_TASKS)
         cases = read_cases(task, _existing("cases", config.cases))
     meetings = () if config.meetings is None else read_meetings(_existing("meetings", config.meetings))
-    return Material(text, cases, meetings)
+    named = {"cases": config.cases, "meetings": config.meetings}
+    sources = {f"{name} {path}": digest(Path(path)) for name, path in named.items() if path is not None}
+    return Material(text, cases, meetings, sources)
 
 
 def _existing(argument: str, path: str) -> Path:
@@ -53,7 +62,36 @@ def _existing(argument: str, path: str) -> Path:
     return Path(path)
 
 
-def material_sources(config: EvaluateConfig) -> dict[str, str]:
-    """The files of a configuration and their digests, as `Provenance.sources` has them."""
-    named = {"cases": config.cases, "meetings": config.meetings}
-    return {f"{name} {path}": digest(Path(path)) for name, path in named.items() if path is not None}
+def num_read(config: EvaluateConfig, longest: int) -> int:
+    """How many tokens of a text are read if it has them: those that are scored, and one before them to start from."""
+    return 1 + max(config.valid_tokens, longest)
+
+
+def text_of(prepared: ValidationData, config: EvaluateConfig, longest: int) -> Text:
+    """The tokens that are scored, the same for every method and length, with one before them to start from.
+
+    Args:
+        prepared: its validation text is scored.
+        config: how much of it, at least.
+        longest: the longest window in tokens that will be scored.
+
+    Raises:
+        ValueError: it is shorter than that, or empty.
+    """
+    available = len(prepared.valid) - 1
+    if available < max(longest, 1):
+        raise ValueError(
+            f"valid_lengths up to {longest}: the validation text has {available} tokens to score; give shorter "
+            "lengths, more text, or a larger valid_fraction"
+        )
+    tokens = prepared.valid.read(0, min(len(prepared.valid), num_read(config, longest)))
+    words = None
+    if config.word_level:  # document by document, for decoding drops the eos that keeps their words apart
+        documents = np.split(tokens[1:], np.flatnonzero(tokens[1:] == prepared.tokenizer.eos_id) + 1)
+        words = sum(count_words(prepared.tokenizer.decode(document)) for document in documents)
+    return Text(
+        tokens=tokens,
+        num_bytes=prepared.tokenizer.count_bytes(tokens[1:]),
+        num_words=words,
+        units=units(tokens, prepared.tokenizer.eos_id, max(longest, 1)),
+    )

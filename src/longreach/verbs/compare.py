@@ -10,7 +10,7 @@ from pathlib import Path
 
 from longreach.data.prepare import DataConfig, prepare
 from longreach.folder import begin, hold, this_start
-from longreach.measure.material import material_sources, read_material
+from longreach.measure.material import read_material, text_of
 from longreach.measure.plan import EvaluateConfig
 from longreach.measure.sweep import failures
 from longreach.models.config import ARCHITECTURES, Architecture
@@ -18,21 +18,12 @@ from longreach.reading import refuse_repeats, respelled
 from longreach.report.page import write_report
 from longreach.results import Model, Results, Start
 from longreach.train.config import RunConfig, TrainConfig
-from longreach.train.loop import resolve_device
 from longreach.train.parallel import ALONE, Ranks
-from longreach.train.tracking import check_trackers, evaluated
+from longreach.train.text import training_batches
+from longreach.train.tracking import evaluated
 from longreach.verbs.evaluate import measure, read_results, shared_out
 from longreach.verbs.report import MOST_MODELS
-from longreach.verbs.train import (
-    Progress,
-    check_memory,
-    open_run,
-    provenance,
-    text_of,
-    tracking,
-    train_run,
-    training_batches,
-)
+from longreach.verbs.train import Progress, check_run, open_run, provenance, tracking, train_run
 
 FAILURES = (FloatingPointError, MemoryError, RuntimeError, ValueError)
 """What ends one model and not the comparison. A disk that is full would end the others too."""
@@ -169,13 +160,8 @@ def compare(
     path = output / "results.json"
     with ExitStack() as stack:
         with ranks.leading():
-            device = resolve_device(config.train.device)
-            check_trackers(config.train.track)
             for run in config.runs():
-                ranks.check(
-                    run.train.parallel, run.train.batch_size, run.train.accumulation, run.train.context_parallel
-                )
-                check_memory(run, device)
+                device = check_run(run, ranks)
             if ranks.is_first:
                 stack.enter_context(hold(output, config))
             prepared = prepare(config.data, config.train.seed, progress)
@@ -183,12 +169,11 @@ def compare(
             material = read_material(config.evaluate, text_of(prepared, config.evaluate, longest_window))
             for run in config.runs():
                 training_batches(run.train, prepared, ranks)  # refuses too little text
-            sources = material_sources(config.evaluate)
             starts: tuple[Start, ...] = (this_start(config, device),)
             if ranks.is_first:
-                starts = begin(output, config, prepared.digests | sources, device)
+                starts = begin(output, config, prepared.digests | material.sources, device)
             ranks.check_sees(output)
-            results = read_results(path, provenance(config, starts, prepared.tokenizer, prepared, sources))
+            results = read_results(path, provenance(config, starts, prepared.tokenizer, prepared, material.sources))
             results = results.without_failures()
 
         def finish(run: RunConfig) -> Iterator[Results]:
@@ -199,7 +184,7 @@ def compare(
             trained = results if training in results.training else results.add(training)
             yield trained
             with ranks.computing():
-                subject = replace(open_run(folder).subject(), identity=identity)
+                subject = replace(open_run(folder), identity=identity)
             with tracking(config.train.track, folder, run, ranks) as track:
                 yield from measure(
                     subject,

@@ -11,8 +11,9 @@ from longreach.pretrained.load import load_configuration
 from longreach.train.config import RunConfig
 from longreach.train.loop import resolve_device, runs_in_bf16, try_out
 from longreach.train.parallel import ALONE, Ranks
+from longreach.train.text import training_batches
 from longreach.verbs.start import Load, build_trainee, check_held_out, check_start
-from longreach.verbs.train import Progress, training_batches
+from longreach.verbs.train import Progress
 
 KEPT = 17
 """Vectors of width C that a block keeps of each token for its gradient, with d_ff = 4 C and no attention weights kept:
@@ -27,7 +28,6 @@ class Forecast:
     """What a training will take; memory in bytes, of each process."""
 
     parameters: int
-    """Numbers that are trained."""
     processes: int
     """How many share each step."""
     weights: int
@@ -41,7 +41,6 @@ class Forecast:
     tokens_per_step: int
     """Tokens trained on in a step, over all processes."""
     steps: int
-    """How many are asked for."""
     steps_per_epoch: float | None
     """How many see all text once; None where that is not known."""
     seconds_per_step: float | None = None

@@ -13,7 +13,7 @@ import torch
 from longreach.data.prepare import DataConfig, ValidationData, prepare_validation
 from longreach.data.tokenizer import Tokenizer, load_tokenizer
 from longreach.folder import begin, begun_with, hold, this_start
-from longreach.measure.material import Material, material_sources, read_material
+from longreach.measure.material import Material, num_read, read_material, text_of
 from longreach.measure.plan import TEXT_TASKS, EvaluateConfig
 from longreach.measure.subject import Subject
 from longreach.measure.sweep import Share, evaluate
@@ -33,7 +33,7 @@ from longreach.verbs.report import MOST_MODELS
 from longreach.verbs.scalings import adapt_by, check_pretrained_scaling, require_scaling, scaled_method
 from longreach.verbs.sharing import shared_subject
 from longreach.verbs.start import digest_of_weights
-from longreach.verbs.train import Progress, check_record, num_read, open_run, provenance, read_run, text_of, tracking
+from longreach.verbs.train import Progress, check_record, open_run, provenance, read_run, tracking
 
 _Split = tuple[DataConfig, str, int | None]
 
@@ -121,15 +121,12 @@ class _Model:
     seed: int
     """Of its training, which decides on the split where the data does not."""
     tokenizer: Tokenizer
-    """Its own."""
     device: torch.device
-    """Where it will be."""
     training: TrainingRecord | None
     """What its training took, where it was trained by longreach."""
     pretrained: Any
     """Its configuration, where it is one of Hugging Face."""
     load: Callable[[], Subject]
-    """Loads it."""
 
     @property
     def split(self) -> _Split:
@@ -176,10 +173,10 @@ def evaluate_models(
                 stack.enter_context(hold(output, config))
             material = read_material(config.evaluate, None)
             prepared, texts = _read_texts(models, config, progress)
-            sources = material_sources(config.evaluate)
+            sources = material.sources
             if output is not None:  # digests are kept for a folder, and they take as long as reading all weights
                 for model in models:
-                    sources |= digest_of_weights(model.name, model.pretrained)
+                    sources = sources | digest_of_weights(model.name, model.pretrained)
             digests = _digests(models, prepared) | sources
             device = models[0].device
             if output is not None and ranks.is_first:
@@ -288,7 +285,7 @@ def _find_run(name: str, config: EvaluationConfig, scaling: str | None) -> _Mode
         device=resolve_device(run.train.device if config.device is None else config.device),
         training=None if scaled else _training(folder, run),
         pretrained=None,
-        load=lambda: replace(open_run(folder, config.device, method).subject(), identity=identity),
+        load=lambda: replace(open_run(folder, config.device, method), identity=identity),
     )
 
 

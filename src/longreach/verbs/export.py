@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from longreach.models.decoder import Decoder
 from longreach.pretrained.export import export_mpt
 from longreach.report.grid import to_markdown
 from longreach.report.subjects.perplexity import main_grid
@@ -38,14 +39,14 @@ def export(config: ExportConfig) -> None:
         OSError: the folder cannot be written.
     """
     run = open_run(config.run, "cpu")
-    train_length = run.model.config.train_length
+    assert isinstance(run.model, Decoder)  # the model of a run
     results = _of_comparison(config.run) if config.results is None else _read(config.results)
     export_mpt(
         run.model,
         config.output,
-        max_length=16 * train_length if config.max_length is None else config.max_length,
+        max_length=16 * run.train_length if config.max_length is None else config.max_length,
         tokenizer=config.run,
-        card_table=None if results is None else _card_table(results, run.config.identity),
+        card_table=None if results is None else _card_table(results, run.identity),
     )
 
 

@@ -94,7 +94,7 @@ def _run(config: GenerateConfig) -> Subject:
     for name in ("dtype", "train_length", "scaling"):
         if (value := getattr(config, name)) is not None:
             raise ValueError(f"{name}={value}: {config.model} is a run, which has its own; leave it out")
-    return open_run(Path(config.model), config.device).subject()
+    return open_run(Path(config.model), config.device)
 
 
 def _pretrained(config: GenerateConfig) -> Subject:

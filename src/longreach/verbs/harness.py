@@ -15,7 +15,7 @@ from longreach.verbs.train import open_run
 
 def open_subject(run: str, device: str | None = None) -> Subject:
     """The run in a folder, as `--model_args run=FOLDER,device=cpu` names it."""
-    return open_run(Path(run), device).subject()
+    return open_run(Path(run), device)
 
 
 def main() -> None:

@@ -3,28 +3,19 @@
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 
 from longreach.cost import total_memory
-from longreach.data.batches import Batches, BatchSource
-from longreach.data.mix import MixedBatches
 from longreach.data.prepare import PreparedData, ValidationData, prepare
-from longreach.data.sequences import Blocks, PackedDocuments
-from longreach.data.stream import StreamBatches, TextStream
 from longreach.data.tokenizer import Tokenizer, load_tokenizer
 from longreach.files import open_file
 from longreach.folder import begin, hold, identity
-from longreach.measure.bootstrap import units
-from longreach.measure.plan import EvaluateConfig
 from longreach.measure.subject import Subject
-from longreach.measure.text_tasks import Text
-from longreach.measure.words import count_words
-from longreach.models.decoder import Decoder, count_weights
+from longreach.models.decoder import count_weights
 from longreach.models.files import load_model, read_model_config
 from longreach.pretrained.load import holds_pretrained, load_configuration
 from longreach.reading import plain_values, read_file
@@ -40,11 +31,9 @@ from longreach.train.loop import (
 from longreach.train.metrics import Step
 from longreach.train.optim import independent_of_steps
 from longreach.train.parallel import ALONE, Ranks
+from longreach.train.text import training_batches, validation_batches
 from longreach.train.tracking import Tracked, Tracking, check_trackers
 from longreach.verbs.start import Load, build_trainee, check_held_out, check_start, digest_of_weights
-
-VALIDATION_TOKENS = 1 << 17
-"""How much of the validation text `validate_every` measures the loss on, about."""
 
 
 class Progress(Protocol):
@@ -53,28 +42,6 @@ class Progress(Protocol):
     def __call__(self, stage: str, done: int, total: int | None, note: str = "") -> None:
         """`done` of `total` (None if unknown) units of a stage; a note says how it goes."""
         ...
-
-
-@dataclass(frozen=True)
-class Run:
-    """A trained model with all that is needed to use it."""
-
-    config: RunConfig
-    model: Decoder
-    tokenizer: Tokenizer
-    device: torch.device
-
-    def subject(self) -> Subject:
-        """The run as evaluation sees a model."""
-        return Subject(
-            identity=self.config.identity,
-            model=self.model,
-            tokenizer=self.tokenizer,
-            vocab_size=self.model.config.vocab_size,
-            device=self.device,
-            max_length=self.model.positions.max_length,
-            attention=self.model.attention_impl,
-        )
 
 
 def train_run(
@@ -102,13 +69,8 @@ def train_run(
     """
     with ExitStack() as stack:
         with ranks.leading():
-            ranks.check(
-                config.train.parallel, config.train.batch_size, config.train.accumulation, config.train.context_parallel
-            )
-            device = resolve_device(config.train.device)
-            check_trackers(config.train.track)
+            device = check_run(config, ranks)
             pretrained = check_start(config, load)
-            check_memory(config, device)
             before = stack.enter_context(hold(folder, config, besides=("steps",))) if ranks.is_first else None
             if before is not None:
                 _check_steps(folder, before.train, config.train)
@@ -117,7 +79,7 @@ def train_run(
             prepared = prepared or prepare(config.data, config.train.seed, progress)
             check_held_out(config, prepared)
             batches = training_batches(config.train, prepared, ranks)
-            valid_batches = _validation_batches(config.train, prepared, ranks) if config.train.validate_every else ()
+            valid_batches = validation_batches(config.train, prepared, ranks) if config.train.validate_every else ()
             if batches.description:
                 progress(batches.description, 1, 1)
             if ranks.is_first:
@@ -172,44 +134,8 @@ def _check_steps(folder: Path, before: TrainConfig, now: TrainConfig) -> None:
         raise ValueError(f"{asked}, and its checkpoint.pt is gone: go on from it into a new folder (--from {folder})")
 
 
-def training_batches(config: TrainConfig, prepared: PreparedData, ranks: Ranks) -> BatchSource:
-    """What a run is trained on.
-
-    Raises:
-        ValueError: the text is too short for one sequence, or sequences for what is mixed in.
-    """
-    text, tokenizer, length = prepared.train, prepared.tokenizer, config.train_length
-    batches: BatchSource
-    if isinstance(text, TextStream):
-        batches = StreamBatches(text, tokenizer, length, config.batch_size, config.seed, config.packing, ranks)
-    elif config.packing == "documents":
-        batches = Batches(PackedDocuments(text, length, tokenizer.eos_id), config.batch_size, config.seed)
-    else:
-        batches = Batches(Blocks(text, length), config.batch_size, config.seed)
-    return MixedBatches(batches, length, config.mix, tokenizer, config.seed) if config.mix else batches
-
-
-def _validation_batches(config: TrainConfig, prepared: PreparedData, ranks: Ranks) -> Sequence[np.ndarray]:
-    """This rank's part of the validation text, up to `VALIDATION_TOKENS` of it, in as many batches on each rank.
-
-    Raises:
-        ValueError: it is too short for one batch.
-    """
-    length, size = config.train_length, config.batch_size
-    count = min((len(prepared.valid) - 1) // (length * size), max(1, VALIDATION_TOKENS // (length * size)))
-    if not count:
-        raise ValueError(
-            f"validate_every={config.validate_every}: the validation text of {len(prepared.valid)} tokens is less than "
-            f"a batch of {size} x {length}; give more text, a larger valid_fraction, or leave it out"
-        )
-    rows = ranks.rows(size, config.context_parallel)
-    starts = [(batch * size + row) * length for batch in range(count) for row in rows]
-    sequences = np.stack([prepared.valid.read(start, start + length + 1) for start in starts])
-    return np.split(sequences, count)
-
-
-def open_run(folder: Path, device: str | None = None, method: str | None = None) -> Run:
-    """Load a trained run from its folder, on the device given, or the one that its configuration names.
+def open_run(folder: Path, device: str | None = None, method: str | None = None) -> Subject:
+    """A trained run as evaluation sees a model, on the device given, or the one that its configuration names.
 
     method is its position method under another scaling than it was trained with, as `with_scaling` gives it.
 
@@ -226,7 +152,15 @@ def open_run(folder: Path, device: str | None = None, method: str | None = None)
             f"{folder} has a model of {model.config.vocab_size} tokens and a tokenizer.json of {tokenizer.vocab_size}: "
             "put the tokenizer.json there that the model was trained with"
         )
-    return Run(config, model, tokenizer, resolved)
+    return Subject(
+        identity=config.identity,
+        model=model,
+        tokenizer=tokenizer,
+        vocab_size=model.config.vocab_size,
+        device=resolved,
+        max_length=model.positions.max_length,
+        attention=model.attention_impl,
+    )
 
 
 def read_run(folder: Path) -> RunConfig:
@@ -284,7 +218,21 @@ def _changed(folder: Path, name: str, there: object, trained: object, file: str)
     )
 
 
-def check_memory(config: RunConfig, device: torch.device) -> None:
+def check_run(config: RunConfig, ranks: Ranks) -> torch.device:
+    """Check that a run can be had here, by these processes, before anything is read for it; the device that it takes.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    train = config.train
+    ranks.check(train.parallel, train.batch_size, train.accumulation, train.context_parallel)
+    device = resolve_device(train.device)
+    check_trackers(train.track)
+    _check_memory(config, device)
+    return device
+
+
+def _check_memory(config: RunConfig, device: torch.device) -> None:
     """Check that the memory of a device can hold the least that a run takes, before its folder is made.
 
     That is each weight with its gradient and two averages in float32, what each block hands the next for each token of
@@ -306,41 +254,6 @@ def check_memory(config: RunConfig, device: torch.device) -> None:
             f"train_length={train.train_length} and batch_size={train.batch_size} take at least {asked / 2**30:,.1f} "
             f"GiB, {device} has {memory / 2**30:,.1f}: give smaller numbers, or a larger accumulation"
         )
-
-
-def num_read(config: EvaluateConfig, longest: int) -> int:
-    """How many tokens of a text are read if it has them: those that are scored, and one before them to start from."""
-    return 1 + max(config.valid_tokens, longest)
-
-
-def text_of(prepared: ValidationData, config: EvaluateConfig, longest: int) -> Text:
-    """The tokens that are scored, the same for every method and length, with one before them to start from.
-
-    Args:
-        prepared: its validation text is scored.
-        config: how much of it, at least.
-        longest: the longest window in tokens that will be scored.
-
-    Raises:
-        ValueError: it is shorter than that, or empty.
-    """
-    available = len(prepared.valid) - 1
-    if available < max(longest, 1):
-        raise ValueError(
-            f"valid_lengths up to {longest}: the validation text has {available} tokens to score; give shorter "
-            "lengths, more text, or a larger valid_fraction"
-        )
-    tokens = prepared.valid.read(0, min(len(prepared.valid), num_read(config, longest)))
-    words = None
-    if config.word_level:  # document by document, for decoding drops the eos that keeps their words apart
-        documents = np.split(tokens[1:], np.flatnonzero(tokens[1:] == prepared.tokenizer.eos_id) + 1)
-        words = sum(count_words(prepared.tokenizer.decode(document)) for document in documents)
-    return Text(
-        tokens=tokens,
-        num_bytes=prepared.tokenizer.count_bytes(tokens[1:]),
-        num_words=words,
-        units=units(tokens, prepared.tokenizer.eos_id, max(longest, 1)),
-    )
 
 
 def provenance(
