@@ -47,7 +47,6 @@ class Skipped:
     """What the last pass over a corpus left out because it is no text."""
 
     count: int = 0
-    """Files and lines."""
     first: list[str] = field(default_factory=list)
     """Where the first few stand."""
 

@@ -35,9 +35,7 @@ class Case:
     task: str
     """One of `retrieval.TASKS`."""
     prompt: str
-    """All that the model is given."""
     answer: str
-    """What it must find."""
     depth: float
     """Where in the prompt the answer stands: 0 at its start, 1 at its end."""
 

@@ -66,13 +66,10 @@ class Subject:
     identity: Model
     """Which one it is, in results."""
     model: LanguageModel
-    """Gives logits."""
     tokenizer: Tokenizer
-    """Its own."""
     vocab_size: int
     """V, the width of its logits."""
     device: torch.device
-    """Where it is."""
     max_length: int | None
     """The longest length in tokens that it can take at all; None for any."""
     attention: Callable[[int, int, bool], str]

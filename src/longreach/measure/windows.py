@@ -9,9 +9,7 @@ class Window:
     """A stretch of a token sequence: inputs start <= t < stop, of which each predicts token t + 1."""
 
     start: int
-    """The first input."""
     stop: int
-    """One past the last input."""
     scored: int
     """How many of its last predictions are scored here; those before were scored in earlier windows."""
 

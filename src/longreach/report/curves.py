@@ -54,11 +54,9 @@ class Panel:
     """One pair of axes: all curves of one training length."""
 
     title: str
-    """What stands above it."""
     train_length: int
     """Where the training length is marked."""
     curves: tuple[Curve, ...]
-    """What is drawn."""
 
 
 @dataclass(frozen=True)

@@ -23,13 +23,10 @@ class Theme:
     """Colours of everything but the curves, and which of a curve's two shades is used."""
 
     ink: str
-    """Text."""
     muted: str
     """Ticks and the line at the training length."""
     grid: str
-    """Grid lines."""
     paper: str
-    """Background."""
     shade: int
     """0 takes the darker shade of each pair of colours, 1 the lighter."""
 

@@ -30,9 +30,7 @@ class HeatMap:
     """One panel."""
 
     method: str
-    """Of the model."""
     train_length: int
-    """Likewise."""
     rows: tuple[str, ...]
     """Depths, from top to bottom."""
     columns: tuple[str, ...]

@@ -22,7 +22,6 @@ class Finding:
     """A conclusion and what it rests on."""
 
     sentence: str
-    """What to conclude."""
     details: str = ""
     """The figures behind it; may be empty."""
     certainty: str = ""
@@ -36,7 +35,6 @@ class Picture:
     name: str
     """Of its files."""
     draw: Callable[[Theme], Figure]
-    """Gives the figure."""
     alternative: str
     """What it shows, for those who do not see it."""
 
@@ -46,15 +44,12 @@ class Section:
     """A part of the page: what to conclude, what it is seen in, and the numbers."""
 
     title: str
-    """Its heading."""
     findings: tuple[Finding, ...] = ()
     """What to conclude and how sure one can be; with several training lengths, one for each."""
     picture: Picture | None = None
-    """What it is seen in."""
     reading: str = ""
     """How to read the picture or the tables; may be empty."""
     tables: tuple[Grid, ...] = ()
-    """The numbers."""
     further: tuple[Grid, ...] = ()
     """Tables that the page shows after those, and the terminal does not."""
     source: tuple[str, str] | None = None

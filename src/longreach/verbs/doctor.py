@@ -93,7 +93,6 @@ class Trial:
     """What each scaling does at one length beyond L."""
 
     length: int
-    """L' in tokens."""
     perplexity: tuple[float, ...]
     """Of each of TRIED, per token, in nonoverlapping windows of L'."""
     advised: tuple[str, ...]
@@ -109,7 +108,6 @@ class Checkup:
     config: DoctorConfig
     """What was examined, its lengths filled in."""
     train_length: int
-    """L in tokens."""
     diagnosis: Diagnosis
     """What its stock code does, and how far its heads see."""
     base_perplexity: float | None = None

@@ -48,11 +48,9 @@ class EncoderCheckup:
     """All that the page says."""
 
     model: str
-    """What was examined."""
     summary: str
     """Layout, size and kind in one line."""
     stock: StockLoading
-    """What stock loading does."""
     heads: tuple[HeadReach, ...]
     """How far its heads see, either way."""
     length: int

@@ -37,7 +37,6 @@ class PieceScorer:
     sharing: Sharing
     """Which rank has which piece."""
     ranks: Ranks
-    """All of them."""
 
     def __call__(self, inputs: Tensor, targets: np.ndarray, vocab_size: int, positions: Tensor | None) -> np.ndarray:
         """As `longreach.measure.subject.Nll`."""
@@ -68,9 +67,7 @@ class _Piece:
     """A decoder that is given a piece of a sequence of so many tokens."""
 
     model: Decoder
-    """The whole of it."""
     length: int
-    """L', of the sequence."""
 
     def logits(self, tokens: Tensor, chunk_size: int, **options: Any) -> Iterator[Tensor]:
         """As `longreach.measure.subject.LanguageModel`."""

@@ -52,9 +52,7 @@ class Score:
     """Answers found, over all depths."""
 
     correct: int
-    """Exact matches."""
     cases: int
-    """Prompts."""
 
     @property
     def accuracy(self) -> float:
