@@ -331,7 +331,7 @@ def _refusal(kind: type[Any], error: ValidationError, spell: Callable[[Place], s
         refusal = respelled(cause, {name: spell((*path, *place)) for name, place in _places(_kind_at(kind, path))})
         return f"{dotted(path)}: {cause}" if refusal == cause and path and spell is dotted else refusal
     if mistake == "unexpected_keyword_argument":
-        known = _fields_at(kind, path[:-1])
+        known = [field.name for field in dataclasses.fields(_kind_at(kind, path[:-1]))]
         near = difflib.get_close_matches(str(path[-1]), known, n=1)
         mend = f"did you mean {near[0]}? Known" if near else "known"
         return f"unknown key {dotted(path)!r}: {mend} are {', '.join(known)}"
@@ -351,11 +351,6 @@ def _kind_at(kind: Any, path: Place) -> Any:
             kind = get_type_hints(kind)[part]
         kind = next((inner for inner in get_args(kind) if dataclasses.is_dataclass(inner)), kind)
     return kind
-
-
-def _fields_at(kind: Any, path: Place) -> list[str]:
-    """Names of the fields of the dataclass that stands at a place."""
-    return [field.name for field in dataclasses.fields(_kind_at(kind, path))]
 
 
 def _places(kind: Any) -> Iterator[tuple[str, Place]]:

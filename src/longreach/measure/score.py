@@ -68,7 +68,7 @@ def score(
     Raises:
         Unsupported: an offset where the model takes no positions.
     """
-    score_batch = partial(token_nll, model) if nll is None else nll
+    score_batch = partial(token_nll, model.logits) if nll is None else nll
     num_targets = len(tokens) - 1
     found = np.empty(num_targets)
     context = np.empty(num_targets, dtype=np.int64)
@@ -131,7 +131,9 @@ def score_stream(
         if shifted:
             assert max_context is not None, "shifted goes with it"
             positions = torch.arange(start, stop, device=device).clamp(max=max_context - 1)[None]
-        parts.append(token_nll(model, inputs, tokens[None, start + 1 : stop + 1], vocab_size, positions, cache)[0])
+        parts.append(
+            token_nll(model.logits, inputs, tokens[None, start + 1 : stop + 1], vocab_size, positions, cache)[0]
+        )
         on_scored(stop)
     context = np.arange(1, num_targets + 1)
     return Scores(np.concatenate(parts), context if max_context is None else np.minimum(context, max_context))
@@ -145,14 +147,14 @@ def _batches(all_windows: Iterator[Window], batch_size: int) -> Iterator[list[Wi
 
 
 def token_nll(
-    model: LanguageModel,
+    logits_of: Callable[..., Iterator[Tensor]],
     inputs: Tensor,
     targets: np.ndarray,
     vocab_size: int,
     positions: Tensor | None = None,
     cache: Any = None,
 ) -> np.ndarray:
-    """Nll of targets (B, n) after the last n of inputs (B, T), (B, n) float64.
+    """Nll of targets (B, n) after the last n of inputs (B, T), (B, n) float64, from logits as `LanguageModel` has them.
 
     Each comes from a float32 logsumexp over its own logits, so that batching changes nothing else.
     """
@@ -160,7 +162,7 @@ def token_nll(
     chunk_size = max(1, LOGITS_PER_CHUNK // (inputs.shape[0] * vocab_size))
     parts = []
     start = 0
-    for logits in model.logits(inputs, chunk_size, last=targets.shape[1], positions=positions, cache=cache):
+    for logits in logits_of(inputs, chunk_size, last=targets.shape[1], positions=positions, cache=cache):
         stop = start + logits.shape[1]
         parts.append(F.cross_entropy(logits.float().transpose(1, 2), wanted[:, start:stop], reduction="none").double())
         start = stop

@@ -1,9 +1,8 @@
 """A subject whose windows several processes share."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
@@ -48,8 +47,8 @@ class PieceScorer:
         borders = [max(0, border - (length - scored)) for border in self.sharing.borders(length)]
         own = slice(*borders[self.sharing.place : self.sharing.place + 2])
         if own.start < own.stop:
-            piece = _Piece(self.model, length)
-            found = token_nll(piece, tokens, targets[:, own], vocab_size, positions)
+            logits = partial(self.model.logits, length=length)
+            found = token_nll(logits, tokens, targets[:, own], vocab_size, positions)
         else:  # others may need its keys
             self.model.hidden(tokens, positions=positions, length=length)
             found = np.empty((len(inputs), 0))
@@ -60,19 +59,3 @@ class PieceScorer:
     def exchanged(self) -> Exchanged:
         """As `longreach.measure.subject.Nll`."""
         return exchanged(self.sharing, self.ranks)
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """A decoder that is given a piece of a sequence of so many tokens."""
-
-    model: Decoder
-    length: int
-
-    def logits(self, tokens: Tensor, chunk_size: int, **options: Any) -> Iterator[Tensor]:
-        """As `longreach.measure.subject.LanguageModel`."""
-        return self.model.logits(tokens, chunk_size, **options, length=self.length)
-
-    def new_cache(self, length: int, max_context: int | None = None) -> Any:
-        """Likewise; nobody asks for one."""
-        return self.model.new_cache(length, max_context)
