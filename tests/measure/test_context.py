@@ -39,7 +39,6 @@ def split(oracle, tokens, train_length, valid_length, stride):
         model=Model("alibi", train_length, seed=0),
         valid_length=valid_length,
         stride=stride,
-        seed=0,
     )
 
 
@@ -79,9 +78,7 @@ def test_longer_lengths_keep_the_bins_of_shorter_ones(length, doublings):
 def test_loss_by_context_accounts_for_every_token(valid_length, num_targets, seed):
     random = np.random.default_rng(seed)
     scores = Scores(random.uniform(0, 9, num_targets), contexts(num_targets, valid_length))
-    records = loss_by_context(
-        scores, blocks(num_targets), model=Model("alibi", 4, seed=0), valid_length=valid_length, seed=0
-    )
+    records = loss_by_context(scores, blocks(num_targets), model=Model("alibi", 4, seed=0), valid_length=valid_length)
     for record in records:
         within = [t for t in range(num_targets) if record.first_context <= t % valid_length + 1 <= record.last_context]
         assert record.tokens == len(within)
@@ -107,7 +104,7 @@ def test_loss_by_context_accounts_for_every_token(valid_length, num_targets, see
 def test_loss_by_context_shows_where_a_model_stops_to_look():
     oracle, tokens = NgramOracle(k=4), random_text(8000)
     records = loss_by_context(
-        scored(oracle, tokens, 32), blocks(8000), model=Model("alibi", 8, seed=0), valid_length=32, seed=0
+        scored(oracle, tokens, 32), blocks(8000), model=Model("alibi", 8, seed=0), valid_length=32
     )
     assert [record.first_context for record in records] == [1, 2, 3, 4, 5, 7, 9, 12, 17, 24]
     for record in records:
@@ -209,7 +206,6 @@ def test_intervals_are_paired_by_token():
         model=Model("alibi", 4, seed=0),
         valid_length=16,
         stride=1,
-        seed=0,
     )
     assert found.relief > 0
     assert found.beyond > 0
@@ -235,6 +231,5 @@ def test_one_unit_has_no_intervals():
         model=Model("alibi", 4, seed=0),
         valid_length=16,
         stride=1,
-        seed=0,
     )
     assert [found.relief_low, found.relief_high, found.beyond_low, found.beyond_high] == [None] * 4

@@ -56,7 +56,7 @@ def units(tokens: np.ndarray, eos_id: int, valid_length: int) -> Units:
     return Units(block, f"{count:,} block{'s' * (count > 1)} of {block_length:,} token{'s' * (block_length > 1)}")
 
 
-def intervals(sums: np.ndarray, counts: np.ndarray, seed: int) -> list[Interval]:
+def intervals(sums: np.ndarray, counts: np.ndarray, seed: int = 0) -> list[Interval]:
     """Percentile bootstrap intervals of sum(sums) / sum(counts) of each column, for units drawn with replacement.
 
     (Efron & Tibshirani, 1993, chapter 13.) Units weigh by their counts, as they do in the figure itself. The draws are

@@ -25,9 +25,7 @@ def context_bins(length: int) -> np.ndarray:
     return np.concatenate(([1], ends + 1))
 
 
-def loss_by_context(
-    scores: Scores, documents: Units, *, model: Model, valid_length: int, seed: int
-) -> list[ContextRecord]:
+def loss_by_context(scores: Scores, documents: Units, *, model: Model, valid_length: int) -> list[ContextRecord]:
     """Loss of nonoverlapping windows of valid_length by the tokens of context that each target had.
 
     Bins into which no target falls are left out; there are none where the text has a whole window.
@@ -37,7 +35,6 @@ def loss_by_context(
         documents: what to resample for the intervals.
         model: whose scores they are.
         valid_length: the most context that a target can have had.
-        seed: of the bootstrap.
     """
     edges = context_bins(valid_length)
     num_bins = len(edges) - 1
@@ -46,7 +43,7 @@ def loss_by_context(
     shape = (documents.count, num_bins)
     sums = np.bincount(cells, weights=scores.nll, minlength=shape[0] * shape[1]).reshape(shape)  # [U, bins]
     counts = np.bincount(cells, minlength=shape[0] * shape[1]).reshape(shape)
-    ends = intervals(sums, counts, seed)
+    ends = intervals(sums, counts)
     return [
         ContextRecord(
             model=model,
@@ -73,7 +70,6 @@ def decompose(
     model: Model,
     valid_length: int,
     stride: int,
-    seed: int,
 ) -> DecompositionRecord:
     """Split the gain from windows of L, the model's train_length, to windows of valid_length, target by target.
 
@@ -94,7 +90,6 @@ def decompose(
         model: whose scores they are.
         valid_length: above L.
         stride: of sliding. At 1 the capped context is exact, else it falls short of L by up to stride - 1.
-        seed: of the bootstrap.
     """
     train_length = model.train_length
     longer = long.context > train_length  # [N]
@@ -106,7 +101,7 @@ def decompose(
     parts = np.stack((base.nll - capped, capped - long.nll), axis=1)  # [N, relief and beyond]
     sums = np.stack([np.bincount(documents.ids, weights=part) for part in parts.T], axis=1)  # [U, 2]
     counts = np.repeat(np.bincount(documents.ids)[:, None], 2, axis=1)
-    (relief_low, relief_high), (beyond_low, beyond_high) = intervals(sums, counts, seed)
+    (relief_low, relief_high), (beyond_low, beyond_high) = intervals(sums, counts)
     return DecompositionRecord(
         model=model,
         valid_length=valid_length,

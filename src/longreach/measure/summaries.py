@@ -27,9 +27,6 @@ UNSPACED = re.compile(
 )
 """A character of Thai, Lao, Burmese, Khmer, Japanese or Chinese, which put no spaces between words."""
 
-SEED = 0
-"""Of the bootstrap's draws."""
-
 Generate = Callable[[list[int], int], Iterable[int]]
 """Continues a prompt of token ids by at most so many tokens, without eos; see `stream_tokens`."""
 
@@ -167,7 +164,7 @@ class WordsOfAnyScript:
 
 def _figures(scores: np.ndarray) -> dict[str, Any]:
     """Mean of each column of scores (cases, 3) with the ends of its interval, under the names of the record."""
-    ends = intervals(scores, np.ones_like(scores), SEED)
+    ends = intervals(scores, np.ones_like(scores))
     figures: dict[str, Any] = {}
     for kind, mean, (low, high) in zip(ROUGE_TYPES, scores.mean(axis=0), ends, strict=True):
         figures |= {kind: float(mean), f"{kind}_low": low, f"{kind}_high": high}

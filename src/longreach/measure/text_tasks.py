@@ -15,9 +15,6 @@ from longreach.measure.score import CACHED_CHUNK, Scores, score, score_stream
 from longreach.measure.subject import Subject, Unsupported
 from longreach.results import ContextRecord, DecompositionRecord, OffsetRecord, Record
 
-SEED = 0
-"""Of the bootstrap's draws."""
-
 Progress = Callable[[str, int, int | None], None]
 """Called with a stage in words, how many tokens are scored, and how many will be."""
 
@@ -90,9 +87,7 @@ class TextTasks:
     def by_context(self, valid_length: int) -> list[ContextRecord]:
         """Loss by context, in nonoverlapping windows of valid_length."""
         scores, _ = self._windows(valid_length, valid_length)
-        return loss_by_context(
-            scores, self._text.units, model=self._subject.identity, valid_length=valid_length, seed=SEED
-        )
+        return loss_by_context(scores, self._text.units, model=self._subject.identity, valid_length=valid_length)
 
     def decomposition(self, valid_length: int, stride: int) -> list[DecompositionRecord]:
         """Where the gain from train_length to valid_length comes from; stride is that of the capped windows."""
@@ -110,7 +105,6 @@ class TextTasks:
                 model=self._subject.identity,
                 valid_length=valid_length,
                 stride=stride,
-                seed=SEED,
             )
         ]
 

@@ -39,7 +39,7 @@ FOLLOWED = 1e-3
 """Largest difference of logits at which the stock code follows what its family is known to do: float32 rounds."""
 
 SEED = 0
-"""Of random tokens, and of the bootstrap's draws."""
+"""Of random tokens."""
 
 
 @dataclass(frozen=True)
@@ -228,7 +228,7 @@ def _indistinguishable(nll: np.ndarray, drawn: Units) -> tuple[str, ...]:
     best = int(nll.mean(axis=0).argmin())
     sums = np.stack([np.bincount(drawn.ids, weights=each) for each in (nll - nll[:, best : best + 1]).T], axis=1)
     counts = np.repeat(np.bincount(drawn.ids)[:, None].astype(np.float64), nll.shape[1], axis=1)
-    lows = [low for low, _ in intervals(sums, counts, SEED)]
+    lows = [low for low, _ in intervals(sums, counts)]
     return tuple(
         name for i, (name, low) in enumerate(zip(TRIED, lows, strict=True)) if i == best or low is None or low <= 0
     )
