@@ -1,6 +1,7 @@
 """What layouts share. Modules have the published names, so that a state dict is one of theirs."""
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -61,9 +62,12 @@ class Attention(nn.Module):
 class Layer(GradientCheckpointingLayer):
     """Self-attention, and what a layout does with it, which each token has for itself."""
 
-    def __init__(self, config: EncoderConfig, projections: nn.Module) -> None:
+    projections: ClassVar[type[nn.Module]] = Projections
+    """What makes queries, keys and values."""
+
+    def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        self.attention = Attention(config, projections)
+        self.attention = Attention(config, self.projections(config))
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
         """(..., C) to (..., C)."""

@@ -3,14 +3,14 @@
 from torch import Tensor
 
 from longreach.encoders.config import EncoderConfig
-from longreach.encoders.layouts.blocks import GatedMLP, Layer, Projections
+from longreach.encoders.layouts.blocks import GatedMLP, Layer
 
 
 class JinaLayer(Layer):
     """Post-norm attention, and a gated MLP whose first half is the gate."""
 
     def __init__(self, config: EncoderConfig) -> None:
-        super().__init__(config, Projections(config))
+        super().__init__(config)
         self.mlp = GatedMLP(config)
 
     def after(self, attended: Tensor, x: Tensor) -> Tensor:

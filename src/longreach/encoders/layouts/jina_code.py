@@ -39,8 +39,10 @@ class SecondHalfMLP(nn.Module):
 class JinaCodeLayer(Layer):
     """The residual is added twice: within attention, as everywhere, and once more after it."""
 
+    projections = NormedProjections
+
     def __init__(self, config: EncoderConfig) -> None:
-        super().__init__(config, NormedProjections(config))
+        super().__init__(config)
         self.layer_norm_1, self.layer_norm_2 = layer_norm(config), layer_norm(config)
         self.mlp = SecondHalfMLP(config)
 

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from longreach.encoders.config import EncoderConfig
-from longreach.encoders.layouts.blocks import GatedMLP, Layer
+from longreach.encoders.layouts.jina import JinaLayer
 from longreach.ops.linear import Linear
 
 
@@ -20,14 +20,7 @@ class OneProjection(nn.Module):
         return q, k, v
 
 
-class MosaicLayer(Layer):
-    """Post-norm attention, and Jina's gated MLP."""
+class MosaicLayer(JinaLayer):
+    """Jina's but for its projections."""
 
-    def __init__(self, config: EncoderConfig) -> None:
-        super().__init__(config, OneProjection(config))
-        self.mlp = GatedMLP(config)
-
-    def after(self, attended: Tensor, x: Tensor) -> Tensor:
-        """(..., C) each to (..., C)."""
-        out: Tensor = self.mlp(self.attention.output(attended, x))
-        return out
+    projections = OneProjection

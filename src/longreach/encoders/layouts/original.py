@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longreach.encoders.config import EncoderConfig
-from longreach.encoders.layouts.blocks import Added, Layer, Projections
+from longreach.encoders.layouts.blocks import Added, Layer
 from longreach.ops.linear import Linear
 
 
@@ -24,7 +24,7 @@ class OriginalLayer(Layer):
     """BERT's own layer but for ALiBi."""
 
     def __init__(self, config: EncoderConfig) -> None:
-        super().__init__(config, Projections(config))
+        super().__init__(config)
         self.intermediate = Intermediate(config)
         self.output = Added(config, config.intermediate_size)
 
