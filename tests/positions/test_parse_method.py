@@ -9,11 +9,10 @@ from longreach.positions.alibi import AlibiOptions
 from longreach.positions.fire import FireOptions
 from longreach.positions.kerple import KerpleOptions
 from longreach.positions.learned import LearnedOptions
-from longreach.positions.none import NoneOptions
+from longreach.positions.method import NoOptions
 from longreach.positions.randomized import RandomizedRotaryOptions
 from longreach.positions.rotary import RotaryOptions
 from longreach.positions.sandwich import SandwichOptions
-from longreach.positions.sinusoidal import SinusoidalOptions
 from longreach.positions.t5 import T5Options
 from longreach.positions.xpos import XposOptions
 
@@ -30,12 +29,12 @@ OPTIONS = {
     "fire": st.builds(FireOptions, width=st.integers(1, 99), threshold=st.none() | st.floats(1, 1e6)),
     "kerple": st.builds(KerpleOptions, kernel=st.sampled_from(["log", "power"])),
     "learned": st.builds(LearnedOptions, table_length=st.none() | st.integers(1, 10**6)),
-    "none": st.just(NoneOptions()),
+    "none": st.just(NoOptions()),
     "rotary": st.builds(RotaryOptions, base=st.floats(1, 1e12, exclude_min=True), scaling=OF_ROTARY),
     "rotary-randomized": st.builds(RandomizedRotaryOptions, range=st.none() | st.integers(1, 10**6)),
     "sandwich": st.builds(SandwichOptions, dimension=st.integers(1, 99).map(lambda half: 2 * half)),
-    "sinusoidal": st.just(SinusoidalOptions()),
-    "sinusoidal-shifted": st.just(SinusoidalOptions()),
+    "sinusoidal": st.just(NoOptions()),
+    "sinusoidal-shifted": st.just(NoOptions()),
     "t5": st.builds(T5Options, num_buckets=st.integers(2, 64), max_distance=st.integers(33, 10**6)),
     "xpos": st.builds(XposOptions, gamma=st.floats(0.01, 10), unit=st.integers(1, 10**6)),
 }

@@ -10,13 +10,13 @@ from longreach.positions.alibi import Alibi, AlibiOptions
 from longreach.positions.fire import Fire, FireOptions
 from longreach.positions.kerple import Kerple, KerpleOptions
 from longreach.positions.learned import Learned, LearnedOptions
-from longreach.positions.method import AttentionPositions, ModelSize, PositionMethod
-from longreach.positions.none import NoneOptions, NonePositions
+from longreach.positions.method import AttentionPositions, ModelSize, NoOptions, PositionMethod
+from longreach.positions.none import NonePositions
 from longreach.positions.randomized import RandomizedRotary, RandomizedRotaryOptions
 from longreach.positions.rotary import Rotary, RotaryOptions, rotate
 from longreach.positions.sandwich import Sandwich, SandwichOptions
 from longreach.positions.scaling import parse_scaling
-from longreach.positions.sinusoidal import ShiftedSinusoidal, Sinusoidal, SinusoidalOptions
+from longreach.positions.sinusoidal import ShiftedSinusoidal, Sinusoidal
 from longreach.positions.t5 import T5, T5Options
 from longreach.positions.xpos import Xpos, XposOptions
 from longreach.reading import read_words
@@ -37,12 +37,12 @@ METHODS: dict[str, tuple[Any, Any]] = {
     "fire": (Fire, FireOptions),
     "kerple": (Kerple, KerpleOptions),
     "learned": (Learned, LearnedOptions),
-    "none": (NonePositions, NoneOptions),
+    "none": (NonePositions, NoOptions),
     "rotary": (Rotary, RotaryOptions),
     "rotary-randomized": (RandomizedRotary, RandomizedRotaryOptions),
     "sandwich": (Sandwich, SandwichOptions),
-    "sinusoidal": (Sinusoidal, SinusoidalOptions),
-    "sinusoidal-shifted": (ShiftedSinusoidal, SinusoidalOptions),
+    "sinusoidal": (Sinusoidal, NoOptions),
+    "sinusoidal-shifted": (ShiftedSinusoidal, NoOptions),
     "t5": (T5, T5Options),
     "xpos": (Xpos, XposOptions),
 }

@@ -25,6 +25,11 @@ class ModelSize:
 
 
 @dataclass(frozen=True)
+class NoOptions:
+    """Options of a method that has none."""
+
+
+@dataclass(frozen=True)
 class AttentionPositions:
     """What every attention layer of one forward pass is told about positions."""
 

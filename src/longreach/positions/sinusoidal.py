@@ -1,17 +1,11 @@
 """Sinusoidal position embeddings (Vaswani et al., 2017, arXiv 1706.03762), and the same at shifted positions."""
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from longreach.positions.method import ModelSize, PositionMethod
-
-
-@dataclass(frozen=True)
-class SinusoidalOptions:
-    """No options."""
+from longreach.positions.method import ModelSize, NoOptions, PositionMethod
 
 
 class Sinusoidal(PositionMethod):
@@ -21,7 +15,7 @@ class Sinusoidal(PositionMethod):
     keeps the same ratio and leaves tied embeddings unscaled.
     """
 
-    def __init__(self, options: SinusoidalOptions, size: ModelSize):
+    def __init__(self, options: NoOptions, size: ModelSize):
         super().__init__()
         if size.d_model % 2:
             raise ValueError(f"d_model={size.d_model} with sinusoidal positions: give an even number")
@@ -43,6 +37,6 @@ class ShiftedSinusoidal(Sinusoidal):
     seen in training, so what remains of the failure is not unseen positions.
     """
 
-    def __init__(self, options: SinusoidalOptions, size: ModelSize):
+    def __init__(self, options: NoOptions, size: ModelSize):
         super().__init__(options, size)
         self.max_training_offset = size.longest_length
