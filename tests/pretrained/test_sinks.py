@@ -3,7 +3,8 @@ import torch
 from family_models import HEADS, bloom, mpt, oracle, paper_slopes, tokens
 
 import longreach
-from longreach.pretrained.caches import sink_cache, streaming_attention
+from longreach.pretrained.caches import SinkCache
+from longreach.pretrained.streaming import streaming_attention
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
 
@@ -35,7 +36,7 @@ def test_generation_equals_the_oracle_of_a_cache_played_token_by_token(model, si
 @pytest.mark.parametrize("chunks", [[40], [1] * 40, [5, 20, 1, 14]])
 def test_chunks_of_any_size_see_the_same(model, chunks):
     longreach.extend(model, scaling="none", train_length=32)
-    ids, cache = tokens(1, 40), sink_cache(3, 9)
+    ids, cache = tokens(1, 40), SinkCache(3, 9)
     logits = [model(piece, past_key_values=cache, use_cache=True).logits for piece in ids.split(chunks, 1)]
     expected = oracle(model, ids[0], paper_slopes(HEADS), distance=distances(40, 3, 9))
     torch.testing.assert_close(torch.cat(logits, dim=1)[0].double(), expected, **CLOSE)
@@ -90,7 +91,7 @@ def test_streaming_attention_of_grouped_queries_against_a_dense_one():
 
 
 def test_what_such_a_cache_cannot_do():
-    model, cache = bloom(), sink_cache(2, 4)
+    model, cache = bloom(), SinkCache(2, 4)
     longreach.extend(model, scaling="none", train_length=32)
     model(tokens(1, 10), past_key_values=cache, use_cache=True)
     with pytest.raises(ValueError, match="cannot give tokens back"):

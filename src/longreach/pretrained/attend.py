@@ -17,10 +17,10 @@ from longreach.ops.alibi import dense_bias
 from longreach.ops.arguments import validate_kind
 from longreach.ops.attention import attention, uses_key_norms
 from longreach.positions.scaling import Scaling, require_tokens
-from longreach.pretrained.caches import sink_window, streaming_attention
 from longreach.pretrained.layout import Layout
 from longreach.pretrained.masks import NOTHING, Carried, has_values, unpack
 from longreach.pretrained.room import LEAST_ROOM
+from longreach.pretrained.streaming import streaming_attention
 
 ATTRIBUTE = "_longreach"
 """Name under which a module of an extended model holds its `Extension`."""
@@ -210,11 +210,7 @@ def _place() -> tuple[int, int]:
 
 
 def extension_of(model: nn.Module) -> Extension:
-    """How a model is extended.
-
-    Raises:
-        ValueError: it is not.
-    """
+    """How a model is extended; ValueError where it is not."""
     validate_kind("model", model, nn.Module, "a model that longreach.extend was given")
     extension = find_extension(model)
     if extension is None:
@@ -277,7 +273,7 @@ def attend(
         cache: the cache that k and v came from, a tuple for one without an identity, or None.
         scale: factor of q . k.
         bias_scale: factor of the slopes, for a family that scales the bias too.
-        dropout_p: probability with which attention weights are dropped.
+        dropout_p: probability with which attention weights are dropped in training.
         weights: whether attention weights are wanted, which take memory that grows with the square of length.
 
     Returns:
@@ -292,13 +288,14 @@ def attend(
             if not weights:
                 k, v = k[:, :, :end], v[:, :, :end]
     carried = unpack(carrier).over(k.shape[2])
-    window = sink_window(cache)
+    window = getattr(cache, "sink_window", None)  # of a SinkCache
     unknown = isinstance(end, Tensor)  # how much of a static cache is written, where that is compiled
     if unknown and extension.per_step:
         raise ValueError("per_step=True: compiled steps with a static cache have no L' of their own, state one length=")
     filled = q.shape[2] if isinstance(end, Tensor) else end  # at least
     in_view = filled if window is None else min(filled, sum(window))
     total = extension.total_length(in_view, cache, continues=unknown or filled > q.shape[2])
+    dropout_p = dropout_p if module.training else 0.0
     arguments: dict[str, Any] = {"bias_scale": bias_scale, "scale": scale, "dropout_p": dropout_p}
     if window is not None and (carried.padding is not None or weights):
         asked = "output_attentions=True" if weights else "attention_mask has padding, which would become sinks"

@@ -1,104 +1,117 @@
-"""Caches for generation: one that grows in place, and one of the policy `sinks` (StreamingLLM, arXiv 2309.17453).
+"""Caches for generation, of transformers' own classes, which is why this is imported where one is wanted."""
 
-`sinks` keeps the first tokens and a window of the last. Attention puts much weight on the first few tokens, which serve
-as sinks. A cache that keeps them beside the last tokens goes on for ever, and a key's distance is counted inside the
-cache, so that none grows past sinks + window.
-"""
-
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from longreach.ops.attention import attention
-
-
-def sink_cache(sinks: int, window: int) -> Any:
-    """Make an empty cache for `generate(past_key_values=...)` that keeps the first tokens and the last.
-
-    Each token sees at most sinks + window keys: the first `sinks` and the last `window`, itself among them.
-
-    Args:
-        sinks: how many of the first tokens to keep, at least 0.
-        window: how many of the last tokens each token sees, itself included, at least 1.
-
-    Returns:
-        A transformers Cache, of any batch size, for an extended model.
-    """
-    from longreach.pretrained.cache_layers import SinkCache
-
-    return SinkCache(sinks, window)
+from longreach.pretrained.room import Room
 
 
-def sink_window(cache: Any) -> tuple[int, int] | None:
-    """(sinks, window) of a cache made by `sink_cache`, None for any other."""
-    return getattr(cache, "sink_window", None)
+class GrowingLayer(DynamicLayer):
+    """One layer's keys and values, which lie in a `Room` while nothing but its own methods changes them."""
+
+    room: Room | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """All keys and values (B, Hkv, T, D), the new ones last."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():  # autograd may need any version of the keys
+            self.room = None
+            return super().update(key_states, value_states)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        last, new = self._pair(), (key_states, value_states)
+        if self.room is not None and self.room.takes(last, new):
+            self.keys, self.values = self.room.append(new)
+        else:
+            joined = (torch.cat(pair, dim=2) for pair in zip(last, new, strict=True))  # as stock: what misfits raises
+            self.room = Room(*joined)
+            self.keys, self.values = self.room.handed_out
+        return self.keys, self.values
+
+    def key_norms(self) -> Tensor | None:
+        """As `longreach.attention` takes them; None where keys lie in no room."""
+        return None if self.room is None else self.room.key_norms()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """As stock, and what is left lies in the room still."""
+        lay_there = self.room is not None and self.room.is_last(self._pair())
+        super().crop(tokens_to_remove)
+        if self.room is not None and lay_there:
+            self.room.handed_out = self._pair()
+
+    def reset(self) -> None:
+        """Forget all."""
+        self.room = None
+        super().reset()
+
+    def _pair(self) -> tuple[Tensor, Tensor]:
+        assert self.keys is not None, "it was initialized"
+        assert self.values is not None, "it was initialized"
+        return self.keys, self.values
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a file has of it: keys and values without the room, which is another's."""
+        state = {name: value for name, value in vars(self).items() if name != "room"}
+        if self.room is not None:
+            state |= {name: state[name].clone(memory_format=torch.contiguous_format) for name in ("keys", "values")}
+        return state
 
 
-def growing_cache() -> Any:
-    """Make an empty DynamicCache in which a new token copies itself alone, and not the whole cache as in the stock one.
+def growing_cache() -> DynamicCache:
+    """An empty cache in which a new token copies itself alone, and not the whole cache as in the stock one.
 
     Keys and values that were taken from it are not written to again, as they are not by the stock one.
     """
-    from transformers import DynamicCache
-
-    from longreach.pretrained.cache_layers import GrowingLayer
-
     cache = DynamicCache()
     cache.layer_class_to_replicate = GrowingLayer
     return cache
 
 
-def streaming_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    slopes: Tensor,
-    sinks: int,
-    window: int,
-    *,
-    scale: float,
-    tolerance: float | None,
-    impl: str,
-) -> Tensor:
-    """Attention of many tokens at once, each of which sees what it would have seen token by token.
+class SinkLayer(DynamicLayer):
+    """The first keys and values and the last alone."""
 
-    Query number r stands at c = r + Tk - Tq and sees the keys above c - window at their distance, and the sinks s at
-    distance min(c, sinks + window - 1) - s, where they have stood in the cache since the first was evicted.
+    def __init__(self, sinks: int, window: int):
+        super().__init__()
+        self.sinks, self.window = sinks, window
+        self.seen = 0
 
-    Args:
-        q: (B, H, Tq, D).
-        k: (B, Hkv, Tk, D), the sinks first.
-        v: (B, Hkv, Tk, D).
-        slopes: (H,) or (B, H).
-        sinks: how many keys are sinks.
-        window: how many of the last keys a query sees, itself included.
-        scale: factor of q . k.
-        tolerance: as in `longreach.attention`, for the window.
-        impl: likewise.
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Those kept before and the new ones, of which fewer may be kept."""
+        keys, values = super().update(key_states, value_states)
+        self.seen += key_states.shape[2]
+        self.keys, self.values = self._evicted(keys), self._evicted(values)
+        return keys, values
 
-    Returns:
-        (B, H, Tq, D).
-    """
-    rest, rest_lse = attention(
-        q,
-        k[:, :, sinks:],
-        v[:, :, sinks:],
-        slopes=slopes,
-        scale=scale,
-        window_size=window,
-        tolerance=tolerance,
-        return_lse=True,
-        impl=impl,
-    )
-    first = k.shape[2] - q.shape[2]
-    position = torch.arange(first, k.shape[2], device=q.device)[:, None]  # [Tq, 1]
-    sink = torch.arange(sinks, device=q.device)
-    distance = position.clamp(max=sinks + window - 1) - sink  # [Tq, sinks]
-    group = q.shape[1] // k.shape[1]
-    k, v = (x[:, :, :sinks].repeat_interleave(group, dim=1).to(rest_lse.dtype) for x in (k, v))  # [B, H, sinks, D]
-    scores = scale * (q.to(k.dtype) @ k.mT) - slopes[..., None, None] * distance  # [B, H, Tq, sinks]
-    scores = scores.masked_fill(distance < 0, float("-inf"))
-    lse = torch.logaddexp(rest_lse, scores.logsumexp(dim=-1))[..., None]  # [B, H, Tq, 1]
-    out = rest * (rest_lse[..., None] - lse).exp() + (scores - lse).exp() @ v
-    return out.to(q.dtype)
+    def _evicted(self, x: Tensor) -> Tensor:
+        last = self.window - 1  # the next token fills the window
+        if x.shape[2] <= self.sinks + last:
+            return x
+        return torch.cat((x[:, :, : self.sinks], x[:, :, x.shape[2] - last :]), dim=2)
+
+    def get_seq_length(self, *args: Any) -> int:
+        """Tokens seen: generate asks how many it need not give again."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """As if all were kept."""
+        return self.seen + query_length, 0
+
+    def reset(self) -> None:
+        """Forget all."""
+        self.seen = 0
+        super().reset()
+
+    def crop(self, *args: Any) -> None:
+        """Refuse: what was evicted is gone."""
+        raise ValueError("a cache with sinks cannot give tokens back: use no assisted generation with it")
+
+
+class SinkCache(Cache):
+    """An empty cache whose tokens see the first `sinks` tokens and the last `window`, themselves included."""
+
+    def __init__(self, sinks: int, window: int):
+        super().__init__(layer_class_to_replicate=partial(SinkLayer, sinks, window))  # type: ignore[arg-type]
+        self.sink_window = (sinks, window)

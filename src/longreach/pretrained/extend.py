@@ -14,7 +14,6 @@ from longreach.ops.arguments import validate_choice, validate_flags, validate_ki
 from longreach.ops.attention import IMPLEMENTATIONS
 from longreach.positions.scaling import Scaling, parse_scaling, require_tokens
 from longreach.pretrained.attend import ATTRIBUTE, Extension, Stated, find_extension
-from longreach.pretrained.caches import growing_cache, sink_cache
 from longreach.pretrained.families import find_layout
 from longreach.pretrained.layout import Layout
 from longreach.pretrained.masks import hand_documents
@@ -84,10 +83,13 @@ def extend(
     _check(extension)
     if ATTRIBUTE in vars(layout.base):
         restore(layout.base)
+    from transformers import GenerationMixin
+
     swaps = list(layout.swaps)
-    swaps += [(module, Generates) for module in model.modules() if _generates(module)]
+    swaps += [(module, Generates) for module in model.modules() if isinstance(module, GenerationMixin)]
     if extension.scaling.depends_on_length:
-        swaps += [(block, RemembersLength) for block in _blocks(layout.base)]
+        lists = (part for part in layout.base.children() if isinstance(part, nn.ModuleList))
+        swaps += [(block, RemembersLength) for blocks in lists for block in blocks]
     given: dict[nn.Module, tuple[type, ...]] = {layout.base: ()}
     for module, methods in swaps:
         given[module] = (methods, *given.get(module, ()))
@@ -142,6 +144,8 @@ class Generates:
 
     def generate(self, inputs: Any = None, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As transformers' own, with one constant L' for the whole call, and the cache of sinks where wanted."""
+        from longreach.pretrained.caches import SinkCache, growing_cache
+
         extension: Extension = getattr(self, ATTRIBUTE)
         config: Any = generation_config or self.generation_config  # type: ignore[attr-defined]
         stated, cache = extension.stated, kwargs.get("past_key_values")
@@ -149,11 +153,11 @@ class Generates:
             if extension.sinks is not None and extension.window is not None:
                 if kwargs.get("use_cache") is False:
                     raise ValueError("use_cache=False with sinks, which are kept in a cache: extend without sinks")
-                kwargs["past_key_values"] = sink_cache(extension.sinks, extension.window)
+                kwargs["past_key_values"] = SinkCache(extension.sinks, extension.window)
                 kwargs["use_cache"] = True  # MPT's configurations say False
             elif (
                 kwargs.get("use_cache", config.use_cache)
-                and not _names_a_cache(config, kwargs)
+                and not (kwargs.get("cache_implementation") or config.cache_implementation)
                 and not extension.layout.keeps_tuples
             ):
                 kwargs["past_key_values"] = growing_cache()
@@ -211,25 +215,9 @@ def _prepare(
     return (), prepare(module, {**dict(zip(names, args, strict=False)), **kwargs})
 
 
-def _names_a_cache(config: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether a call to `generate` asks for a kind of cache by name."""
-    return (kwargs.get("cache_implementation") or config.cache_implementation) is not None
-
-
 def _drafts(config: Any) -> bool:
     """Whether a call to `generate` is for candidates, with its configuration."""
     return bool(getattr(config, "is_assistant", False))
-
-
-def _blocks(base: nn.Module) -> list[nn.Module]:
-    """The blocks of layers of a base model."""
-    return [block for part in base.children() if isinstance(part, nn.ModuleList) for block in part]
-
-
-def _generates(module: nn.Module) -> bool:
-    from transformers import GenerationMixin
-
-    return isinstance(module, GenerationMixin)
 
 
 def _around(model: nn.Module, base: nn.Module) -> list[nn.Module]:
