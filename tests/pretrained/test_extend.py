@@ -147,7 +147,7 @@ def test_packed_documents_fare_as_they_do_alone(model, scaling, by):
 def stock_reading(model, dtype):
     """How the stock code of a family computes ALiBi in a dtype."""
     layout = find_layout(model)
-    return Reading(layout.dialect(dtype), slopes=lambda num_heads: layout.slopes)
+    return Reading(layout.dialect_in(dtype), slopes=lambda num_heads: layout.slopes)
 
 
 def test_the_dialect_of_a_family_gives_what_its_stock_code_gives(model):

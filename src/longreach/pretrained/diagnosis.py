@@ -208,7 +208,7 @@ def _size(count: int) -> str:
 
 
 def _stock_form(layout: Layout, dtype: torch.dtype, deviation: float | None) -> StockForm:
-    dialect = _stock_dialect(layout, dtype)
+    dialect = layout.dialect_in(dtype)
     return StockForm(
         family=layout.family,
         slopes=tuple(layout.slopes.tolist()),
@@ -217,12 +217,6 @@ def _stock_form(layout: Layout, dtype: torch.dtype, deviation: float | None) -> 
         bias=dialect.bias,
         deviation=deviation,
     )
-
-
-def _stock_dialect(layout: Layout, dtype: torch.dtype) -> Dialect:
-    """What the stock code of a family that has ALiBi computes in a dtype."""
-    assert layout.dialect is not None, "diagnose refused the others"
-    return layout.dialect(dtype)
 
 
 def _slope_rule(layout: Layout, rounds: bool) -> str:
@@ -311,7 +305,7 @@ def _bias_mistakes(layout: Layout, length: int, slopes: Tensor) -> Iterator[tupl
     """Known mistakes of the bias, where slopes (H,) are right: first what is cheap to try or known of the family."""
     golden = _reading(Dialect(), slopes)
     yield from strength_mistakes(golden)
-    stock = _reading(_stock_dialect(layout, torch.float32), slopes)
+    stock = _reading(layout.dialect_in(torch.float32), slopes)
     if stock.dialect.rounded:
         rounding = _rounding(layout, length, torch.float32)
         yield rounding, stock
@@ -331,7 +325,7 @@ def _reading(dialect: Dialect, slopes: Tensor) -> Reading:
 
 def _rounding(layout: Layout, length: int, dtype: torch.dtype) -> str:
     """What the stock code of a model in this dtype does to the bias of the last keys, in words."""
-    dialect = _stock_dialect(layout, dtype)
+    dialect = layout.dialect_in(dtype)
     if not dialect.rounded:
         return f"loses precision in {str(dtype).removeprefix('torch.')}; with float32 weights it is right"
     bias = _reading(dialect, layout.slopes).bias(len(layout.slopes), 1, length, None)
@@ -390,7 +384,7 @@ def _deviation(model: nn.Module, layout: Layout, tokens: Tensor) -> float | None
         except CRASHES:
             return None
         slopes = layout.scaling(layout.slopes, len(tokens))
-        with _extended(model, _reading(_stock_dialect(layout, torch.float32), slopes)):
+        with _extended(model, _reading(layout.dialect_in(torch.float32), slopes)):
             return (_logits(model, tokens) - stock).abs().max().item()
 
 

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,8 +25,6 @@ MARK = "longreach_positions"
 class Layout:
     """A pretrained model as its family's file finds it."""
 
-    family: str
-    """Name of the family."""
     base: nn.Module
     """The module that is handed the mask and calls the blocks."""
     swaps: tuple[tuple[nn.Module, type], ...]
@@ -35,32 +33,39 @@ class Layout:
     """(base model, arguments by name) -> those that it runs with, the mask as the attention modules read it."""
     slopes: Tensor
     """Slopes (H,) float32, before any scaling."""
-    train_length: int | None
-    """The length trained on, as far as the configuration tells."""
-    dialect: Callable[[torch.dtype], Dialect] | None
-    """How its stock code computes ALiBi in a dtype; None where it has none."""
+    dialect: Dialect | None
+    """How its stock code computes ALiBi in float32; None where it has none."""
+    rounds_bias: bool = False
+    """Whether its stock code rounds the bias to the dtype of the model, where that is a half type."""
     heeds_scaling: bool = False
     """Whether its stock code looks at `alibi_scaling`."""
     keeps_tuples: bool = False
     """Whether the stock code caches keys and values in tuples, and cannot read a Cache of transformers."""
 
     @property
+    def family(self) -> str:
+        """Name of the family, the model_type of its configuration."""
+        config: Any = self.base.config
+        return str(config.model_type)
+
+    @property
+    def train_length(self) -> int | None:
+        """The length trained on, as far as the configuration tells."""
+        return declared_length(self.base.config)
+
+    @property
     def scaling(self) -> Scaling:
         """How the configuration says that slopes are scaled."""
         return read_alibi_scaling(getattr(self.base.config, SCALING, None))
 
+    def dialect_in(self, dtype: torch.dtype) -> Dialect:
+        """How stock code that has ALiBi computes it in a dtype."""
+        assert self.dialect is not None, "diagnose refused the others"
+        return replace(self.dialect, bias_dtype=dtype) if self.rounds_bias and dtype.itemsize == 2 else self.dialect
+
 
 def require_layout(module: nn.Module, attributes: tuple[str, ...], parameter: str | None = None) -> None:
-    """Check that a module of remote code is laid out as known.
-
-    Args:
-        module: the module.
-        attributes: what it must have.
-        parameter: what its forward must take.
-
-    Raises:
-        ValueError: it has not, or does not.
-    """
+    """ValueError where a module of remote code lacks attributes, or its forward a parameter, that are known."""
     name = type(module).__name__
     for attribute in attributes:
         if not hasattr(module, attribute):
@@ -78,18 +83,8 @@ def hand_converted(module: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     return {**hand_mask(module, kwargs, dense=lambda mask: ~mask if mask.dtype == torch.bool else mask), **wish}
 
 
-def converted_layout(family: str, base: Any, *, positions: str, swaps: tuple[tuple[nn.Module, type], ...]) -> Layout:
-    """The layout of a model that was converted to ALiBi, with the paper's slopes.
-
-    Args:
-        family: its name.
-        base: the module that is handed the mask and calls the blocks.
-        positions: what its architecture has instead of ALiBi, in words.
-        swaps: module -> class whose methods take the place of its own.
-
-    Raises:
-        ValueError: it was not converted.
-    """
+def converted_layout(base: Any, *, positions: str, swaps: tuple[tuple[nn.Module, type], ...]) -> Layout:
+    """The layout of a model with the paper's slopes in place of `positions`; ValueError where it was not converted."""
     config = base.config
     if getattr(config, MARK, None) != "alibi":
         raise ValueError(
@@ -97,11 +92,9 @@ def converted_layout(family: str, base: Any, *, positions: str, swaps: tuple[tup
             "and fine-tuning must follow"
         )
     return Layout(
-        family=family,
         base=base,
         swaps=swaps,
         prepare=hand_converted,
         slopes=alibi_slopes(config.num_attention_heads, device="cpu"),
-        train_length=declared_length(config),
         dialect=None,
     )

@@ -10,12 +10,12 @@ from torch import nn
 
 from longreach.ops.arguments import validate_kind
 from longreach.pretrained.families.baichuan import baichuan_layout, is_baichuan_base
-from longreach.pretrained.families.bloom import bloom_layout, is_bloom_base
-from longreach.pretrained.families.falcon import check_falcon, falcon_layout, is_falcon_base
-from longreach.pretrained.families.gpt2 import check_gpt2, gpt2_layout, is_gpt2_base
+from longreach.pretrained.families.bloom import bloom_layout
+from longreach.pretrained.families.falcon import check_falcon, falcon_layout
+from longreach.pretrained.families.gpt2 import check_gpt2, gpt2_layout
 from longreach.pretrained.families.jais import check_jais, is_jais_base, jais_layout
-from longreach.pretrained.families.llama import check_llama, is_llama_base, llama_layout
-from longreach.pretrained.families.mpt import check_mpt, is_mpt_base, mpt_layout
+from longreach.pretrained.families.llama import check_llama, llama_layout
+from longreach.pretrained.families.mpt import check_mpt, mpt_layout
 from longreach.pretrained.layout import Layout
 
 
@@ -32,17 +32,28 @@ class Family(NamedTuple):
     """Raises ValueError where the configuration is of a model that cannot have ALiBi."""
 
 
+def _stock(name: str) -> Callable[[nn.Module], bool]:
+    """Tells the base model where it is a class of transformers, by its name."""
+
+    def is_base(module: nn.Module) -> bool:
+        import transformers
+
+        return isinstance(module, getattr(transformers, name))
+
+    return is_base
+
+
 FAMILIES = {
-    "bloom": Family("own", is_bloom_base, bloom_layout),
-    "mpt": Family("own", is_mpt_base, mpt_layout, check_mpt),
-    "falcon": Family("own", is_falcon_base, falcon_layout, check_falcon),
+    "bloom": Family("own", _stock("BloomModel"), bloom_layout),
+    "mpt": Family("own", _stock("MptModel"), mpt_layout, check_mpt),
+    "falcon": Family("own", _stock("FalconModel"), falcon_layout, check_falcon),
     "btlm": Family("remote", is_jais_base, jais_layout, check_jais),
     "jais": Family("remote", is_jais_base, jais_layout, check_jais),
     "baichuan": Family("remote", is_baichuan_base, baichuan_layout),
-    "gpt2": Family("convertible", is_gpt2_base, gpt2_layout, check_gpt2),
-    "llama": Family("convertible", is_llama_base, llama_layout, check_llama),
-    "mistral": Family("convertible", is_llama_base, llama_layout, check_llama),
-    "qwen2": Family("convertible", is_llama_base, llama_layout, check_llama),
+    "gpt2": Family("convertible", _stock("GPT2Model"), gpt2_layout, check_gpt2),
+    "llama": Family("convertible", _stock("LlamaModel"), llama_layout, check_llama),
+    "mistral": Family("convertible", _stock("MistralModel"), llama_layout, check_llama),
+    "qwen2": Family("convertible", _stock("Qwen2Model"), llama_layout, check_llama),
 }
 """By the model_type of a configuration."""
 
@@ -55,9 +66,6 @@ OLDEST_TRANSFORMERS = (5, 4)
 
 def find_layout(model: nn.Module) -> Layout:
     """Find a pretrained model's family, its parts, slopes and training length, without touching it.
-
-    Args:
-        model: as `extend` takes it.
 
     Raises:
         ValueError: it is of no known family, has no ALiBi, or holds more than one base model; or transformers is older

@@ -12,7 +12,6 @@ from longreach.conformance.golden import Dialect
 from longreach.ops.alibi import alibi_slopes
 from longreach.pretrained.attend import ATTRIBUTE, attend
 from longreach.pretrained.layout import Layout, require_layout
-from longreach.pretrained.lengths import declared_length
 from longreach.pretrained.masks import hand_mask
 
 
@@ -22,12 +21,7 @@ def is_baichuan_base(module: nn.Module) -> bool:
 
 
 def baichuan_layout(base: Any) -> Layout:
-    """Find what is to be swapped in a BaichuanModel.
-
-    Raises:
-        ValueError: it is the 7B model, which has rotary positions, or its modules are not laid out as known.
-    """
-    config = base.config
+    """What is to be swapped in a BaichuanModel; ValueError where it is the 7B model, or not laid out as known."""
     attentions = tuple(layer.self_attn for layer in base.layers)
     if hasattr(attentions[0], "rotary_emb"):
         raise ValueError("this Baichuan has rotary positions and no ALiBi (the 7B models), there is nothing to extend")
@@ -35,28 +29,17 @@ def baichuan_layout(base: Any) -> Layout:
     for module in attentions:
         require_layout(module, ("W_pack", "o_proj", "num_heads", "head_dim"), "past_key_value")
     return Layout(
-        family="baichuan",
         base=base,
         swaps=((base, BaichuanBase), *((module, BaichuanAttention) for module in attentions)),
         prepare=keep_mask,
         slopes=alibi_slopes(attentions[0].num_heads, device="cpu"),
-        train_length=declared_length(config),
-        dialect=baichuan_dialect,
+        dialect=Dialect(positions="first"),
         keeps_tuples=True,
     )
 
 
-def baichuan_dialect(dtype: torch.dtype) -> Dialect:
-    """Baichuan makes its bias from the positions of keys, in float32."""
-    return Dialect(positions="first")
-
-
 def keep_mask(module: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of the base model without the mask: `get_alibi_mask` hands out what carries it.
-
-    Raises:
-        ValueError: the mask is not of this input, or cannot be read.
-    """
+    """Arguments of the base model without the mask: `get_alibi_mask` hands out what carries it."""
     getattr(module, ATTRIBUTE).carrier = hand_mask(module, kwargs).get("attention_mask")
     return {**kwargs, "attention_mask": None}
 

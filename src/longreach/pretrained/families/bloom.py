@@ -5,42 +5,28 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from longreach.conformance.golden import DIALECTS, Dialect
+from longreach.conformance.golden import DIALECTS
 from longreach.ops.alibi import alibi_slopes
 from longreach.pretrained.attend import attend
 from longreach.pretrained.layout import Layout
-from longreach.pretrained.lengths import declared_length
 from longreach.pretrained.masks import hand_mask
 
 
-def is_bloom_base(module: nn.Module) -> bool:
-    """Whether a module is transformers' own BloomModel."""
-    from transformers import BloomModel
-
-    return isinstance(module, BloomModel)
-
-
 def bloom_layout(base: Any) -> Layout:
-    """Find what is to be swapped in a BloomModel."""
+    """What is to be swapped in a BloomModel."""
     config = base.config
     attentions = ((block.self_attention, BloomAttention) for block in base.h)
     activations = ((block.mlp.gelu_impl, BloomGelu) for block in base.h)
     return Layout(
-        family="bloom",
         base=base,
         swaps=((base, BloomBase), *attentions, *activations),
         prepare=partial(hand_mask, counted=False),
         slopes=alibi_slopes(config.num_attention_heads, device="cpu"),
-        train_length=declared_length(config),
-        dialect=bloom_dialect,
+        dialect=DIALECTS["bloom"],
+        rounds_bias=True,
     )
-
-
-def bloom_dialect(dtype: torch.dtype) -> Dialect:
-    """BLOOM rounds its bias to the dtype of the model."""
-    return DIALECTS[{torch.bfloat16: "bloom-bf16", torch.float16: "bloom-fp16"}.get(dtype, "bloom")]
 
 
 class BloomBase:
@@ -69,7 +55,6 @@ class BloomAttention:
         q, k, v = self._reshape(self.query_key_value(hidden_states))  # [B, H, T, D]
         if layer_past is not None:
             k, v = layer_past.update(k, v, self.layer_idx)
-        dropout_p = self.attention_dropout.p if self.training else 0.0
         out, weights = attend(
             self,
             q,
@@ -78,7 +63,7 @@ class BloomAttention:
             attention_mask,
             layer_past,
             scale=self.inv_norm_factor,
-            dropout_p=dropout_p,
+            dropout_p=self.attention_dropout.p,
             weights=output_attentions,
         )
         out = self.dense(out.transpose(1, 2).flatten(2))  # [B, T, C]

@@ -3,52 +3,32 @@
 from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from longreach.conformance.golden import DIALECTS, Dialect
+from longreach.conformance.golden import DIALECTS
 from longreach.ops.alibi import alibi_slopes
 from longreach.pretrained.attend import ATTRIBUTE, attend
 from longreach.pretrained.layout import Layout
-from longreach.pretrained.lengths import declared_length
 from longreach.pretrained.masks import hand_mask
 
 
-def is_falcon_base(module: nn.Module) -> bool:
-    """Whether a module is transformers' own FalconModel."""
-    from transformers import FalconModel
-
-    return isinstance(module, FalconModel)
-
-
 def check_falcon(config: Any) -> None:
-    """Check that a Falcon has ALiBi, by its configuration.
-
-    Raises:
-        ValueError: it has rotary positions.
-    """
+    """ValueError where the configuration of a Falcon says rotary positions."""
     if not config.alibi:
         raise ValueError("alibi=False: this Falcon has rotary positions and no ALiBi, there is nothing to extend")
 
 
 def falcon_layout(base: Any) -> Layout:
-    """Find what is to be swapped in a FalconModel."""
+    """What is to be swapped in a FalconModel."""
     config = base.config
     attentions = tuple(block.self_attention for block in base.h)
     return Layout(
-        family="falcon",
         base=base,
         swaps=((base, FalconBase), *((module, FalconAttention) for module in attentions)),
         prepare=partial(hand_mask, counted=False),
         slopes=alibi_slopes(config.num_attention_heads, device="cpu"),
-        train_length=declared_length(config),
-        dialect=falcon_dialect,
+        dialect=DIALECTS["falcon"],
     )
-
-
-def falcon_dialect(dtype: torch.dtype) -> Dialect:
-    """Falcon makes its bias in bfloat16 whatever the dtype."""
-    return DIALECTS["falcon"]
 
 
 class FalconBase:
@@ -93,7 +73,7 @@ class FalconAttention:
             layer_past,
             scale=self.inv_norm_factor,
             bias_scale=self.inv_norm_factor,
-            dropout_p=self.attention_dropout.p if self.training else 0.0,
+            dropout_p=self.attention_dropout.p,
             weights=output_attentions,
         )
         return self.dense(out.transpose(1, 2).flatten(2)), weights

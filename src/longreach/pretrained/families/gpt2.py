@@ -2,37 +2,22 @@
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from longreach.pretrained.attend import attend
 from longreach.pretrained.layout import WEIGHTS, Layout, converted_layout
 
 
-def is_gpt2_base(module: nn.Module) -> bool:
-    """Whether a module is transformers' own GPT2Model."""
-    from transformers import GPT2Model
-
-    return isinstance(module, GPT2Model)
-
-
 def check_gpt2(config: Any) -> None:
-    """Check that a GPT-2 can have ALiBi, by its configuration.
-
-    Raises:
-        ValueError: it has cross-attention.
-    """
+    """ValueError where a GPT-2 has cross-attention."""
     if config.add_cross_attention:
         raise ValueError("add_cross_attention=True: only a GPT-2 that is a plain decoder can have ALiBi")
 
 
 def gpt2_layout(base: Any) -> Layout:
-    """Find what is to be swapped in a GPT2Model.
-
-    Raises:
-        ValueError: it is not converted.
-    """
+    """What is to be swapped in a GPT2Model that was converted."""
     swaps = ((base.wpe, NoPositions), *((block.attn, GPT2Attention) for block in base.h))
-    return converted_layout("gpt2", base, positions="learned positions", swaps=swaps)
+    return converted_layout(base, positions="learned positions", swaps=swaps)
 
 
 class NoPositions:
@@ -61,7 +46,6 @@ class GPT2Attention:
         scale = self.head_dim**-0.5 if self.scale_attn_weights else 1.0
         if self.scale_attn_by_inverse_layer_idx:
             scale /= self.layer_idx + 1
-        dropout_p = self.attn_dropout.p if self.training else 0.0
         out, weights = attend(
             self,
             q,
@@ -70,7 +54,7 @@ class GPT2Attention:
             attention_mask,
             past_key_values,
             scale=scale,
-            dropout_p=dropout_p,
+            dropout_p=self.attn_dropout.p,
             weights=WEIGHTS in kwargs,
         )
         return self.resid_dropout(self.c_proj(out.transpose(1, 2).flatten(2))), weights

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from longreach.conformance.golden import DIALECTS, Dialect
+from longreach.conformance.golden import Dialect
 from longreach.ops.alibi import alibi_slopes
 from longreach.pretrained.attend import attend
 from longreach.pretrained.layout import Layout, require_layout
-from longreach.pretrained.lengths import declared_length
 from longreach.pretrained.masks import is_carrier, pack, read_documents, read_padding, require_size
 
 ATTENTION_ATTRIBUTES = (
@@ -34,55 +33,30 @@ def is_jais_base(module: nn.Module) -> bool:
 
 
 def check_jais(config: Any) -> None:
-    """Check that a BTLM or JAIS has ALiBi, by its configuration.
-
-    Raises:
-        ValueError: it has learned positions.
-    """
+    """ValueError where the configuration of a BTLM or JAIS says learned positions."""
     kind = getattr(config, "position_embedding_type", None)
     if kind != "alibi":
         raise ValueError(f"position_embedding_type={kind!r}: this model has no ALiBi, there is nothing to extend")
 
 
 def jais_layout(base: Any) -> Layout:
-    """Find what is to be swapped in a BTLMModel or JAISModel.
-
-    Raises:
-        ValueError: its modules are not laid out as known.
-    """
-    config = base.config
+    """What is to be swapped in a BTLMModel or JAISModel; ValueError where it is not laid out as known."""
     attentions = tuple(block.attn for block in base.h)
     for module in attentions:
         require_layout(module, ATTENTION_ATTRIBUTES, "position_bias")
     return Layout(
-        family=config.model_type,
         base=base,
         swaps=((base.relative_pe, NoBias), *((module, JaisAttention) for module in attentions)),
         prepare=hand_key_mask,
         slopes=alibi_slopes(attentions[0].num_heads, device="cpu"),
-        train_length=declared_length(config),
-        dialect=btlm_dialect if attentions[0].attn_scale_power == 1.0 else jais_dialect,
+        dialect=Dialect(mup_scale=attentions[0].attn_scale_power == 1.0),  # as BTLM has it, and not JAIS
         heeds_scaling=True,
         keeps_tuples=True,
     )
 
 
-def btlm_dialect(dtype: torch.dtype) -> Dialect:
-    """Under muP, scores are scaled by 1 / D."""
-    return DIALECTS["btlm"]
-
-
-def jais_dialect(dtype: torch.dtype) -> Dialect:
-    """Without it, JAIS computes what the paper says."""
-    return DIALECTS["relative"]
-
-
 def hand_key_mask(module: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of the base model, whose own mask is per key: checked, and without it where it hides nothing.
-
-    Raises:
-        ValueError: the mask is not of this input or cannot be read, or documents are packed.
-    """
+    """Arguments of the base model, whose own mask is per key: checked, and without it where it hides nothing."""
     mask = kwargs.get("attention_mask")
     if is_carrier(mask) or read_documents(kwargs) is not None:
         raise ValueError("position_ids pack documents, which BTLM and JAIS cannot pass on: give one document per row")
@@ -131,10 +105,7 @@ class JaisAttention:
         carrier = None
         if attention_mask is not None:  # (B, 1, 1, Tk), what the stock code adds to the scores: far below 0 for padding
             carrier = pack(attention_mask[:, 0, 0] < 0, None, q.device)
-        options: dict[str, Any] = {
-            "dropout_p": self.attn_dropout.p if self.training else 0.0,
-            "weights": output_attentions,
-        }
+        options: dict[str, Any] = {"dropout_p": self.attn_dropout.p, "weights": output_attentions}
         out, weights = attend(self, q, k, v, carrier, layer_past, scale=scale, **options)
         out = self.resid_dropout(self.c_proj(out.transpose(1, 2).flatten(2)))
         present = (k, v) if use_cache else None

@@ -7,30 +7,17 @@ import math
 from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from longreach.conformance.golden import DIALECTS, Dialect
+from longreach.conformance.golden import DIALECTS
 from longreach.ops.alibi import alibi_slopes
 from longreach.pretrained.attend import attend
 from longreach.pretrained.layout import Layout
-from longreach.pretrained.lengths import declared_length
 from longreach.pretrained.masks import hand_mask
 
 
-def is_mpt_base(module: nn.Module) -> bool:
-    """Whether a module is transformers' own MptModel."""
-    from transformers import MptModel
-
-    return isinstance(module, MptModel)
-
-
 def check_mpt(config: Any) -> None:
-    """Check that an MPT has ALiBi, by its configuration.
-
-    Raises:
-        ValueError: it has none, or was trained with what transformers' own code leaves out.
-    """
+    """ValueError where an MPT has no ALiBi, or was trained with what transformers' own code leaves out."""
     attention = config.attn_config
     if not attention.alibi:
         raise ValueError("attn_config.alibi=False: this MPT was trained without ALiBi, there is nothing to extend")
@@ -58,24 +45,17 @@ def mpt_layout(base: Any) -> Layout:
     blocks = ((block, MptBlock) for block in base.blocks)
     attentions = ((block.attn, MptAttention) for block in base.blocks)
     return Layout(
-        family="mpt",
         base=base,
         swaps=((base, MptBase), *blocks, *attentions),
         prepare=partial(hand_mask, dense=hidden_where_set),
         slopes=alibi_slopes(config.n_heads, device="cpu") ** (config.attn_config.alibi_bias_max / 8),
-        train_length=declared_length(config),
-        dialect=mpt_dialect,
+        dialect=DIALECTS["mpt"],
     )
 
 
 def hidden_where_set(mask: Tensor) -> Tensor:
     """Which keys a mask of four axes hides, (B, H, T, Tk) bool: the stock code hides those where it is not 0."""
     return mask != 0
-
-
-def mpt_dialect(dtype: torch.dtype) -> Dialect:
-    """MPT has its bias in float32 whatever the dtype."""
-    return DIALECTS["mpt"]
 
 
 class MptBase:
@@ -123,7 +103,6 @@ class MptAttention:
         q, k, v = (x.unflatten(2, (self.n_heads, self.head_dim)).transpose(1, 2) for x in qkv.chunk(3, dim=2))
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
-        dropout_p = self.attn_dropout_p if self.training else 0.0
         out, weights = attend(
             self,
             q,
@@ -132,7 +111,7 @@ class MptAttention:
             attention_mask,
             past_key_values,
             scale=self.softmax_scale,
-            dropout_p=dropout_p,
+            dropout_p=self.attn_dropout_p,
             weights=position_bias,
         )
         return self.out_proj(out.transpose(1, 2).flatten(2)), weights
