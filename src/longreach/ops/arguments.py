@@ -171,7 +171,9 @@ def validated_visibility(
         if query_length != key_length:
             raise ValueError(f"cu_seqlens with Tq={query_length} and Tk={key_length}: packed documents need Tq = Tk")
         validate_documents(cu_seqlens, q, key_length)
-    return Visibility(query_length, key_length, causal, _window_as_int(window_size), key_padding_mask, cu_seqlens)
+    if window_size is not None:
+        window_size = validate_integer("window_size", window_size, 1, "an integer of at least 1, or None for no window")
+    return Visibility(query_length, key_length, causal, window_size, key_padding_mask, cu_seqlens)
 
 
 def validate_documents(cu_seqlens: Tensor, q: Tensor, length: int) -> None:
@@ -203,12 +205,6 @@ def validate_dropout(dropout_p: float) -> None:
     """A probability that leaves something."""
     if not (is_number(dropout_p) and 0.0 <= dropout_p < 1.0):
         raise ValueError(f"dropout_p={shown(dropout_p)}: give at least 0 and below 1")
-
-
-def _window_as_int(window_size: Any) -> int | None:
-    if window_size is None:
-        return None
-    return validate_integer("window_size", window_size, 1, "an integer of at least 1, or None for no window")
 
 
 def _can_be_read(x: Tensor) -> bool:

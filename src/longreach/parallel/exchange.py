@@ -85,7 +85,7 @@ class Route:
         sent = [self.parts(line.place, target) for target in range(line.size)]
         received = [self.parts(source, line.place) for source in range(line.size)]
         heads_sent, heads_received = (
-            tuple(each * sum(map(_count, parts)) for parts in zip(*by_place, strict=True))
+            tuple(each * sum(part.stop - part.start for part in parts) for parts in zip(*by_place, strict=True))
             for by_place in (sent, received)
         )
         all_gather = each * k.shape[1] * k.shape[2] * (line.size - 1)
@@ -192,7 +192,3 @@ def _swap(
 def _filled(messages: Mapping[int, Tensor]) -> dict[int, Tensor]:
     """Those that are not empty: nothing is sent where nothing is needed."""
     return {place: x for place, x in messages.items() if x.numel()}
-
-
-def _count(part: slice) -> int:
-    return int(part.stop - part.start)
