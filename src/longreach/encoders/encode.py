@@ -60,11 +60,7 @@ def encode(
 
 
 def texts_of(model: Any) -> Texts:
-    """What the files of a model say of texts, read when first wanted.
-
-    Raises:
-        ValueError: it came from no files, or they lack what is needed.
-    """
+    """What the files of a model say of texts, read when first wanted; ValueError where it came from none."""
     if model.texts is None:
         if model.source is None:
             raise ValueError("this encoder was made without files, and has no tokenizer: load it by load_encoder")

@@ -20,16 +20,9 @@ HEADS = ("cls.", "classifier.")
 
 
 def build(kind: type[Model], source: Source, config: Any, dtype: torch.dtype | None = None) -> Model:
-    """A model of a class of ours with the weights of its files, in evaluation mode.
+    """A model of a class of ours with the weights of its files, in their dtype when None, in evaluation mode.
 
-    Args:
-        kind: the class.
-        source: its files.
-        config: a `PublishedConfig`, to which is added what the weights alone tell.
-        dtype: of the weights; that of the files when None.
-
-    Raises:
-        ValueError: a weight is missing, wrongly shaped or unexpected, or the layout is not known; it is named.
+    To config is added what the weights alone tell. ValueError names a weight that is missing, unexpected or misshapen.
     """
     values = config.to_dict()
     sizes = read_config(values, source.name)

@@ -37,11 +37,7 @@ class PublishedConfig(BertConfig):
 
     @classmethod
     def of(cls, source: Source, **changes: Any) -> Self:
-        """The configuration of some files, but for some values.
-
-        Raises:
-            ValueError: it is no ALiBi encoder's, or a value is missing, of the wrong type or out of range.
-        """
+        """The configuration of some files, but for some values; ValueError as `read_config`."""
         values = source.configuration() | changes
         read_config(values, source.name)  # whose errors are ours, and come before those of the stock class
         with refusing(f"model {source.name!r}: config.json is none that transformers can read", "mend it"):

@@ -36,11 +36,7 @@ class Packed:
 
     @staticmethod
     def of(attention_mask: Tensor | None, shape: tuple[int, int]) -> "Packed":
-        """Texts padded to (B, T), 0 where a token is padding.
-
-        Raises:
-            ValueError: the mask has another shape, or padding between tokens.
-        """
+        """Texts padded to (B, T), 0 where a token is padding; ValueError where padding stands between tokens."""
         batch, length = shape
         if attention_mask is None:
             return Packed((length,) * batch, None, shape)

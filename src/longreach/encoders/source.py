@@ -78,11 +78,7 @@ class Source:
         return values or {}
 
     def configuration(self) -> dict[str, Any]:
-        """What config.json holds.
-
-        Raises:
-            ValueError: there is none, or it is damaged.
-        """
+        """What config.json holds; ValueError where there is none, or it is damaged."""
         values = self.read_json("config.json")
         if values is None and not Path(self.name).is_dir():
             raise self._unknown()

@@ -40,15 +40,7 @@ class Texts:
 
 
 def read_texts(source: Source, tokenizer: Source | None = None) -> Texts:
-    """Read what the files say.
-
-    Args:
-        source: of the encoder.
-        tokenizer: of the tokenizer, where that is another model's.
-
-    Raises:
-        ValueError: there is no tokenizer, or a file is damaged or asks for what is not known.
-    """
+    """What the files of an encoder say, the tokenizer's those of `tokenizer` where that is another model's."""
     pooling, normalize = _pooling(source)
     length = source.read_table("sentence_bert_config.json").get("max_seq_length")
     if length is not None:

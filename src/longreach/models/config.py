@@ -77,11 +77,7 @@ class Architecture:
         return f"{self.num_layers}x{self.d_model}"
 
     def of_shape(self, shape: str) -> "Architecture":
-        """The same with other layers and width; num_heads stays, and d_ff where it is given.
-
-        Raises:
-            ValueError: the shape is not of the form 2x128, or does not go with the rest.
-        """
+        """The same with the layers and width of a shape as in 2x128; num_heads stays, and d_ff where it is given."""
         layers, _, width = shape.partition("x")
         if not (re.fullmatch("[1-9][0-9]*", layers) and re.fullmatch("[1-9][0-9]*", width)):
             raise ValueError(f"shapes={shape!r}: give layers x width, as in 2x128")

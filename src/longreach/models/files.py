@@ -101,11 +101,7 @@ def load_model(
 
 
 def check_labels(config: Mapping[str, Any]) -> None:
-    """Refuse more labels than anyone has in somebody's configuration: transformers makes a name for each of them.
-
-    Raises:
-        ValueError: it, or one within it, says so many.
-    """
+    """ValueError where a configuration has more labels than anyone: transformers makes a name for each of them."""
     for name, value in config.items():
         if isinstance(value, dict):
             check_labels(value)

@@ -48,21 +48,10 @@ def _geometric(num_heads: int) -> list[float]:
 def alibi_distance(
     query_length: int, key_length: int | None = None, *, device: torch.device | str | None = None
 ) -> Tensor:
-    """Distance i - j from each query to each key, queries aligned with the last keys.
+    """Distance i - j from each query to each key, queries aligned with the last keys: (Tq, Tk) int64.
 
     Query number r stands at position i = r + Tk - Tq, so that a cached decoding step (Tq = 1) looks back over
-    all Tk keys. Positive for keys in the past, negative for keys in the future.
-
-    Args:
-        query_length: Tq.
-        key_length: Tk; Tq when None.
-        device: where to put the distances.
-
-    Returns:
-        (Tq, Tk) int64.
-
-    Raises:
-        ValueError: a length is negative or no integer, or the table is larger than any memory.
+    all Tk keys. Positive for keys in the past, negative for keys in the future. ValueError where no memory holds it.
     """
     key_length = query_length if key_length is None else key_length
     query_length = validate_integer("query_length", query_length, 0)

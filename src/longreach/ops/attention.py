@@ -240,13 +240,7 @@ def choose_impl(
 
 
 def uses_key_norms(impl: str, q: Tensor, key_length: int) -> bool:
-    """Whether `attention` would make use of `key_norms`, so that a cache should keep them.
-
-    Args:
-        impl: as `attention` is given it.
-        q: as `attention` is given it.
-        key_length: Tk.
-    """
+    """Whether `attention` would make use of `key_norms` of Tk keys, so that a cache should keep them."""
     query_length = q.shape[2]
     if query_length >= FEW_QUERIES:
         return False

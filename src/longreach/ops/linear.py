@@ -25,15 +25,9 @@ class Linear(nn.Linear):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b: by oneDNN where that is faster, and nobody watches who knows its operators less.
+    """x W^T + b, (..., N), of x (..., K), W (N, K) and b (N,), alike in dtype and device.
 
-    Args:
-        x: (..., K) floating point.
-        weight: (N, K), the dtype and device of x.
-        bias: (N,), likewise, or None.
-
-    Returns:
-        (..., N).
+    By oneDNN where that is faster, and nobody watches who knows its operators less.
     """
     tensors = (x, weight) if bias is None else (x, weight, bias)
     if not onednn.IS_FAST or _is_watched() or not all(map(_is_plain, tensors)):

@@ -169,19 +169,8 @@ def key_ranges(
 
     Arguments as in `reach`, which validates them and returns the same ranges with the share of work kept. Outside the
     range lie only keys that the masks hide, and keys whose weights sum to at most `tolerance` in each row of the query
-    block.
-
-    Args:
-        q: (B, H, Tq, D).
-        k: (B, Hkv, Tk, D).
-        slopes: (H,) or (B, H), a pair (left, right) of them, or None.
-        visibility: which keys each query sees.
-        scale: factor of q . k.
-        tolerance: probability mass per row that may be dropped, in [0, 1).
-        block_m: queries per block.
-        block_n: keys per block.
-        key_norms: `key_block_norms(k, block_n)` or any upper bounds on it. With it, of k only the keys nearest to the
-            queries are read; without it, all keys are read and centred, which is tighter.
+    block. With key_norms, `key_block_norms(k, block_n)` or any upper bounds on it, of k only the keys nearest to the
+    queries are read; without it, all keys are read and centred, which is tighter.
 
     Returns:
         starts, ends: int32 (B, H, ceil(Tq / block_m)), starts <= ends. A block that needs no keys has starts == ends.

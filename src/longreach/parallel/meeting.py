@@ -16,9 +16,7 @@ PAUSE = 0.01
 def meet(group: dist.ProcessGroup) -> None:
     """Wait for the ranks of a group, up to `LOOK` seconds, and look where those wait that do not come.
 
-    Raises:
-        ValueError: two ranks wait for each other, each in a group that has both, which would last until a time limit
-            ends it.
+    ValueError where two ranks wait for each other in different groups, which would last until a time limit ends it.
     """
     here, me, ranks = group.group_name, dist.get_rank(), dist.get_process_group_ranks(group)
     world = dist.group.WORLD
@@ -34,7 +32,7 @@ def meet(group: dist.ProcessGroup) -> None:
 
 
 def _check_waits(store: Any, rank: int) -> None:
-    """Raise ValueError where this rank and another wait for each other in different groups."""
+    """ValueError where this rank and another wait for each other in different groups."""
     here, ranks = _place(store, rank)
     for other in ranks:
         there, others = _place(store, other)

@@ -76,11 +76,7 @@ class AttentionPositions:
 
 
 def require_borders(cu_seqlens: Tensor, length: int) -> int:
-    """The end of the last document, which must be that of all tokens.
-
-    Raises:
-        ValueError: it is not.
-    """
+    """The end of the last document; ValueError where it is not that of all tokens."""
     if (end := int(cu_seqlens[-1])) != length:
         raise ValueError(f"cu_seqlens ends with {end}: give [0, ..., T], here T={length}")
     return end

@@ -119,11 +119,7 @@ class Scaling:
         return slopes / stretch if self.kind == "linear" else slopes * stretch ** -_ntk_exponents(slopes)
 
     def require_slopes(self) -> None:
-        """Check that it scales slopes.
-
-        Raises:
-            ValueError: it is yarn, which is of rotary positions alone.
-        """
+        """ValueError where it is yarn, which scales no slopes."""
         if self.name not in OF_SLOPES:
             raise ValueError(
                 f'scaling="{self}" scales the frequencies of rotary positions, and ALiBi has slopes: give one of '
@@ -131,14 +127,7 @@ class Scaling:
             )
 
     def logit_factor(self, length: float | Tensor) -> float | Tensor:
-        """What the logits q . k are multiplied with at a length L': 1 without logn.
-
-        Args:
-            length: L' in tokens: one number, or one per sequence, (B,).
-
-        Returns:
-            One number, or (B,) float32 for a length per sequence.
-        """
+        """What the logits q . k are multiplied with at L': 1 without logn; (B,) float32 for one length per sequence."""
         if not self.logn or self.train_length is None:
             return 1.0
         if isinstance(length, Tensor):
@@ -175,11 +164,7 @@ def parse_scaling(text: str, train_length: int | None = None) -> Scaling:
 
 
 def require_tokens(name: str, value: Any, least: int) -> None:
-    """Check a number of tokens.
-
-    Raises:
-        ValueError: it is no integer, or below `least`; the name is told.
-    """
+    """ValueError where a number of tokens is no integer of at least `least`."""
     validate_integer(name, value, least, f"an integer of at least {least}, in tokens")
 
 

@@ -22,12 +22,7 @@ def is_rotary(config: Any) -> bool:
 
 
 def check_frequencies(config: Any, scaling: Scaling) -> None:
-    """Check that the rotary positions of a configuration can be stretched by a scaling.
-
-    Raises:
-        ValueError: they are stretched already, differ from layer to layer, or leave a part of each head as it is that
-            logn would have to multiply.
-    """
+    """ValueError where a scaling cannot stretch the rotary positions of a configuration."""
     text = config.get_text_config()
     kind, rope_type = text.model_type, text.rope_parameters.get("rope_type")
     if "rope_theta" not in text.rope_parameters:
@@ -47,10 +42,6 @@ def stretch_frequencies(model: nn.Module, scaling: Scaling) -> Callable[[int], A
 
     Before each forward pass the modules that turn pairs are given the frequencies for its length L', and as the factor
     of cosine and sine, which queries and keys both get, the square root of that of the logits.
-
-    Args:
-        model: one whose configuration `check_frequencies` let pass.
-        scaling: with its train_length, where it needs one.
 
     Returns:
         States the one L', in tokens, of all forward passes within: those that continue a cache need it. Any other has

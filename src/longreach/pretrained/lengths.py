@@ -47,11 +47,7 @@ def longest_input(config: Any) -> int | None:
 
 
 def training_length(name: str, config: Any, given: int | None) -> int:
-    """L as it is given, else as a model's configuration tells it.
-
-    Raises:
-        ValueError: it does not, or what is given is no length.
-    """
+    """L as it is given, else as a model's configuration tells it; ValueError where neither is a length."""
     length = declared_length(config.get_text_config()) if given is None else given
     if length is None:
         raise ValueError(f"model {name!r} does not say what length it was trained at: give it by --train-length")
@@ -73,17 +69,11 @@ def longest_model_input(model: Any) -> int | None:
 
 
 def read_alibi_scaling(alibi_scaling: Mapping[str, Any] | None) -> Scaling:
-    """Read the `alibi_scaling` of a configuration in the schema of BTLM.
+    """Read the `alibi_scaling` of a configuration in the schema of BTLM; ValueError for anything else, named.
 
     Args:
         alibi_scaling: None, or exactly {"type": "linear", "factor": float above 1}, which divides the slopes at any
             length, or {"type": "linear", "train_seq_len": int above 1}, which scales by the length of the input.
-
-    Returns:
-        The scaling: "none", "linear-fixed" or "linear".
-
-    Raises:
-        ValueError: anything else, named.
     """
     if alibi_scaling is None:
         return Scaling("none")
@@ -107,11 +97,7 @@ def read_alibi_scaling(alibi_scaling: Mapping[str, Any] | None) -> Scaling:
 
 
 def write_alibi_scaling(scaling: Scaling) -> dict[str, Any] | None:
-    """Write a scaling as `alibi_scaling` in the schema of BTLM; `read_alibi_scaling` reads it back.
-
-    Raises:
-        ValueError: the schema has no place for this scaling.
-    """
+    """A scaling as `read_alibi_scaling` reads it back; ValueError where the schema has no place for it."""
     if scaling.logn or scaling.name not in ("none", "linear", "linear-fixed"):
         raise ValueError(f'scaling="{scaling}": alibi_scaling can hold "none", "linear" and "linear-fixed" only')
     if scaling.name == "none":

@@ -59,9 +59,6 @@ def adapt(model: nn.Module) -> Callable[[int], AbstractContextManager[None]] | N
 
     Returns:
         `fixed_length` of this model, which states the length L' for a decoding loop; None where it is left as it is.
-
-    Raises:
-        ValueError: the configuration says what is not known, or does not fit the model.
     """
     config: Any = getattr(model, "config", None)
     if getattr(config, "model_type", None) not in FAMILIES or not (hasattr(config, MARK) or hasattr(config, SCALING)):
@@ -79,11 +76,7 @@ def adapt(model: nn.Module) -> Callable[[int], AbstractContextManager[None]] | N
 
 
 def check_scaling(config: Any, scaling: Scaling) -> None:
-    """Check that the positions of a model have a scaling, by its configuration, before its weights are loaded.
-
-    Raises:
-        ValueError: they are neither ALiBi's nor rotary, or have no such scaling.
-    """
+    """ValueError where the positions of a configuration have no such scaling: before weights are loaded."""
     if is_rotary(config):
         check_frequencies(config, scaling)
         return
@@ -107,9 +100,6 @@ def stretch(
 
     Returns:
         As `adapt`.
-
-    Raises:
-        ValueError: its positions have no such scaling, or L is not known.
     """
     if not is_rotary(model.config):
         extend(model, scaling=scaling, train_length=train_length)

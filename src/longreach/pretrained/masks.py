@@ -90,11 +90,7 @@ def has_values(mask: Tensor) -> bool:
 
 
 def read_padding(attention_mask: Tensor | None) -> Tensor | None:
-    """Padding (B, Tk) bool of the 2-D attention mask of transformers, or None when nothing is seen to be padding.
-
-    Raises:
-        ValueError: the mask has other axes, or values that are neither 0 nor 1.
-    """
+    """Padding (B, Tk) bool of the 2-D attention mask of transformers, or None when nothing is seen to be padding."""
     if attention_mask is None:
         return None
     if attention_mask.dim() != 2:
@@ -152,16 +148,13 @@ def hand_mask(
     counted: bool = True,
     dense: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, Any]:
-    """Arguments of an extended base model with a carrier in place of attention_mask.
+    """Arguments of an extended base model with a carrier in place of attention_mask, which must be of this input.
 
     Args:
         module: the base model.
         kwargs: its arguments by name.
         counted: whether padding between tokens counts in distances, as the stock code has it.
         dense: makes a carrier of a mask of four axes; None where the stock code takes none.
-
-    Raises:
-        ValueError: the mask is not of this input, or cannot be carried.
     """
     inputs = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
     mask = kwargs.get("attention_mask")
@@ -188,15 +181,12 @@ def _carrier(
 
 
 def require_size(mask: Tensor, inputs: Tensor, cache: Any) -> None:
-    """Check that a mask is of the tokens that there are, those in the cache first.
+    """ValueError where a mask is not of the tokens that there are, those in the cache first.
 
     Args:
         mask: (B, Tk), or (B or 1, H or 1, T or 1, Tk); Tk may be that of a static cache's buffer.
         inputs: token ids (B, T), or their embeddings (B, T, C).
         cache: a Cache of transformers, tuples of keys and values, or None.
-
-    Raises:
-        ValueError: it is not.
     """
     batch, length = inputs.shape[:2]
     dense = mask.dim() == 4

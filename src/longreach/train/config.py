@@ -16,11 +16,7 @@ from longreach.results import Model
 
 @cache
 def parse_curriculum(stages: tuple[str, ...]) -> tuple[tuple[int, float], ...]:
-    """The length in tokens and the percentage of the steps of each LENGTH:SHARE%, in their order.
-
-    Raises:
-        ValueError: one is none of these, or the shares are not all of the steps.
-    """
+    """The length in tokens and the percentage of the steps of each LENGTH:SHARE%; ValueError for what is none."""
     given = f"curriculum={','.join(stages)}"
     parsed = []
     for stage in stages:

@@ -50,12 +50,9 @@ def share_sequences(model: Decoder, ranks: Ranks, context: int, *, evenly: bool)
 
 
 def share_loss(model: nn.Module, loss: Loss, ranks: Ranks, config: TrainConfig) -> tuple[Loss, Sharing]:
-    """The loss of a model each of whose sequences several ranks compute together.
+    """The loss of a model each of whose sequences several ranks compute together; ValueError where they cannot.
 
     That of a rank is of its piece, weighed by its targets, so that the mean over all ranks is that of the batch.
-
-    Raises:
-        ValueError: it is no decoder of our own, or its positions are not the same on all ranks.
     """
     context = config.context_parallel
     if not isinstance(model, Decoder):

@@ -203,11 +203,7 @@ def _finish(run: "_Run", folder: Path, cost: Cost, weights: dict[str, Tensor]) -
 
 
 def steps_done(folder: Path) -> int:
-    """How many steps of a run are done and kept, by its record or its checkpoint.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
+    """How many steps of a run are done and kept, by its record or its checkpoint; ValueError where that is damaged."""
     checkpoint, finished = folder / "checkpoint.pt", folder / "training.json"
     if checkpoint.exists():
         with refusing(*damaged(checkpoint)):
@@ -402,11 +398,7 @@ class _Run:
             checkpoints.save(state)
 
     def check_finite(self) -> None:
-        """Refuse to write weights, or averages of gradients, that no step can go on from.
-
-        Raises:
-            FloatingPointError: they are not all finite, of which the loss of the next step would tell.
-        """
+        """FloatingPointError where weights or averages are not all finite, which no step can go on from."""
         averages = (average for state in self.optimizer.state.values() for average in state.values())
         numbers = itertools.chain(self.trainee.model.parameters(), averages)
         if self.ranks.largest(int(not all(shard(tensor).isfinite().all() for tensor in numbers))):

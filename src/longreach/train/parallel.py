@@ -111,11 +111,7 @@ class Ranks:
         return range(place * each, (place + 1) * each)
 
     def check(self, engine: Engine, batch_size: int, accumulation: int, context: int = 1) -> None:
-        """Check that a training can be shared out among the ranks, with as many ranks as `context` to each sequence.
-
-        Raises:
-            ValueError: it cannot.
-        """
+        """ValueError where the ranks cannot share out a training, with as many ranks as `context` to each sequence."""
         if engine in ("ddp", "fsdp") and read_launch() is None:
             raise ValueError(f"parallel={engine} and one process: start it by torchrun --nproc-per-node N -m longreach")
         if engine == "none" and self.size > 1:
@@ -130,11 +126,7 @@ class Ranks:
             )
 
     def check_context(self, context: int) -> None:
-        """Check that so many ranks can share each sequence.
-
-        Raises:
-            ValueError: they cannot.
-        """
+        """ValueError where so many ranks cannot share each sequence."""
         if self.size % context:
             raise ValueError(
                 f"context_parallel={context} and {self.size} process{'es' if self.size > 1 else ''}: give a divisor, "
@@ -142,11 +134,7 @@ class Ranks:
             )
 
     def check_sees(self, folder: Path) -> None:
-        """Check that this rank sees the folder in which rank 0 has begun.
-
-        Raises:
-            ValueError: it does not.
-        """
+        """ValueError where this rank does not see the folder in which rank 0 has begun."""
         if not (folder / "folder.toml").exists():
             raise ValueError(
                 f"output={folder}: it is not seen on {socket.gethostname()}, give one that all machines see"

@@ -90,11 +90,7 @@ class Tracking:
             self._open.close()
 
     def __call__(self, step: int, figures: Figures) -> None:
-        """Show figures of a step.
-
-        Raises:
-            ValueError: a tracker cannot be begun.
-        """
+        """Show figures of a step; ValueError where a tracker cannot be begun."""
         if self._trackers is None:
             self._trackers = [self._begun(name, step) for name in self._names]
         for tracker in self._trackers:
@@ -148,11 +144,7 @@ def _service(name: str, tracked: Tracked) -> Tracker:
 
 
 def check_trackers(names: Iterable[str]) -> None:
-    """Check that trackers are installed.
-
-    Raises:
-        ModuleNotFoundError: one is not.
-    """
+    """ModuleNotFoundError where a tracker is not installed."""
     for name in names:
         if find_spec(name) is None:
             raise ModuleNotFoundError(f"track={name} needs the package {name}: pip install 'longreach[{name}]'")

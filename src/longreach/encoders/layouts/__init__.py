@@ -29,11 +29,7 @@ SIGNS = {
 
 
 def layout_of(values: Mapping[str, Any], keys: Collection[str], name: str) -> str:
-    """The layout of an encoder, by its configuration and by the names of its weights, without prefix.
-
-    Raises:
-        ValueError: no layout has such weights, or the configuration says another.
-    """
+    """The layout of an encoder by the names of its weights, without prefix; its configuration must not say another."""
     found = next((layout for layout, sign in SIGNS.items() if f"encoder.layer.0.{sign}" in keys), None)
     if found is None or f"encoder.layer.0.attention.self.{'Wqkv' if found == 'mosaic' else 'query'}.weight" not in keys:
         raise ValueError(

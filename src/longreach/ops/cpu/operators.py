@@ -26,23 +26,11 @@ def cpu_attention(
     tolerance: float | None = None,
     key_norms: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """softmax(scale q k^T - m |i - j|) v over the visible keys within reach; arguments as in `longreach.attention`.
+    """Output and LSE of `longreach.attention`, which documents and validates the arguments, by `products`.
 
     Differentiable in q, k, v and the slopes. Reads only the keys that `longreach.reach` says each block of queries
-    needs, so that time grows linearly with length once length passes the reach.
-
-    Args:
-        q: (B, H, Tq, D) float64, float32, bfloat16 or float16.
-        k: (B, Hkv, Tk, D).
-        v: (B, Hkv, Tk, D).
-        visibility: which keys each query sees. Padding at the ends costs nothing, documents are computed by themselves.
-        slopes: (H,) or (B, H), a pair (left, right) of them, or None.
-        scale: factor of q . k; D**-0.5 when None.
-        tolerance: probability mass per row that may be dropped; `default_tolerance` of the dtype when None.
-        key_norms: `key_block_norms(k, BLOCK_N)`, kept by a cache so that decoding need not read all of k.
-
-    Returns:
-        The output (B, H, Tq, D) in the dtype of q, and the LSE (B, H, Tq) in float32, or float64 if q is.
+    needs, so that time grows linearly with length once length passes the reach. Padding at the ends costs nothing,
+    documents are computed by themselves. The LSE (B, H, Tq) is float32, or float64 if q is.
     """
     left, right = slopes if isinstance(slopes, tuple) else (slopes, slopes)
     scale = q.shape[-1] ** -0.5 if scale is None else scale

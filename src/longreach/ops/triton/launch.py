@@ -44,11 +44,7 @@ _LOG2E = math.log2(math.e)
 
 
 def plan(q: Tensor) -> Plan:
-    """Tiles for the dtype and head_dim of q, which must be where Triton can run.
-
-    Raises:
-        ValueError: q is not on a GPU, and Triton's interpreter was not asked for.
-    """
+    """Tiles for the dtype and head_dim of q; ValueError where it is on no GPU, nor Triton in its interpreter."""
     if not (q.is_cuda or triton.knobs.runtime.interpret):
         raise ValueError(f'q is on {q.device} with impl="triton": move it to a GPU, or choose another impl')
     return PLANS[q.dtype.itemsize, max(64, block_d(q))]
@@ -152,28 +148,10 @@ def backward(
     dQ = scale dS K, dK = scale dS^T Q, and dm = -sum dS |i - j|. The query heads of one key head are summed in one
     program, the slopes over blocks by torch.sum: no atomics, the same bits on every run.
 
-    Args:
-        grad_out: (B, H, Tq, D).
-        grad_log2_lse: (B, H, Tq) float32.
-        q: as in `forward`, and so all up to ends.
-        k: as in `forward`.
-        v: as in `forward`.
-        left: as in `forward`.
-        right: as in `forward`.
-        key_padding_mask: as in `forward`.
-        cu_seqlens: as in `forward`.
-        starts: as in `forward`.
-        ends: as in `forward`.
-        order: as in `forward`.
-        out: (B, H, Tq, D), what `forward` returned.
-        log2_lse: (B, H, Tq) float32, likewise.
-        causal: as in `forward`.
-        scale: as in `forward`.
-        window_size: as in `forward`.
-        slopes_gradient: whether to compute the gradients of left and right.
+    Args are those of `forward`, what it returned, and the gradients of that, alike in shape and dtype.
 
     Returns:
-        dq, dk, dv, shaped and typed as q, k, v, and dleft, dright, (B, H) float32, or (0,) where not asked for.
+        dq, dk, dv, shaped and typed as q, k, v, and dleft, dright, (B, H) float32, or (0,) without slopes_gradient.
     """
     batch, num_heads, query_length, _ = q.shape
     num_kv_heads, key_length = k.shape[1:3]
@@ -264,18 +242,7 @@ def decode(
     s of a head holds the keys [first + s C, first + (s + 1) C) of its range, C the same for all heads: a head with a
     short reach occupies few programs, and the rest of its programs return at once.
 
-    Args:
-        q: as in `forward`, with (H / Hkv) Tq at most DECODE_ROWS.
-        k: as in `forward`, and so all that follow.
-        v: as in `forward`.
-        left: as in `forward`.
-        right: as in `forward`.
-        key_padding_mask: as in `forward`.
-        starts: as in `forward`; (B, H, 1), since Tq is below REACH_M.
-        ends: likewise.
-        causal: as in `forward`.
-        scale: as in `forward`.
-        window_size: as in `forward`.
+    Args are those of `forward`, with (H / Hkv) Tq at most DECODE_ROWS, which makes starts and ends (B, H, 1).
 
     Returns:
         out as in `forward`, and the natural LSE.
@@ -352,13 +319,8 @@ def work_order(starts: Tensor, ends: Tensor, group: int = 1) -> Tensor:
     The GPU starts programs in the order of their number, each on the first free multiprocessor. The heads that see far
     come first, and what is left for the end are the small pieces of the steepest.
 
-    Args:
-        starts: (B, H, NQ) int32.
-        ends: (B, H, NQ) int32.
-        group: heads that count as one.
-
     Returns:
-        (B H / group,) int32, numbers of pairs.
+        (B H / group,) int32, numbers of pairs, or of groups of so many heads, for starts and ends (B, H, NQ) int32.
     """
     counts = (ends - starts).sum(dim=-1, dtype=torch.int32).flatten()
     if group > 1:

@@ -53,20 +53,8 @@ def triton_attention(
     """Output and LSE of `longreach.attention`, which documents and validates the arguments, by Triton kernels.
 
     Only keys within reach are read, the rest holds at most `tolerance` of each row's probability mass. Few queries
-    without a gradient are decoded: their keys are split among programs. Forward and backward are deterministic.
-
-    Args:
-        q: (B, H, Tq, D) float32, bfloat16 or float16, D at most MAX_HEAD_DIM; on a GPU.
-        k: (B, Hkv, Tk, D).
-        v: (B, Hkv, Tk, D).
-        visibility: which keys each query sees; what k and v hold where a key is padding is never read.
-        slopes: (H,) or (B, H), a pair (left, right) of them, or None. May require a gradient.
-        scale: factor of q . k; D**-0.5 when None.
-        tolerance: probability mass per row that may be dropped; `default_tolerance` of the dtype when None.
-        key_norms: `key_block_norms(k, REACH_N)`, which spares decoding the reading of keys beyond reach.
-
-    Returns:
-        out (B, H, Tq, D) in the dtype of q, and the natural LSE (B, H, Tq) in float32. Both carry gradients.
+    without a gradient are decoded: their keys are split among programs. Forward and backward are deterministic. What k
+    and v hold where a key is padding is never read. The LSE is natural, (B, H, Tq) float32; both carry gradients.
 
     Raises:
         ValueError: a dtype, head_dim or device that the kernels do not take, or Triton is not installed.

@@ -53,25 +53,9 @@ def key_ranges(
     block_n: int,
     tiles: Tiles,
 ) -> tuple[Tensor, Tensor]:
-    """Half-open range of key blocks that covers all but `tolerance` of each row's mass; no key may be padding.
+    """As `longreach.ops.reach.key_ranges`, with slopes (B, H) float32, or None for no bias, where no key is padding.
 
-    Args:
-        q: (B, H, Tq, D) float32, bfloat16 or float16.
-        k: (B, Hkv, Tk, D).
-        left: (B, H) float32 slopes of past keys, or None for no bias.
-        right: (B, H) float32 slopes of future keys; None where left is.
-        cu_seqlens: (N + 1,) borders of packed documents, or None.
-        key_norms: (B, Hkv, ceil(Tk / block_n)) upper bounds on the norms of each block, or None to read all keys.
-        scale: factor of q . k.
-        causal: whether a query sees only keys at or before its position i = r + Tk - Tq.
-        window_size: see only keys with |i - j| < window_size.
-        tolerance: probability mass per row that may be dropped, in [0, 1).
-        block_m: queries per block.
-        block_n: keys per block.
-        tiles: of the scores that bound the LSE; its block_m divides block_m.
-
-    Returns:
-        starts, ends: (B, H, ceil(Tq / block_m)) int32, starts <= ends.
+    tiles: of the scores that bound the LSE; its block_m divides block_m.
     """
     batch, num_heads, query_length, head_dim = q.shape
     num_kv_heads, key_length = k.shape[1:3]
