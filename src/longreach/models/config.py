@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from longreach.positions import ModelSize, build_method, parse_method
-from longreach.reading import check_fields
+from longreach.reading import check_fields, refuse_below
 
 LARGEST = 2**24
 """The most layers, heads, tokens of a vocabulary and so on that are taken for no mistake."""
@@ -59,10 +59,9 @@ class Architecture:
 
     def _check_counts(self, *names: str) -> None:
         """Refuse what is not positive, and what is too much to be counted up to; None is let through."""
+        refuse_below(self, 1, *names)
         for name in names:
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value}: give a positive integer")
             if value is not None and value > LARGEST and not name.endswith("_length"):
                 raise ValueError(f"{name}={value}: give at most {LARGEST}")
 

@@ -160,24 +160,16 @@ def hand_mask(
     mask = kwargs.get("attention_mask")
     if is_carrier(mask) or inputs is None:  # without inputs the stock code says what is missing
         return kwargs
-    return {**kwargs, "attention_mask": _carrier(mask, inputs, kwargs, counted, dense)}
-
-
-def _carrier(
-    mask: Tensor | None,
-    inputs: Tensor,
-    kwargs: Mapping[str, Any],
-    counted: bool,
-    dense: Callable[[Tensor], Tensor] | None,
-) -> Tensor:
     if mask is not None:
         require_size(mask, inputs, kwargs.get("past_key_values"))
-        if mask.dim() == 4 and dense is not None:
-            return dense(mask.to(inputs.device)).expand(-1, -1, inputs.shape[1], -1)
-    padding = read_padding(mask)
-    if padding is not None and not counted and has_values(padding):
-        counted = not has_holes(padding)  # and distances are the same either way
-    return pack(padding, read_documents(kwargs), inputs.device, counted=counted)
+    if mask is not None and mask.dim() == 4 and dense is not None:
+        carrier = dense(mask.to(inputs.device)).expand(-1, -1, inputs.shape[1], -1)
+    else:
+        padding = read_padding(mask)
+        if padding is not None and not counted and has_values(padding):
+            counted = not has_holes(padding)  # and distances are the same either way
+        carrier = pack(padding, read_documents(kwargs), inputs.device, counted=counted)
+    return {**kwargs, "attention_mask": carrier}
 
 
 def require_size(mask: Tensor, inputs: Tensor, cache: Any) -> None:
