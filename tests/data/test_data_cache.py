@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from longreach.data import cache
-from longreach.data.cache import cached
+from longreach.data.cache import LOCK, cached
 
 
 def load(folder: Path) -> str | None:
@@ -26,7 +26,7 @@ def fail(folder: Path) -> None:
 
 
 def visible(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.name != ".lock")
+    return sorted(path.name for path in folder.iterdir() if path.name != LOCK)
 
 
 def test_builds_once(tmp_path):

@@ -71,6 +71,11 @@ def config(text, tmp_path):
     )
 
 
+def test_the_output_may_be_the_cache(config, tmp_path):
+    config = replace(config, data=replace(config.data, cache=str(tmp_path / "run")))
+    assert train_run(config, tmp_path / "run", silent).steps == 6
+
+
 def comparison(config):
     return CompareConfig(
         methods=("alibi", "none"), data=config.data, model=config.model, train=config.train, evaluate=EVALUATE

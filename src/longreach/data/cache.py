@@ -14,6 +14,10 @@ T = TypeVar("T")
 
 STALE_SECONDS = 24 * 3600
 
+LOCK = ".publishing"
+"""Name of a file that is locked while an entry takes its place. Not that of `longreach.folder`: one folder may be both
+the cache and what a process keeps for its output, and would be waited for without end."""
+
 
 def cached(entry: Path, load: Callable[[Path], T | None], build: Callable[[Path], None]) -> T:
     """What `load` makes of the folder `entry`, which `build` fills first where it is absent or damaged.
@@ -60,7 +64,7 @@ def cached(entry: Path, load: Callable[[Path], T | None], build: Callable[[Path]
 
 def _publish(temporary: Path, entry: Path, load: Callable[[Path], object | None]) -> None:
     """Rename `temporary` to `entry`, unless another process has put a good one there meanwhile."""
-    with open(entry.parent / ".lock", "wb") as file:
+    with open(entry.parent / LOCK, "wb") as file:
         lock(file, wait=True)
         if load(entry) is not None:
             return
