@@ -198,6 +198,8 @@ def test_version_is_the_package_s(capsys):
         ),
         (["compare", "--output", "x", "--seeds", ",".join(map(str, range(400)))], ["--methods: with", "1,200 models"]),
         (["train", "--output", ""], ["--output='': give a path"]),
+        (["train", "--output", "a\0b"], ["--output='a\\x00b': give a path"]),
+        (["report", "a", "b\0"], ["FOLDERS='b\\x00': give a path"]),
         ([""], ["unknown verb ''"]),
         (["train", "--output", "x", "--steps", "1_0"], ["--steps='1_0': give an integer"]),
         (["train", "--output", "x", "--learning-rate", "1_0.5"], ["--learning-rate='1_0.5': give a number"]),

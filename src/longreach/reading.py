@@ -138,8 +138,8 @@ def read_words(
     """
     values: dict[str, Any] = {}
     for name, leaf in leaves(kind, start).items():
-        if Path in (leaf.type, *get_args(leaf.type)) and words.get(name) in ("", [""]):  # the folder that one stands in
-            raise ValueError(f"{spell(name)}='': give a path, or . for this folder")
+        if name in words and Path in (leaf.type, *get_args(leaf.type)):
+            _check_paths(spell(name), words[name])
         value = _plain(words[name], leaf.type) if name in words else leaf.default
         if value is not dataclasses.MISSING:
             section = values
@@ -147,6 +147,13 @@ def read_words(
                 section = section.setdefault(part, {})
             section[name] = value
     return read_values(kind, values, lambda path: spell(next((p for p in path[::-1] if isinstance(p, str)), "")))
+
+
+def _check_paths(spelled: str, words: str | list[str]) -> None:
+    """Refuse what Python takes for the folder that one stands in, and what no system has a file for."""
+    for word in [words] if isinstance(words, str) else words:
+        if not word or "\0" in word:
+            raise ValueError(f"{spelled}={word!r}: give a path, or . for this folder")
 
 
 def read_word(kind: type[Kind], word: str, name: str) -> Kind:
