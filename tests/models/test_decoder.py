@@ -286,8 +286,22 @@ def test_tokens_that_the_vocabulary_has_not(build, token):
         build()(torch.tensor([[1, token]]))
 
 
+@pytest.mark.parametrize(
+    "tokens", [None, [[1]], torch.ones(1, 3), torch.tensor([1]), torch.ones(1, 1, 1).long(), torch.tensor([[True]])]
+)
+def test_tokens_that_are_no_ids(build, tokens):
+    with pytest.raises(ValueError, match=r"^tokens of .*: give (a tensor|\(B, T\) int64)$"):
+        build()(tokens)
+
+
+@pytest.mark.parametrize("length", ["8", 2.5, True, 0, -1])
+def test_a_length_that_is_none(build, tokens_of, length):
+    with pytest.raises(ValueError, match=r"^length=.*: give an integer of at least 1$"):
+        build()(tokens_of(1, 4), length=length)
+
+
 def test_chunks_of_nothing(build, tokens_of):
-    with pytest.raises(ValueError, match=r"^chunk_size=0: give at least 1$"):
+    with pytest.raises(ValueError, match=r"^chunk_size=0: give an integer of at least 1$"):
         next(build().logits(tokens_of(1, 4), chunk_size=0))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from longreach.models.config import ModelConfig
 from longreach.models.kv_cache import KVCache
 from longreach.models.vocabulary import Vocabulary
-from longreach.ops.arguments import validate_kind
+from longreach.ops.arguments import validate_integer, validate_kind, validate_types
 from longreach.ops.attention import attention, choose_impl, uses_key_norms
 from longreach.ops.crossovers import processor_of
 from longreach.ops.linear import Linear
@@ -92,6 +92,9 @@ class Decoder(nn.Module):
         cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         """What the logits are made of, (B, T, C). Arguments as in `forward`."""
+        validate_types(tokens=tokens)
+        if tokens.dim() != 2 or tokens.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"tokens of shape {tuple(tokens.shape)} and {tokens.dtype}: give (B, T) int64")
         if cu_seqlens is None:
             placed = self._place(tokens, positions, cache, length)
         elif len(tokens) != 1 or cache is not None or key_padding_mask is not None:
@@ -130,8 +133,7 @@ class Decoder(nn.Module):
         All V logits of a long sequence need more memory than the rest of the model; a stretch at a time does not.
         With `last`, only the logits of that many last positions are made. The rest as in `forward`.
         """
-        if chunk_size < 1:
-            raise ValueError(f"chunk_size={chunk_size}: give at least 1")
+        validate_integer("chunk_size", chunk_size, 1)
         hidden = self.hidden(tokens, positions=positions, cache=cache, length=length)
         for chunk in hidden[:, -last if last else 0 :].split(chunk_size, dim=1):
             yield self.vocabulary.logits(chunk)
@@ -212,7 +214,7 @@ class Decoder(nn.Module):
                     "give fewer tokens, or train one with a longer table"
                 )
         seen = total if cache is None or cache.max_context is None else min(total, cache.max_context)
-        if length is not None and length < seen:
+        if length is not None and validate_integer("length", length, 1) < seen:
             raise ValueError(f"length={length} is below the {seen} tokens of cache and input: give at least that")
         if cache is not None and length is None and self.positions.depends_on_length:
             raise ValueError(
