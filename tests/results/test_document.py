@@ -351,3 +351,9 @@ def test_imports_pydantic_alone():
         )
     ]
     assert loaded[0] - loaded[1] - set(sys.stdlib_module_names) == {"longreach"}
+
+
+@pytest.mark.parametrize("entry", [None, "x", 3, {}, PROVENANCE, [TRAINING]])
+def test_what_is_no_entry_is_not_dropped_in_silence(entry):
+    with pytest.raises(ValueError, match=r"^entries of \w+: add records, as longreach\.results has them$"):
+        RESULTS.add(entry)

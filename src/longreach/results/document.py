@@ -75,7 +75,10 @@ class Results:
         require_distinct("a training", (entry.key for entry in self.training))
 
     def add(self, *entries: Entry | TrainingRecord) -> Results:
-        """A copy with the entries at the end of the lists that they belong to."""
+        """A copy with the entries at the end of the lists that they belong to. ValueError for what belongs to none."""
+        for entry in entries:
+            if not isinstance(entry, tuple(_LISTS.values())):
+                raise ValueError(f"entries of {type(entry).__name__}: add records, as longreach.results has them")
         lists: dict[str, Any] = {
             name: getattr(self, name) + tuple(entry for entry in entries if isinstance(entry, kind))
             for name, kind in _LISTS.items()
