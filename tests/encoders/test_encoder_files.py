@@ -180,6 +180,8 @@ def test_no_such_model_says_so_in_one_line():
     [
         ({"head": "pooler"}, "head='pooler': give one of none, masked-lm, classification"),
         ({"scaling": "cubic"}, "scaling='cubic'"),
+        ({"scaling": "yarn"}, 'scaling="yarn" scales the frequencies of rotary positions, and ALiBi has slopes'),
+        ({"scaling": longreach.Scaling("yarn", 8)}, 'scaling="yarn" scales the frequencies of rotary positions'),
         ({"scaling": "linear", "train_length": 0}, "train_length=0"),
         ({"trust_remote_code": True}, "trust_remote_code=True: beside its own options, give"),
     ],

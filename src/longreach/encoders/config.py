@@ -59,7 +59,7 @@ class EncoderConfig:
             raise ValueError(
                 f"hidden_size={self.hidden_size}: give a multiple of num_attention_heads={self.num_attention_heads}"
             )
-        _ = self.scaling
+        self.scaling.require_slopes()  # refuses what it cannot read, too
 
     @property
     def scaling(self) -> Scaling:
