@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from adversarial import CASES, random_grads, run
+from adversarial import CASES, Case, random_grads, run
 from flat import cpu_attention, reference_attention
 
 import longreach.ops.cpu.products as products
@@ -41,11 +41,29 @@ def test_shared_out_heads_equal_the_definition(name, shared):
     tensors, options = CASES[name].inputs(torch.float64)
     grads = random_grads(tensors)
     expected, *actual = (run(f, tensors, options, grads) for f in (reference_attention, cpu_attention, cpu_attention))
-    assert max(shared) > 1
+    assert len(shared) == 4  # two times a forward and a backward pass
+    assert min(shared) > 1
     first, second = ((*found[:2], *found[2]) for found in actual)
     for x, y, again in zip((*expected[:2], *expected[2]), first, second, strict=True):
         torch.testing.assert_close(y, x, rtol=1e-9, atol=1e-9)
         assert torch.equal(y, again)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("products_are_faster", [True, False])
+def test_heads_are_shared_out_where_no_gradient_is_wanted(mode, dtype, products_are_faster, shared, monkeypatch):
+    """By products and by the kernel; what is made in inference mode no thread may write to that is not in it."""
+    monkeypatch.setattr(products, "_products_are_faster", lambda q, k: products_are_faster)
+    case = Case(batch=2, heads=4, kv_heads=2, queries=300, keys=300)
+    golden, _ = reference_attention(*case.inputs(torch.float64)[0], **case.inputs(torch.float64)[1])
+    tensors, options = case.inputs(dtype)
+    with mode():
+        out, _ = cpu_attention(*tensors, **options)
+        plain, _ = reference_attention(*tensors, **options)
+    assert shared == [4]
+    allowed = 2 * (plain.double() - golden).abs().max() + torch.finfo(dtype).eps * golden.abs().max()
+    assert (out.double() - golden).abs().max() <= allowed
 
 
 @pytest.mark.usefixtures("two_threads")

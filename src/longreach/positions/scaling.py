@@ -119,7 +119,11 @@ class Scaling:
         return slopes / stretch if self.kind == "linear" else slopes * stretch ** -_ntk_exponents(slopes)
 
     def require_slopes(self) -> None:
-        """ValueError where it is yarn, which scales no slopes."""
+        """Check that it scales slopes.
+
+        Raises:
+            ValueError: it is yarn, which is of rotary positions alone.
+        """
         if self.name not in OF_SLOPES:
             raise ValueError(
                 f'scaling="{self}" scales the frequencies of rotary positions, and ALiBi has slopes: give one of '
@@ -127,7 +131,14 @@ class Scaling:
             )
 
     def logit_factor(self, length: float | Tensor) -> float | Tensor:
-        """What the logits q . k are multiplied with at L': 1 without logn; (B,) float32 for one length per sequence."""
+        """What the logits q . k are multiplied with at a length L': 1 without logn.
+
+        Args:
+            length: L' in tokens: one number, or one per sequence, (B,).
+
+        Returns:
+            One number, or (B,) float32 for a length per sequence.
+        """
         if not self.logn or self.train_length is None:
             return 1.0
         if isinstance(length, Tensor):

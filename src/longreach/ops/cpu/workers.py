@@ -7,7 +7,7 @@ the last at its end, and beside a busy process that one is not running then. Hea
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from os import getpid
 
 import torch
@@ -21,12 +21,14 @@ def share_out(jobs: Sequence[Callable[[], None]]) -> None:
         for job in jobs:
             job()
     else:
-        for _ in _pool(workers, threads, getpid()).map(_without_gradient, jobs):
+        do = partial(_do, torch.is_inference_mode_enabled())
+        for _ in _pool(workers, threads, getpid()).map(do, jobs):
             pass  # an error of a job comes out
 
 
-def _without_gradient(job: Callable[[], None]) -> None:
-    with torch.no_grad():  # which each thread has to say for itself
+def _do(inference: bool, job: Callable[[], None]) -> None:
+    """Each thread says for itself what mode it is in: outside of inference mode none writes to what was made in it."""
+    with torch.inference_mode(inference), torch.no_grad():
         job()
 
 
