@@ -132,9 +132,9 @@ def test_threads_of_openmp_sleep_soon_unless_the_user_says_otherwise(monkeypatch
     code = "import sys, longreach.cli; assert 'torch' not in sys.modules; longreach.cli.main(['--version'])"
     subprocess.run([sys.executable, "-c", code], check=True)
     for before, after in ((None, "1000"), ("7", "7")):
-        monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
-        if before is not None:
-            monkeypatch.setenv("GOMP_SPINCOUNT", before)
+        monkeypatch.setenv("GOMP_SPINCOUNT", str(before))  # so that it is as it was afterwards
+        if before is None:
+            monkeypatch.delenv("GOMP_SPINCOUNT")
         main(["--version"])
         assert os.environ["GOMP_SPINCOUNT"] == after
 

@@ -248,7 +248,7 @@ def read_values(kind: type[Kind], values: Any, spell: Callable[[Place], str] = d
 def check_fields(entry: Any) -> None:
     """Check what a dataclass was made of as what is read is checked; integers given for numbers become floats.
 
-    For `__post_init__` of those that are made of what was measured, which is known to no type checker.
+    For `__post_init__` of those that Python code makes past any type checker.
 
     Raises:
         ValueError: a field is of the wrong type, or a number in it is not finite or does not fit 64 bits.

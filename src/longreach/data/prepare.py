@@ -416,17 +416,17 @@ def _tokenizer_of_stream(text: TextStream, vocab_size: int, cache: Path, progres
 
     def beginning_of() -> Iterator[str]:
         used = 0
-        with naming("data"):
-            for row, behind in text.texts():
-                if used >= TOKENIZER_TRAINING_BYTES or behind.epoch > 0:
-                    return
-                for piece in cut_text(row):
-                    used += len(piece.encode())
-                    progress("training the tokenizer", used, TOKENIZER_TRAINING_BYTES)
-                    yield piece
+        for row, behind in text.texts():
+            if used >= TOKENIZER_TRAINING_BYTES or behind.epoch > 0:
+                return
+            for piece in cut_text(row):
+                used += len(piece.encode())
+                progress("training the tokenizer", used, TOKENIZER_TRAINING_BYTES)
+                yield piece
 
     decisive = (text.fingerprint, str(vocab_size), str(TOKENIZER_TRAINING_BYTES))
-    return _cached_tokenizer(beginning_of(), vocab_size, cache, decisive)
+    with naming("data"):
+        return _cached_tokenizer(beginning_of(), vocab_size, cache, decisive)
 
 
 def _cached_tokenizer(pieces: Iterator[str], vocab_size: int, cache: Path, decisive: tuple[str, ...]) -> Tokenizer:

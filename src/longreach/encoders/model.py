@@ -212,7 +212,7 @@ class EncoderModel(PublishedModel):
             if x is None:
                 continue
             if x.dim() != axes or x.is_floating_point() != (axes == 3) or x.shape[:2] != given.shape[:2]:
-                kind = "(B, T) int64, alike" if axes == 2 else "(B, T, C) floating point"
+                kind = "(B, T) int64, the same B and T for all" if axes == 2 else "(B, T, C) floating point"
                 raise ValueError(f"{name} of shape {tuple(x.shape)} and {x.dtype}: give {kind}")
         arrangement: Arrangement
         if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():

@@ -114,6 +114,8 @@ class HarnessModel(TemplateLM):
     def _continuation(self, context: str, options: dict[str, Any]) -> str:
         if options["do_sample"]:
             raise ValueError("do_sample=True: longreach decodes greedily; run the task with do_sample=False")
+        if options["max_gen_toks"] < 1:
+            raise ValueError(f"max_gen_toks={options['max_gen_toks']}: give at least 1")
         room = self.max_length - options["max_gen_toks"]
         if room < 1:
             raise ValueError(

@@ -92,7 +92,7 @@ def is_number(value: object) -> bool:
 
 
 def looked_up(name: str, table: nn.Module, ids: Tensor) -> Tensor:
-    """Rows of a table of embeddings; ids that it has not are told from others on the CPU alone, and at no cost."""
+    """Rows of a table of embeddings; ValueError for ids that it does not have, which only the CPU notices."""
     try:
         rows: Tensor = table(ids)
     except IndexError as error:

@@ -428,4 +428,4 @@ def by_key_head(tiles: Iterable[Tile], group: int) -> list[list[Tile]]:
     of_head: dict[tuple[int, int], list[Tile]] = {}
     for tile in tiles:
         of_head.setdefault((tile.batch.start, tile.heads.start // group), []).append(tile)
-    return sorted(of_head.values(), key=lambda some: -sum(tile.windows * tile.rows * tile.width for tile in some))
+    return sorted(of_head.values(), key=lambda of_one: -sum(tile.windows * tile.rows * tile.width for tile in of_one))
