@@ -181,6 +181,8 @@ def test_generation_leaves_room_in_max_length():
     assert text == tokenizer().decode(list(stream_tokens(subject, kept, 5)))
     with pytest.raises(ValueError, match="max_gen_toks=25 with max_length=25: give a greater max_length"):
         model.generate_until(requests((context, {"max_gen_toks": 25})), disable_tqdm=True)
+    with pytest.raises(ValueError, match="max_gen_toks=0: give at least 1"):
+        model.generate_until(requests((context, {"max_gen_toks": 0})), disable_tqdm=True)
     with pytest.raises(ValueError, match="do_sample=True: longreach decodes greedily"):
         model.generate_until(requests((context, {"do_sample": True, "temperature": 1.0})), disable_tqdm=True)
 

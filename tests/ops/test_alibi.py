@@ -135,3 +135,15 @@ def test_bias_of_wrong_slopes(slopes):
 def test_public_names_are_these_functions():
     assert longreach.alibi_slopes is alibi_slopes
     assert longreach.alibi_bias is alibi_bias
+
+
+def test_lengths_without_a_bound_are_exported():
+    """No memory holds the bias of most of them, of which a graph that serves all must not speak."""
+
+    class Bias(torch.nn.Module):
+        def forward(self, x):
+            return alibi_bias(alibi_slopes(4), x.shape[0]) + x.sum()
+
+    length = torch.export.Dim("length", min=2, max=2**40)
+    exported = torch.export.export(Bias(), (torch.zeros(7),), dynamic_shapes=({0: length},)).module()
+    torch.testing.assert_close(exported(torch.zeros(9)), alibi_bias(alibi_slopes(4), 9))

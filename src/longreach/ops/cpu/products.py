@@ -60,8 +60,8 @@ they take 1.07 to 1.33 times as long."""
 SHARED_PAIRS = 2**22
 """Pairs of a query and a key of a head from which on heads are shared out among threads, at 2,048 tokens. Beside one
 busy process on two cores that halves the time of both passes. Where nothing else runs it costs 5 ms a pass, in which
-OpenMP's threads spin after the operation before, a fifth of it at 2k and 5 to 14% at 4k: nothing where they spin less, as
-in the processes of `longreach`. At 1k it would be two fifths of a pass."""
+OpenMP's threads spin after the operation before, a fifth of it at 2k and 5 to 14% at 4k, and nothing where they spin
+less, as the command `longreach` has it. At 1k it would be two fifths of a pass."""
 
 
 class Attended(NamedTuple):
