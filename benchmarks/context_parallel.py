@@ -4,11 +4,12 @@
 
 Four processes on gloo, B1 H8 D64, float32, Gaussian q, k and v of std 1, the paper's slopes, causal. First the output
 of all pieces is checked against one process. Bytes are those that all ranks send, bounds included, as a share of what
-an all-gather of all keys and values has them send, which is what a ring sends too. Time is that of the call, from a
-barrier on, over that of the attention within it on the rank that takes longest for it: medians of rounds. Imbalance is
-the processor time of the busiest rank's attention over the mean, cut evenly and by work. `window` scores one window of
-262,144 tokens with a decoder of 2 layers, 8 heads, d_model 128 and random weights, by one process and by four: memory
-is the most that tensors but the weights hold at a time.
+an all-gather of all keys and values has them send, which is what a ring sends too; and with the gradients of a backward
+pass, as a share of what a reduce-scatter has them send besides, and of a ring with its backward pass. Time is that of
+the call, from a barrier on, over that of the attention within it on the rank that takes longest for it: medians of
+rounds. Imbalance is the processor time of the busiest rank's attention over the mean, cut evenly and by work. `window`
+scores one window of 262,144 tokens with a decoder of 2 layers, 8 heads, d_model 128 and random weights, by one process
+and by four: memory is the most that tensors but the weights hold at a time.
 """
 
 import argparse
@@ -93,21 +94,25 @@ def gathered(*values: float) -> list[list[float]]:
 
 
 def traffic(rank: int, length: int) -> dict[str, Any]:
-    """Bytes of one call, without its attention."""
-    tensors = draw(length // RANKS, rank)
+    """Bytes of one call and its backward pass, without their attention."""
+    tensors = [x.requires_grad_() for x in draw(length // RANKS, rank)]
     with standing_in(lambda q, *others, **options: q), count_traffic() as calls:
-        context_parallel_attention(*tensors, slopes=SHAPES["paper"])
-    (call,) = calls
-    everyone = gathered(*call.sent, call.bound, call.all_gather)
-    totals = [sum(values) for values in zip(*everyone, strict=True)]
-    *heads, bound, all_gather = totals
+        context_parallel_attention(*tensors, slopes=SHAPES["paper"]).sum().backward()
+    there, back = calls
+    both = there + back
+    everyone = gathered(*there.forward, sum(back.backward), both.bound, there.all_gather, both.all_gather, both.ring)
+    *heads, backward, bound, forward_all_gather, all_gather, ring = map(sum, zip(*everyone, strict=True))
+    forward = sum(heads) + bound
     return {
         "length": length,
-        "share": (sum(heads) + bound) / all_gather,
-        "share_by_head": [sent * HEADS / all_gather for sent in heads],
-        "bytes": sum(heads) + bound,
+        "share": forward / forward_all_gather,
+        "share_by_head": [sent * HEADS / forward_all_gather for sent in heads],
+        "bytes": forward,
         "bound_bytes": bound,
-        "all_gather_bytes": all_gather,
+        "all_gather_bytes": forward_all_gather,
+        "backward_bytes": backward,
+        "share_with_backward": (forward + backward) / all_gather,
+        "share_of_ring_with_backward": (forward + backward) / ring,
     }
 
 

@@ -32,12 +32,23 @@ def context_parallel(path: Path) -> str:
     """What context parallelism sends and takes, as a table and a sentence."""
     results = json.loads(path.read_text(encoding="utf-8"))
     timed = {entry["length"]: entry["ratio"] for entry in results["time"]}
-    lines = ["| tokens | MiB sent | of an all-gather or a ring | time, of its attention |", "|---|---|---|---|"]
+    lines = [
+        "| tokens | MiB sent | of an all-gather or a ring | time, of its attention | MiB sent back | both, of an "
+        "all-gather and a reduce-scatter | of a ring |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for entry in results["bytes"]:
         ratio = timed.get(entry["length"])
-        shown = "" if ratio is None else f"{ratio:.2f}"
-        sent = f"{entry['bytes'] / 2**20:.1f}"
-        lines.append(f"| {entry['length']:,} | {sent} | {entry['share']:.2%} | {shown} |")
+        cells = (
+            f"{entry['length']:,}",
+            f"{entry['bytes'] / 2**20:.1f}",
+            f"{entry['share']:.2%}",
+            "" if ratio is None else f"{ratio:.2f}",
+            f"{entry['backward_bytes'] / 2**20:.1f}",
+            f"{entry['share_with_backward']:.2%}",
+            f"{entry['share_of_ring_with_backward']:.2%}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
     (balance,) = results["balance"]
     even, cut = (balance[f"plain {name}"]["imbalance"] for name in ("even", "balanced"))
     (window,) = results["window"]

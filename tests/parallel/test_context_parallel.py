@@ -17,7 +17,7 @@ from longreach.ops.alibi import alibi_slopes
 from longreach.ops.attention import attention
 from longreach.ops.reference import reference_attention
 from longreach.ops.visibility import Visibility
-from longreach.parallel import context_parallel_attention, count_traffic
+from longreach.parallel import Traffic, context_parallel_attention, count_traffic
 from longreach.parallel.line import Line
 from longreach.parallel.needed import Common, Looking, first_keys, opening
 
@@ -259,19 +259,44 @@ def test_traffic_is_counted_and_two_runs_agree_to_the_last_bit(tmp_path):
         for one, other in zip(*((out, lse, *gradients) for out, lse, gradients in runs), strict=True):
             assert torch.equal(one, other)
         each = 2 * 16 * 4  # bytes of a key with its value
-        first, again = calls
-        assert first == again
-        assert first.all_gather == 2 * 2 * split.lengths[rank] * each
-        # The second group has a head without slope, whose keys travel to all that come after.
+        there, back, *again = calls
+        assert again == [there, back]
+        assert there.backward == back.forward == (0, 0)
+        # Of three ranks, a piece goes to two others, and around a ring once more and then home.
+        of_piece = 2 * split.lengths[rank] * each
+        assert (there.all_gather, there.ring) == (2 * of_piece, 2 * of_piece)
+        assert (back.all_gather, back.ring) == (2 * of_piece, 5 * of_piece)
+        # The second group has a head without slope, whose keys travel to all that come after, and back as gradients.
         later = 2 - rank
-        assert first.sent[1] == later * split.lengths[rank] * each
-        assert first.received[1] == sum(split.lengths[:rank]) * each
+        assert there.forward[1] == later * split.lengths[rank] * each
+        assert back.backward[1] == sum(split.lengths[:rank]) * each
         # What the first needs is within 100 keys of a border: log(2^25) / 0.5 and what scores can make up for.
-        assert first.sent[0] <= 192 * each
-        assert (first.received[0] > 0) == (rank > 0)
-        assert 0 < first.bound < 10_000
+        assert there.forward[0] <= 192 * each
+        assert (back.backward[0] > 0) == (rank > 0)
+        assert 0 < there.bound < 10_000
+        assert back.bound == 0
+        sent = torch.tensor([there.forward, back.backward])
+        dist.all_reduce(sent)
+        assert sent[0].tolist() == sent[1].tolist()
+        assert there + back == Traffic(there.forward, back.backward, there.bound, 4 * of_piece, 7 * of_piece)
 
     together(work, tmp_path, 3)
+
+
+def test_what_a_backward_pass_sends_is_counted_where_its_forward_pass_was(tmp_path):
+    def work(rank):
+        mine: list[Traffic] = []
+        q = torch.randn(1, 2, 8, 4, requires_grad=True)
+        with count_traffic() as around:
+            with count_traffic(mine):
+                out = context_parallel_attention(q, q, q)
+            with torch.no_grad():
+                context_parallel_attention(q, q, q)
+        out.sum().backward()
+        assert [any(call.backward) for call in around] == [False, False, rank == 1]
+        assert mine == [around[0], around[2]]
+
+    together(work, tmp_path, 2)
 
 
 FINE = {"q": (1, 2, 8, 4), "k": (1, 2, 8, 4), "slopes": (0.5, 0.25), "cu_seqlens": (0, 24), "dtype": torch.float32}

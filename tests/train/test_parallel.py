@@ -199,13 +199,18 @@ def check_exchanged(folder, logs, words):
     """What processes sent each other is told of each step, and of the last one by layer and head."""
     exchanged, steps = read_training(folder / "training.json").exchanged, metrics(folder)
     # Of each of 8 sequences of 32 tokens the first of two pieces is needed by the other process, where a head has no
-    # slope to its end; 2 layers, 2 heads of 16, a key and its value in float32. Recomputed, it is sent twice.
+    # slope to its end; 2 layers, 2 heads of 16, a key and its value in float32. Recomputed, it is sent twice. Gradients
+    # come back once; in a ring of two they go to the other and home, and keys and values to the other.
     times = 2 if "--recompute" in words else 1
-    assert exchanged.all_gather == times * 8 * 32 * 2 * 2 * 2 * 16 * 4
-    assert len(exchanged.sent) == 2
-    assert all(len(heads) == 2 for heads in exchanged.sent)
+    whole = 8 * 32 * 2 * 2 * 2 * 16 * 4
+    assert exchanged.all_gather == (times + 1) * whole
+    assert exchanged.ring == (times + 3) * whole
+    assert len(exchanged.forward) == len(exchanged.backward) == 2
+    assert all(len(heads) == 2 for heads in (*exchanged.forward, *exchanged.backward))
+    assert exchanged.forward == tuple(tuple(times * back for back in heads) for heads in exchanged.backward)
     assert 0 < exchanged.total - exchanged.bound <= exchanged.all_gather
-    assert (steps[-1]["exchanged"], steps[-1]["all_gather"]) == (exchanged.total, exchanged.all_gather)
+    for name, value in (("exchanged", exchanged.total), ("all_gather", exchanged.all_gather), ("ring", exchanged.ring)):
+        assert steps[-1][name] == value
     said = (logs / "out0").read_text().splitlines()[1]
     assert said.startswith("In the last step processes sent each other 0.")
     assert (logs / "out1").read_text() == ""
@@ -451,9 +456,9 @@ def test_an_evaluation_whose_windows_three_share_is_that_of_one(alone, tmp_path)
         assert {entry.key: entry.nll for entry in getattr(three, kind)} == pytest.approx(expected, rel=1e-6)
     assert all(entry.exchanged is None for entry in one.records)
     for record in three.records:
-        assert len(record.exchanged.sent) == 2
-        assert record.exchanged.total > 0
-        assert 0 < sum(map(sum, record.exchanged.sent)) <= record.exchanged.all_gather
+        assert len(record.exchanged.forward) == 2
+        assert record.exchanged.backward == ((0, 0), (0, 0))
+        assert 0 < sum(map(sum, record.exchanged.forward)) <= record.exchanged.all_gather == record.exchanged.ring
     assert "For all windows processes sent each other " in (tmp_path / "logs" / "out0").read_text()
 
 

@@ -40,8 +40,8 @@ def agree(
     length: Callable[[], int],
     said: Callable[[], Mapping[str, str]],
     opening: Callable[[], Tensor],
-) -> tuple[Line, list[Tensor]]:
-    """The ranks with the lengths of their pieces, once all have said the same, and what each tells of its piece.
+) -> tuple[Line, Tensor]:
+    """The ranks with the lengths of their pieces, once all have said the same, and what each tells, (ranks, n).
 
     Args:
         group: the process group; None for all processes.
@@ -84,20 +84,20 @@ def agree(
     return line, openings
 
 
-def _told(line: Line, opening: Tensor, is_new: bool) -> list[Tensor] | None:
+def _told(line: Line, opening: Tensor, is_new: bool) -> Tensor | None:
     """What each rank tells of its piece, by place; None where something is new to one of them."""
-    gathered = torch.stack(line.gather(torch.cat([opening.new_full((1,), float(is_new)), opening])))
-    return None if gathered[:, 0].any() else list(gathered[:, 1:])
+    gathered = line.gather(torch.cat([opening.new_full((1,), float(is_new)), opening]))
+    return None if gathered[:, 0].any() else gathered[:, 1:]
 
 
 def _compared(group: dist.ProcessGroup, error: str | None, words: dict[str, str], tokens: int) -> tuple[int, ...]:
     """The tokens of all pieces, once it is sure that all ranks have the same words and none an error."""
     digest = int.from_bytes(blake2b(repr(words).encode(), digest_size=7).digest())
     mine = torch.tensor([tokens, error is not None, digest], device=device_of_numbers(group))
-    found = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    found = mine.new_empty(dist.get_world_size(group), 3)
     with telling("agree on what is computed"):
-        dist.all_gather(found, mine, group=group)
-    lengths, failed, digests = zip(*(numbers.tolist() for numbers in found), strict=True)
+        dist.all_gather(list(found), mine, group=group)
+    lengths, failed, digests = zip(*found.tolist(), strict=True)
     if any(failed) or len(set(digests)) > 1:
         everyone: list[tuple[str | None, dict[str, str]]] = [(None, {})] * len(found)
         with telling("tell a mistake"):

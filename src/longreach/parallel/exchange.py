@@ -15,45 +15,51 @@ from longreach.parallel.line import Line, stretches
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that one rank sends and receives in one call, of one layer."""
+    """Bytes that one rank sends in one layer, and what others would have it send."""
 
-    sent: tuple[int, ...]
-    """Keys and values sent, by key head."""
-    received: tuple[int, ...]
-    """Keys and values received, by key head; a backward pass sends back as many bytes of gradients."""
+    forward: tuple[int, ...]
+    """Keys and values, by key head."""
+    backward: tuple[int, ...]
+    """Gradients of keys and values that came from other ranks, by key head."""
     bound: int
-    """Sent of the numbers that say which keys are needed."""
+    """The numbers that say which keys are needed."""
     all_gather: int
-    """What an all-gather of all keys and values has this rank send, and a ring on average."""
+    """An all-gather of keys and values, and a reduce-scatter of their gradients: on average over ranks."""
+    ring: int
+    """A ring, which sends on all keys and values, once more in the backward pass, and their gradients with them until
+    they are where they belong: likewise."""
 
     def __add__(self, other: "Traffic") -> "Traffic":
-        """That of both calls, of one layer."""
-        sent, received = (
+        """That of both, in one layer."""
+        forward, backward = (
             tuple(a + b for a, b in zip(*pair, strict=True))
-            for pair in ((self.sent, other.sent), (self.received, other.received))
+            for pair in ((self.forward, other.forward), (self.backward, other.backward))
         )
-        return Traffic(sent, received, self.bound + other.bound, self.all_gather + other.all_gather)
+        return Traffic(
+            forward, backward, self.bound + other.bound, self.all_gather + other.all_gather, self.ring + other.ring
+        )
 
 
-_counts: ContextVar[list[Traffic] | None] = ContextVar("counts", default=None)
+_counts: ContextVar[tuple[list[Traffic], ...]] = ContextVar("counts", default=())
+"""Where what is sent is counted."""
 
 
 @contextmanager
-def count_traffic() -> Iterator[list[Traffic]]:
-    """Count what each call of `context_parallel_attention` inside of the block sends: a list that grows with them.
+def count_traffic(calls: list[Traffic] | None = None) -> Iterator[list[Traffic]]:
+    """Count what calls of `context_parallel_attention` inside of the block send: a list that grows with them.
 
-    A causal call adds one entry, another one two, for each way in which its rows look. A block around it has them too,
-    once this one ends.
+    A causal call adds one entry, another one two, for each way in which its rows look; its backward pass, whenever that
+    is, as many.
+
+    Args:
+        calls: the list; a new one when None.
     """
-    calls: list[Traffic] = []
-    around = _counts.get()
-    token = _counts.set(calls)
+    calls = [] if calls is None else calls
+    token = _counts.set((*_counts.get(), calls))
     try:
         yield calls
     finally:
         _counts.reset(token)
-        if around is not None:
-            around.extend(calls)
 
 
 @dataclass(frozen=True)
@@ -78,18 +84,17 @@ class Route:
             return [slice(length, length) for _ in self.firsts[target]]
         return [slice(min(max(first - start, 0), length), length) for first in self.firsts[target]]
 
-    def traffic(self, k: Tensor) -> Traffic:
-        """What it weighs, for keys (B, Hkv, T, D) of this rank."""
-        line = self.line
-        each = 2 * k.shape[0] * k.shape[3] * k.itemsize  # a key and its value
-        sent = [self.parts(line.place, target) for target in range(line.size)]
-        received = [self.parts(source, line.place) for source in range(line.size)]
-        heads_sent, heads_received = (
-            tuple(each * sum(part.stop - part.start for part in parts) for parts in zip(*by_place, strict=True))
-            for by_place in (sent, received)
-        )
-        all_gather = each * k.shape[1] * k.shape[2] * (line.size - 1)
-        return Traffic(heads_sent, heads_received, bound=line.gathered, all_gather=all_gather)
+    def traffic(self, shape: torch.Size, dtype: torch.dtype, *, back: bool) -> Traffic:
+        """What it weighs, with keys of the shape (B, Hkv, T, D) on this rank: on the way back that of gradients."""
+        line, (batch, num_heads, length, head_dim) = self.line, shape
+        each = 2 * batch * head_dim * dtype.itemsize  # a key and its value
+        here, places = line.place, range(line.size)
+        parts = [self.parts(place, here) if back else self.parts(here, place) for place in places]
+        sent = tuple(each * sum(part.stop - part.start for part in of_head) for of_head in zip(*parts, strict=True))
+        piece, others = each * num_heads * length, line.size - 1
+        if back:
+            return Traffic((0,) * num_heads, sent, 0, others * piece, (others + line.size) * piece)
+        return Traffic(sent, (0,) * num_heads, line.gathered, others * piece, others * piece)
 
 
 def exchange(q: Tensor, k: Tensor, v: Tensor, route: Route, rows: int) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
@@ -108,9 +113,6 @@ def exchange(q: Tensor, k: Tensor, v: Tensor, route: Route, rows: int) -> tuple[
     Returns:
         q, and keys and values (B, heads of the group, from its first key to the last of the rows, D).
     """
-    calls = _counts.get()
-    if calls is not None:
-        calls.append(route.traffic(k))
     q, *found = _Exchange.apply(q, k, v, route, rows)
     return q, list(zip(found[::2], found[1::2], strict=True))
 
@@ -119,7 +121,9 @@ class _Exchange(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, route: Route, rows: int) -> tuple[Tensor, ...]:
         line = route.line
-        ctx.route, ctx.rows, ctx.shape, ctx.dtype = route, rows, k.shape, k.dtype
+        ctx.route, ctx.rows, ctx.shape, ctx.dtype, ctx.counts = route, rows, k.shape, k.dtype, _counts.get()
+        for calls in ctx.counts:
+            calls.append(route.traffic(k.shape, k.dtype, back=False))
         found = []
         for heads in route.groups:
             length = line.start + rows - route.firsts[line.place][heads.start]
@@ -138,6 +142,8 @@ class _Exchange(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, of_q: Tensor, *of_found: Tensor) -> tuple[Tensor | None, ...]:
         route, rows, line = ctx.route, ctx.rows, ctx.route.line
+        for calls in ctx.counts:
+            calls.append(route.traffic(ctx.shape, ctx.dtype, back=True))
         wide = torch.promote_types(ctx.dtype, torch.float32)
         of_k, of_v = (of_q.new_zeros(ctx.shape, dtype=wide) for _ in range(2))
         for heads, pair in zip(route.groups, zip(of_found[::2], of_found[1::2], strict=True), strict=True):

@@ -53,13 +53,13 @@ class Line:
         """The same ranks from the other end."""
         return Line(self.group, self.lengths[::-1], self.size - 1 - self.place, not self.turned)
 
-    def gather(self, x: Tensor) -> list[Tensor]:
-        """The tensors of all ranks, which are of one shape, by place."""
-        found = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in self.lengths]
+    def gather(self, x: Tensor) -> Tensor:
+        """The tensors of all ranks, which are of one shape, by place: one axis more."""
+        found = x.new_empty(self.size, *x.shape)
         with telling("gather what the bound needs"):
-            dist.all_gather(found, x.contiguous(), group=self.group)
+            dist.all_gather(list(found), x.contiguous(), group=self.group)
         self.gathered += x.nbytes * (self.size - 1)
-        return found[::-1] if self.turned else found
+        return found.flip(0) if self.turned else found
 
     def swap(self, outgoing: Mapping[int, Tensor], incoming: Mapping[int, Tensor], what: str) -> None:
         """Send tensors to places, and receive those that come from places into tensors; all of them contiguous."""

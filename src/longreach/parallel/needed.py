@@ -61,10 +61,10 @@ class Common:
     """(B, H, 1): the largest scale |q|."""
 
     @classmethod
-    def of(cls, openings: list[Tensor], q: Tensor, k: Tensor) -> "Common":
+    def of(cls, openings: Tensor, q: Tensor, k: Tensor) -> "Common":
         """By the `opening` of each rank, for q and k as one of them has them."""
         shapes = (k.shape[0], k.shape[1], k.shape[3]), (k.shape[0], 1, 1), (*q.shape[:2], 1)
-        parts = torch.stack(openings).split([math.prod(shape) for shape in shapes], dim=1)
+        parts = openings.split([math.prod(shape) for shape in shapes], dim=1)
         sums, counts, largest = (part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=True))
         return cls((sums.sum(dim=0) / counts.sum(dim=0).clamp(min=1))[:, :, None], largest.amax(dim=0))
 
@@ -130,7 +130,8 @@ def first_keys(
         dropped = count_dropped(chord, side, line.start - last[None], hidden, KEY_BLOCK)[..., 0]  # [B, H]
         found = F.pad(first, (0, 1), value=line.start)[dropped].clamp(min=looking.lowest)
         mine = found.amin(dim=0).unflatten(0, (k.shape[1], -1)).amin(dim=-1)
-    return [firsts.tolist() for firsts in line.gather(mine)]
+    firsts: list[list[int]] = line.gather(mine).tolist()
+    return firsts
 
 
 def _radii(lengths: Tensor, largest: Tensor, side: Side, line: Line) -> Tensor:

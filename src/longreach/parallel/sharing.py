@@ -1,5 +1,6 @@
 """Ranks that share sequences, as the code of a model meets them."""
 
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,8 +25,8 @@ class Sharing:
     """The ranks, in the order of the pieces."""
     cut: Callable[[int], tuple[int, ...]]
     """The lengths of the pieces of a sequence of so many tokens, the same on all ranks."""
-    traffic: dict[int, Traffic] = field(default_factory=dict)
-    """What this rank has sent and received in each layer, until somebody clears it."""
+    traffic: defaultdict[int, list[Traffic]] = field(default_factory=partial(defaultdict, list))
+    """What this rank has sent in each layer, until somebody clears it."""
 
     @property
     def place(self) -> int:
@@ -65,10 +66,8 @@ class Sharing:
         ):
             if value:
                 raise ValueError(f"{name} in attention of sequences that ranks share, which has none: {mend}")
-        with count_traffic() as calls:
+        with count_traffic(self.traffic[layer]):
             out: Tensor = context_parallel_attention(q, k, v, group=self.group, **options)
-        for call in calls:
-            self.traffic[layer] = self.traffic[layer] + call if layer in self.traffic else call
         return out
 
     def joined(self, x: Tensor, counts: list[int]) -> Tensor:

@@ -8,19 +8,24 @@ from dataclasses import dataclass
 class Exchanged:
     """Bytes that all processes together sent, so that each has the keys and values that its queries need."""
 
-    sent: tuple[tuple[int, ...], ...]
-    """Keys and values, by layer and key head. A backward pass sends back as many bytes of gradients as its forward pass
-    sent, which are not counted."""
+    forward: tuple[tuple[int, ...], ...]
+    """Keys and values, by layer and key head."""
+    backward: tuple[tuple[int, ...], ...]
+    """Their gradients on the way back, by layer and key head: zeros where none were asked for."""
     bound: int
     """The numbers that say which keys are needed."""
     all_gather: int
-    """Keys and values that an all-gather has all processes send, and a ring too."""
+    """What an all-gather of keys and values sends, and a reduce-scatter of their gradients."""
+    ring: int
+    """What a ring sends, which for gradients sends keys and values around once more, and the gradients with them."""
 
     def __post_init__(self) -> None:
         for name, value in (
-            ("sent", min((each for heads in self.sent for each in heads), default=0)),
+            ("forward", min((each for heads in self.forward for each in heads), default=0)),
+            ("backward", min((each for heads in self.backward for each in heads), default=0)),
             ("bound", self.bound),
             ("all_gather", self.all_gather),
+            ("ring", self.ring),
         ):
             if value < 0:
                 raise ValueError(f"{name} must not be negative, got {value}: correct the value or run again")
@@ -28,11 +33,18 @@ class Exchanged:
     @property
     def total(self) -> int:
         """All bytes that were sent."""
-        return sum(map(sum, self.sent)) + self.bound
+        return sum(map(sum, (*self.forward, *self.backward))) + self.bound
 
 
 def in_words(everything: Sequence[Exchanged]) -> str:
     """What all of it comes to, the rest of a sentence."""
-    total, all_gather = sum(one.total for one in everything), sum(one.all_gather for one in everything)
-    share = f", {total / all_gather:.2%} of what an all-gather or a ring sends" if all_gather else ""
-    return f"processes sent each other {total / 2**20:,.2f} MiB of keys and values{share}"
+    total, all_gather, ring = (
+        sum(getattr(one, name) for one in everything) for name in ("total", "all_gather", "ring")
+    )
+    back = sum(map(sum, (heads for one in everything for heads in one.backward)))
+    gradients = f" and {back / 2**20:,.2f} MiB of their gradients" if back else ""
+    shares = ""
+    if all_gather:
+        collectives = "an all-gather and a reduce-scatter send" if back else "an all-gather sends"
+        shares = f", {total / all_gather:.2%} of what {collectives} and {total / ring:.2%} of what a ring sends"
+    return f"processes sent each other {(total - back) / 2**20:,.2f} MiB of keys and values{gradients}{shares}"

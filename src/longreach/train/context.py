@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, reduce
+from operator import add
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -96,9 +98,12 @@ def unshared(model: nn.Module, sharing: Sharing | None) -> Iterator[None]:
 
 def exchanged(sharing: Sharing, ranks: Ranks) -> Exchanged:
     """What all ranks have sent to each other since it was last asked for; all of them call it."""
-    layers = [sharing.traffic[layer] for layer in sorted(sharing.traffic)]
+    layers = [reduce(add, sharing.traffic[layer]) for layer in sorted(sharing.traffic)]
     sharing.traffic.clear()
-    mine = [(*layer.sent, layer.bound, layer.all_gather) for layer in layers]
-    sums = iter(round(mean * ranks.size) for mean in ranks.mean(*(float(n) for numbers in mine for n in numbers)))
-    *heads, bound, all_gather = zip(*([next(sums) for _ in numbers] for numbers in mine), strict=True)
-    return Exchanged(sent=tuple(zip(*heads, strict=True)), bound=sum(bound), all_gather=sum(all_gather))
+    mine = np.array(
+        [(*layer.forward, *layer.backward, layer.bound, layer.all_gather, layer.ring) for layer in layers], dtype=float
+    )
+    sums = (np.array(ranks.mean(*mine.flat)) * ranks.size).round().astype(int).reshape(mine.shape)
+    by_head = [tuple(map(tuple, heads.tolist())) for heads in np.split(sums[:, :-3], 2, axis=1)]
+    bound, all_gather, ring = sums[:, -3:].sum(axis=0).tolist()
+    return Exchanged(forward=by_head[0], backward=by_head[1], bound=bound, all_gather=all_gather, ring=ring)

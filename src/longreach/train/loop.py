@@ -330,6 +330,7 @@ class _Run:
             utilisation=flops / (self.peak_flops * self.ranks.size) if flops and self.peak_flops else None,
             exchanged=None if self.exchanged is None else self.exchanged.total,
             all_gather=None if self.exchanged is None else self.exchanged.all_gather,
+            ring=None if self.exchanged is None else self.exchanged.ring,
         )
 
     def _parts(self, rows: Sequences) -> Iterator["_Part"]:

@@ -43,10 +43,11 @@ class Step:
     utilisation: float | None = None
     """flops_per_second over what the devices can reach, where that is known: model FLOP utilisation."""
     exchanged: int | None = None
-    """Bytes of keys and values, and of what says which are needed, that all processes sent in the step's forward passes
-    where several share each sequence."""
+    """Bytes that all processes sent each other in the step, where several share each sequence: `Exchanged.total`."""
     all_gather: int | None = None
-    """Bytes of keys and values that an all-gather or a ring would have had them send."""
+    """Bytes that an all-gather of keys and values and a reduce-scatter of their gradients would have had them send."""
+    ring: int | None = None
+    """Bytes that a ring would have had them send."""
     memory: int | None = None
     """Highest memory in bytes until now, of the first process, where the system tells it."""
     valid_loss: float | None = None
