@@ -274,11 +274,13 @@ def refuse_below(config: Any, least: int, *names: str) -> None:
             raise ValueError(f"{name}={','.join(map(str, items))}: give {mend}{' for each' if len(items) > 1 else ''}")
 
 
-def refuse_repeats(config: Any, *names: str) -> None:
-    """Raise ValueError for lists of a configuration in which anything stands twice."""
+def refuse_repeats(config: Any, *names: str, read: Callable[[Any], Any] = lambda item: item) -> None:
+    """Raise ValueError for lists of a configuration in which anything stands twice, whatever its spelling: as `read`
+    has it.
+    """
     for name in names:
         value = getattr(config, name)
-        if len(set(value)) < len(value):
+        if len(set(map(read, value))) < len(value):
             raise ValueError(f"{name}={','.join(map(str, value))}: give each once")
 
 
@@ -348,7 +350,10 @@ def _refusal(kind: type[Any], error: ValidationError, spell: Callable[[Place], s
         path = path[:-1]
     shown = repr(value)
     shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
-    return f"{spell(path)}={shown}: give {_MENDS.get(mistake, first['msg'].removeprefix('Input should be '))}"
+    mend = _MENDS.get(mistake, first["msg"].removeprefix("Input should be "))
+    if mistake == "tuple_type" and isinstance(value, list):  # of Python code, for files have lists alone
+        mend = "a tuple"
+    return f"{spell(path)}={shown}: give {mend}"
 
 
 def _kind_at(kind: Any, path: Place) -> Any:

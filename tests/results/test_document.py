@@ -36,6 +36,7 @@ from longreach.results import (
     Skipped,
     SummaryRecord,
     TrainingRecord,
+    merge,
     read_training,
     write_training,
 )
@@ -93,7 +94,12 @@ json_values = st.recursive(
     max_leaves=8,
 )
 records = st.builds(
-    record,
+    lambda protocol, stride, valid_length, **fields: record(
+        protocol=protocol,
+        stride=valid_length if protocol == "nonoverlapping" else stride,
+        valid_length=valid_length,
+        **fields,
+    ),
     method=names,
     train_length=positive,
     seed=seeds,
@@ -317,6 +323,8 @@ def test_contradictory_file(damage):
     message = damage(lambda document: document["retrieval"][0].update(correct=11))
     assert message.startswith("retrieval[0].depth=0.25 and 11 of 10 correct")
     assert "a cell appears twice" in damage(lambda document: document["records"].append(document["records"][0]))
+    message = damage(lambda document: document["records"][0].update(valid_length=2**62))
+    assert message.startswith(f"records[0].stride=128 with records[0].valid_length={2**62}: give ")
 
 
 def test_missing_file_is_the_systems_error(tmp_path):
@@ -357,3 +365,29 @@ def test_imports_pydantic_alone():
 def test_what_is_no_entry_is_not_dropped_in_silence(entry):
     with pytest.raises(ValueError, match=r"^entries of \w+: add records, as longreach\.results has them$"):
         RESULTS.add(entry)
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        (lambda: Results(provenance=None), "provenance=None: give "),
+        (lambda: Results(provenance=PROVENANCE, records=[record()]), r"records=\[Record.*\.\.\.: give a tuple$"),
+        (lambda: Results(provenance=PROVENANCE, records=(1,)), r"records\[0\]=1: give "),
+        (lambda: Results(provenance=PROVENANCE, skipped=(record(),)), r"skipped\[0\]=Record"),
+        (lambda: Results(provenance=PROVENANCE, version="3"), "version='3': give an integer"),
+        (lambda: RESULTS.started(None), "starts=None: give a list"),
+        (lambda: Results.read(None), "path of NoneType: give a path"),
+        (lambda: Results.read(b"x"), "path of bytes: give a path"),
+        (lambda: RESULTS.write(None), "path of NoneType: give a path"),
+        (lambda: read_training(3), "path of int: give a path"),
+        (lambda: write_training(TRAINING, None), "path of NoneType: give a path"),
+        (lambda: merge(None), "comparisons of NoneType: give "),
+        (lambda: merge([RESULTS]), "comparisons of list: give "),
+        (lambda: merge({"a": None}), r"comparisons\['a'\] of NoneType: give "),
+        (lambda: merge({}), "comparisons is empty: give "),
+    ],
+)
+def test_what_is_no_results_is_named(function, said):
+    with pytest.raises((TypeError, ValueError), match=f"^{said}") as raised:
+        function()
+    assert "\n" not in str(raised.value)

@@ -4,6 +4,12 @@ from collections.abc import Iterable
 from typing import Any
 
 
+def require_kind(name: str, value: object, kind: type[Any] | tuple[type[Any], ...], mend: str) -> None:
+    """Refuse what is no instance of a class, or of one of several."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} of {type(value).__name__}: give {mend}")
+
+
 def require_positive(entry: Any, *names: str) -> None:
     """Refuse fields that are not above zero."""
     for name in names:

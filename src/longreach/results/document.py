@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from longreach.files import write_atomically
-from longreach.reading import parse_file, parse_json, read_file, read_values
-from longreach.results.checks import require_distinct
+from longreach.reading import check_fields, parse_file, parse_json, read_file, read_values
+from longreach.results.checks import require_distinct, require_kind
 from longreach.results.model import Model
 from longreach.results.records import (
     Cell,
@@ -67,6 +67,7 @@ class Results:
     """Version of the file format."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.version != VERSION:
             raise ValueError(
                 f"version must be {VERSION}, got {self.version!r}: read the file with the longreach that wrote it"
@@ -127,20 +128,24 @@ class Results:
         return tuple(sorted({e.valid_length for e in entries if (e.task, e.train_length, e.protocol) == wanted}))
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Write strict JSON, whole or not at all. Raises OSError where the system does (the old file then stays)."""
+        """Write strict JSON, whole or not at all. Raises OSError where the system does (the old file then stays), and
+        TypeError for what is no path.
+        """
+        path = _path(path)
         document: dict[str, Any] = {"version": self.version, "provenance": dataclasses.asdict(self.provenance)}
         for name in _LISTS:
             document[name] = list(map(_table, getattr(self, name)))
-        write_atomically(Path(path), (json.dumps(document, indent=2, allow_nan=False) + "\n").encode())
+        write_atomically(path, (json.dumps(document, indent=2, allow_nan=False) + "\n").encode())
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Results:
         """Read what `write` wrote.
 
         Raises OSError when the file cannot be read, and ValueError, in one line that names the file, the field and
-        the mend, when it is damaged, of another version, or holds missing, unknown, mistyped or contradictory values.
+        the mend, when it is damaged, of another version, or holds missing, unknown, mistyped or contradictory values;
+        TypeError for what is no path.
         """
-        path = Path(path)
+        path = _path(path)
         try:
             document = parse_file(path)
             if not isinstance(document, dict) or type(document.get("version")) is not int:
@@ -160,6 +165,11 @@ _LISTS: dict[str, type[Any]] = {
     name: get_args(hint)[0] for name, hint in get_type_hints(Results).items() if get_origin(hint) is tuple
 }
 """Name of each list of `Results` -> kind of its entries."""
+
+
+def _path(path: str | os.PathLike[str]) -> Path:
+    require_kind("path", path, (str, os.PathLike), "a path")
+    return Path(path)
 
 
 def _table(entry: Any) -> dict[str, Any]:
@@ -184,9 +194,9 @@ def unpack_entries(text: str) -> list[Entry]:
 
 def write_training(training: TrainingRecord, path: str | os.PathLike[str]) -> None:
     """Write the record of one training as JSON, whole or not at all. Raises OSError where the system does."""
-    write_atomically(Path(path), (json.dumps(_table(training), indent=2) + "\n").encode())
+    write_atomically(_path(path), (json.dumps(_table(training), indent=2) + "\n").encode())
 
 
 def read_training(path: str | os.PathLike[str]) -> TrainingRecord:
     """Read what `write_training` wrote; ValueError when it is damaged or of another version, OSError when not there."""
-    return read_file(TrainingRecord, Path(path))
+    return read_file(TrainingRecord, _path(path))

@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import chain, combinations
 from typing import Any
 
+from longreach.results.checks import require_kind
 from longreach.results.document import Results
 from longreach.results.records import Entry, Provenance, TrainingRecord
 
@@ -43,8 +44,14 @@ def merge(comparisons: Mapping[str, Results]) -> Results:
 
     Raises:
         ValueError: two differ in their text, its split, their tokenizer, or in how models were shaped, trained or
-            tested; or both have a model or a measurement that is not the same in both.
+            tested; or both have a model or a measurement that is not the same in both. Or there is none.
+        TypeError: comparisons are no mapping, or one is no comparison.
     """
+    require_kind("comparisons", comparisons, Mapping, "names and their results, as longreach.results has them")
+    for name, results in comparisons.items():
+        require_kind(f"comparisons[{name!r}]", results, Results, "Results")
+    if not comparisons:
+        raise ValueError("comparisons is empty: give at least one")
     one, *others = comparisons.values()
     if not others:
         return one

@@ -145,6 +145,10 @@ class Record(Scored):
             raise ValueError(f"protocol is {self.protocol!r}: give one of {', '.join(PROTOCOLS)}")
         require_positive(self, "stride", "bytes", "seconds")
         require_not_negative(self, "words", "mean_context", "peak_memory")
+        if self.protocol == "nonoverlapping" and self.stride != self.valid_length:
+            raise ValueError(
+                f"stride={self.stride} with valid_length={self.valid_length}: give nonoverlapping windows the same"
+            )
 
     @property
     def cell(self) -> Cell:
