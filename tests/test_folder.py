@@ -145,6 +145,25 @@ def test_a_damaged_record_is_named(tmp_path, text, message):
         begun_with(tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        os.mkfifo,
+        os.mkdir,
+        lambda path: path.symlink_to("/dev/full"),
+        lambda path: path.symlink_to(path.name),
+        lambda path: path.symlink_to("../precious"),
+    ],
+)
+def test_a_lock_that_is_no_file_is_not_written_to(tmp_path, make):
+    (tmp_path / "precious").write_text("theirs")
+    (tmp_path / "run").mkdir()
+    make(tmp_path / "run" / ".lock")
+    with pytest.raises(ValueError, match=r"run: its \.lock is none that longreach made, remove that$"):
+        start(tmp_path / "run")
+    assert (tmp_path / "precious").read_text() == "theirs"
+
+
 def test_leftovers_of_a_kill_neither_block_a_folder_nor_stay(tmp_path):
     run = tmp_path / "run"
     (run / "figures").mkdir(parents=True)

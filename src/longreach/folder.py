@@ -12,6 +12,7 @@ A folder is begun once it has its config.toml. Beside that lies folder.toml: the
 import os
 import platform
 import socket
+import stat
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -63,7 +64,7 @@ def hold(folder: Path, config: Config, besides: tuple[str, ...] = ()) -> Iterato
     Raises:
         BlockingIOError: another process works there.
         ValueError: it was begun with another configuration, the fields that differ are named; or it is no folder, or
-            holds what no verb of ours has begun.
+            holds what no verb of ours has begun; or its lock is no file.
         OSError: it cannot be written, or its file system has no locks.
     """
     if folder.exists() and not folder.is_dir():
@@ -163,6 +164,9 @@ def _lock_file(folder: Path) -> BinaryIO:
     """The lock file of a folder, open and locked. Its holder removes it, and a folder that it made, when letting go."""
     while True:
         folder.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):
+            if not stat.S_ISREG((folder / LOCK).lstat().st_mode):  # nor a link to a file, which would be emptied
+                raise ValueError(f"output={folder}: its {LOCK} is none that longreach made, remove that")
         with suppress(FileNotFoundError), ExitStack() as stack:
             file = stack.enter_context(open(folder / LOCK, "a+b"))
             _lock(file, folder)
