@@ -42,7 +42,8 @@ NOT_PATHS = (None, "", 3, True, [], np.ones(2), b"x")
 NOT_WORDS = (None, "fast", "", 3, True, [], np.ones(2), b"x")
 NOT_FUNCTIONS = (None, "f", 3, [], np.ones(2))
 CHECKS = (check_attention, check_bias, check_slopes, check_shards)
-NOT_HEAD_COUNTS = ((), 3, "8", None, [0], [2.0], [True], {2: 1}, torch.tensor(0), np.array([1.5]))
+NOT_LENGTHS = ("9", None, math.nan, [], -1, math.inf, True)
+NOT_HEAD_COUNTS = ((), [10**9], 3, "8", None, [0], [2.0], [True], {2: 1}, torch.tensor(0), np.array([1.5]))
 
 attend = (longreach.attention, {"q": Q, "k": Q, "v": Q, "slopes": SLOPES})
 find_reach = (longreach.reach, {"q": Q, "k": Q, "slopes": SLOPES})
@@ -86,18 +87,20 @@ CASES = [
     *(((longreach.Scaling, {"name": "ntk-fixed"}), "factor", bad) for bad in (*NOT_NUMBERS, True, 1.0, -2)),
     *(((longreach.Scaling, {"name": "none"}), "logn", bad) for bad in NOT_FLAGS),
     *(((longreach.Scaling("linear", 8), {"length": 9}), "slopes", bad) for bad in NOT_TENSORS),
-    *(((longreach.Scaling("linear", 8), {"slopes": SLOPES}), "length", bad) for bad in ("9", None, math.nan, [], -1)),
+    *(((longreach.Scaling("linear", 8), {"slopes": SLOPES}), "length", bad) for bad in NOT_LENGTHS),
     *(((check, {}), "fn", bad) for check in CHECKS for bad in NOT_FUNCTIONS),
     *(((check_alibi, {}), "attention", bad) for bad in NOT_FUNCTIONS),
     *(((check_alibi, {"attention": print}), name, bad) for name in ("slopes", "bias") for bad in ("f", 3, [], {})),
     *((kit, "dialect", bad) for bad in ("mpt", 3, {}, True, np.ones(2), torch.ones(2))),
     *((kit, "dtype", bad) for bad in ("float32", None, torch.int8, 3, np.float32, torch.ones(2))),
     *((kit, "head_counts", bad) for bad in NOT_HEAD_COUNTS),
-    *((kit, "length", bad) for bad in (*NOT_COUNTS, 0)),
-    *(((golden_slopes, {}), "num_heads", bad) for bad in (*NOT_COUNTS, 0)),
+    *((kit, "length", bad) for bad in (*NOT_COUNTS, 0, 10**9)),
+    *(((golden_slopes, {}), "num_heads", bad) for bad in (*NOT_COUNTS, 0, 10**9)),
     *((golden, name, bad) for name in ("query_length", "key_length") for bad in NOT_COUNTS),
     *((golden, "key_padding_mask", bad) for bad in (*NOT_TENSORS, torch.ones(1, 4), torch.ones(1, 3) > 0)),
     *((golden, "dialect", bad) for bad in ("mpt", 3, True)),
+    *(((longreach.Scaling("linear", 8).stretch, {}), "length", bad) for bad in NOT_LENGTHS),
+    *(((longreach.Scaling("none", 8, logn=True).logit_factor, {}), "length", bad) for bad in NOT_LENGTHS),
     *(((golden_attention, {"q": Q, "k": Q, "v": Q}), name, bad) for name in "qkv" for bad in (*NOT_TENSORS, None)),
     *(((Dialect, {}), "causal", bad) for bad in NOT_FLAGS),
     *(((Dialect, {}), "positions", bad) for bad in NOT_WORDS),
@@ -162,8 +165,26 @@ def test_of_extended_models(extended):
         assert refusal(longreach.fixed_length(extended, bad).__enter__).startswith("length=")
 
 
+TWO = torch.tensor([[1, 2]])
+FORWARD = {
+    "positions": (*NOT_TENSORS, TWO.float(), TWO[:, :1], TWO[0], TWO - 5, torch.zeros(2, 2).long()),
+    "cu_seqlens": (*NOT_TENSORS, [0, 2], torch.tensor([], dtype=torch.int32), TWO, TWO[0], torch.tensor([0, 2, 1, 2])),
+    "key_padding_mask": (*NOT_TENSORS, TWO, TWO[:, :1] > 0),
+    "length": [bad for bad in (*NOT_COUNTS, 0) if bad is not None],
+}
+
+
 def test_of_decoders():
     decoder = Decoder(ModelConfig(vocab_size=40, num_layers=1, num_heads=2, d_model=16, train_length=8))
+    for name, bads in FORWARD.items():
+        for bad in bads:
+            message = refusal(decoder, **{"tokens": TWO, name: bad})
+            assert message.startswith(name), (name, bad, message)
+    for name in ("chunk_size", "last"):
+        for bad in (*NOT_COUNTS, 0):
+            if name == "chunk_size" or bad is not None:
+                call = {"tokens": TWO, name: bad}
+                assert refusal(lambda call=call: next(decoder.logits(**call))).startswith(name), (name, bad)
     arguments = {"model": decoder, "folder": "never", "max_length": 8}
     for name, bads in {
         "folder": NOT_PATHS,

@@ -205,6 +205,10 @@ def test_texts_elsewhere_are_packed_with_borders(scaling, tmp_path, monkeypatch)
             {"input_ids": draw(1, 3), "token_type_ids": draw(1, 3) + 9},
             r"^token_type_ids has ids that Embedding\(2, 48\)",
         ),
+        ({"input_ids": [[1, 2, 3]]}, "^input_ids of list: give a tensor"),
+        ({"input_ids": draw(1, 3), "attention_mask": [[1, 1, 1]]}, "^attention_mask of list: give a tensor"),
+        ({"input_ids": draw(1, 3), "token_type_ids": "x"}, "^token_type_ids of str: give a tensor"),
+        ({"inputs_embeds": torch.zeros(1, 3, 47)}, "^inputs_embeds of width 47: give C = 48"),
         ({"inputs_embeds": torch.ones(1, 3, 48).long()}, r"inputs_embeds .* torch.int64: give \(B, T, C\) floating"),
     ],
 )

@@ -120,6 +120,14 @@ def test_common_mean_of_keys_does_not_matter():
     assert (centred.kept - shifted.kept).abs().max().item() < 0.05
 
 
+@pytest.mark.parametrize("size", [500, 2**40])
+def test_a_block_longer_than_all_is_one(size):
+    q, k = torch.randn(2, 1, 2, 500, 16)
+    found = reach(q, k, alibi_slopes(2), block_m=size, block_n=size)
+    assert (found.starts.tolist(), found.ends.tolist()) == ([[[0], [0]]], [[[1], [1]]])
+    assert (found.block_m, found.block_n) == (size, size)
+
+
 def test_plain_heads_keep_everything():
     q, k = torch.randn(2, 1, 2, 500, 16)
     found = reach(q, k, torch.zeros(2), block_m=64, block_n=32)

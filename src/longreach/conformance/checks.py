@@ -12,7 +12,7 @@ from torch import Tensor
 
 from longreach.conformance.golden import Dialect, from_own_key, golden_slopes, reading_of
 from longreach.conformance.mistakes import SLOPE_MISTAKES, attention_mistakes, bias_mistakes, group_mistakes
-from longreach.ops.alibi import alibi_distance
+from longreach.ops.alibi import MOST_DISTANCES, alibi_distance, validate_heads
 from longreach.ops.arguments import shown, validate_integer
 from longreach.ops.visibility import without_padding
 
@@ -27,6 +27,9 @@ AttentionFunction = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 HEAD_COUNTS = (4, 6, 12)
 """Numbers of heads that biases and attention are checked at: a power of two and two others."""
+
+MOST_TOKENS = math.isqrt(MOST_DISTANCES)
+"""The longest case that is taken for no mistake."""
 
 _SLOPE_ERROR = 2.0**-20
 """Largest relative error of a slope that passes: float32 reaches it by any way of computing powers."""
@@ -341,6 +344,8 @@ def _asked(causal: bool, head_counts: Sequence[int], length: int) -> Iterator[tu
     """The number of heads and the shape of every case."""
     head_counts = _head_counts(head_counts)
     length = validate_integer("length", length, 1, "at least 1, in tokens")
+    if length > MOST_TOKENS:
+        raise ValueError(f"length={length}: give at most {MOST_TOKENS}, a case has a table of length x length")
     shapes: tuple[_Shape, ...] = _SHAPES
     if causal:
         shapes = (*shapes, *_CACHED_SHAPES, _Shape(f"decoding, 1 query over {length} keys", 1, length))
@@ -360,7 +365,7 @@ def _head_counts(head_counts: Iterable[int]) -> tuple[int, ...]:
         counts = (head_counts,)  # type: ignore[assignment]
     if not counts:
         raise ValueError("head_counts is empty: give at least one number of heads")
-    return tuple(validate_integer("head_counts", count, 1, "positive integers, one a case") for count in counts)
+    return tuple(validate_heads("head_counts", count, "positive integers, one a case") for count in counts)
 
 
 def _require_function(name: str, fn: object) -> None:

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from longreach.ops.alibi import validate_heads
 from longreach.ops.arguments import (
     shown,
     validate_choice,
@@ -101,7 +102,7 @@ def golden_slopes(num_heads: int) -> Tensor:
     Returns:
         (H,) float64.
     """
-    num_heads = validate_integer("num_heads", num_heads, 1, "a positive integer")
+    num_heads = validate_heads("num_heads", num_heads, "a positive integer")
     return torch.tensor(_exact_slopes(num_heads), dtype=torch.float64)
 
 

@@ -35,6 +35,8 @@ def encode(
             raise ValueError(f"{name}={number!r}: give an integer of at least 1")
     if not isinstance(normalize, bool | None):
         raise ValueError(f"normalize={shown(normalize)}: give True or False, or None for what the files say")
+    if not callable(progress) and not isinstance(progress, bool):
+        raise ValueError(f"progress={shown(progress)}: give True or False, or a function of two numbers of texts")
     reader = texts_of(model)
     length = max_length or reader.max_length or model.sizes.max_position_embeddings
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]), reverse=True)

@@ -18,7 +18,7 @@ from longreach.encoders.packing import Arrangement, Dense, Heads, Packed
 from longreach.encoders.source import Source
 from longreach.encoders.texts import Texts, copy_text_files
 from longreach.foreign import refusing
-from longreach.ops.arguments import looked_up
+from longreach.ops.arguments import looked_up, validate_types
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 """Options of `from_pretrained` that say how the hub is asked."""
@@ -211,9 +211,14 @@ class EncoderModel(PublishedModel):
         ):
             if x is None:
                 continue
+            validate_types(**{name: x})
             if x.dim() != axes or x.is_floating_point() != (axes == 3) or x.shape[:2] != given.shape[:2]:
                 kind = "(B, T) int64, the same B and T for all" if axes == 2 else "(B, T, C) floating point"
                 raise ValueError(f"{name} of shape {tuple(x.shape)} and {x.dtype}: give {kind}")
+        if inputs_embeds is not None and inputs_embeds.shape[2] != self.sizes.hidden_size:
+            raise ValueError(f"inputs_embeds of width {inputs_embeds.shape[2]}: give C = {self.sizes.hidden_size}")
+        if attention_mask is not None:
+            validate_types(attention_mask=attention_mask)
         arrangement: Arrangement
         if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
             arrangement = Dense(attention_mask)

@@ -11,7 +11,13 @@ from torch import Tensor, nn
 from longreach.models.config import ModelConfig
 from longreach.models.kv_cache import KVCache
 from longreach.models.vocabulary import Vocabulary
-from longreach.ops.arguments import validate_integer, validate_kind, validate_types
+from longreach.ops.arguments import (
+    validate_documents,
+    validate_integer,
+    validate_kind,
+    validate_types,
+    validate_values,
+)
 from longreach.ops.attention import attention, choose_impl, uses_key_norms
 from longreach.ops.crossovers import processor_of
 from longreach.ops.linear import Linear
@@ -68,7 +74,7 @@ class Decoder(nn.Module):
 
         Raises:
             ValueError: more positions than the method holds; a cache of unknown length for a method that needs it;
-                cu_seqlens for what they are not for.
+                cu_seqlens for what they are not for; an argument of another shape or kind.
         """
         hidden = self.hidden(
             tokens,
@@ -95,6 +101,8 @@ class Decoder(nn.Module):
         validate_types(tokens=tokens)
         if tokens.dim() != 2 or tokens.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"tokens of shape {tuple(tokens.shape)} and {tokens.dtype}: give (B, T) int64")
+        if positions is not None:
+            _check_positions(positions, tokens)
         if cu_seqlens is None:
             placed = self._place(tokens, positions, cache, length)
         elif len(tokens) != 1 or cache is not None or key_padding_mask is not None:
@@ -134,6 +142,8 @@ class Decoder(nn.Module):
         With `last`, only the logits of that many last positions are made. The rest as in `forward`.
         """
         validate_integer("chunk_size", chunk_size, 1)
+        if last is not None:
+            validate_integer("last", last, 1, "a positive integer, or None for all")
         hidden = self.hidden(tokens, positions=positions, cache=cache, length=length)
         for chunk in hidden[:, -last if last else 0 :].split(chunk_size, dim=1):
             yield self.vocabulary.logits(chunk)
@@ -191,6 +201,7 @@ class Decoder(nn.Module):
         self, tokens: Tensor, positions: Tensor | None, cu_seqlens: Tensor, length: int | None
     ) -> "_Placed":
         """Where the tokens of packed documents stand."""
+        validate_documents(cu_seqlens, tokens, tokens.shape[1])
         lengths = cu_seqlens.diff()
         longest = int(lengths.max())
         self._check_length(longest, positions, None, length)
@@ -221,6 +232,17 @@ class Decoder(nn.Module):
                 f"position method {self.config.method!r} depends on the length of the whole sequence: "
                 "make the cache by KVCache(length=...)"
             )
+
+
+def _check_positions(positions: Tensor, tokens: Tensor) -> None:
+    validate_types(positions=positions)
+    shapes = ((1, tokens.shape[1]), tuple(tokens.shape))
+    if tuple(positions.shape) not in shapes or positions.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"positions of shape {tuple(positions.shape)} and {positions.dtype}: give (B, T) or (1, T) = {shapes[0]} "
+            "int64"
+        )
+    validate_values("positions", positions, 0)
 
 
 class _Placed(NamedTuple):

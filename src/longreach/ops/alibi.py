@@ -1,6 +1,7 @@
 """The equations of ALiBi: slopes, distance, bias (Press, Smith, Lewis, ICLR 2022, arXiv 2108.12409)."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,13 +33,19 @@ def alibi_slopes(num_heads: int, *, device: torch.device | str | None = None) ->
     Raises:
         ValueError: num_heads is not a positive integer, or over any model's, or the device is not here.
     """
-    num_heads = validate_integer("num_heads", num_heads, 1, "a positive integer")
-    if num_heads > MOST_HEADS:
-        raise ValueError(f"num_heads={num_heads}: give at most {MOST_HEADS}")
+    num_heads = validate_heads("num_heads", num_heads, "a positive integer")
     validate_device(device)
     power = 2 ** math.floor(math.log2(num_heads))
     slopes = _geometric(power) + _geometric(2 * power)[0::2][: num_heads - power]
     return torch.tensor(slopes, dtype=torch.float32, device=device)
+
+
+def validate_heads(name: str, value: Any, mend: str) -> int:
+    """A number of heads that a model may have."""
+    num_heads = validate_integer(name, value, 1, mend)
+    if num_heads > MOST_HEADS:
+        raise ValueError(f"{name}={num_heads}: give at most {MOST_HEADS}")
+    return num_heads
 
 
 def _geometric(num_heads: int) -> list[float]:

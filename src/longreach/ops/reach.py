@@ -8,7 +8,7 @@ number for each pair of a query block and a key block; nothing is read back to t
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -110,7 +110,12 @@ def reach(
     validate_tolerance(tolerance)
     for name, size in (("block_m", block_m), ("block_n", block_n)):
         validate_integer(name, size, 1)
-    return find_reach(q, k, slopes, visibility, scale=scale, tolerance=tolerance, block_m=block_m, block_n=block_n)
+    sizes = {  # no memory is taken for a block that is longer than all
+        "block_m": min(block_m, max(1, visibility.query_length)),
+        "block_n": min(block_n, max(1, visibility.key_length)),
+    }
+    found = find_reach(q, k, slopes, visibility, scale=scale, tolerance=tolerance, **sizes)
+    return replace(found, block_m=block_m, block_n=block_n)
 
 
 def find_reach(

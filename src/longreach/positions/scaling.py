@@ -79,7 +79,8 @@ class Scaling:
         return self.by_length or self.logn
 
     def stretch(self, length: float) -> float:
-        """L'/L, by which positions stretch at a length L' in tokens: at least 1."""
+        """L'/L, by which positions stretch at a length L' in tokens: at least 1. ValueError for what is no length."""
+        _require_length(length)
         if self.train_length is not None and self.by_length:
             return max(1.0, length / self.train_length)
         return 1.0 if self.factor is None else self.factor
@@ -106,8 +107,7 @@ class Scaling:
         validate_kind("slopes", slopes, Tensor, "a tensor (H,)")
         if not slopes.is_floating_point():
             raise ValueError(f"slopes of {slopes.dtype}: give floating point")
-        if not isinstance(length, Tensor) and not (is_number(length) and 0 <= length < 2**63):
-            raise ValueError(f"length={shown(length)}: give a number of tokens, or a tensor (B,) of them")
+        _require_length(length)
         if self.name == "none":
             return slopes
         stretch: float | Tensor
@@ -138,12 +138,16 @@ class Scaling:
 
         Returns:
             One number, or (B,) float32 for a length per sequence.
+
+        Raises:
+            ValueError: length is no number.
         """
+        _require_length(length)
         if not self.logn or self.train_length is None:
             return 1.0
         if isinstance(length, Tensor):
             return (length.to(torch.float32).log() / math.log(self.train_length)).clamp(min=1.0)
-        return max(1.0, math.log(length) / math.log(self.train_length))
+        return math.log(max(length, self.train_length)) / math.log(self.train_length)
 
     def __str__(self) -> str:
         """As `parse_scaling` reads it."""
@@ -177,6 +181,11 @@ def parse_scaling(text: str, train_length: int | None = None) -> Scaling:
 def require_tokens(name: str, value: Any, least: int) -> None:
     """ValueError where a number of tokens is no integer of at least `least`."""
     validate_integer(name, value, least, f"an integer of at least {least}, in tokens")
+
+
+def _require_length(length: float | Tensor) -> None:
+    if not isinstance(length, Tensor) and not (is_number(length) and 0 <= length < 2**63):
+        raise ValueError(f"length={shown(length)}: give a number of tokens, or a tensor (B,) of them")
 
 
 def _ntk_exponents(slopes: Tensor) -> Tensor:
