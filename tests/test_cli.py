@@ -201,6 +201,21 @@ def test_version_is_the_package_s(capsys):
         (["train", "--output", "a\0b"], ["--output='a\\x00b': give a path"]),
         (["report", "a", "b\0"], ["FOLDERS='b\\x00': give a path"]),
         ([""], ["unknown verb ''"]),
+        (
+            ["compare", "--output", "x", "--methods", "alibi,alibi:scaling=none"],
+            ["--methods=alibi,alibi:scaling=none: g"],
+        ),
+        (
+            ["compare", "--output", "x", "--methods", "rotary,rotary:base=1e4"],
+            ["--methods=rotary,rotary:base=1e4: give"],
+        ),
+        (
+            ["compare", "--output", "x", "--methods", "alibi:scaling=ntk-fixed=4,alibi:scaling=ntk-fixed=4.0"],
+            ["give each once"],
+        ),
+        (["extend", "m", "--scaling", "linear-fixed=4,linear-fixed=4.0"], ["--scaling=linear-fixed=4,linear-fixed=4."]),
+        (["extend", "m", "--scaling", "stock,stock"], ["--scaling=stock,stock: give each once"]),
+        (["evaluate", "m", "./m"], ["MODELS=m,./m: give each once"]),
         (["train", "--output", "x", "--steps", "1_0"], ["--steps='1_0': give an integer"]),
         (["train", "--output", "x", "--learning-rate", "1_0.5"], ["--learning-rate='1_0.5': give a number"]),
         (["train", "--output", "x", "--data", "~nobody-here/x"], ["--data: '~nobody-here/x' does not exist"]),
@@ -269,6 +284,29 @@ HEEDED_BY_NOTHING = [
 @pytest.mark.parametrize(("verb", "words", "line"), HEEDED_BY_NOTHING)
 def test_what_nothing_heeds_is_refused_where_it_is_typed(capsys, verb, words, line):
     assert line in refused(capsys, verb, *words.split())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "--output", "x", "--data"],
+        ["compare", "--output", "x", "--valid-data", "plain", "--data"],
+        ["evaluate", "m", "--data"],
+        ["extend", "m", "--data"],
+        ["doctor", "m", "--text"],
+        ["embed", "m", "--output", "x.npy", "--data"],
+    ],
+)
+def test_plain_text_has_no_fields(capsys, tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "a.txt").write_text("plain text\n")
+    line = refused(capsys, *words, "plain", "--text-field", "body")
+    assert line.endswith(
+        "--text-field=body: it is for JSON lines and tables, and all of this is plain text; leave it out"
+    )
+    (tmp_path / "plain" / "b.txt").write_text('{"body": "text"}\n')
+    assert "all of this is plain" not in refused(capsys, *words, "plain", "--text-field", "body", "--device", "meta")
 
 
 @pytest.mark.parametrize(
@@ -590,7 +628,7 @@ def test_divergence_ends_with_one_line(capsys, small, tmp_path):
         main(["train", "--output", str(tmp_path / "run"), *small, "--learning-rate", "1e30"])
     assert end.value.code == 2
     *stages, line = capsys.readouterr().err.splitlines()
-    assert stages == [stage for stage in stages if stage.startswith(("reading", "tokenizing"))]
+    assert stages == [stage for stage in stages if stage.startswith(("reading", "tokenizing", "training the tok"))]
     assert line.startswith("longreach train: step 2: loss=nan")
     assert "learning_rate" in line
 

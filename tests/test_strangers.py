@@ -391,6 +391,20 @@ def test_what_would_have_no_end_is_refused(capfd, run, option, value):
     assert "give at most" in refused(capfd, "evaluate", run, "--task", "passkey", option, value)
 
 
+def test_tokens_of_a_damaged_cache(capfd, run, small, tmp_path):
+    cache = small[small.index("--cache") + 1]
+    copied = shutil.copytree(cache, tmp_path / "cache")
+    (run / "config.toml").write_text((run / "config.toml").read_text().replace(cache, str(copied)))
+    for path in copied.glob("tokens-*/tokens.bin"):
+        path.write_bytes(b"\xff" * path.stat().st_size)
+    assert "the cache of its tokens is damaged" in refused(capfd, "evaluate", run, "--lengths", "16")
+
+
+@pytest.mark.parametrize("name", ["run", "."])
+def test_doctor_says_what_it_takes(capfd, run, name):
+    assert "it is no model of Hugging Face, which doctor examines" in refused(capfd, "doctor", run.parent / name)
+
+
 def test_a_tiny_temperature_takes_the_likeliest(capfd, run):
     texts = []
     for temperature in ("0", "1e-300", "5e-324"):

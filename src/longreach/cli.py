@@ -207,7 +207,7 @@ def doctor(parse: Parse) -> None:
     from longreach.verbs import doctor, doctor_encoder
     from longreach.verbs.open import is_encoder
 
-    (config,) = parse(doctor.DoctorConfig, positional="model")
+    (config,) = parse(doctor.DoctorConfig, positional="model", idle=doctor.DoctorConfig.idle)
     kind: Any = doctor_encoder if is_encoder(config.model) else doctor
     with TerminalProgress() as progress:
         checkup = kind.examine(config, progress)
@@ -219,7 +219,7 @@ def embed(parse: Parse) -> None:
     from longreach.terminal import TerminalProgress
     from longreach.verbs.embed import EmbedConfig, embed
 
-    to, config = parse(EmbedOutput, EmbedConfig, positional="model")
+    to, config = parse(EmbedOutput, EmbedConfig, positional="model", idle=EmbedConfig.idle)
     with TerminalProgress() as progress:
         count, width = embed(config, to.output, progress)
     print(f"{count:,} vectors of {width:,} numbers in {to.output}")

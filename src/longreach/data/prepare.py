@@ -19,6 +19,7 @@ from longreach.data.corpora import (
     beginning,
     cut_text,
     first_pieces,
+    idle_field,
     in_two,
     open_corpus,
     reread,
@@ -90,6 +91,8 @@ class DataConfig:
         fields: dict[str, str] = {}
         if self.data is None and self.valid_data is None:
             fields |= dict.fromkeys(("text_field", "skip_bad"), "it is for text that is given, by data or valid_data")
+        else:
+            fields |= idle_field(self.text_field, self.data, self.valid_data)
         if self.tokenizer is not None:
             fields["vocab_size"] = f"it is for a tokenizer that is trained, and tokenizer={self.tokenizer} is given"
         if self.valid_data is not None:

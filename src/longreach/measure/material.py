@@ -76,7 +76,7 @@ def text_of(prepared: ValidationData, config: EvaluateConfig, longest: int) -> T
         longest: the longest window in tokens that will be scored.
 
     Raises:
-        ValueError: it is shorter than that, or empty.
+        ValueError: it is shorter than that, or empty; or its tokens are not the tokenizer's.
     """
     available = len(prepared.valid) - 1
     if available < max(longest, 1):
@@ -85,13 +85,19 @@ def text_of(prepared: ValidationData, config: EvaluateConfig, longest: int) -> T
             "lengths, more text, or a larger valid_fraction"
         )
     tokens = prepared.valid.read(0, min(len(prepared.valid), num_read(config, longest)))
+    tokenizer = prepared.tokenizer
+    if (largest := int(tokens.max())) >= tokenizer.vocab_size:
+        raise ValueError(
+            f"the validation text has the token {largest} of vocab_size={tokenizer.vocab_size}: the cache of its "
+            "tokens is damaged, remove that"
+        )
     words = None
     if config.word_level:  # document by document, for decoding drops the eos that keeps their words apart
-        documents = np.split(tokens[1:], np.flatnonzero(tokens[1:] == prepared.tokenizer.eos_id) + 1)
-        words = sum(count_words(prepared.tokenizer.decode(document)) for document in documents)
+        documents = np.split(tokens[1:], np.flatnonzero(tokens[1:] == tokenizer.eos_id) + 1)
+        words = sum(count_words(tokenizer.decode(document)) for document in documents)
     return Text(
         tokens=tokens,
-        num_bytes=prepared.tokenizer.count_bytes(tokens[1:]),
+        num_bytes=tokenizer.count_bytes(tokens[1:]),
         num_words=words,
-        units=units(tokens, prepared.tokenizer.eos_id, max(longest, 1)),
+        units=units(tokens, tokenizer.eos_id, max(longest, 1)),
     )

@@ -27,6 +27,7 @@ __all__ = [
     "ModelSize",
     "PositionMethod",
     "build_method",
+    "canonical",
     "parse_method",
     "rotate",
     "with_scaling",
@@ -86,6 +87,14 @@ def parse_method(spec: str) -> tuple[str, Any]:
         return name, read_words(kind, words, str)
     except ValueError as error:
         raise ValueError(f"method={spec!r}: {error}") from error
+
+
+def canonical(spec: str) -> tuple[str, Any]:
+    """As `parse_method`, and equal for all ways to write one method: alibi and alibi:scaling=none are one."""
+    name, options = parse_method(spec)
+    if hasattr(options, "scaling"):
+        options = dataclasses.replace(options, scaling=str(parse_scaling(options.scaling, train_length=2)))
+    return name, options
 
 
 def with_scaling(spec: str, scaling: str) -> str:

@@ -14,6 +14,7 @@ from longreach.measure.material import read_material, text_of
 from longreach.measure.plan import EvaluateConfig
 from longreach.measure.sweep import failures
 from longreach.models.config import ARCHITECTURES, Architecture
+from longreach.positions import canonical
 from longreach.reading import refuse_repeats, respelled
 from longreach.report.page import write_report
 from longreach.results import Model, Results, Start
@@ -57,7 +58,7 @@ class CompareConfig:
     def __post_init__(self) -> None:
         if not self.methods:
             raise ValueError("methods is empty: give at least one position method")
-        refuse_repeats(self, "methods", "train_lengths", "shapes", "seeds")
+        refuse_repeats(self, "train_lengths", "shapes", "seeds")
         lists = (self.methods, self.lengths, self.shapes or ("",), self.seeds or (0,))
         if (count := math.prod(map(len, lists))) > MOST_MODELS:
             raise ValueError(
@@ -65,6 +66,7 @@ class CompareConfig:
                 f"give at most {MOST_MODELS:,}"
             )
         self.runs()  # refuses what does not fit together
+        refuse_repeats(self, "methods", read=canonical)
 
     def idle(self) -> dict[str, str]:
         """Name of a field that nothing heeds beside the others -> why."""

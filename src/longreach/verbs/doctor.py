@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from longreach.data.corpora import Corpus, open_corpus
+from longreach.data.corpora import Corpus, idle_field, open_corpus
 from longreach.data.prepare import naming
 from longreach.data.tokenizer import Tokenizer
 from longreach.measure.bootstrap import Units, intervals, units
@@ -23,7 +23,7 @@ from longreach.pretrained.extend import extend
 from longreach.pretrained.restore import restore
 from longreach.report.grid import MISSING, Grid, format_multiple, format_percent, format_perplexity, to_rich
 from longreach.train.loop import resolve_device
-from longreach.verbs.open import load_subject
+from longreach.verbs.open import load_subject, names_pretrained
 
 TRIED = ("none", "linear", "ntk")
 """The scalings that are tried at each length, simplest first: of two that the text cannot tell apart, the first is
@@ -82,6 +82,10 @@ class DoctorConfig:
         if not 0 < self.max_memory <= 2**30:
             raise ValueError(f"max_memory={self.max_memory:g}: give a positive number of GiB, at most {2**30}")
 
+    def idle(self) -> dict[str, str]:
+        """Name of a field that nothing heeds beside the others -> why."""
+        return idle_field(self.text_field, self.text)
+
     def corpus(self) -> Corpus:
         """The text, of which one is given."""
         assert self.text is not None
@@ -125,6 +129,10 @@ def examine(config: DoctorConfig, progress: Progress = lambda stage, done, total
     Raises:
         ValueError: there is no such model, it has no ALiBi, or the text is shorter than the longest length.
     """
+    if not names_pretrained(config.model):
+        raise ValueError(
+            f"model={config.model}: it is no model of Hugging Face, which doctor examines; export makes one of a run"
+        )
     subject = load_subject(
         config.model,
         device=resolve_device(config.device),

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from longreach.data.corpora import Corpus, first_pieces, open_corpus
+from longreach.data.corpora import Corpus, first_pieces, idle_field, open_corpus
 from longreach.data.prepare import naming
 from longreach.encoders.encode import texts_of
 from longreach.encoders.load import load_encoder
@@ -71,6 +71,10 @@ class EmbedConfig:
         named_dtype(self.dtype)  # refuses
         if self.scaling is not None:
             parse_scaling(self.scaling, train_length=2).require_slopes()  # any L will do to see that it can be read
+
+    def idle(self) -> dict[str, str]:
+        """Name of a field that nothing heeds beside the others -> why."""
+        return idle_field(self.text_field, self.data)
 
 
 def embed(config: EmbedConfig, output: Path, progress: TerminalProgress) -> tuple[int, int]:

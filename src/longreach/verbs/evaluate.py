@@ -1,6 +1,7 @@
 """Models measured one after another into one file of results: the verbs `evaluate` and `extend`."""
 
 import itertools
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -10,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from longreach.data.corpora import idle_field
 from longreach.data.prepare import DataConfig, ValidationData, prepare_validation
 from longreach.data.tokenizer import Tokenizer, load_tokenizer
 from longreach.folder import begin, begun_with, hold, this_start
@@ -79,7 +81,7 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         if not self.models:
             raise ValueError("models is empty: give the folder of a trained run, or a Hugging Face model")
-        refuse_repeats(self, "models", "scalings")
+        refuse_repeats(self, "models", read=os.path.normpath)
         refuse_below(self, 1, "train_length", "context_parallel")
         if self.context_parallel > 1:
             for name, able in (("tasks", ("perplexity", "positions")), ("protocols", ("nonoverlapping",))):
@@ -94,9 +96,7 @@ class EvaluationConfig:
                     raise ValueError(f"{name}={getattr(self, name)}: it is for data; give that too, or leave it out")
         if (count := len(self.models) * max(1, len(self.scalings))) > MOST_MODELS:
             raise ValueError(f"models: with their scalings they are {count:,}, give at most {MOST_MODELS:,}")
-        for scaling in self.scalings:
-            if scaling != "stock":
-                require_scaling(scaling)
+        refuse_repeats(self, "scalings", read=lambda word: word if word == "stock" else require_scaling(word))
 
     def idle(self) -> dict[str, str]:
         """Name of a field that nothing heeds beside the others -> why."""
@@ -105,6 +105,8 @@ class EvaluationConfig:
             fields |= dict.fromkeys(
                 ("data", "text_field", "skip_bad"), f"tasks={','.join(self.evaluate.tasks)} score no text"
             )
+        else:
+            fields |= idle_field(self.text_field, self.data)
         return fields
 
 
