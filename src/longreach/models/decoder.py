@@ -51,7 +51,6 @@ class Decoder(nn.Module):
         tokens: Tensor,
         *,
         positions: Tensor | None = None,
-        key_padding_mask: Tensor | None = None,
         cache: KVCache | None = None,
         length: int | None = None,
         cu_seqlens: Tensor | None = None,
@@ -62,12 +61,11 @@ class Decoder(nn.Module):
             tokens: (B, T) int64 ids; with a cache, those that follow what it holds.
             positions: (B, T) or (1, T) int64 absolute positions; counted on from the cache, or from 0 in each document,
                 when None.
-            key_padding_mask: (B, Tk) bool, True where a key is padding, over what the cache holds and tokens together.
             cache: keys and values of the tokens before, appended to in place. For inference only.
             length: L', the length that the whole sequence will have, for methods that depend on it; the cache's, or
                 Tk without a cache, when None; with cu_seqlens that of the longest document.
             cu_seqlens: (N + 1,) int32 or int64, [0, ..., T]: borders of N documents that are packed along T, each
-                computed as if it stood alone. For B = 1, without a mask or a cache; positions are consecutive in each.
+                computed as if it stood alone. For B = 1, without a cache; positions are consecutive in each.
 
         Returns:
             (B, T, V).
@@ -76,14 +74,7 @@ class Decoder(nn.Module):
             ValueError: more positions than the method holds; a cache of unknown length for a method that needs it;
                 cu_seqlens for what they are not for; an argument of another shape or kind.
         """
-        hidden = self.hidden(
-            tokens,
-            positions=positions,
-            key_padding_mask=key_padding_mask,
-            cache=cache,
-            length=length,
-            cu_seqlens=cu_seqlens,
-        )
+        hidden = self.hidden(tokens, positions=positions, cache=cache, length=length, cu_seqlens=cu_seqlens)
         logits: Tensor = self.vocabulary.logits(hidden)
         return logits
 
@@ -92,7 +83,6 @@ class Decoder(nn.Module):
         tokens: Tensor,
         *,
         positions: Tensor | None = None,
-        key_padding_mask: Tensor | None = None,
         cache: KVCache | None = None,
         length: int | None = None,
         cu_seqlens: Tensor | None = None,
@@ -105,9 +95,9 @@ class Decoder(nn.Module):
             _check_positions(positions, tokens)
         if cu_seqlens is None:
             placed = self._place(tokens, positions, cache, length)
-        elif len(tokens) != 1 or cache is not None or key_padding_mask is not None:
+        elif len(tokens) != 1 or cache is not None:
             raise ValueError(
-                f"cu_seqlens with B={len(tokens)}, a cache or a mask: give documents packed along T of one sequence"
+                f"cu_seqlens with B={len(tokens)} or a cache: give documents packed along T of one sequence"
             )
         else:
             placed = self._place_packed(tokens, positions, cu_seqlens, length)
@@ -116,7 +106,7 @@ class Decoder(nn.Module):
         if cu_seqlens is not None:
             attend = attend.packed(placed.positions, cu_seqlens)
         for block in self.blocks:
-            x = block(x, attend, key_padding_mask, cache)
+            x = block(x, attend, cache)
         normed: Tensor = self.norm(x)
         return normed
 
@@ -279,11 +269,9 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config)
         self.dropout = nn.Dropout(config.residual_dropout)
 
-    def forward(
-        self, x: Tensor, positions: AttentionPositions, key_padding_mask: Tensor | None, cache: KVCache | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, positions: AttentionPositions, cache: KVCache | None) -> Tensor:
         """(B, T, C) to (B, T, C)."""
-        x = x + self.dropout(self.attention(self.attention_norm(x), positions, key_padding_mask, cache))
+        x = x + self.dropout(self.attention(self.attention_norm(x), positions, cache))
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
 
 
@@ -300,9 +288,7 @@ class SelfAttention(nn.Module):
         self.out = _residual_linear(config, config.d_model)
         self.attend: Attend = attention
 
-    def forward(
-        self, x: Tensor, positions: AttentionPositions, key_padding_mask: Tensor | None, cache: KVCache | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, positions: AttentionPositions, cache: KVCache | None) -> Tensor:
         """(B, T, C) to (B, T, C)."""
         heads = self.qkv(x).unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)  # [B, H + 2 Hkv, T, D]
         q, k, v = heads.split(self.heads, dim=1)
@@ -326,7 +312,6 @@ class SelfAttention(nn.Module):
                 bias=positions.bias,
                 scale=scale,
                 window_size=None if cache is None else cache.max_context,
-                key_padding_mask=key_padding_mask,
                 cu_seqlens=positions.cu_seqlens,
                 key_norms=key_norms,
                 dropout_p=dropout,
