@@ -18,7 +18,8 @@ from longreach.encoders.packing import Arrangement, Dense, Heads, Packed
 from longreach.encoders.source import Source
 from longreach.encoders.texts import Texts, copy_text_files
 from longreach.foreign import refusing
-from longreach.ops.arguments import looked_up, validate_types
+from longreach.models.vocabulary import looked_up
+from longreach.ops.arguments import validate_types
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 """Options of `from_pretrained` that say how the hub is asked."""

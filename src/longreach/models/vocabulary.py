@@ -4,7 +4,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longreach.models.config import ModelConfig
-from longreach.ops.arguments import looked_up
 from longreach.ops.linear import Linear, linear
 
 
@@ -31,3 +30,12 @@ class Vocabulary(nn.Module):
     def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Mean nll in nats per token of targets (N,) given hidden (N, C)."""
         return F.cross_entropy(self.logits(hidden).float(), targets)
+
+
+def looked_up(name: str, table: nn.Module, ids: Tensor) -> Tensor:
+    """Rows of a table of embeddings; ValueError for ids that it does not have, which only the CPU notices."""
+    try:
+        rows: Tensor = table(ids)
+    except IndexError as error:
+        raise ValueError(f"{name} has ids that {table} has not: give those of the model's own tokenizer") from error
+    return rows

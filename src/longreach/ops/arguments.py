@@ -1,4 +1,4 @@
-"""What `longreach.attention` and `longreach.reach` demand of their arguments, said in one line where they are wrong."""
+"""What public functions demand of their arguments, said in one line where they are wrong."""
 
 import math
 import operator
@@ -8,7 +8,7 @@ from numbers import Real
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from longreach.ops.visibility import Visibility
 
@@ -89,15 +89,6 @@ def validate_device(device: Any) -> None:
 def is_number(value: object) -> bool:
     """Whether a value is a real number, as NumPy's are, and neither a truth value nor a tensor."""
     return isinstance(value, _NUMBERS) and not isinstance(value, bool)
-
-
-def looked_up(name: str, table: nn.Module, ids: Tensor) -> Tensor:
-    """Rows of a table of embeddings; ValueError for ids that it does not have, which only the CPU notices."""
-    try:
-        rows: Tensor = table(ids)
-    except IndexError as error:
-        raise ValueError(f"{name} has ids that {table} has not: give those of the model's own tokenizer") from error
-    return rows
 
 
 def validate_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -14,9 +14,10 @@ from __future__ import annotations
 import csv
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import resources
 from itertools import combinations, pairwise
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from longreach.report.curves import Curve, Panel, Scales, draw_panels
@@ -62,12 +63,12 @@ def sections(results: Results) -> Iterator[Section]:
 
 
 @functools.cache
-def paper_cells() -> dict[tuple[int, str, int, int], float | None]:
+def paper_cells() -> Mapping[tuple[int, str, int, int], float | None]:
     """(table, method, train_length, valid_length) -> perplexity, of every reported cell of Tables 2 to 5, in the
     paper's order; None where the paper ran out of memory.
     """
     text = resources.files("longreach.report.subjects").joinpath("paper.csv").read_text(encoding="utf-8")
-    return {
+    cells = {
         (int(row["table"]), method, int(row["train_length"]), int(row["valid_length"])): (
             None if row[method] == "OOM" else float(row[method])
         )
@@ -75,6 +76,7 @@ def paper_cells() -> dict[tuple[int, str, int, int], float | None]:
         for method in METHODS
         if row[method]
     }
+    return MappingProxyType(cells)  # for all who ask are given the same
 
 
 def paper_curve(method: str, train_length: int) -> dict[int, float]:
