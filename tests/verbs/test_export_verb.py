@@ -1,4 +1,5 @@
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -54,6 +55,34 @@ def test_no_perplexities_of_another_run(comparison, tmp_path):
     assert "| alibi |" not in (tmp_path / "beside" / "README.md").read_text(encoding="utf-8")
     export(ExportConfig(moved, tmp_path / "given", results=comparison / "results.json"))
     assert "| alibi |" in (tmp_path / "given" / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_run_of_several_shapes_has_its_own_perplexities(comparison, tmp_path):
+    results = Results.read(comparison / "results.json")
+    shaped = [replace(model, shape=shape) for model in results.models() for shape in ("1x16", "2x16")]
+    (training,) = (entry for entry in results.training if entry.method == "alibi")
+    (record,) = (entry for entry in results.records if (entry.method, entry.valid_length) == ("alibi", 32))
+    small, large = shaped[:2]
+    together = replace(
+        results,
+        training=(replace(training, model=large, parameters=1), replace(training, model=small)),
+        records=(replace(record, model=large, nll=2 * record.nll), replace(record, model=small)),
+        contexts=(),
+        decompositions=(),
+    )
+    run = shutil.copytree(comparison / "alibi", tmp_path / "shapes" / "alibi-1x16")
+    together.write(tmp_path / "shapes" / "results.json")
+    export(ExportConfig(run, tmp_path / "mpt"))
+    card = (tmp_path / "mpt" / "README.md").read_text(encoding="utf-8")
+    assert f"| alibi:1x16 | {record.perplexity:.2f} |" in card
+
+
+def test_results_without_the_run_are_refused(comparison, tmp_path):
+    results = Results.read(comparison / "results.json")
+    others = tuple(entry for entry in results.records if entry.method != "alibi")
+    replace(results, records=others).write(tmp_path / "results.json")
+    with pytest.raises(ValueError, match=r"^results=.*results\.json: it has no perplexities of alibi trained at 16"):
+        export(ExportConfig(comparison / "alibi", tmp_path / "mpt", results=tmp_path / "results.json"))
 
 
 def test_what_mpt_cannot_hold_leaves_nothing(comparison, tmp_path):

@@ -1,6 +1,6 @@
 """A trained run as a model that stock transformers loads: `export`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -40,13 +40,16 @@ def export(config: ExportConfig) -> None:
     """
     run = open_run(config.run, "cpu")
     assert isinstance(run.model, Decoder)  # the model of a run
-    results = _of_comparison(config.run) if config.results is None else _read(config.results)
+    if config.results is None:
+        card_table = _of_comparison(config.run)
+    elif (card_table := _card_table(_read(config.results), run.identity)) is None:
+        raise ValueError(f"results={config.results}: it has no perplexities of {run.identity}; give others, or none")
     export_mpt(
         run.model,
         config.output,
         max_length=16 * run.train_length if config.max_length is None else config.max_length,
         tokenizer=config.run,
-        card_table=None if results is None else _card_table(results, run.identity),
+        card_table=card_table,
     )
 
 
@@ -58,13 +61,16 @@ def _read(path: Path) -> Results:
         raise ValueError(f"results={path}: {error}") from error
 
 
-def _of_comparison(run: Path) -> Results | None:
-    """The results of the comparison that trained a run; None where it was trained alone, whatever lies beside it."""
+def _of_comparison(run: Path) -> str | None:
+    """The perplexities of a run in the comparison that trained it; None where it was trained alone."""
     path = run.resolve().parent / "results.json"
     if not path.exists():
         return None
-    results = Results.read(path)
-    return results if read_training_record(run / "training.json") in results.training else None
+    record, results = read_training_record(run / "training.json"), Results.read(path)
+    alike = (entry.model for entry in results.training if replace(entry, model=record.model) == record)
+    # In a comparison of several shapes it has that of its own, too.
+    model = next((model for model in alike if replace(model, shape=None) == record.model), None)
+    return None if model is None else _card_table(results, model)
 
 
 def _card_table(results: Results, model: Model) -> str | None:
