@@ -258,6 +258,12 @@ class _Fields:
         found = re.search(pattern, prompt, re.IGNORECASE)
         if found is None:
             raise ValueError(f"{self.name}: the answer {answer!r} does not stand in the prompt; mend or drop it")
+        matches = _TASKS[task].matches
+        if not matches(answer, answer) or matches(answer, ""):  # or all models would be wrong, or right
+            raise ValueError(
+                f"{self.name}: the answer {answer!r} is none that {task} can tell from others (lines and passkey have "
+                "numbers in digits alone, retrieval one word, topics some words); mend it or drop the line"
+            )
         return Case(task, prompt, answer, found.start() / len(prompt))
 
 
