@@ -12,6 +12,7 @@ from longreach.measure.bootstrap import units
 from longreach.measure.material import Material
 from longreach.measure.plan import EvaluateConfig
 from longreach.measure.prompts import Case
+from longreach.measure.retrieval import max_new_tokens
 from longreach.measure.score import score
 from longreach.measure.subject import Subject
 from longreach.measure.summaries import MeetingCase
@@ -176,6 +177,17 @@ def test_a_table_of_positions_skips_what_it_does_not_hold():
     assert "too few for windows from 4, 8, 16, 32, 64, 128, 256" in reasons["offsets", learned, 16, None, None]
     assert "a kv prompt of one record has" in reasons["kv", learned, 16, None, None]
     assert reasons["kv", learned, 32, None, None] == "its table holds 16 positions"
+
+
+def test_a_table_of_positions_needs_none_for_the_last_token_of_an_answer():
+    cases = [Case("passkey", "The pass key is 5. It is", "5", 0.5)]
+    config = EvaluateConfig(tasks=("passkey",), cases="cases.jsonl", valid_lengths=(64,), num_depths=1)
+    needed = 64 + max_new_tokens(cases, tokenizer()) - 1
+    material = Material(cases=cases)
+    for short in (0, 1):
+        subject = replace(decoder_subject(), max_length=needed - short)
+        (entry,) = measured(subject, config, material)
+        assert isinstance(entry, Skipped) is bool(short)
 
 
 def test_what_an_error_left_undone_is_listed_with_its_first_line():

@@ -172,10 +172,9 @@ class _Sweep:
     def _ask(self, cell: Cell, cases: Sequence[Case]) -> Sequence[Entry]:
         subject, length = self._subject, cell.valid_length
         new_tokens = max_new_tokens(cases, subject.tokenizer)
-        if subject.max_length is not None and length + new_tokens > subject.max_length:
-            raise Unsupported(
-                f"its table holds {subject.max_length} positions, prompt and answer need {length + new_tokens}"
-            )
+        needed = length + new_tokens - 1  # the last token is not read
+        if subject.max_length is not None and needed > subject.max_length:
+            raise Unsupported(f"its table holds {subject.max_length} positions, prompt and answer need {needed}")
         stage = f"asking {subject.name} {cell.task} at {length}"
         return measure_retrieval(
             lambda prompt: stream_tokens(subject, prompt, new_tokens),
