@@ -318,7 +318,11 @@ MISTAKES = {
         {"dtype": torch.float64},
         "dtype=torch.float64 on rank 1 of the group and torch.float32 on rank 0: give one",
     ),
-    "device": ({"device": "meta"}, "device=meta on rank 1 of the group and cpu on rank 0: give one"),
+    "device": (
+        {"device": "meta"},
+        "q is on meta, from where no backend of the group sends (cpu:gloo,cuda:gloo): move q, k and v, or give a group "
+        "with one that does, such as cuda:nccl (rank 1 of the group)",
+    ),
     "device of one": (
         {"k_device": "meta"},
         "k is torch.float32 on meta, q is torch.float32 on cpu: give them alike (rank 1",
@@ -326,7 +330,13 @@ MISTAKES = {
     "tokens": ({"k": (1, 2, 9, 4)}, "q has 8 tokens, k has 9: a piece has as many of both (rank 1 of the group)"),
     "no tensor": ({"q": None}, "q of NoneType: give a tensor (rank 1 of the group)"),
     "length": ({"cu_seqlens": (0, 25)}, "cu_seqlens=[0, 25] on rank 1 of the group and [0, 24] on rank 0: give one"),
+    "borders": (
+        {"cu_seqlens": (0.0, 24.0)},
+        "cu_seqlens of shape (2,) and torch.float32: give (N + 1,) int32 or int64 (rank 1 of the group)",
+    ),
     "mask": ({"padding": (1, 8)}, "key_padding_mask=given on rank 1 of the group and None on rank 0: give one"),
+    "scale": ({"scale": 0.25}, "scale=0.25 on rank 1 of the group and None on rank 0: give one"),
+    "tolerance": ({"tolerance": 0.0}, "tolerance=0.0 on rank 1 of the group and None on rank 0: give one"),
     "gradient": ({"learns": True}, "requires_grad=True on rank 1 of the group and False on rank 0: give one"),
     "window": ({"window_size": 0}, "window_size=0: give an integer of at least 1, or None for no window (rank 1"),
 }
@@ -443,3 +453,15 @@ def test_a_rank_that_does_not_come_ends_the_others_in_time(tmp_path, monkeypatch
     assert last.startswith(
         "RuntimeError: context parallelism could not agree on what is computed: another rank ended, or"
     )
+
+
+def test_a_rank_that_calls_twice_ends_all_in_time(tmp_path):
+    def work(rank):
+        for _ in range(2 if rank == 1 else 1):
+            out = call(**FINE | {"learns": True})
+        out.sum().backward()
+
+    assert statuses(fork(work, tmp_path, 3, timeout=1.0)) == [1, 1, 1]
+    for rank, what in enumerate(["exchange gradients of keys and values", "gather what the bound needs"]):
+        last = (tmp_path / f"error{rank}").read_text().splitlines()[-1]
+        assert last.startswith(f"RuntimeError: context parallelism could not {what}: another rank ended, or is later")

@@ -3,6 +3,7 @@
 import math
 import operator
 import os
+from collections.abc import Sequence
 from itertools import pairwise
 from numbers import Real
 from typing import Any
@@ -161,22 +162,22 @@ def validated_visibility(
     if cu_seqlens is not None:
         if query_length != key_length:
             raise ValueError(f"cu_seqlens with Tq={query_length} and Tk={key_length}: packed documents need Tq = Tk")
-        validate_documents(cu_seqlens, q, key_length)
+        validate_documents(cu_seqlens, q)
+        if _can_be_read(cu_seqlens):
+            validate_borders(cu_seqlens.tolist(), key_length)
     if window_size is not None:
         window_size = validate_integer("window_size", window_size, 1, "an integer of at least 1, or None for no window")
     return Visibility(query_length, key_length, causal, window_size, key_padding_mask, cu_seqlens)
 
 
-def validate_documents(cu_seqlens: Tensor, q: Tensor, length: int) -> None:
-    """Borders (N + 1,) of documents over so many tokens, whose values only the CPU reads."""
+def validate_documents(cu_seqlens: Tensor, q: Tensor) -> None:
+    """Borders (N + 1,) of documents, as a tensor."""
     validate_types(cu_seqlens=cu_seqlens)
     if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"cu_seqlens of shape {tuple(cu_seqlens.shape)} and {cu_seqlens.dtype}: give (N + 1,) int32 or int64"
         )
     _validate_device("cu_seqlens", cu_seqlens, q)
-    if _can_be_read(cu_seqlens):
-        _validate_borders(cu_seqlens.tolist(), length)
 
 
 def validate_scale(scale: float | None) -> None:
@@ -214,7 +215,8 @@ def validate_values(name: str, x: Tensor, least: float = -math.inf) -> None:
                 raise ValueError(f"{name} holds {value:g}: {mend}")
 
 
-def _validate_borders(borders: list[int], length: int) -> None:
+def validate_borders(borders: Sequence[int], length: int) -> None:
+    """Values of borders: ascending, from 0 to length."""
     if borders[0] != 0:
         raise ValueError(f"cu_seqlens begins with {borders[0]}: give [0, ..., T], the border before the first token")
     if borders[-1] != length:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longreach.ops.arguments import (
+    validate_borders,
     validate_choice,
     validate_documents,
     validate_flags,
@@ -24,7 +25,7 @@ from longreach.ops.attention import IMPLEMENTATIONS, attention, autocast
 from longreach.ops.reach import default_tolerance
 from longreach.parallel.agreement import agree
 from longreach.parallel.exchange import Route, exchange
-from longreach.parallel.line import Line
+from longreach.parallel.line import Line, validate_carried
 from longreach.parallel.needed import Common, Looking, first_keys, opening
 
 Slopes = Tensor | tuple[Tensor, Tensor] | None
@@ -87,7 +88,7 @@ def context_parallel_attention(
     softmax(scale q_i . k_j - m_h |i - j|) v over all keys of the sequence, for the queries of this rank. Pieces follow
     each other in the order of the ranks, T = T_0 + T_1 + ..., and need not be of one length. Keys and values travel as
     far as each head's reach demands, their gradients come back (docs/reach.md, "Over many ranks"). All ranks call it,
-    and all or none call the backward pass. Two runs agree to the last bit.
+    and all or none call the backward pass, those of several calls in the same order. Two runs agree to the last bit.
 
     Args:
         q: (B, H, T_r, D) of this rank's piece: float64, float32, bfloat16 or float16.
@@ -118,6 +119,7 @@ def context_parallel_attention(
     def said() -> dict[str, str]:
         validate_types(q=q, k=k, v=v)
         validate_tensors(q, k, v)
+        validate_carried(q, group)
         if q.shape[2] != k.shape[2]:
             raise ValueError(f"q has {q.shape[2]} tokens, k has {k.shape[2]}: a piece has as many of both")
         validate_choice("impl", impl, ("auto", *IMPLEMENTATIONS))
@@ -127,7 +129,7 @@ def context_parallel_attention(
         validated_visibility(q, k, causal, window_size, key_padding_mask, None)
         validate_flags(return_lse=return_lse)
         if cu_seqlens is not None:
-            validate_types(cu_seqlens=cu_seqlens)
+            validate_documents(cu_seqlens, q)
         learns = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
         return {
             "B": str(q.shape[0]),
@@ -155,10 +157,11 @@ def context_parallel_attention(
     line, openings = agree(group, lambda: q.shape[2], said, told)
     borders: tuple[int, ...] = (0, line.borders[-1])
     if cu_seqlens is not None:
-        validate_documents(cu_seqlens, q, line.borders[-1])
         borders = tuple(cu_seqlens.tolist())
+        validate_borders(borders, line.borders[-1])
     q, k, v = autocast(q, k, v)
-    piece = _Piece(q, k, v, line, borders, key_padding_mask, Common.of(openings, q, k))
+    padding = None if key_padding_mask is None else _whole(key_padding_mask, line)
+    piece = _Piece(q, k, v, line, borders, padding, Common.of(openings, q, k))
     tolerance = default_tolerance(q.dtype) if tolerance is None else tolerance
     causal = causal or window_size == 1
     bounds = _Bounds(
@@ -203,7 +206,7 @@ class _Piece:
     borders: tuple[int, ...]
     """Of documents, over the whole sequence."""
     padding: Tensor | None
-    """(B, T) bool, True where a key is padding."""
+    """(B, T) bool, True where a key is padding, over the whole sequence."""
     common: Common
     """Of all pieces."""
 
@@ -221,7 +224,11 @@ class _Piece:
     def looking(self, causal: bool, window_size: int | None) -> Looking:
         """What these may see."""
         lowest = self._document[0] if window_size is None else max(self._document[0], self.line.start - window_size + 1)
-        return Looking(self.line, self.rows, lowest, causal, window_size, self.padding)
+        return Looking(self.line, self.rows, lowest, causal, window_size, self.hidden(self.line.start, self.line.stop))
+
+    def hidden(self, first: int, past: int) -> Tensor | None:
+        """Which keys are padding, from one position to another."""
+        return None if self.padding is None else self.padding[:, first:past]
 
     def turn(self) -> "_Piece":
         """The same from the other end."""
@@ -243,7 +250,7 @@ class _Piece:
             slopes=slopes,
             causal=causal,
             window_size=bounds.window_size,
-            key_padding_mask=None if self.padding is None else self.padding[:, rows],
+            key_padding_mask=self.hidden(self.line.start + first, self.line.start + past),
             cu_seqlens=documents,
         )
 
@@ -282,7 +289,6 @@ def _look_back(
     line, rows = piece.line, looking.rows
     firsts = first_keys(piece.q, piece.k, slopes, looking, piece.common, scale=bounds.scale, tolerance=bounds.beyond)
     route = Route(line, firsts)
-    padding = None if piece.padding is None else _whole(piece.padding, line)
     q, gathered = exchange(piece.q, piece.k, piece.v, route, rows)
     window, group, last = bounds.window_size, q.shape[1] // piece.k.shape[1], line.start + rows
     if strictly and rows:
@@ -300,7 +306,7 @@ def _look_back(
                 slopes=_of_heads(slopes, heads),
                 causal=causal,
                 window_size=window,
-                key_padding_mask=None if padding is None else padding[:, first:last],
+                key_padding_mask=piece.hidden(first, last),
             )
         )
     out, lse = torch.cat([part[0] for part in parts], dim=1), None
@@ -358,6 +364,4 @@ def _word(value: object) -> str:
     """What two ranks give alike, in words."""
     if isinstance(value, tuple):
         return ", ".join(map(_word, value))
-    if not isinstance(value, Tensor):
-        return str(value)
-    return "without values" if value.is_meta else str(value.detach().tolist())
+    return str(value.tolist() if isinstance(value, Tensor) else value)

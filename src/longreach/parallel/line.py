@@ -78,7 +78,25 @@ class Line:
 
 def device_of_numbers(group: dist.ProcessGroup | None) -> torch.device:
     """Where tensors of a few numbers travel from: the CPU, unless the group has GPUs alone."""
-    return torch.device("cpu" if "cpu:" in dist.get_backend_config(group) else "cuda")
+    devices = _backends(group)
+    return torch.device("cpu" if "cpu" in devices else next(iter(devices)))
+
+
+def validate_carried(q: Tensor, group: dist.ProcessGroup | None) -> None:
+    """ValueError where a group has no backend that sends tensors from one rank to another where q is."""
+    device, backends = q.device.type, _backends(group)
+    if device not in backends or (device != "cpu" and backends[device] == "gloo"):
+        held = ",".join(f"{place}:{backend}" for place, backend in backends.items())
+        raise ValueError(
+            f"q is on {device}, from where no backend of the group sends ({held}): move q, k and v, or give a group "
+            "with one that does, such as cuda:nccl"
+        )
+
+
+def _backends(group: dist.ProcessGroup | None) -> dict[str, str]:
+    """Kind of device -> what carries tensors on it."""
+    parts = (part.partition(":") for part in dist.get_backend_config(group).split(","))
+    return {device: backend for device, _, backend in parts}
 
 
 @contextmanager
