@@ -191,7 +191,8 @@ class Decoder(nn.Module):
         self, tokens: Tensor, positions: Tensor | None, cu_seqlens: Tensor, length: int | None
     ) -> "_Placed":
         """Where the tokens of packed documents stand."""
-        validate_documents(cu_seqlens, tokens, tokens.shape[1])
+        # With positions, tokens may be a piece of what the borders are of, which several ranks share.
+        validate_documents(cu_seqlens, tokens, tokens.shape[1] if positions is None else None)
         lengths = cu_seqlens.diff()
         longest = int(lengths.max())
         self._check_length(longest, positions, None, length)

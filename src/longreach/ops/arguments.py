@@ -162,22 +162,22 @@ def validated_visibility(
     if cu_seqlens is not None:
         if query_length != key_length:
             raise ValueError(f"cu_seqlens with Tq={query_length} and Tk={key_length}: packed documents need Tq = Tk")
-        validate_documents(cu_seqlens, q)
-        if _can_be_read(cu_seqlens):
-            validate_borders(cu_seqlens.tolist(), key_length)
+        validate_documents(cu_seqlens, q, key_length)
     if window_size is not None:
         window_size = validate_integer("window_size", window_size, 1, "an integer of at least 1, or None for no window")
     return Visibility(query_length, key_length, causal, window_size, key_padding_mask, cu_seqlens)
 
 
-def validate_documents(cu_seqlens: Tensor, q: Tensor) -> None:
-    """Borders (N + 1,) of documents, as a tensor."""
+def validate_documents(cu_seqlens: Tensor, q: Tensor, length: int | None = None) -> None:
+    """Borders (N + 1,) of documents, over so many tokens where that is known; values only the CPU reads."""
     validate_types(cu_seqlens=cu_seqlens)
     if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"cu_seqlens of shape {tuple(cu_seqlens.shape)} and {cu_seqlens.dtype}: give (N + 1,) int32 or int64"
         )
     _validate_device("cu_seqlens", cu_seqlens, q)
+    if length is not None and _can_be_read(cu_seqlens):
+        validate_borders(cu_seqlens.tolist(), length)
 
 
 def validate_scale(scale: float | None) -> None:
