@@ -86,7 +86,7 @@ CASES = [
     *(((longreach.Scaling, {"name": "linear"}), "train_length", bad) for bad in (*NOT_COUNTS, 0)),
     *(((longreach.Scaling, {"name": "ntk-fixed"}), "factor", bad) for bad in (*NOT_NUMBERS, True, 1.0, -2)),
     *(((longreach.Scaling, {"name": "none"}), "logn", bad) for bad in NOT_FLAGS),
-    *(((longreach.Scaling("linear", 8), {"length": 9}), "slopes", bad) for bad in NOT_TENSORS),
+    *(((longreach.Scaling("ntk", 8), {"length": 9}), "slopes", bad) for bad in (*NOT_TENSORS, SLOPES[:0], SLOPES[0])),
     *(((longreach.Scaling("linear", 8), {"slopes": SLOPES}), "length", bad) for bad in NOT_LENGTHS),
     *(((check, {}), "fn", bad) for check in CHECKS for bad in NOT_FUNCTIONS),
     *(((check_alibi, {}), "attention", bad) for bad in NOT_FUNCTIONS),
@@ -97,6 +97,7 @@ CASES = [
     *((kit, "length", bad) for bad in (*NOT_COUNTS, 0, 10**9)),
     *(((golden_slopes, {}), "num_heads", bad) for bad in (*NOT_COUNTS, 0, 10**9)),
     *((golden, name, bad) for name in ("query_length", "key_length") for bad in NOT_COUNTS),
+    (golden, "query_length", 2**40),
     *((golden, "key_padding_mask", bad) for bad in (*NOT_TENSORS, torch.ones(1, 4), torch.ones(1, 3) > 0)),
     *((golden, "dialect", bad) for bad in ("mpt", 3, True)),
     *(((longreach.Scaling("linear", 8).stretch, {}), "length", bad) for bad in NOT_LENGTHS),
@@ -171,6 +172,7 @@ FORWARD = {
     "cu_seqlens": (*NOT_TENSORS, [0, 2], torch.tensor([], dtype=torch.int32), TWO, TWO[0], torch.tensor([0, 2, 1, 2])),
     "key_padding_mask": (*NOT_TENSORS, TWO, TWO[:, :1] > 0),
     "length": [bad for bad in (*NOT_COUNTS, 0) if bad is not None],
+    "cache": ("x", 3, [], {}, TWO),
 }
 
 
@@ -180,6 +182,7 @@ def test_of_decoders():
         for bad in bads:
             message = refusal(decoder, **{"tokens": TWO, name: bad})
             assert message.startswith(name), (name, bad, message)
+    assert refusal(decoder.loss, tokens=TWO, targets=TWO + 40).startswith("targets has ids outside of 40")
     for name in ("chunk_size", "last"):
         for bad in (*NOT_COUNTS, 0):
             if name == "chunk_size" or bad is not None:

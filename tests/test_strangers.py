@@ -189,6 +189,24 @@ def test_what_a_model_of_hugging_face_has_by_itself(capfd, model, corpus, tmp_pa
 
 
 @pytest.mark.parametrize(
+    "change",
+    [
+        setting("n_heads", "5"),
+        setting("layer_norm_epsilon", "null"),
+        setting("layer_norm_epsilon", "NaN"),
+        setting("attn_config", '{"softmax_scale": "x"}'),
+        setting("expansion_ratio", '"x"'),
+    ],
+)
+def test_a_model_that_does_not_run_is_not_trained(capfd, model, corpus, tmp_path, change):
+    change(model / "config.json")
+    words = ["train", "--from", model, "--output", tmp_path / "new", "--data", corpus, "--steps", "1"]
+    line = refused(capfd, *words, "--train-length", "16", "--warmup-steps", "0", "--device", "cpu")
+    assert str(model) in line
+    assert "config" in line or "files" in line
+
+
+@pytest.mark.parametrize(
     "index",
     [
         {"weight_map": {"transformer.wte.weight": "../other.safetensors"}},

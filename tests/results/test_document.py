@@ -37,6 +37,7 @@ from longreach.results import (
     SummaryRecord,
     TrainingRecord,
     merge,
+    over_seeds,
     read_training,
     write_training,
 )
@@ -385,6 +386,7 @@ def test_what_is_no_entry_is_not_dropped_in_silence(entry):
         (lambda: merge([RESULTS]), "comparisons of list: give "),
         (lambda: merge({"a": None}), r"comparisons\['a'\] of NoneType: give "),
         (lambda: merge({}), "comparisons is empty: give "),
+        (lambda: over_seeds(None), "values of NoneType: give a list"),
     ],
 )
 def test_what_is_no_results_is_named(function, said):

@@ -1,6 +1,7 @@
 from dataclasses import replace
 
 import pytest
+from refusals import refused
 from sample_records import PROVENANCE, RESULTS, record
 
 from longreach.results import Results
@@ -57,3 +58,10 @@ def test_folders_that_do_not_compare_are_named(tmp_path):
 def test_bad_arguments(folders, message):
     with pytest.raises(ValueError, match=message):
         ReportConfig(folders)
+
+
+def test_a_folder_in_the_place_of_the_page_is_named(capfd, tmp_path):
+    RESULTS.write(tmp_path / "results.json")
+    (tmp_path / "report.html").mkdir()
+    assert refused(capfd, "report", tmp_path) == f"longreach report: {tmp_path}/report.html: Is a directory; mend that"
+    assert not list(tmp_path.glob(".*"))

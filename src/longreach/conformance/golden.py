@@ -9,12 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from longreach.ops.alibi import validate_heads
+from longreach.ops.alibi import validate_heads, validate_lengths
 from longreach.ops.arguments import (
     shown,
     validate_choice,
     validate_flags,
-    validate_integer,
     validate_kind,
     validate_tensors,
     validate_types,
@@ -134,8 +133,7 @@ def golden_bias(
         (B, H, Tq, Tk) float64; B is 1 without a mask.
     """
     golden_slopes(num_heads)  # refuses what is no number of heads
-    query_length = validate_integer("query_length", query_length, 0)
-    key_length = validate_integer("key_length", key_length, 0)
+    query_length, key_length = validate_lengths(query_length, key_length)
     _validate_padding(key_padding_mask, key_length)
     return reading_of(dialect).bias(num_heads, query_length, key_length, key_padding_mask)
 

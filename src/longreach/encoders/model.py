@@ -19,7 +19,7 @@ from longreach.encoders.source import Source
 from longreach.encoders.texts import Texts, copy_text_files
 from longreach.foreign import refusing
 from longreach.models.vocabulary import looked_up
-from longreach.ops.arguments import validate_types
+from longreach.ops.arguments import validate_path, validate_types
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 """Options of `from_pretrained` that say how the hub is asked."""
@@ -138,6 +138,7 @@ class PublishedModel(PreTrainedModel):
             save_directory: the folder.
             options: those of transformers' own `save_pretrained`, such as max_shard_size.
         """
+        validate_path("save_directory", save_directory)
         super().save_pretrained(save_directory, **options)
         encoder: Any = self.base_model
         for source in (encoder.tokenizer_source, encoder.source):

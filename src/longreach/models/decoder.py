@@ -93,6 +93,8 @@ class Decoder(nn.Module):
             raise ValueError(f"tokens of shape {tuple(tokens.shape)} and {tokens.dtype}: give (B, T) int64")
         if positions is not None:
             _check_positions(positions, tokens)
+        if cache is not None:
+            validate_kind("cache", cache, KVCache, "what new_cache makes")
         if cu_seqlens is None:
             placed = self._place(tokens, positions, cache, length)
         elif len(tokens) != 1 or cache is not None:

@@ -29,7 +29,11 @@ class Vocabulary(nn.Module):
 
     def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Mean nll in nats per token of targets (N,) given hidden (N, C)."""
-        return F.cross_entropy(self.logits(hidden).float(), targets)
+        logits = self.logits(hidden).float()
+        try:
+            return F.cross_entropy(logits, targets)
+        except IndexError as error:  # which only the CPU notices
+            raise ValueError(f"targets has ids outside of {logits.shape[-1]}: give those of its tokenizer") from error
 
 
 def looked_up(name: str, table: nn.Module, ids: Tensor) -> Tensor:

@@ -60,7 +60,13 @@ def alibi_distance(
     Query number r stands at position i = r + Tk - Tq, so that a cached decoding step (Tq = 1) looks back over
     all Tk keys. Positive for keys in the past, negative for keys in the future. ValueError where no memory holds it.
     """
-    key_length = query_length if key_length is None else key_length
+    query_length, key_length = validate_lengths(query_length, query_length if key_length is None else key_length)
+    query_positions = torch.arange(query_length, device=device) + (key_length - query_length)
+    return query_positions[:, None] - torch.arange(key_length, device=device)
+
+
+def validate_lengths(query_length: int, key_length: int) -> tuple[int, int]:
+    """Numbers of queries and of keys with room for a number for each pair of them."""
     query_length = validate_integer("query_length", query_length, 0)
     key_length = validate_integer("key_length", key_length, 0)
     if not torch.compiler.is_compiling() and query_length * key_length > MOST_DISTANCES:  # no bound on traced lengths
@@ -68,8 +74,7 @@ def alibi_distance(
             f"query_length={query_length} and key_length={key_length} make a table larger than any memory: give "
             "smaller ones; attention(..., slopes=...) needs no table"
         )
-    query_positions = torch.arange(query_length, device=device) + (key_length - query_length)
-    return query_positions[:, None] - torch.arange(key_length, device=device)
+    return query_length, key_length
 
 
 def alibi_bias(slopes: Tensor, query_length: int, key_length: int | None = None) -> Tensor:

@@ -105,8 +105,8 @@ class Scaling:
         """
         self.require_slopes()
         validate_kind("slopes", slopes, Tensor, "a tensor (H,)")
-        if not slopes.is_floating_point():
-            raise ValueError(f"slopes of {slopes.dtype}: give floating point")
+        if not slopes.is_floating_point() or slopes.dim() != 1 or not len(slopes):
+            raise ValueError(f"slopes of shape {tuple(slopes.shape)} and {slopes.dtype}: give (H,) floating point")
         _require_length(length)
         if self.name == "none":
             return slopes

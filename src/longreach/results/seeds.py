@@ -13,6 +13,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from longreach.results.checks import require_kind
 from longreach.results.records import Scored, exponentiated
 
 CONFIDENCE = 0.95
@@ -43,7 +44,13 @@ class OverSeeds:
 
 
 def over_seeds(values: Sequence[float]) -> OverSeeds:
-    """The mean of a figure's values, one for each seed, and its interval. ValueError where there are none."""
+    """The mean of a figure's values, one for each seed, and its interval.
+
+    Raises:
+        ValueError: there are none.
+        TypeError: they are no list.
+    """
+    require_kind("values", values, Sequence, "a list of numbers")
     n = len(values)
     if not n:
         raise ValueError("values is empty: give a figure for at least one seed")

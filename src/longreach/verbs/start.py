@@ -17,6 +17,7 @@ from longreach.data.sequences import IGNORED
 from longreach.data.tokenizer import Tokenizer, load_tokenizer
 from longreach.files import digest
 from longreach.folder import begun_with
+from longreach.foreign import refusing
 from longreach.measure.generation import sampler, stream_tokens
 from longreach.measure.subject import LanguageModel, Subject
 from longreach.measure.transformers import HuggingFaceModel
@@ -33,6 +34,7 @@ from longreach.pretrained.extend import extend
 from longreach.pretrained.families import CONVERTIBLE, FAMILIES
 from longreach.pretrained.lengths import SCALING, TRAIN_LENGTH, declared_length, read_alibi_scaling
 from longreach.pretrained.load import holds_pretrained, load_causal_model, load_configuration
+from longreach.pretrained.quiet import quiet_transformers
 from longreach.pretrained.save import save_pretrained
 from longreach.reading import read_file
 from longreach.results import Model
@@ -248,7 +250,13 @@ def _pretrained_trainee(config: RunConfig, tokenizer: Tokenizer, device: torch.d
         raise ValueError(f"start_from={config.start_from!r} has fewer tokens than its tokenizer: give the model's own")
     scaling = parse_scaling(parse_method(config.method)[1].scaling)
     (convert if model.config.model_type in CONVERTIBLE else extend)(model, scaling=scaling)
-    model.to(device).train()
+    model.to(device)
+    with (
+        quiet_transformers(),
+        refusing(f"start_from={config.start_from!r} is loaded and does not run", "mend its configuration"),
+    ):
+        HuggingFaceModel(model, heeds_positions=False)  # tries it out
+    model.train()
     length = config.train.train_length
     at_once = config.train.packed_length or length
     text = model.config.get_text_config()
