@@ -46,6 +46,31 @@ def test_what_fails_leaves_the_old_file_and_nothing_else(tmp_path, error):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def full(path):
+    with open("/dev/full", "wb", buffering=0) as disk:
+        disk.write(b"x")
+
+
+@pytest.mark.parametrize(
+    ("path", "write", "reason"),
+    [
+        ("a", full, "No space left on device"),
+        ("no folder/a", full, "No such file or directory"),
+        ("folder", lambda path: None, "Is a directory"),
+        ("a", lambda path: path.unlink(), "No such file or directory"),
+        ("a", lambda path: (path.parent / "other").read_bytes(), None),
+        ("a", lambda path: os.fsync(10**6), "Bad file descriptor"),
+    ],
+)
+def test_what_fails_is_blamed_on_the_file_and_not_on_the_temporary_one(tmp_path, path, write, reason):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError) as failed, replacing(tmp_path / path) as temporary:  # noqa: PT011
+        write(temporary)
+    assert failed.value.filename == str(tmp_path / (path if reason else "other"))
+    assert failed.value.strerror == (reason or "No such file or directory")
+    assert failed.value.filename2 is None
+
+
 @pytest.mark.parametrize("there_before", [False, True])
 def test_the_usual_permissions_whoever_wrote_it(tmp_path, there_before):
     (tmp_path / "plain").write_bytes(b"")

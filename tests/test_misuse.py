@@ -170,7 +170,6 @@ TWO = torch.tensor([[1, 2]])
 FORWARD = {
     "positions": (*NOT_TENSORS, TWO.float(), TWO[:, :1], TWO[0], TWO - 5, torch.zeros(2, 2).long()),
     "cu_seqlens": (*NOT_TENSORS, [0, 2], torch.tensor([], dtype=torch.int32), TWO, TWO[0], torch.tensor([0, 2, 1, 2])),
-    "key_padding_mask": (*NOT_TENSORS, TWO, TWO[:, :1] > 0),
     "length": [bad for bad in (*NOT_COUNTS, 0) if bad is not None],
     "cache": ("x", 3, [], {}, TWO),
 }

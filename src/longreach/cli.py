@@ -357,8 +357,8 @@ def _flush() -> None:
 
 def _reason(error: OSError) -> str:
     """What an operation of the system failed at, in one line."""
-    if name := error.filename2 or error.filename:  # of what is put in place of another, that
-        return f"{name}: {error.strerror}; mend that"
+    if error.filename:
+        return f"{error.filename}: {error.strerror}; mend that"
     if error.errno and error.strerror == os.strerror(error.errno):  # of a file that is open, the output mostly
         return f"what is written to has failed ({error.strerror}); mend that"
     return error.strerror or str(error)

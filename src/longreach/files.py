@@ -50,18 +50,31 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(temporary, "xb") as file:
-            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-        yield temporary
-        if stat.S_IMODE(temporary.stat().st_mode) != mode:
-            temporary.chmod(mode)
-        sync(temporary)
-        os.replace(temporary, path)
+        with blaming(path, temporary):
+            with open(temporary, "xb") as file:
+                mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+            yield temporary
+            if stat.S_IMODE(temporary.stat().st_mode) != mode:
+                temporary.chmod(mode)
+            sync(temporary)
+            os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
     sync(path.parent)
+
+
+@contextlib.contextmanager
+def blaming(path: Path, *temporary: Path) -> Iterator[None]:
+    """Have what the system refuses name its file: what is open has no name there, and other names are temporary."""
+    try:
+        yield
+    except OSError as error:
+        unnamed = error.errno is not None and error.strerror == os.strerror(error.errno)
+        if unnamed and (error.filename is None or Path(error.filename) in temporary):
+            error.filename, error.filename2 = str(path), None
+        raise
 
 
 def sync(path: Path) -> None:

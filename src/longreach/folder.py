@@ -26,7 +26,7 @@ import tomli_w
 import torch
 
 import longreach
-from longreach.files import digest_of, is_leftover, lock, write_atomically
+from longreach.files import blaming, digest_of, is_leftover, lock, write_atomically
 from longreach.reading import plain_values, read_file
 from longreach.results import Start
 
@@ -150,9 +150,10 @@ def this_start(config: Any, device: torch.device) -> Start:
 def _locked(folder: Path) -> Iterator[None]:
     """Make a folder, if need be, and hold its lock file, which says by whom."""
     with _lock_file(folder) as file:
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
-        file.flush()
+        with blaming(folder / LOCK):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+            file.flush()
         try:
             yield
         finally:

@@ -192,3 +192,10 @@ def test_names_of_data_sets(source):
 def test_what_is_no_source(source, told):
     with pytest.raises(ValueError, match=told):
         open_corpus(source)
+
+
+def test_a_file_that_breaks_off_while_it_is_read_is_named(tmp_path):
+    (tmp_path / "a.txt").symlink_to("/proc/self/mem")  # whose first byte no process has
+    with pytest.raises(OSError, match="error") as failed:
+        texts(tmp_path / "a.txt")
+    assert failed.value.filename == str(tmp_path / "a.txt")

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 import zstandard
 
 from longreach.data.content import BadText, compression_of
+from longreach.files import blaming
 
 LONGEST_LINE = 1 << 28
 """The most bytes of a line, which is in memory as a whole."""
@@ -53,7 +54,7 @@ def unpacked_blocks(path: Path) -> Iterator[bytes]:
         BadText: it is no whole file of its compression, or unpacks to `LARGEST_RATIO` times its size.
         OSError: it cannot be read.
     """
-    with open(path, "rb") as packed:
+    with blaming(path), open(path, "rb") as packed:
         compression = compression_of(packed.read(8))
         packed.seek(0)
         if compression is None:

@@ -14,7 +14,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from longreach.files import sync
+from longreach.files import blaming, sync
 from longreach.models.config import ModelConfig
 from longreach.models.decoder import Decoder
 from longreach.ops.arguments import validate_kind, validate_path
@@ -69,10 +69,12 @@ def export_mpt(
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     if unfinished.exists():  # of an export that was killed
         shutil.rmtree(unfinished)
-    unfinished.mkdir(parents=True)
+    with blaming(folder, unfinished):
+        unfinished.mkdir(parents=True)
     try:
         for name, text in texts.items():
-            (unfinished / name).write_text(text, encoding="utf-8")
+            with blaming(folder / name, unfinished / name):
+                (unfinished / name).write_text(text, encoding="utf-8")
         try:
             safetensors.torch.save_file(_weights(model), unfinished / "model.safetensors", metadata={"format": "pt"})
         except safetensors.SafetensorError as error:

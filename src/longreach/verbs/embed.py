@@ -17,7 +17,7 @@ from longreach.data.prepare import naming
 from longreach.encoders.encode import texts_of
 from longreach.encoders.load import load_encoder
 from longreach.encoders.texts import Texts
-from longreach.files import digest, digest_of, replacing, sync
+from longreach.files import blaming, digest, digest_of, replacing, sync
 from longreach.folder import begin, hold
 from longreach.positions.scaling import Scaling, parse_scaling
 from longreach.reading import refuse_below
@@ -176,9 +176,10 @@ def _append(
         while chunk := list(islice(left, CHUNK)):
             progress("embedding", done, count)
             vectors = model.encode(chunk, max_length=length, batch_size=config.batch_size)
-            file.write(vectors.numpy().astype("<f4").tobytes())
-            file.flush()
-            sync(path)
+            with blaming(path):
+                file.write(vectors.numpy().astype("<f4").tobytes())
+                file.flush()
+                sync(path)
             done += len(chunk)
         progress("embedding", done, count)
     if done != count:
