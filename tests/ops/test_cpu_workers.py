@@ -1,6 +1,8 @@
 """Attention on the CPU with its heads shared out among threads."""
 
+import os
 import threading
+import time
 
 import pytest
 import torch
@@ -88,10 +90,38 @@ def test_workers_leave_the_caller_its_threads():
     assert later == [2]
 
 
+@pytest.mark.skipif(workers._pause_of_gnu() is None, reason="PyTorch came with another OpenMP than GNU's")
+@pytest.mark.usefixtures("two_threads")
+def test_no_thread_of_openmp_is_in_the_way_of_workers():
+    def threads(_=None):
+        return len(os.listdir("/proc/self/task"))
+
+    found = []
+    workers.share_out([lambda: None] * 2)  # which begins the workers
+    torch.ones(2**20).exp_()  # and this, threads of OpenMP
+    before = threads()
+    workers.share_out([lambda: found.append(threads())] * 2)
+    assert found == [before - 1] * 2
+    torch.ones(2**20).exp_()
+    assert threads() == before
+
+
 @pytest.mark.usefixtures("two_threads")
 def test_an_error_of_a_job_comes_out():
+    both, done = threading.Barrier(2), []
+
+    def fails():
+        both.wait(timeout=60)
+        raise ZeroDivisionError
+
+    def takes_longer():
+        both.wait(timeout=60)
+        time.sleep(0.05)
+        done.append(True)
+
     with pytest.raises(ZeroDivisionError):
-        workers.share_out([lambda: None, lambda: 1 // 0])
+        workers.share_out([fails, takes_longer])
+    assert done  # nobody works on after the call
 
 
 def test_one_thread_works_alone():
