@@ -517,17 +517,23 @@ def test_evaluate_gives_the_numbers_of_compare(capsys, small, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("more", "mend"), [([], "give --output to be able to go on"), (["--output", "x"], "run the same command again")]
+    ("verb", "words", "mend"),
+    [
+        ("evaluate", [], "give --output to be able to go on"),
+        ("evaluate", ["--output", "x"], "run the same command again"),
+        ("embed", ["--data", "x", "--output", "x.npy"], "run the same command again"),
+    ],
 )
-def test_an_interrupt_says_how_to_go_on(capsys, monkeypatch, more, mend):
+def test_an_interrupt_says_how_to_go_on(capsys, monkeypatch, verb, words, mend):
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("longreach.verbs.evaluate.evaluate_models", interrupted)
+    monkeypatch.setattr("longreach.verbs.embed.embed", interrupted)
     with pytest.raises(SystemExit) as end:
-        main(["evaluate", "some-model", *more])
+        main([verb, "some-model", *words])
     assert end.value.code == 130
-    assert f"longreach evaluate: interrupted; {mend}" in capsys.readouterr().err
+    assert f"longreach {verb}: interrupted; {mend}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("verb", ["evaluate", "generate"])

@@ -407,7 +407,7 @@ def _run(words: list[str]) -> None:
 
 def _how_to_go_on(verb: str, words: list[str]) -> str:
     """What to do after a verb was interrupted, where there is anything."""
-    if verb in ("compare", "train"):
+    if verb in ("compare", "train", "embed"):
         return "; run the same command again to go on"
     if verb not in ("evaluate", "extend"):
         return ""
