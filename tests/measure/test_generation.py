@@ -127,6 +127,11 @@ def test_top_p(top_p):
     assert_drawn_from(expected, top_p=top_p)
 
 
+def test_top_p_takes_no_token_once_the_likelier_hold_as_much():
+    choose = sampler(torch.device("cpu"), temperature=1.0, top_k=None, top_p=0.5, seed=0)
+    assert len(set(choose(torch.zeros(100, 2)).tolist())) == 1  # half each, exactly
+
+
 def test_top_p_is_of_what_top_k_left():
     best = (LOGITS / 4).softmax(-1).sort(descending=True)
     within = best.values[:3] / best.values[:3].sum()

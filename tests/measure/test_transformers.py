@@ -177,6 +177,20 @@ def test_a_bounded_cache_shows_each_token_its_last_ones(family, max_context, ext
     torch.testing.assert_close(joined(subject, TOKENS, 3, last=2, cache=again), expected[:, -2:], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", WITH_ALIBI)
+def test_slopes_under_a_bounded_cache_are_scaled_for_what_a_token_sees(family):
+    model = transformers_model(family)
+    del next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))[1]
+    # In one layer nothing comes along from before the window.
+    extend(model, scaling="linear+logn", train_length=4)
+    subject = HuggingFaceModel(model, state_length=partial(fixed_length, model), heeds_positions=False)
+    cache = subject.new_cache(TOKENS.shape[1], 8)
+    streamed = joined(subject, TOKENS, 100, cache=cache)
+    with fixed_length(model, 8):
+        windows = [joined(subject, TOKENS[:, max(0, stop - 8) : stop], 100, last=1) for stop in range(1, 11)]
+    torch.testing.assert_close(streamed, torch.cat(windows, dim=1), rtol=1e-4, atol=1e-4)
+
+
 def test_a_bounded_cache_takes_shifted_positions():
     model = transformers_model("gpt2")
     subject = HuggingFaceModel(model)

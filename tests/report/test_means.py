@@ -24,6 +24,8 @@ def test_the_mean_is_of_losses_and_of_what_was_measured_beside_them(record):
     assert mean.perplexity == pytest.approx(12)
     assert (mean.tokens, mean.stride, mean.peak_memory) == (one.tokens, one.stride, one.peak_memory + 1)
     assert mean.tokens_per_second == pytest.approx(one.tokens_per_second / 2)
+    (longer,) = mean_over_seeds([one, replace(two, tokens=3 * two.tokens, nll=3 * two.nll)])
+    assert longer.perplexity == pytest.approx(12)
     (unknown,) = mean_over_seeds([one, replace(two, peak_memory=None)])
     assert unknown.peak_memory is None
 
