@@ -12,11 +12,11 @@ from longreach.models.config import ModelConfig
 from longreach.models.kv_cache import KVCache
 from longreach.models.vocabulary import Vocabulary
 from longreach.ops.arguments import (
+    can_be_read,
     validate_documents,
     validate_integer,
     validate_kind,
     validate_types,
-    validate_values,
 )
 from longreach.ops.attention import attention, choose_impl, uses_key_norms
 from longreach.ops.crossovers import processor_of
@@ -235,7 +235,8 @@ def _check_positions(positions: Tensor, tokens: Tensor) -> None:
             f"positions of shape {tuple(positions.shape)} and {positions.dtype}: give (B, T) or (1, T) = {shapes[0]} "
             "int64"
         )
-    validate_values("positions", positions, 0)
+    if can_be_read(positions) and positions.numel() and (least := int(positions.min())) < 0:
+        raise ValueError(f"positions holds {least}: give positions from 0 on")
 
 
 class _Placed(NamedTuple):

@@ -176,7 +176,7 @@ def validate_documents(cu_seqlens: Tensor, q: Tensor, length: int | None = None)
             f"cu_seqlens of shape {tuple(cu_seqlens.shape)} and {cu_seqlens.dtype}: give (N + 1,) int32 or int64"
         )
     _validate_device("cu_seqlens", cu_seqlens, q)
-    if length is not None and _can_be_read(cu_seqlens):
+    if length is not None and can_be_read(cu_seqlens):
         validate_borders(cu_seqlens.tolist(), length)
 
 
@@ -199,7 +199,7 @@ def validate_dropout(dropout_p: float) -> None:
         raise ValueError(f"dropout_p={shown(dropout_p)}: give at least 0 and below 1")
 
 
-def _can_be_read(x: Tensor) -> bool:
+def can_be_read(x: Tensor) -> bool:
     """Whether values can be looked at: elsewhere the host would wait for the device, and what is traced has none."""
     if torch.compiler.is_compiling() or x.device.type != "cpu":
         return False
@@ -208,7 +208,7 @@ def _can_be_read(x: Tensor) -> bool:
 
 def validate_values(name: str, x: Tensor, least: float = -math.inf) -> None:
     """Finite and at least `least`, where values can be looked at."""
-    if _can_be_read(x):
+    if can_be_read(x):
         for value in x.detach().flatten().tolist():  # few, for which operations on tensors would take longer
             if not (math.isfinite(value) and value >= least):
                 mend = f"give finite numbers{'' if least < 0 else f' of at least {least:g}'}"
