@@ -44,7 +44,7 @@ def _work(jobs: Iterator[Callable[[], None]], inference: bool) -> None:
 
 
 def _pause_openmp() -> None:
-    """Have the threads of OpenMP end, which would spin for 5 ms in the workers' way. They come back when next needed."""
+    """Have OpenMP's threads end, which would spin for 5 ms in the workers' way. They come back when next needed."""
     if (pause := _pause_of_gnu()) is not None:
         pause(SOFT)
 
