@@ -1,6 +1,5 @@
 """Attention on the CPU with its heads shared out among threads."""
 
-import os
 import threading
 import time
 
@@ -88,28 +87,6 @@ def test_workers_leave_the_caller_its_threads():
     fresh.start()
     fresh.join()
     assert later == [2]
-
-
-@pytest.mark.skipif(workers._pause_of_gnu() is None, reason="PyTorch came with another OpenMP than GNU's")
-@pytest.mark.usefixtures("two_threads")
-def test_no_thread_of_openmp_is_in_the_way_of_workers():
-    def threads():
-        return len(os.listdir("/proc/self/task"))
-
-    def job():
-        deadline = time.monotonic() + 60
-        while threads() != before - 1 and time.monotonic() < deadline:  # one that has ended is listed a moment longer
-            time.sleep(0.001)
-        found.append(threads())
-
-    found = []
-    workers.share_out([lambda: None] * 2)  # which begins the workers
-    torch.ones(2**20).exp_()  # and this, threads of OpenMP
-    before = threads()
-    workers.share_out([job] * 2)
-    assert found == [before - 1] * 2
-    torch.ones(2**20).exp_()
-    assert threads() == before
 
 
 @pytest.mark.usefixtures("two_threads")

@@ -4,19 +4,13 @@ Work on one head is a chain of some hundred products and sums. Where PyTorch's t
 the last at its end, and beside a busy process that one is not running then. Heads need not wait for each other.
 """
 
-import ctypes
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import suppress
-from functools import cache, lru_cache, partial
-from pathlib import Path
+from functools import lru_cache, partial
 
 import torch
-
-SOFT = 1
-"""OpenMP's `omp_pause_soft`: what was set stays set."""
 
 
 def share_out(jobs: Sequence[Callable[[], None]]) -> None:
@@ -27,7 +21,6 @@ def share_out(jobs: Sequence[Callable[[], None]]) -> None:
         for job in jobs:
             job()
     else:
-        _pause_openmp()
         work = partial(_work, iter(jobs), torch.is_inference_mode_enabled())
         done = [_pool(workers, threads, os.getpid()).submit(work) for _ in range(workers)]
         wait(done)
@@ -41,21 +34,6 @@ def _work(jobs: Iterator[Callable[[], None]], inference: bool) -> None:
     with torch.inference_mode(inference), torch.no_grad():
         for job in jobs:  # of an iterator over a sequence each thread gets others
             job()
-
-
-def _pause_openmp() -> None:
-    """Have OpenMP's threads end, which would spin for 5 ms in the workers' way. They come back when next needed."""
-    if (pause := _pause_of_gnu()) is not None:
-        pause(SOFT)
-
-
-@cache
-def _pause_of_gnu() -> Callable[[int], int] | None:
-    """`omp_pause_resource_all` (OpenMP 5.0) of GNU's library, if that is what PyTorch has loaded."""
-    for name in (*map(str, (Path(torch.__file__).parent / "lib").glob("libgomp*")), "libgomp.so.1"):
-        with suppress(OSError, AttributeError):  # it is not loaded; it is too old, or this is no POSIX system
-            return ctypes.CDLL(name, mode=os.RTLD_NOW | os.RTLD_NOLOAD).omp_pause_resource_all
-    return None
 
 
 @lru_cache(maxsize=1)
