@@ -42,7 +42,7 @@ CROSSOVERS = {
         "cpu-2core-avx2-crossover.json",
         "cpu",
         forward={2: 512, 4: 512},
-        training={2: 1024, 4: 1024},  # not measured for half types, see the benchmark
+        training={2: 512, 4: 512},  # not measured for half types, see the benchmark
         decoding={2: 4096, 4: 8192},
     ),
     "Hopper": Crossovers("h200-crossover.json", "triton", {2: 1024, 4: 4096}, {2: 1024, 4: 8192}, {2: 4096, 4: 16384}),
