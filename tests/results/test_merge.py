@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sample_records import ALIBI, ENTRIES, PROVENANCE, RESULTS, START, TRAINING, record
 
-from longreach.results import Model, Results, merge
+from longreach.results import Model, Results, Skipped, merge
 
 CONFIG = {
     "methods": ["alibi"],
@@ -116,6 +116,15 @@ def test_what_scored_no_text_goes_with_any_and_the_text_is_told(place):
 def test_two_figures_for_one_thing_are_refused(other, named):
     with pytest.raises(ValueError, match=f"^a and b both have {named}, with different figures"):
         merge({"a": comparison(TRAINING, record()), "b": comparison(other)})
+
+
+def test_what_was_measured_twice_is_taken_once_whatever_it_took():
+    slower = replace(record(), seconds=9 * record().seconds, peak_memory=None, attention="cpu")
+    merged = merge({"a": comparison(record()), "b": comparison(slower, record("rotary"))})
+    assert merged.records == (record(), record("rotary"))
+    skipped = Skipped(**record().cell._asdict(), reason="out of memory")
+    with pytest.raises(ValueError, match="with different figures"):
+        merge({"a": comparison(record()), "b": comparison(skipped)})
 
 
 def test_seeds_of_one_method_come_together():

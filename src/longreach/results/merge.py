@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import chain, combinations
 from typing import Any
 
@@ -32,12 +32,16 @@ _MAY_DIFFER = frozenset(
 )
 """Settings that entries have in their keys, and those that change no figure."""
 
+_COSTS = frozenset({"seconds", "peak_memory", "attention", "exchanged"})
+"""What it took to measure, and by what."""
+
 
 def merge(comparisons: Mapping[str, Results]) -> Results:
     """One comparison that holds what several measured, in their order.
 
     They may differ in what was compared (methods, training lengths, seeds) and in what was asked (tasks, lengths,
-    strides). What is in several of them and the same in all is taken once.
+    strides). What is in several of them and the same in all is taken once, with the time and memory that it took in the
+    first.
 
     Args:
         comparisons: name -> comparison, at least one. The configuration of the merged one has them under these names.
@@ -62,7 +66,7 @@ def merge(comparisons: Mapping[str, Results]) -> Results:
         entries: tuple[Entry | TrainingRecord, ...] = (*results.training, *results.entries())
         for entry in entries:
             before, same = kept.setdefault(entry.key, (source, entry))
-            if same != entry:
+            if not _are_alike(same, entry):
                 raise ValueError(
                     f"{before} and {source} both have {', '.join(map(str, entry.key))}, with different figures: report "
                     "them apart"
@@ -75,6 +79,14 @@ def merge(comparisons: Mapping[str, Results]) -> Results:
         config={source: each.config for source, each in provenances.items()},
     )
     return Results(provenance=provenance).add(*(entry for _, entry in kept.values()))
+
+
+def _are_alike(one: Entry | TrainingRecord, other: Entry | TrainingRecord) -> bool:
+    """Whether two of one key are of one training, or have measured the same, whatever that took."""
+    if type(one) is not type(other) or isinstance(one, TrainingRecord):
+        return one == other
+    costs = {field.name: getattr(other, field.name) for field in fields(one) if field.name in _COSTS}
+    return replace(one, **costs) == other
 
 
 def _check_alike(name: str, one: Results, other_name: str, other: Results) -> None:
