@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from longreach.data import prepare as prepare_module
-from longreach.data.corpora import Corpus, Document
-from longreach.data.prepare import DataConfig, prepare, prepare_validation
+from longreach.data.corpora import PIECE_CHARS, Corpus, Document
+from longreach.data.prepare import EXCERPT_BYTES_PER_TOKEN, DataConfig, prepare, prepare_validation
 from longreach.data.stream import TextStream
 from longreach.data.tokenizer import Tokenizer, train_tokenizer
 from longreach.data.tokens import TokenStream
@@ -186,10 +186,13 @@ def test_a_validation_split_that_comes_with_the_data_is_used_unless_another_is_g
 
     sources = {"hf:set": corpus("hf:set", "one", validation=corpus("split", "two")), "mine": corpus("mine", "three")}
     monkeypatch.setattr(prepare_module, "open_corpus", lambda source, **_: sources[source])
-    for valid_data, expected in ((None, ["two"]), ("mine", ["three"])):
+    for valid_data, expected in ((None, ["two"]), ("mine", ["three"]), ("hf:set", ["two"])):
         data = prepare(config_of("hf:set", tmp_path, valid_data=valid_data), seed=0)
         assert documents(data.train, data.tokenizer) == ["one"]
         assert documents(data.valid, data.tokenizer) == expected
+    config = DataConfig(data="mine", valid_data="hf:set")  # as evaluate --data has it
+    alone = prepare_validation(config, data.tokenizer, 0, 100)
+    assert documents(alone.valid, data.tokenizer) == ["two"]
 
 
 @pytest.fixture
@@ -268,6 +271,22 @@ def test_more_is_read_where_tokens_are_long(tmp_path, split):
     assert tokens[:21] == [*tokenizer.encode(f" {word}" * 20), tokenizer.eos_id]
     whole = prepare_validation(config, tokenizer, 0, 10**6).valid
     assert len(whole) == 21 * (15 if split else 30)
+
+
+def test_the_end_of_what_was_cut_off_is_no_end_of_a_document(tmp_path):
+    class Tokens:
+        """As many of a piece as are wanted, but for one: the eos behind it would be the last of them."""
+
+        vocab_size, eos_id, fingerprint = 300, 0, ""
+
+        def encode_batch(self, texts):
+            return [[1] * (wanted * len(text) // PIECE_CHARS - 1) for text in texts]
+
+    wanted = PIECE_CHARS // EXCERPT_BYTES_PER_TOKEN
+    (tmp_path / "text.txt").write_text("x" * 3 * PIECE_CHARS)
+    data = prepare_validation(DataConfig(valid_data=str(tmp_path / "text.txt")), Tokens(), 0, wanted)
+    assert len(data.valid) > wanted
+    assert set(data.valid.read(0, wanted).tolist()) == {1}
 
 
 def test_progress_tells_each_stage_up_to_all_bytes(source, tmp_path):

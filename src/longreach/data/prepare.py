@@ -49,8 +49,8 @@ class DataConfig:
     """Training text: a file, folder or glob of text, JSON lines, or comma- or tab-separated tables, also packed
     by gzip, bzip2, xz or zstd, or hf:NAME[:CONFIG]; by default the source code of Python's standard library."""
     valid_data: str | None = None
-    """Validation text, given as `data` is; by default the validation split that comes with `data`, else some of
-    its documents."""
+    """Validation text, given as `data` is; of hf:NAME its split validation, where it has one. By default the validation
+    split that comes with `data`, else some of its documents."""
     text_field: str = "text"
     """Field of a JSON line, or column of a table or a Hugging Face data set, that holds the text."""
     streaming: bool = False
@@ -166,7 +166,7 @@ def prepare(config: DataConfig, seed: int, progress: Progress = lambda stage, do
     # All that can be wrong with a name comes out before any text is read, which may take minutes.
     tokenizer = None if config.tokenizer is None else load_tokenizer(config.tokenizer)
     corpus = _open("data", config.data, config)
-    valid_corpus = corpus.validation if config.valid_data is None else _open("valid_data", config.valid_data, config)
+    valid_corpus = corpus.validation if config.valid_data is None else _open_valid(config)
 
     chosen_by = None
     if valid_corpus is None:
@@ -223,7 +223,7 @@ def prepare_validation(
     Raises:
         ValueError: the text cannot be found, read or split.
     """
-    valid_corpus = None if config.valid_data is None else _open("valid_data", config.valid_data, config)
+    valid_corpus = None if config.valid_data is None else _open_valid(config)
     if valid_corpus is None and config.streaming:
         valid_corpus = _validation_of(_open_stream(config), config)  # none of it can be split off
     if valid_corpus is None:
@@ -330,6 +330,12 @@ def _open(argument: str, source: str | None, config: DataConfig) -> Corpus:
         return open_corpus(source, text_field=config.text_field, skip_bad=config.skip_bad)
 
 
+def _open_valid(config: DataConfig) -> Corpus:
+    """The validation text that is given; of a data set with a split for that, not what it has to train on."""
+    corpus = _open("valid_data", config.valid_data, config)
+    return corpus if corpus.validation is None else corpus.validation
+
+
 def _open_stream(config: DataConfig) -> TextStream:
     with naming("data"):
         return open_stream(str(config.data), config.text_field, config.shuffle_buffer)
@@ -338,7 +344,7 @@ def _open_stream(config: DataConfig) -> TextStream:
 def _validation_of(text: TextStream, config: DataConfig) -> Corpus:
     """The validation text of a stream, of which no documents can be split off before all are known."""
     if config.valid_data is not None:
-        return _open("valid_data", config.valid_data, config)
+        return _open_valid(config)
     if text.validation is None:
         raise ValueError(f"data={config.data!r} has no split 'validation', and it is streamed; give valid_data")
     return text.validation

@@ -50,8 +50,8 @@ class EvaluationConfig:
     evaluate: EvaluateConfig = EvaluateConfig()
     """What is measured."""
     data: str | None = None
-    """Text to test on: file, folder, glob or hf:NAME[:CONFIG]; by default the validation text of each run, and for
-    models trained elsewhere the source code of Python's standard library."""
+    """Text to test on: file, folder, glob, or hf:NAME[:CONFIG] with its split validation, if it has one; by default the
+    validation text of each run, and for models trained elsewhere the source code of Python's standard library."""
     text_field: str | None = None
     """Field or column of data that holds the text; by default that of each run's own text, else text."""
     skip_bad: bool = False
