@@ -226,8 +226,8 @@ class StreamBatches(BatchSource):
         share, count, behind = (self._reading or _read(self._source, self._tokenizer, self._ranks)).result()
         store = self._put_together(share, count)
         self._reading = _read(self._source, self._tokenizer, self._ranks)
-        after = {**before, "window": before["window"] + 1, "epoch": behind.epoch, "row": behind.row}
-        after |= {"place": behind.state, "rest": []}
+        after = {**before, "window": before["window"] + 1}
+        after |= {"epoch": behind.epoch, "row": behind.row, "place": behind.state}
         random = np.random.default_rng([self._seed, before["window"]])
         documents = random.permutation(count)
         text: Blocks | PackedDocuments
