@@ -183,6 +183,7 @@ def test_no_such_model_says_so_in_one_line():
         ({"scaling": "yarn"}, 'scaling="yarn" scales the frequencies of rotary positions, and ALiBi has slopes'),
         ({"scaling": longreach.Scaling("yarn", 8)}, 'scaling="yarn" scales the frequencies of rotary positions'),
         ({"scaling": "linear", "train_length": 0}, "train_length=0"),
+        ({"scaling": longreach.Scaling("linear", 8), "train_length": 9}, "train_length=9 beside Scaling"),
         ({"trust_remote_code": True}, "trust_remote_code=True: beside its own options, give"),
     ],
 )

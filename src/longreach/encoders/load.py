@@ -41,8 +41,8 @@ def load_encoder(
             (rerankers) for a model that has the encoder as its `bert`.
         scaling: how slopes change with the length of a text, as in `longreach.extend`: "linear", "ntk",
             "linear-fixed=4"; as its configuration says when None, which is not at all for what is published.
-        train_length: L in tokens, from which slopes are scaled; by default what its configuration says: Mosaic's
-            alibi_starting_size, else max_position_embeddings.
+        train_length: L in tokens, from which slopes are scaled, where `scaling` is no `Scaling`, which has its own; by
+            default what its configuration says: Mosaic's alibi_starting_size, else max_position_embeddings.
         tokenizer: a folder or hub name whose tokenizer.json it has; its own when None.
         dtype: of the weights. By default what its configuration says, else that of the files, but float32 for half
             types on the CPU.
@@ -71,6 +71,8 @@ def load_encoder(
     source = Source(os.fspath(name), hub)
     changes: dict[str, Any] = {} if scaling is None else {"longreach_scaling": str(scaling)}
     if isinstance(scaling, Scaling):
+        if train_length is not None:
+            raise ValueError(f"train_length={train_length} beside {scaling!r}: it has its own, give only one")
         train_length = scaling.train_length
     if train_length is not None:
         changes["train_length"] = train_length
