@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from published import Published, expected, write
 
 import longreach
@@ -131,6 +131,41 @@ def test_adapters_of_peft_are_trained_and_merged(jina):
     after = adapted.eval()(input_ids=IDS, attention_mask=MASK).last_hidden_state
     assert (after - before).abs().max() > 1e-2
     torch.testing.assert_close(adapted.merge_and_unload()(IDS, MASK).last_hidden_state, after, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # by peft
+@pytest.mark.parametrize(
+    ("head", "task"), [("none", TaskType.FEATURE_EXTRACTION), ("classification", TaskType.SEQ_CLS)]
+)
+def test_adapters_for_a_task_are_saved_and_loaded(head, task, reranker, tmp_path):
+    """For a task PEFT passes on all that BERT's own forward takes."""
+    config = LoraConfig(task_type=task, target_modules=["query", "value"], r=2, init_lora_weights=False)
+    adapted = get_peft_model(longreach.load_encoder(reranker, head=head), config).eval()
+    adapted.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(longreach.load_encoder(reranker, head=head), tmp_path)
+    first, second, before = (
+        model(input_ids=IDS, attention_mask=MASK, return_dict=False)[0]
+        for model in (adapted, again, longreach.load_encoder(reranker, head=head))
+    )
+    assert torch.equal(first, second)
+    assert not torch.equal(first, before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("head", "folder"), [("masked-lm", "dnabert"), ("classification", "reranker")])
+def test_what_is_returned_is_as_asked_for_or_as_the_configuration_says(head, folder, request):
+    model = longreach.load_encoder(request.getfixturevalue(folder), head=head)
+    plain, asked = model(IDS, MASK), model(IDS, MASK, output_hidden_states=True)
+    assert plain.hidden_states is None
+    assert torch.equal(asked.hidden_states[-1], model.bert(IDS, MASK).last_hidden_state)
+    model.config.output_hidden_states, model.config.return_dict = True, False
+    logits, states = model(IDS, MASK)
+    assert torch.equal(logits, plain.logits)
+    assert len(states) == len(asked.hidden_states)
+    assert len(model.bert(IDS, MASK)) == 3
+    assert torch.equal(model(IDS, MASK, output_hidden_states=False, return_dict=True).logits, logits)
+    with pytest.raises(ValueError, match="output_attentions=True: attention weights are never made"):
+        model(IDS, MASK, output_attentions=True)
 
 
 def test_weights_of_other_widths_of_the_classifier_are_named(tmp_path):

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import MaskedLMOutput, SequenceClassifierOutput
+from transformers.utils import can_return_tuple
 
 from longreach.encoders.config import EncoderConfig
 from longreach.encoders.layouts.blocks import layer_norm
@@ -75,6 +76,7 @@ class EncoderForMaskedLM(PublishedModel):
             raise ValueError(f"model {name!r}: cls.predictions.decoder.weight is not the word embeddings: tie them")
         return {**_below_bert(self.bert, tensors, name), **head}
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -82,18 +84,19 @@ class EncoderForMaskedLM(PublishedModel):
         token_type_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        return_dict: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
     ) -> Any:
         """Logits (B, T, V), and with `labels` (B, T), -100 where nothing is to be predicted, the mean loss in nats.
 
         Other arguments as of `EncoderModel.forward`.
         """
-        hidden = self.bert(input_ids, attention_mask, token_type_ids, inputs_embeds).last_hidden_state
+        inputs = (input_ids, attention_mask, token_type_ids, inputs_embeds)
+        encoded = self.bert(*inputs, output_attentions, output_hidden_states, return_dict=True)
         head: Any = self.cls["predictions"]
-        logits = head.decoder(head.transform(hidden), self.bert.embeddings.word_embeddings.weight)
+        logits = head.decoder(head.transform(encoded.last_hidden_state), self.bert.embeddings.word_embeddings.weight)
         loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten())
-        output = MaskedLMOutput(loss=loss, logits=logits)
-        return output if return_dict is not False else output.to_tuple()
+        return MaskedLMOutput(loss=loss, logits=logits, hidden_states=encoded.hidden_states)
 
 
 class EncoderForSequenceClassification(PublishedModel):
@@ -131,6 +134,7 @@ class EncoderForSequenceClassification(PublishedModel):
                 head[f"{key}.bias"] = torch.zeros(linear.bias.shape, dtype=words.dtype)
         return {**own, **head}
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -138,17 +142,18 @@ class EncoderForSequenceClassification(PublishedModel):
         token_type_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        return_dict: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
     ) -> Any:
         """Logits (B, labels), and a loss with `labels`: of squares for one label, of classes (B,) or bits otherwise.
 
         Other arguments as of `EncoderModel.forward`.
         """
-        pooled = self.bert(input_ids, attention_mask, token_type_ids, inputs_embeds).pooler_output
-        logits = self.classifier(self.dropout(pooled))
+        inputs = (input_ids, attention_mask, token_type_ids, inputs_embeds)
+        encoded = self.bert(*inputs, output_attentions, output_hidden_states, return_dict=True)
+        logits = self.classifier(self.dropout(encoded.pooler_output))
         loss = None if labels is None else _loss(logits, labels)
-        output = SequenceClassifierOutput(loss=loss, logits=logits)
-        return output if return_dict is not False else output.to_tuple()
+        return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=encoded.hidden_states)
 
 
 def _below_bert(bert: EncoderModel, tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import can_return_tuple
 
 from longreach.encoders.config import EncoderConfig, read_config
 from longreach.encoders.encode import Progress, encode
@@ -175,14 +176,15 @@ class EncoderModel(PublishedModel):
         """Put other word embeddings in their place."""
         self.embeddings.word_embeddings = value  # type: ignore[assignment]
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
     ) -> Any:
         """Encode texts.
 
@@ -191,18 +193,21 @@ class EncoderModel(PublishedModel):
             attention_mask: (B, T), 0 where a token is padding, which stands at the ends; none when None.
             token_type_ids: (B, T) int64; 0 when None.
             inputs_embeds: (B, T, C), word embeddings in place of ids.
-            output_hidden_states: whether to return the output of each layer, and what went into the first.
-            return_dict: whether to return a `BaseModelOutputWithPooling`, and not a tuple; the configuration's when
-                None.
+            output_attentions: not to be had; it is here for those who pass on that they do not want any.
+            output_hidden_states: whether to return the output of each layer, and what went into the first; as the
+                configuration says when None.
 
         Returns:
             `last_hidden_state` (B, T, C), 0 at padding, `pooler_output` (B, C), None without a pooler, and
-            `hidden_states`.
+            `hidden_states`; a tuple where `return_dict=False` is passed too, or the configuration says so.
 
         Raises:
-            ValueError: neither ids nor embeddings, or both; one has another shape or kind, ids are none of the
-                vocabulary (found on the CPU alone); the mask has another shape or padding between tokens.
+            ValueError: attention weights are asked for; neither ids nor embeddings, or both; one has another shape or
+                kind, ids are none of the vocabulary (found on the CPU alone); the mask has another shape or padding
+                between tokens.
         """
+        if output_attentions:
+            raise ValueError(f"output_attentions={output_attentions}: attention weights are never made; leave it out")
         given = input_ids if inputs_embeds is None else inputs_embeds
         if given is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("give one of input_ids and inputs_embeds")
@@ -230,15 +235,15 @@ class EncoderModel(PublishedModel):
         if inputs_embeds is None:
             words = looked_up("input_ids", self.embeddings.word_embeddings, words)
         types = None if token_type_ids is None else arrangement.gather(token_type_ids)
-        states = self._layers(words, types, arrangement, keep=bool(output_hidden_states))
+        keep = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        states = self._layers(words, types, arrangement, keep=bool(keep))
         hidden = [arrangement.scatter(state) for state in states]
         pooled = None if self.pooler is None else self.pooler(hidden[-1])
-        output = BaseModelOutputWithPooling(
+        return BaseModelOutputWithPooling(
             last_hidden_state=hidden[-1],
             pooler_output=pooled,
-            hidden_states=tuple(hidden) if output_hidden_states else None,
+            hidden_states=tuple(hidden) if keep else None,
         )
-        return output if return_dict is not False else output.to_tuple()
 
     def encode_packed(self, ids: Tensor, arrangement: Packed) -> Tensor:
         """Ids (N,) of texts one after another to the last hidden states (N, C)."""
