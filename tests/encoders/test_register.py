@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
+from peft import LoraConfig
 from published import Published, write
 from sentence_transformers import CrossEncoder, SentenceTransformer, SentenceTransformerTrainer
 from sentence_transformers import SentenceTransformerTrainingArguments as Arguments
@@ -106,6 +107,22 @@ def test_sentence_transformers_and_cross_encoders(jina, reranker, tmp_path):
     ids = torch.tensor([tokenizer("the cat", "dog runs")["input_ids"]])
     logit = longreach.load_encoder(reranker, head="classification")(ids, token_type_ids=types).logits
     torch.testing.assert_close(float(scores[0]), logit.item())
+
+
+@pytest.mark.usefixtures("registered")
+def test_an_adapter_is_saved_and_loaded_with_its_encoder(jina, tmp_path):
+    """Its folder holds no more of the encoder than its name."""
+    model = SentenceTransformer(jina)
+    before = model.encode(TEXTS)
+    config = LoraConfig(target_modules=["query", "value"], r=2, lora_dropout=0.5, init_lora_weights=False)
+    model.add_adapter(config)
+    after = model.encode(TEXTS)
+    assert abs(after - before).max() > 1e-3
+    model.save(str(tmp_path / "adapter"))
+    assert not (tmp_path / "adapter/config.json").exists()
+    assert (SentenceTransformer(str(tmp_path / "adapter")).encode(TEXTS) == after).all()
+    loaded = transformers.AutoModel.from_pretrained(tmp_path / "adapter")
+    assert torch.equal(loaded(IDS)[0], loaded(IDS)[0])  # nothing is dropped
 
 
 class Ours(Transformer):

@@ -40,7 +40,7 @@ def build(kind: type[Model], source: Source, config: Any, dtype: torch.dtype | N
     fitted = _accounted(model, fitted, source.name)
     wide = dtype or next(iter(fitted.values())).dtype
     model.load_state_dict({key: x.to(wide) for key, x in fitted.items()}, strict=True, assign=True)
-    return model.eval()
+    return model
 
 
 def _accounted(model: nn.Module, tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:

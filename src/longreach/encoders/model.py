@@ -25,7 +25,7 @@ from longreach.ops.arguments import validate_path, validate_types
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 """Options of `from_pretrained` that say how the hub is asked."""
 
-NOT_NEEDED = ("adapter_kwargs", "trust_remote_code", "_from_auto", "attn_implementation", "low_cpu_mem_usage")
+NOT_NEEDED = ("trust_remote_code", "_from_auto", "attn_implementation", "low_cpu_mem_usage")
 """Options that callers pass, and that nothing depends on here: no code is run that came with a model."""
 
 
@@ -110,19 +110,23 @@ class PublishedModel(PreTrainedModel):
         Args:
             name: a folder or a name on the hub.
             config: its configuration; that of the files when None.
-            options: dtype, and how the hub is asked, as of transformers' own `from_pretrained`.
+            options: dtype, how the hub is asked and which adapter of PEFT is put on it, as of transformers' own
+                `from_pretrained`.
 
         Raises:
             ValueError: as `longreach.load_encoder`, or an option is not known.
         """
         asked = {option: options.pop(option) for option in HUB_OPTIONS if options.get(option) is not None}
         dtype = options.pop("dtype", None) or options.pop("torch_dtype", None)
+        of_adapter = {**(options.pop("adapter_kwargs", None) or {})}
+        adapter = of_adapter.pop("_adapter_model_path", None)
         unknown = [option for option, value in options.items() if option not in NOT_NEEDED and value is not None]
         if unknown:
             raise ValueError(f"{unknown[0]}={options[unknown[0]]!r}: encoders of longreach have no such option")
         source = Source(str(name), asked)
         if config is None:
             config = PublishedConfig.of(source)
+        config.name_or_path = source.name  # which adapters that are saved name
         dtype = config.dtype if dtype in (None, "auto") else dtype
         dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
         if not (dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)):
@@ -130,7 +134,9 @@ class PublishedModel(PreTrainedModel):
         model = build(cls, source, config, dtype)
         encoder: Any = model.base_model
         encoder.source = source
-        return model
+        if adapter is not None:
+            model.load_adapter(adapter, adapter_kwargs=of_adapter)
+        return model.eval()
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:  # type: ignore[override]
         """Write weights and configuration in the published layout, and the tokenizer and pooling that the model has.
