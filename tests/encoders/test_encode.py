@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from published import Published, expected, write, write_tokenizer
+from published import Published, expected, write, write_pooling, write_tokenizer
 from tokenizers import Tokenizer
 
 import longreach
 from longreach.encoders import encode
+from longreach.encoders.encode import texts_of, tokenize
 
 TEXTS = ["the cat runs.", "", "and another word, again: 1 2 3", "dog " * 50, "is", "the cat runs."]
 
@@ -41,6 +42,15 @@ def test_vectors_are_pooled_as_the_files_say(pooling, normalize, tmp_path):
     assert vectors.dtype == torch.float32
     torch.testing.assert_close(vectors.double(), right / length if normalize else right, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(model.encode(TEXTS, normalize=True).double(), right / length, rtol=1e-5, atol=1e-6)
+
+
+def test_pooling_without_modules_is_what_the_configuration_says(tmp_path):
+    model = longreach.load_encoder(write(Published("jina", layers=1, extra={"emb_pooler": "cls"}), tmp_path))
+    vectors = model.encode(TEXTS)  # before there are modules
+    write_pooling(tmp_path, "cls", False)
+    assert torch.equal(vectors, longreach.load_encoder(tmp_path).encode(TEXTS))
+    write_pooling(tmp_path, "mean", False)
+    assert not torch.equal(vectors, longreach.load_encoder(tmp_path).encode(TEXTS))
 
 
 def test_pooling_as_later_versions_write_it_and_as_nobody_knows_it(tmp_path):

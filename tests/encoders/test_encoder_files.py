@@ -121,6 +121,7 @@ def test_stock_transformers_loads_such_a_folder_with_random_parts(tmp_path):
         (JINA.config() | {"hidden_size": 50}, "hidden_size=50: give a multiple of num_attention_heads=12"),
         (JINA.config() | {"num_hidden_layers": "two"}, "num_hidden_layers='two': give an integer"),
         (JINA.config() | {"feed_forward_type": "swiglu"}, "feed_forward_type='swiglu'"),
+        (JINA.config() | {"hidden_act": "gelu_new"}, "hidden_act='gelu_new'"),
         ({k: v for k, v in JINA.config().items() if k != "vocab_size"}, "vocab_size is missing"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -37,8 +37,10 @@ class EncoderConfig:
     """Dropout of attention weights, in training."""
     feed_forward_type: Literal["geglu", "reglu", "original"] = "geglu"
     """How the MLP is gated; not at all if original."""
+    hidden_act: Literal["gelu"] = "gelu"
+    """The activation of an MLP without gate and of the masked language model's head: the exact one, by erf."""
     max_position_embeddings: int = 512
-    """The longest text in tokens that it is said to be for."""
+    """Jina's: the longest text in tokens that it is said to be for."""
     alibi_starting_size: int | None = None
     """Mosaic's: the length of the first table of biases, and that of training."""
     train_length: int | None = None
@@ -62,10 +64,14 @@ class EncoderConfig:
         self.scaling.require_slopes()  # refuses what it cannot read, too
 
     @property
+    def longest(self) -> int:
+        """The longest text in tokens that it is said to be for: Mosaic's says so by its table alone."""
+        return self.alibi_starting_size or self.max_position_embeddings
+
+    @property
     def scaling(self) -> Scaling:
         """How slopes change with the length of a text."""
-        length = self.train_length or self.alibi_starting_size or self.max_position_embeddings
-        return parse_scaling(self.longreach_scaling, length)
+        return parse_scaling(self.longreach_scaling, self.train_length or self.longest)
 
 
 def read_config(values: Mapping[str, Any], name: str) -> EncoderConfig:

@@ -38,7 +38,7 @@ def encode(
     if not callable(progress) and not isinstance(progress, bool):
         raise ValueError(f"progress={shown(progress)}: give True or False, or a function of two numbers of texts")
     reader = texts_of(model)
-    length = max_length or reader.max_length or model.sizes.max_position_embeddings
+    length = max_length or reader.max_length or model.sizes.longest
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]), reverse=True)
     vectors = torch.zeros(len(texts), model.config.hidden_size)
     with _evaluating(model), _told(progress) as tell, torch.inference_mode():

@@ -64,9 +64,12 @@ def _tokenizer(source: Source) -> Backend:
 
 
 def _pooling(source: Source) -> tuple[str, bool]:
-    """Pooling and normalisation, as sentence-transformers has them; the mean where it has no modules."""
+    """Pooling and normalisation, as sentence-transformers has them; where it has no modules, as Jina's own code."""
     pooling, normalize = "mean", False
-    for kind, path in _modules(source):
+    modules = _modules(source)
+    if not modules and (said := source.configuration().get("emb_pooler")) is not None:
+        pooling = _mode({"pooling_mode": said}, source.name)
+    for kind, path in modules:
         if kind == "Pooling":
             pooling = _mode(source.read_table(f"{path}/config.json"), source.name)
         elif kind == "Normalize":

@@ -15,6 +15,7 @@ from longreach.data.prepare import naming
 from longreach.encoders.config import LAYOUT
 from longreach.encoders.encode import tokenize
 from longreach.encoders.load import load_encoder
+from longreach.encoders.loading import HEADS
 from longreach.encoders.packing import Heads, Packed, split_heads
 from longreach.encoders.source import Source
 from longreach.foreign import first_line
@@ -81,7 +82,7 @@ def examine(config: DoctorConfig, progress: Progress = lambda stage, done, total
     model = load_encoder(config.model, train_length=config.train_length, dtype=dtype, device=device)
     check_length_is_heeded(config.train_length, model.sizes.scaling)
     sizes = model.sizes
-    longest = max(config.valid_lengths or (sizes.max_position_embeddings,))
+    longest = max(config.valid_lengths or (sizes.longest,))
     with naming("text"):
         ids = _tokens(model, None if config.text is None else config.corpus(), longest)
     progress("measuring reach", 0, None)
@@ -127,12 +128,11 @@ def _stock_loading(source: Source) -> StockLoading:
     except Exception as error:  # whatever it makes of a stranger's file
         return StockLoading(refusal=first_line(error))
     files, shapes = source.weights(), {name: x.shape for name, x in stock.state_dict().items()}
-    heads = ("cls.", "classifier.")
     lost = [name for name, shape in shapes.items() if name not in files or files[name].shape != shape]
     total = sum(shape.numel() for shape in shapes.values())
     return StockLoading(
         left_random=_by_layer(lost),
-        unread=_by_layer(name for name in files if name not in shapes and not name.startswith(heads)),
+        unread=_by_layer(name for name in files if name not in shapes and not name.startswith(HEADS)),
         random_share=sum(shapes[name].numel() for name in lost) / total,
     )
 

@@ -98,7 +98,7 @@ def embed(config: EmbedConfig, output: Path, progress: TerminalProgress) -> tupl
         model = _load(config, device)
         check_length_is_heeded(config.train_length, model.sizes.scaling)
         texts = _texts(model, config.tokenizer)
-        length = config.max_length or texts.max_length or model.sizes.max_position_embeddings
+        length = config.max_length or texts.max_length or model.sizes.longest
         with naming("data"):
             corpus = open_corpus(config.data, text_field=config.text_field, skip_bad=config.skip_bad)
             count, fingerprint = _survey(corpus, length, progress)
