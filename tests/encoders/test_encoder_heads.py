@@ -112,8 +112,11 @@ def test_a_reranker_without_its_classifier_is_refused(tmp_path):
         load(Published("jina", layers=1, extra=architectures), tmp_path, head="classification")
 
 
-def test_heads_are_left_aside_where_none_is_asked_for(reranker, dnabert):
-    for folder in (reranker, dnabert):
+def test_heads_are_left_aside_where_none_is_asked_for(reranker, dnabert, tmp_path):
+    published = Published("jina", layers=1, prefix="bert.")
+    projection = {"linear.weight": torch.zeros(8, 48)}
+    colbert = write(published, tmp_path, weights=published.weights() | projection)
+    for folder in (reranker, dnabert, colbert):
         assert longreach.load_encoder(folder)(IDS, MASK).last_hidden_state.isfinite().all()
 
 

@@ -15,12 +15,12 @@ Model = TypeVar("Model", bound=nn.Module)
 _LAYER = re.compile(r"encoder\.layer\.(\d+)\.")
 """What names of a layer's weights begin with."""
 
-HEADS = ("cls.", "classifier.")
-"""What names of weights begin with that are of heads: a model without such a head leaves them."""
+HEADS = ("cls.", "classifier.", "linear.")
+"""What names of weights begin with that are of heads, ColBERT's last: a model without such a head leaves them."""
 
 
 def build(kind: type[Model], source: Source, config: Any, dtype: torch.dtype | None = None) -> Model:
-    """A model of a class of ours with the weights of its files, in their dtype when None, in evaluation mode.
+    """A model of a class of ours with the weights of its files, in their dtype when None.
 
     To config is added what the weights alone tell. ValueError names a weight that is missing, unexpected or misshapen.
     """
