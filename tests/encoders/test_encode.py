@@ -92,6 +92,47 @@ def test_long_texts_are_cut_off(tmp_path):
     torch.testing.assert_close(model.encode([TEXTS[3]], max_length=7)[0].double(), states.mean(0), rtol=1e-5, atol=1e-6)
 
 
+class Listening:
+    """A tokenizer that notes how much it was given to read."""
+
+    def __init__(self, library):
+        self.library, self.most = library, 0
+
+    def __getattr__(self, name):
+        return getattr(self.library, name)
+
+    def encode_batch_fast(self, texts, **options):
+        self.most = max(self.most, *map(len, texts))
+        return self.library.encode_batch_fast(texts, **options)
+
+
+@pytest.mark.parametrize(
+    ("text", "most"),
+    [
+        ("dog " * 10_000, 16 * 9),
+        ("the" + " " * 1000 + "cat runs " * 99, 16 * 9 * 8),
+        ("a" * 1000 + " cat" * 99, 16 * 9 * 8),
+    ],
+)
+def test_no_more_is_read_of_a_text_than_makes_its_tokens(text, most, jina):
+    """Many blanks make no token, and a long word makes one."""
+    model = longreach.load_encoder(jina)
+    backend = texts_of(model).tokenizer
+    backend.library = listening = Listening(backend.library)
+    (ids,) = tokenize(model, [text], length=9)
+    assert listening.most == most
+    whole = Tokenizer.from_file(str(Path(jina, "tokenizer.json"))).encode(text).ids
+    assert ids == [*whole[:8], whole[-1]]
+
+
+def test_the_longest_text_of_mosaic_is_that_of_its_table(tmp_path):
+    """Nothing else of it has a length; what BERT says of positions is left as it was."""
+    published = Published("mosaic", layers=1, extra={"alibi_starting_size": 20, "max_position_embeddings": 9})
+    model = longreach.load_encoder(write(published, tmp_path))
+    assert torch.equal(model.encode([TEXTS[3]]), model.encode([TEXTS[3]], max_length=20))
+    assert not torch.equal(model.encode([TEXTS[3]]), model.encode([TEXTS[3]], max_length=9))
+
+
 def test_the_longest_text_is_what_the_files_say(tmp_path):
     published = Published("jina", layers=1)
     write(published, tmp_path, pooling=("mean", False))

@@ -15,6 +15,9 @@ from longreach.ops.arguments import shown
 TOKENS_PER_BATCH = 2**14
 """The most tokens of a batch of several texts: what the MLP makes of so many takes some hundred MiB in a base model."""
 
+CHARS_PER_TOKEN = 16
+"""How much of a text is read at first for each token that is wanted: the library takes 400 bytes for every token."""
+
 Progress = Callable[[int, int], None]
 """Told how many texts of how many are done."""
 
@@ -94,10 +97,22 @@ def tokenize(model: Any, texts: Sequence[str], *, length: int | None, special: b
             tokenizer.no_truncation()
         else:
             tokenizer.enable_truncation(length)
-        ids = [encoding.ids for encoding in tokenizer.encode_batch_fast(list(texts), add_special_tokens=special)]
+        ids = _read_ids(tokenizer, texts, length, special, None if length is None else CHARS_PER_TOKEN * length)
     largest, vocab_size = max(map(max, filter(None, ids)), default=0), model.sizes.vocab_size
     if largest >= vocab_size:
         raise ValueError(f"its tokenizer makes the token {largest} of vocab_size={vocab_size}: give its own tokenizer")
+    return ids
+
+
+def _read_ids(
+    tokenizer: Any, texts: Sequence[str], length: int | None, special: bool, chars: int | None
+) -> list[list[int]]:
+    """Ids of as much of each text as makes `length` of them, from `chars` of its characters if that is enough."""
+    parts = [text[:chars] for text in texts]
+    ids = [encoding.ids for encoding in tokenizer.encode_batch_fast(parts, add_special_tokens=special)]
+    for row, text in enumerate(texts):
+        if chars is not None and length is not None and len(text) > chars and len(ids[row]) < length:
+            (ids[row],) = _read_ids(tokenizer, [text], length, special, 2 * chars)
     return ids
 
 
