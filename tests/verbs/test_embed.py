@@ -103,14 +103,18 @@ def test_what_is_there_is_not_overwritten(command, tmp_path, capsys):
     assert (tmp_path / "vectors.npy").read_text() == "mine"
 
 
-def test_another_text_is_not_gone_on_with(command, data, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("what", ["text", "pooling"])
+def test_what_another_was_begun_with_is_not_gone_on_with(what, command, model, data, monkeypatch, capsys):
     monkeypatch.setattr(verb, "_finish", lambda *_: (_ for _ in ()).throw(OSError("no room")))
     with pytest.raises(SystemExit):
         main(command)
-    Path(data).write_bytes(gzip.compress(b'{"body": "another"}\n'))
+    if what == "text":
+        Path(data).write_bytes(gzip.compress(b'{"body": "another"}\n'))
+    else:
+        Path(model, "1_Pooling/config.json").write_text('{"pooling_mode": "cls"}')
     with pytest.raises(SystemExit):
         main(command)
-    assert "it was begun with another text" in capsys.readouterr().err
+    assert f"it was begun with another {what}" in capsys.readouterr().err
 
 
 def test_bad_lines_are_left_out_where_that_is_wanted(command, data, tmp_path, capsys):

@@ -107,6 +107,7 @@ def embed(config: EmbedConfig, output: Path, progress: TerminalProgress) -> tupl
         digests = {
             "text": fingerprint,
             "tokenizer": digest_of(texts.tokenizer.library.to_str()),
+            "pooling": digest_of(texts.pooling, str(texts.normalize)),
             f"weights of {config.model}": digest(model.source.find("config.json").parent),
         }
         begin(work, config, digests, device)
