@@ -7,9 +7,10 @@ of all pieces is checked against one process. Bytes are those that all ranks sen
 an all-gather of all keys and values has them send, which is what a ring sends too; and with the gradients of a backward
 pass, as a share of what a reduce-scatter has them send besides, and of a ring with its backward pass. Time is that of
 the call, from a barrier on, over that of the attention within it on the rank that takes longest for it: medians of
-rounds. Imbalance is the processor time of the busiest rank's attention over the mean, cut evenly and by work. `window`
-scores one window of 262,144 tokens with a decoder of 2 layers, 8 heads, d_model 128 and random weights, by one process
-and by four: memory is the most that tensors but the weights hold at a time.
+rounds. Imbalance is the processor time of the busiest rank's attention over the mean, with pieces that are even, of
+equal work, and of equal work as far as `train` and `evaluate` go. `window` scores one window of 262,144 tokens with a
+decoder of 2 layers, 8 heads, d_model 128 and random weights, by one process and by four as `evaluate` does: memory is
+the most that tensors but the weights hold at a time, imbalance that of the processor time of all.
 """
 
 import argparse
@@ -18,8 +19,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from functools import partial
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -38,19 +38,20 @@ from longreach.models.decoder import Decoder
 from longreach.ops.alibi import alibi_slopes
 from longreach.ops.attention import attention
 from longreach.parallel import balanced_pieces, context_parallel_attention, count_traffic
-from longreach.parallel.sharing import Sharing
-from longreach.train.parallel import ALONE
+from longreach.train.context import MOST, share_sequences
+from longreach.train.parallel import Ranks
 from longreach.verbs.sharing import PieceScorer
 
 RANKS, HEADS, HEAD_DIM = 4, 8, 64
 LENGTHS = {
     "bytes": (16384, 32768, 65536, 131072, 262144),
     "time": (65536, 262144),
-    "balance": (16384,),
+    "balance": (16384, 262144),
     "window": (262144,),
 }
 ROUNDS = 3
 SHAPES = {"plain": torch.zeros(HEADS), "paper": alibi_slopes(HEADS)}
+LONGEST_PLAIN = 16384  # whose work grows with the square
 
 
 def draw(length: int, seed: int) -> list[Tensor]:
@@ -133,21 +134,25 @@ def seconds(rank: int, length: int, rounds: int) -> dict[str, Any]:
 
 
 def imbalance(rank: int, length: int, rounds: int) -> dict[str, Any]:
-    """Processor time of attention on each rank, cut evenly and by work."""
-    found: dict[str, Any] = {"length": length}
+    """Processor time of attention on each rank, by how the sequence is cut."""
+    cuts = []
     for name, slopes in SHAPES.items():
-        for cut, lengths in (
-            ("even", (length // RANKS,) * RANKS),
-            ("balanced", balanced_pieces(length, RANKS, slopes)),
-        ):
-            piece = slice(*list(pairwise(accumulate(lengths, initial=0)))[rank])
-            tensors, watch = [x[:, :, piece] for x in draw(length, 0)], Stopwatch()
+        if name == "plain" and length > LONGEST_PLAIN:
+            continue
+        for cut, most in (("even", 1.0), ("equal work", None), ("as longreach cuts", MOST)):
+            lengths = balanced_pieces(length, RANKS, slopes, most=most)
+            tensors, watch = draw(lengths[rank], rank), Stopwatch()
             with standing_in(watch.attend):
                 for _ in range(rounds):
                     context_parallel_attention(*tensors, slopes=slopes)
             times = [spent for (spent,) in gathered(watch.processor)]
-            found[f"{name} {cut}"] = {"lengths": lengths, "imbalance": max(times) * RANKS / sum(times)}
-    return found
+            cuts.append({"slopes": name, "cut": cut, "lengths": lengths, "imbalance": over_mean(times)})
+    return {"length": length, "cuts": cuts}
+
+
+def over_mean(values: list[float]) -> float:
+    """The largest over the mean."""
+    return max(values) * len(values) / sum(values)
 
 
 def window(rank: int, length: int) -> dict[str, Any]:
@@ -159,11 +164,10 @@ def window(rank: int, length: int) -> dict[str, Any]:
     tokens = np.random.default_rng(0).integers(0, 256, length + 1)
     whole = _scored(model, tokens, None) if rank == 0 else None
     dist.barrier()
-    even = partial(balanced_pieces, size=RANKS, slopes=SHAPES["paper"], window_size=1)  # as `evaluate` cuts them
-    sharing = Sharing(dist.group.WORLD, even)
-    model.attend_by(sharing.attention)
-    nll, memory = _scored(model, tokens, PieceScorer(model, sharing, ALONE))
-    memories = [peak for (peak,) in gathered(memory)]
+    ranks = Ranks(rank, RANKS)
+    sharing = share_sequences(model, ranks, RANKS, evenly=False)
+    nll, memory, spent = _scored(model, tokens, PieceScorer(model, sharing, ranks))
+    memories, times = zip(*gathered(memory, spent), strict=True)
     if whole is None:
         return {}
     return {
@@ -172,14 +176,16 @@ def window(rank: int, length: int) -> dict[str, Any]:
         "shared_nll": nll,
         "relative_difference": abs(nll / whole[0] - 1),
         "memory": whole[1],
+        "lengths": sharing.cut(length),
         "shared_memory": memories,
         "share": max(memories) / whole[1],
+        "imbalance": over_mean(times),
     }
 
 
-def _scored(model: Decoder, tokens: np.ndarray, nll: PieceScorer | None) -> tuple[float, int]:
-    """Nll of a window, and the most bytes that tensors held at a time meanwhile."""
-    length = len(tokens) - 1
+def _scored(model: Decoder, tokens: np.ndarray, nll: PieceScorer | None) -> tuple[float, int, float]:
+    """Nll of a window, the most bytes that tensors held at a time meanwhile, and the processor time that it took."""
+    length, start = len(tokens) - 1, time.process_time()
     with profile(profile_memory=True) as profiler:
         scores = score(
             model,
@@ -191,8 +197,9 @@ def _scored(model: Decoder, tokens: np.ndarray, nll: PieceScorer | None) -> tupl
             tokens_per_batch=length,
             nll=nll,
         )
+    spent = time.process_time() - start
     changes = (event.nbytes() for event in profiler.kineto_results.events() if event.name() == "[memory]")
-    return float(scores.nll.sum()), max(accumulate(changes))
+    return float(scores.nll.sum()), max(accumulate(changes)), spent
 
 
 def work(rank: int, folder: str, part: str) -> None:

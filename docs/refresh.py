@@ -49,17 +49,26 @@ def context_parallel(path: Path) -> str:
             f"{entry['share_of_ring_with_backward']:.2%}",
         )
         lines.append(f"| {' | '.join(cells)} |")
-    (balance,) = results["balance"]
-    even, cut = (balance[f"plain {name}"]["imbalance"] for name in ("even", "balanced"))
+    lines += [
+        "",
+        "How much the busiest of the four has to do in attention, and the largest piece to hold:",
+        "",
+        "| slopes | tokens | pieces | work, of the mean | tokens, of the mean |",
+        "|---|---|---|---|---|",
+    ]
+    for entry in results["balance"]:
+        for cut in entry["cuts"]:
+            slopes = {"plain": "none", "paper": "the paper's"}[cut["slopes"]]
+            largest = max(cut["lengths"]) * len(cut["lengths"]) / entry["length"]
+            lines.append(f"| {slopes} | {entry['length']:,} | {cut['cut']} | {cut['imbalance']:.2f} | {largest:.2f} |")
     (window,) = results["window"]
-    return "\n".join(lines) + (
-        f"\n\nWith heads without slopes the busiest process has {even:.2f} times the mean of the work at "
-        f"{balance['length']:,} tokens cut evenly, and {cut:.2f} times by `balanced_pieces`; with the paper's slopes "
-        f"{balance['paper even']['imbalance']:.2f} and {balance['paper balanced']['imbalance']:.2f}. A window of "
-        f"{window['length']:,} tokens, scored by four processes, has the nll that one finds, to "
-        f"{window['relative_difference']:.0e}, and each holds {window['share']:.3f} of the activations that one "
-        "does at a time."
-    )
+    lines += [
+        "",
+        f"A window of {window['length']:,} tokens, scored by four processes as `evaluate` does, has the nll that one "
+        f"finds, to {window['relative_difference']:.0e}; each holds at most {window['share']:.3f} of the activations "
+        f"that one does at a time, and the busiest has {window['imbalance']:.2f} times the mean of all work.",
+    ]
+    return "\n".join(lines)
 
 
 def main(demo: str, *machines: str) -> None:

@@ -1,5 +1,6 @@
 """Where to cut a sequence so that ranks finish together."""
 
+import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import pairwise
@@ -27,6 +28,7 @@ def balanced_pieces(
     tolerance: float = 2.0**-24,
     window_size: int | None = None,
     per_token: float = 0.0,
+    most: float | None = None,
 ) -> tuple[int, ...]:
     """Lengths of the pieces of a sequence that give each rank as much causal attention, or work per token besides.
 
@@ -41,10 +43,12 @@ def balanced_pieces(
         tolerance: as in `longreach.attention`.
         window_size: likewise.
         per_token: what every token costs besides, in keys of one head: 6 C^2 / D for a block of the decoder.
+        most: how many times the tokens of an even share, T / size, a piece may have, at least 1; None for any number.
+            What a piece takes of memory goes with its tokens. The ranks after one that is cut short share the rest.
 
     Returns:
-        As many lengths as ranks, which sum to `length`; borders are multiples of KEY_BLOCK where there are enough. The
-        last ones are 0 where there are fewer tokens than ranks.
+        As many lengths as ranks, which sum to `length`. Borders are multiples of KEY_BLOCK where there are enough, to
+        which `most` is rounded up. The last ones are 0 where there are fewer tokens than ranks.
 
     Raises:
         ValueError: a value out of range.
@@ -58,6 +62,8 @@ def balanced_pieces(
         validate_integer("window_size", window_size, 1)
     if not (is_number(per_token) and per_token >= 0):
         raise ValueError(f"per_token={shown(per_token)}: give at least 0")
+    if not (most is None or (is_number(most) and most >= 1)):
+        raise ValueError(f"most={shown(most)}: give at least 1, or None for no limit")
     if length < size:
         return (1,) * length + (0,) * (size - length)
     block = KEY_BLOCK if length >= KEY_BLOCK * size else 1
@@ -68,15 +74,17 @@ def balanced_pieces(
     # The sum of min(i + 1, d) over the first n tokens is n (n + 1) / 2 up to d, and d more for each token from there.
     within = torch.minimum(ends[:, None].double(), reach)
     work = (within * (within + 1) / 2 + (ends[:, None] - within) * reach).sum(dim=1) + per_token * ends
-    return _cut([0, *ends.tolist()], [0.0, *work.tolist()], size)
+    largest = len(ends) if most is None else math.ceil(most * length / size / block)
+    return _cut([0, *ends.tolist()], [0.0, *work.tolist()], size, largest)
 
 
-def _cut(ends: Sequence[int], work: Sequence[float], size: int) -> tuple[int, ...]:
-    """Lengths of pieces that end where the work until there is nearest to equal shares, none of them empty."""
+def _cut(ends: Sequence[int], work: Sequence[float], size: int, largest: int) -> tuple[int, ...]:
+    """Lengths of pieces that end where work is nearest to an equal share of what is left, of 1 to `largest` ends."""
     cuts = [0]
-    for number in range(1, size):
-        share = work[-1] * number / size
+    for left in range(size, 1, -1):
+        share = work[cuts[-1]] + (work[-1] - work[cuts[-1]]) / left
         after = bisect_left(work, share)
         nearest = after if work[after] - share <= share - work[after - 1] else after - 1
-        cuts.append(min(max(nearest, cuts[-1] + 1), len(ends) - 1 - (size - number)))
+        least = max(cuts[-1] + 1, len(ends) - 1 - largest * (left - 1))
+        cuts.append(min(max(nearest, least), cuts[-1] + largest, len(ends) - left))
     return tuple(ends[past] - ends[first] for first, past in pairwise([*cuts, len(ends) - 1]))

@@ -17,6 +17,13 @@ from longreach.results import Exchanged
 from longreach.train.config import TrainConfig
 from longreach.train.parallel import Loss, Ranks
 
+MOST = 1.25
+"""How many times an even share of the tokens, and with them of memory, a rank may have so that ranks take equally long.
+
+With four ranks the busiest then has at most 1.22 times the mean work: that of long sequences and heads without slopes,
+where pieces of equal work take 2 times an even share of memory, and even pieces 1.75 times the mean work.
+"""
+
 
 def share_sequences(model: Decoder, ranks: Ranks, context: int, *, evenly: bool) -> Sharing:
     """Let as many ranks as `context`, side by side, compute each sequence of a decoder together; all ranks call it.
@@ -25,7 +32,7 @@ def share_sequences(model: Decoder, ranks: Ranks, context: int, *, evenly: bool)
         model: the decoder.
         ranks: all of them.
         context: how many share a sequence.
-        evenly: whether pieces have as many tokens as each other, and so take as much memory. Else they take as long:
+        evenly: whether pieces have as many tokens as each other. Else they take as long, as far as `MOST` lets them:
             attention by the slopes that the decoder has now, and what a block does to each token besides, 12 C^2
             products, where a key of a head takes 2 D.
 
@@ -45,6 +52,7 @@ def share_sequences(model: Decoder, ranks: Ranks, context: int, *, evenly: bool)
         slopes=torch.zeros(config.num_heads) if given.slopes is None else given.slopes.detach().cpu(),
         window_size=1 if evenly else None,  # each token counts alike
         per_token=6 * config.d_model**2 / config.head_dim,
+        most=MOST,
     )
     sharing = Sharing(ranks.context_group(context, device), cut)
     model.attend_by(sharing.attention)

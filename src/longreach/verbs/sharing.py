@@ -18,13 +18,10 @@ from longreach.train.parallel import Ranks
 
 
 def shared_subject(subject: Subject, ranks: Ranks) -> Subject:
-    """A subject that is a decoder of our own, each of whose windows all ranks compute together, a piece each.
-
-    Windows are shared because they are too large for one: so pieces are alike in tokens, not in time.
-    """
+    """A subject that is a decoder of our own, each of whose windows all ranks compute together, a piece each."""
     model = subject.model
     assert isinstance(model, Decoder)  # the model of a run
-    return replace(subject, nll=PieceScorer(model, share_sequences(model, ranks, ranks.size, evenly=True), ranks))
+    return replace(subject, nll=PieceScorer(model, share_sequences(model, ranks, ranks.size, evenly=False), ranks))
 
 
 @dataclass(frozen=True)
