@@ -18,6 +18,7 @@ from longreach.ops.attention import attention
 from longreach.ops.reference import reference_attention
 from longreach.ops.visibility import Visibility
 from longreach.parallel import Traffic, context_parallel_attention, count_traffic
+from longreach.parallel import attention as parallel_attention
 from longreach.parallel.line import Line
 from longreach.parallel.needed import Common, Looking, first_keys, opening
 
@@ -369,6 +370,13 @@ def test_a_mistake_of_one_rank_is_one_error_on_all(tmp_path):
             with pytest.raises(ValueError, match=r"^group of other ranks than this, 2: give one that it is in$"):
                 call(**FINE, group=others)
         assert call(**FINE).shape == (1, 2, 8, 4)  # and they go on together
+        if rank == 1:
+            parallel_attention.opening = full
+        with pytest.raises(ValueError, match=r"^MemoryError\('full'\) \(rank 1 of the group\)$"):
+            call(**FINE)
+
+    def full(*arguments):
+        raise MemoryError("full")
 
     together(work, tmp_path, 3)
 

@@ -68,7 +68,7 @@ def agree(
         if last is not None and words == last.words and tokens == last.lengths[place]:
             told = opening()
     except Exception as mistake:  # whatever it is, the others wait to hear of it
-        error = str(mistake)
+        error = str(mistake) if isinstance(mistake, ValueError) else repr(mistake)
     if last is not None:
         line = Line(group, last.lengths, place)
         openings = _told(line, last.silence if told is None else told, is_new=told is None)
