@@ -15,7 +15,7 @@ from longreach.parallel.line import Line, stretches
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that one rank sends in one layer, and what others would have it send."""
+    """Bytes that one rank sends in one layer, and what other ways would have it send, on average over ranks."""
 
     forward: tuple[int, ...]
     """Keys and values, by key head."""
@@ -24,10 +24,10 @@ class Traffic:
     bound: int
     """The numbers that say which keys are needed."""
     all_gather: int
-    """An all-gather of keys and values, and a reduce-scatter of their gradients: on average over ranks."""
+    """An all-gather of keys and values, and a reduce-scatter of their gradients."""
     ring: int
-    """A ring, which sends on all keys and values, once more in the backward pass, and their gradients with them until
-    they are where they belong: likewise."""
+    """A ring, around which all keys and values go, in the backward pass once more, and their gradients with them until
+    they are where they belong."""
 
     def __add__(self, other: "Traffic") -> "Traffic":
         """That of both, in one layer."""
