@@ -33,8 +33,8 @@ def context_parallel(path: Path) -> str:
     results = json.loads(path.read_text(encoding="utf-8"))
     timed = {entry["length"]: entry["ratio"] for entry in results["time"]}
     lines = [
-        "| tokens | MiB sent | of an all-gather or a ring | time, of its attention | MiB sent back | both, of an "
-        "all-gather and a reduce-scatter | of a ring |",
+        "| tokens | MiB sent | of an all-gather or a ring | MiB sent back | both, of an all-gather and a "
+        "reduce-scatter | of a ring | time, of its attention |",
         "|---|---|---|---|---|---|---|",
     ]
     for entry in results["bytes"]:
@@ -43,10 +43,10 @@ def context_parallel(path: Path) -> str:
             f"{entry['length']:,}",
             f"{entry['bytes'] / 2**20:.1f}",
             f"{entry['share']:.2%}",
-            "" if ratio is None else f"{ratio:.2f}",
             f"{entry['backward_bytes'] / 2**20:.1f}",
             f"{entry['share_with_backward']:.2%}",
             f"{entry['share_of_ring_with_backward']:.2%}",
+            "" if ratio is None else f"{ratio:.2f}",
         )
         lines.append(f"| {' | '.join(cells)} |")
     lines += [

@@ -4,13 +4,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from longreach.parallel.line import Line, stretches
+from longreach.parallel.line import Line
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,9 @@ class Route:
     @property
     def groups(self) -> list[slice]:
         """Key heads side by side of which this rank needs as many keys."""
-        return list(stretches(self.firsts[self.line.place]))
+        firsts = self.firsts[self.line.place]
+        starts = [head for head, first in enumerate(firsts) if head == 0 or first != firsts[head - 1]]
+        return [slice(*ends) for ends in pairwise([*starts, len(firsts)])]
 
     def parts(self, source: int, target: int) -> list[slice]:
         """Which keys of a piece travel to another, of each head: numbers within the piece, an empty slice for none."""

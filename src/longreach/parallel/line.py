@@ -1,6 +1,6 @@
 """The ranks of a process group in the order of their pieces, and how tensors travel between them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -114,12 +114,3 @@ def telling(what: str) -> Iterator[None]:
             f"context parallelism could not {what}: another rank ended, or is later than the process group's timeout "
             f"({reason})"
         ) from error
-
-
-def stretches(values: Sequence[int]) -> Iterator[slice]:
-    """Slices of equal values side by side."""
-    first = 0
-    for number in range(1, len(values) + 1):
-        if number == len(values) or values[number] != values[first]:
-            yield slice(first, number)
-            first = number
