@@ -78,6 +78,38 @@ def test_a_reader_that_has_had_enough_is_no_error(words):
     assert (run.returncode, run.stderr) == (0, b"")
 
 
+@pytest.fixture
+def leave(monkeypatch):
+    """A function that takes the reader from a standard stream."""
+
+    left = []
+
+    def leave(name):
+        read_end, write_end = os.pipe()
+        os.close(read_end)
+        left.append(os.fdopen(write_end, "w"))
+        monkeypatch.setattr(sys, name, left[-1])
+
+    yield leave
+    for stream in left:
+        stream.close()
+
+
+def test_tables_that_nobody_reads_are_no_error(trained, leave):
+    leave("stdout")
+    main(["evaluate", str(trained), "--lengths", "16", "--valid-tokens", "32"])
+
+
+def test_work_goes_on_where_nobody_reads_of_its_progress(small, tmp_path, leave):
+    leave("stderr")
+    main(["train", "--output", str(tmp_path / "run"), *small])
+    assert (tmp_path / "run" / "training.json").exists()
+    leave("stderr")
+    with pytest.raises(SystemExit) as end:
+        main(["evaluate", "nowhere", "--lengths", "0"])
+    assert end.value.code == 2
+
+
 @pytest.mark.parametrize("words", [["--version"], ["--help"], ["train", "--help"], []])
 def test_output_that_cannot_be_written(capsys, monkeypatch, words):
     with open("/dev/full", "w") as full:
@@ -564,7 +596,7 @@ def test_evaluate_refuses_another_training_length_for_a_run(capsys, trained):
     assert line == f"longreach evaluate: --train-length=7: {trained} was trained by longreach at 16; leave it out"
 
 
-def test_evaluate_prints_what_was_measured_before_a_model_failed(capsys, trained, tmp_path):
+def test_evaluate_prints_what_was_measured_before_a_model_failed(capsys, trained, tmp_path, leave):
     broken = shutil.copytree(trained, tmp_path / "broken")
     for name, is_its in (("config.toml", " = "), ("config.json", ": "), ("training.json", ": ")):
         text = (broken / name).read_text()
@@ -578,6 +610,10 @@ def test_evaluate_prints_what_was_measured_before_a_model_failed(capsys, trained
     assert captured.err.splitlines()[-1].startswith(
         f"longreach evaluate: {broken}/model.safetensors: damaged or not a longreach model"
     )
+    leave("stdout")
+    with pytest.raises(SystemExit) as end:
+        main(["evaluate", str(trained), str(broken), "--lengths", "16"])
+    assert end.value.code == 2
 
 
 def test_evaluate_on_other_text(capsys, trained, tmp_path):

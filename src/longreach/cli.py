@@ -98,12 +98,10 @@ class EmbedOutput:
 
 def compare(parse: Parse) -> None:
     """`longreach compare`."""
-    from rich.console import Console
-
     from longreach.report.page import print_tables
     from longreach.report.subjects.perplexity import in_one_line
     from longreach.results import Model, Results
-    from longreach.terminal import TerminalProgress
+    from longreach.terminal import Screen, TerminalProgress
     from longreach.train.parallel import joined
     from longreach.verbs.compare import CompareConfig, compare
 
@@ -119,8 +117,9 @@ def compare(parse: Parse) -> None:
         results = compare(config, to.output, progress, show, ranks)
     if not ranks.is_first:
         return
-    print_tables(results, Console())
-    print(f"Report: {to.output / 'report.html'}")
+    with contextlib.suppress(BrokenPipeError):  # whose status is no other for it
+        print_tables(results, Screen())
+        print(f"Report: {to.output / 'report.html'}")
     if failures := results.failures():
         named = "; ".join(f"{model}: {reason}" for model, reason in failures.items())
         _fail("longreach compare", f"{len(failures)} of {len(config.runs())} models failed: {named}", status=1)
@@ -175,12 +174,10 @@ def extend(parse: Parse) -> None:
 
 
 def _measure(program: str, parse: Parse, kind: type[Any]) -> None:
-    from rich.console import Console
-
     from longreach.report.page import print_tables
     from longreach.results import Results
     from longreach.results.exchanged import in_words
-    from longreach.terminal import TerminalProgress
+    from longreach.terminal import Screen, TerminalProgress
     from longreach.train.parallel import joined
     from longreach.verbs.evaluate import evaluate_models
 
@@ -191,7 +188,8 @@ def _measure(program: str, parse: Parse, kind: type[Any]) -> None:
             evaluate_models(config, to.output, progress, so_far.append, ranks)
     finally:  # an error at a later model leaves what was measured before it
         if so_far and speaks():
-            print_tables(so_far[-1], Console())
+            with contextlib.suppress(BrokenPipeError):  # which would take its place
+                print_tables(so_far[-1], Screen())
     exchanged = [one.exchanged for one in so_far[-1].records if one.exchanged is not None] if so_far else []
     if exchanged and speaks():
         print(f"For all windows {in_words(exchanged)}")
@@ -201,9 +199,7 @@ def _measure(program: str, parse: Parse, kind: type[Any]) -> None:
 
 def doctor(parse: Parse) -> None:
     """`longreach doctor`."""
-    from rich.console import Console
-
-    from longreach.terminal import TerminalProgress
+    from longreach.terminal import Screen, TerminalProgress
     from longreach.verbs import doctor, doctor_encoder
     from longreach.verbs.open import is_encoder
 
@@ -211,7 +207,7 @@ def doctor(parse: Parse) -> None:
     kind: Any = doctor_encoder if is_encoder(config.model) else doctor
     with TerminalProgress() as progress:
         checkup = kind.examine(config, progress)
-    kind.print_checkup(checkup, Console())
+    kind.print_checkup(checkup, Screen())
 
 
 def embed(parse: Parse) -> None:
@@ -346,13 +342,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _flush() -> None:
     """Write what is left of the output, where there is one: at its end Python would tell nobody what fails."""
-    try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python would try once more
-        if not isinstance(error, BrokenPipeError):
-            _fail("longreach", _reason(error))
+    for stream in (sys.stderr, sys.stdout):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # else Python would try once more
+            if stream is sys.stdout and not isinstance(error, BrokenPipeError):
+                _fail("longreach", _reason(error))
 
 
 def _reason(error: OSError) -> str:
@@ -468,5 +465,6 @@ def _fail(program: str, message: str, status: int = 2) -> NoReturn:
     if len(line) > LONGEST_LINE:
         line = f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 2 :]}"
     if speaks():
-        print(f"{program}: {line}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # of who does not read it
+            print(f"{program}: {line}", file=sys.stderr)
     sys.exit(status)

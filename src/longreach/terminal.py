@@ -1,10 +1,20 @@
-"""Progress in the terminal."""
+"""What stands in the terminal: tables, and progress."""
 
 from datetime import timedelta
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class Screen(Console):
+    """A console that some reader may leave, as `head` does: then nobody is told of progress, and what prints ends."""
+
+    def on_broken_pipe(self) -> None:
+        """In place of an exit with status 1, whatever is at work."""
+        self.quiet = True
+        if not self.stderr:
+            raise BrokenPipeError
 
 
 class TerminalProgress:
@@ -25,7 +35,7 @@ class TerminalProgress:
             TextColumn("{task.fields[note]}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            console=Console(stderr=True, quiet=not visible),
+            console=Screen(stderr=True, quiet=not visible),
         )
         self._stage: str | None = None
         self._task = TaskID(0)
