@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from longreach.models.config import LARGEST
-from longreach.models.files import check_labels
+from longreach.models.files import check_numbers
 from longreach.positions.scaling import Scaling, parse_scaling
 from longreach.reading import read_values
 
@@ -88,7 +88,7 @@ def read_config(values: Mapping[str, Any], name: str) -> EncoderConfig:
         )
     used = {field.name: values[field.name] for field in fields(EncoderConfig) if values.get(field.name) is not None}
     try:
-        check_labels(values)
+        check_numbers(values)
         return read_values(EncoderConfig, used)
     except ValueError as error:
         raise ValueError(f"model {name!r}: config.json: {error}") from error

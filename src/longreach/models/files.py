@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -100,13 +101,20 @@ def load_model(
     return model.to(device).eval()
 
 
-def check_labels(config: Mapping[str, Any]) -> None:
-    """ValueError where a configuration has more labels than anyone: transformers makes a name for each of them."""
+def check_numbers(config: Mapping[str, Any]) -> None:
+    """ValueError for numbers that no model has, and that transformers takes as they are.
+
+    It makes a name for each of any number of labels, and normalised with an infinite epsilon all texts are alike.
+    """
     for name, value in config.items():
         if isinstance(value, dict):
-            check_labels(value)
+            check_numbers(value)
         elif name == "num_labels" and isinstance(value, int) and value > MOST_LABELS:
             raise ValueError(f"num_labels={value}: give at most {MOST_LABELS}")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name}={value}: give a finite number")
+        elif str(name).endswith(("eps", "epsilon")) and isinstance(value, int | float) and not 0 <= value < 1:
+            raise ValueError(f"{name}={value}: give a number of at least 0 and below 1")
 
 
 def shards_of(index: Path) -> list[str]:
