@@ -55,6 +55,13 @@ def test_options_stand_beside_each_other_in_any_order():
     assert read("a", "--output", "o", "--no-bias")[1] == Job(("a",), Shape(80))
 
 
+@pytest.mark.parametrize(("word", "path"), [("~", "."), ("~/a", "a"), ("~nobody-here/a", None), ("./~/a", None)])
+def test_a_path_begins_at_home_whatever_the_shell_made_of_it(monkeypatch, tmp_path, word, path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    where, _ = read("a", f"--output={word}")
+    assert where.output == (Path(word) if path is None else tmp_path / path)
+
+
 def test_what_is_given_changes_what_it_starts_from():
     started = Job(("x",), Shape(5, "rms", bias=True), (7,), 0.5)
     seen = {}

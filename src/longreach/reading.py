@@ -19,7 +19,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
-from longreach.files import open_file
+from longreach.files import expanded, open_file
 
 Kind = TypeVar("Kind")
 Place = tuple[str | int, ...]
@@ -214,6 +214,8 @@ def _plain(word: Any, annotation: Any) -> Any:
         return None if word == "none" and NoneType in parts else _plain(word, inner)
     if annotation is bool:
         return {"true": True, "false": False}.get(word, word)
+    if annotation is Path and word.startswith("~"):  # shells leave it as it is behind an equals sign
+        return str(expanded(word))
     if annotation in (int, float) and word.isascii() and "_" not in word:  # Python takes other digits, and 1_0 for 10
         try:
             return annotation(word)
@@ -275,9 +277,7 @@ def refuse_below(config: Any, least: int, *names: str) -> None:
 
 
 def refuse_repeats(config: Any, *names: str, read: Callable[[Any], Any] = lambda item: item) -> None:
-    """Raise ValueError for lists of a configuration in which anything stands twice, whatever its spelling: as `read`
-    has it.
-    """
+    """Raise ValueError for lists of a configuration in which anything stands twice, however `read` finds it spelled."""
     for name in names:
         value = getattr(config, name)
         if len(set(map(read, value))) < len(value):
