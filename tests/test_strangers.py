@@ -13,6 +13,7 @@ import torch
 import transformers
 from refusals import DEEP, refused, setting, text
 
+import longreach
 from longreach.cli import main
 from longreach.data.tokenizer import load_tokenizer
 
@@ -131,6 +132,9 @@ def test_nor_in_a_model_of_hugging_face(capfd, model, corpus, kind, name):
         (setting("attn_config", '{"alibi_bias_max": NaN}'), "config"),
         (setting("model_type", '"nothing"'), "nothing"),
         (setting("dtype", '"float9"'), "float9"),
+        (setting("layer_norm_epsilon", "1e400"), "config.json: layer_norm_epsilon=inf: give a finite number"),
+        (setting("layer_norm_epsilon", "2.5"), "config.json: layer_norm_epsilon=2.5: give a number"),
+        (setting("attn_config", '{"attn_pdrop": -Infinity}'), "attn_pdrop=-inf: give a finite number"),
         (setting("num_labels", "1000000000"), "num_labels=1000000000: give at most 65536"),
         (setting("text_config", '{"num_labels": 1000000000}'), "num_labels=1000000000: give at most 65536"),
     ],
@@ -421,6 +425,12 @@ def test_tokens_of_a_damaged_cache(capfd, run, small, tmp_path):
 @pytest.mark.parametrize("name", ["run", "."])
 def test_doctor_says_what_it_takes(capfd, run, name):
     assert "it is no model of Hugging Face, which doctor examines" in refused(capfd, "doctor", run.parent / name)
+
+
+def test_load_pretrained_says_what_loads_a_run(run):
+    with pytest.raises(ValueError, match=r"is a run of longreach: longreach\.models\.files\.load_model") as raised:
+        longreach.load_pretrained(run)
+    assert "\n" not in str(raised.value)
 
 
 def test_a_tiny_temperature_takes_the_likeliest(capfd, run):

@@ -84,7 +84,8 @@ def export_mpt(
         shutil.copymode(unfinished / "config.json", unfinished / "model.safetensors")  # which only its owner can read
         for path in unfinished.iterdir():
             sync(path)  # so that the rename that follows cannot get there first
-        os.replace(unfinished, folder)
+        with blaming(folder, unfinished):
+            os.replace(unfinished, folder)
         sync(folder.parent)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -13,7 +13,7 @@ from torch import nn
 
 from longreach.files import MODEL_FILES, open_file
 from longreach.foreign import refusing, require_transformers
-from longreach.models.files import MODEL_TYPE, check_labels, shards_of
+from longreach.models.files import MODEL_TYPE, check_numbers, shards_of
 from longreach.ops.arguments import validate_path
 from longreach.positions.scaling import Scaling, parse_scaling
 from longreach.pretrained.attend import fixed_length
@@ -41,12 +41,17 @@ def load_pretrained(name: str | os.PathLike[str], **options: Any) -> Any:
         The model, in evaluation mode.
 
     Raises:
-        ValueError: its configuration asks for what is not known.
+        ValueError: its configuration asks for what is not known, or it is a run of longreach.
         OSError: as transformers raises it, there is no such model.
     """
     from transformers import AutoModelForCausalLM
 
     validate_path("name", name)
+    if (Path(name) / "config.toml").exists() and not holds_pretrained(Path(name)):
+        raise ValueError(
+            f"name={str(name)!r} is a run of longreach: longreach.models.files.load_model loads it, longreach export "
+            "makes a Hugging Face model of it"
+        )
     model = AutoModelForCausalLM.from_pretrained(name, **options)
     adapt(model)
     return model
@@ -174,7 +179,7 @@ def _check_files(folder: Path) -> None:
         if not isinstance(values, dict):
             raise ValueError(f"{path} holds no object: give the configuration of a model")
         try:
-            check_labels(values)
+            check_numbers(values)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         quantized = "quantization_config" in values

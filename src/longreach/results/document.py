@@ -128,8 +128,11 @@ class Results:
         return tuple(sorted({e.valid_length for e in entries if (e.task, e.train_length, e.protocol) == wanted}))
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Write strict JSON, whole or not at all. Raises OSError where the system does (the old file then stays), and
-        TypeError for what is no path.
+        """Write strict JSON, whole or not at all.
+
+        Raises:
+            OSError: the system does; the old file then stays.
+            TypeError: path is none.
         """
         path = _path(path)
         document: dict[str, Any] = {"version": self.version, "provenance": dataclasses.asdict(self.provenance)}
