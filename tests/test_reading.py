@@ -67,6 +67,24 @@ def test_an_integer_is_a_number_and_becomes_one():
     assert type(read_values(Section, {"rate": 3}).rate) is float
 
 
+@dataclass(frozen=True)
+class Named:
+    sections: dict[str, Section]
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"stepz": 3}, r"^unknown key 'sections\.a\.stepz': did you mean steps\?"),
+        ({"steps": 0}, r"^sections\.a\.steps=0: give a positive integer$"),
+        ({"names": ["no"]}, r"^sections\.a: there are names that do not fit$"),
+    ],
+)
+def test_places_in_a_table_of_tables_are_named(section, message):
+    with pytest.raises(ValueError, match=message):
+        read_values(Named, {"sections": {"a": section}})
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

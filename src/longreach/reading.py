@@ -359,8 +359,10 @@ def _refusal(kind: type[Any], error: ValidationError, spell: Callable[[Place], s
 def _kind_at(kind: Any, path: Place) -> Any:
     """The dataclass that stands at a place."""
     for part in path:
-        if isinstance(part, str):
+        if isinstance(part, str) and get_origin(kind) is not dict:
             kind = get_type_hints(kind)[part]
+            if get_origin(kind) is dict:  # its keys are in the path, too
+                continue
         kind = next((inner for inner in get_args(kind) if dataclasses.is_dataclass(inner)), kind)
     return kind
 
