@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from longreach import files
-from longreach.files import digest, digest_of, is_leftover, replacing, write_atomically
+from longreach.files import digest, digest_of, replacing, sweep, temporary_name, write_atomically
 
 
 def test_the_rename_is_forced_to_disk_after_what_was_written(tmp_path, monkeypatch):
@@ -82,7 +82,7 @@ def test_the_usual_permissions_whoever_wrote_it(tmp_path, there_before):
     assert (tmp_path / "a").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
-def test_what_a_kill_leaves_is_known_by_its_name(tmp_path):
+def test_what_a_kill_leaves_is_swept_by_its_name(tmp_path):
     script = (
         "import os, signal; from pathlib import Path; from longreach.files import replacing\n"
         f"with replacing(Path({str(tmp_path / 'config.toml')!r})):\n    os.kill(os.getpid(), signal.SIGKILL)"
@@ -90,12 +90,13 @@ def test_what_a_kill_leaves_is_known_by_its_name(tmp_path):
     subprocess.run([sys.executable, "-c", script])
     (left,) = tmp_path.iterdir()
     assert left.name.startswith(".config.toml.")
-    assert is_leftover(left)
-    for name in ("config.toml", "notes.tmp", ".notes.tmp", ".hidden", ".a.0123456.tmp", ".a.0123456x.tmp"):
+    temporary_name(tmp_path / "checkpoint-5").mkdir()
+    (tmp_path / ".link.01234567.tmp").symlink_to(tmp_path)
+    others = {"config.toml", "notes.tmp", ".notes.tmp", ".hidden", ".a.0123456.tmp", ".a.0123456x.tmp"}
+    for name in others:
         (tmp_path / name).touch()
-        assert not is_leftover(tmp_path / name)
-    (tmp_path / ".folder.01234567.tmp").mkdir()
-    assert not is_leftover(tmp_path / ".folder.01234567.tmp")
+    sweep(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == others
 
 
 def test_digest_of_a_model_is_that_of_the_files_it_is_made_from(tmp_path):

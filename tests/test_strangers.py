@@ -1,7 +1,5 @@
 """Files that strangers made, through the command line: one line on standard error, status 2, and nothing hangs."""
 
-import hashlib
-import io
 import json
 import os
 import shutil
@@ -12,10 +10,13 @@ import safetensors.torch
 import torch
 import transformers
 from refusals import DEEP, refused, setting, text
+from safetensors.torch import load_file
 
 import longreach
 from longreach.cli import main
 from longreach.data.tokenizer import load_tokenizer
+from longreach.train.checkpoint import save_checkpoint
+from longreach.train.shards import read_manifest
 
 SMALL = "--num-layers 1 --num-heads 2 --d-model 16 --vocab-size 300 --train-length 16 --batch-size 4 --warmup-steps 2"
 
@@ -315,43 +316,57 @@ def test_a_damaged_log_is_found_before_training_goes_on(capfd, run, small, line)
         assert "metrics.jsonl is damaged" in refused(capfd, *words)
 
 
+def with_values(**values):
+    return lambda before, tensors: (before | values, tensors)
+
+
+def with_tensors(change):
+    """A change of tensors, by their names."""
+    return lambda values, tensors: (values, change(tensors))
+
+
+def of_weights(change):
+    """A change of each weight and of no average."""
+    return with_tensors(lambda tensors: {n: change(x) if n.startswith("model.") else x for n, x in tensors.items()})
+
+
+def without(kind):
+    return with_tensors(lambda tensors: {name: x for name, x in tensors.items() if not name.startswith(kind)})
+
+
 CHECKPOINTS = {
-    "a list": lambda state: [],
-    "nothing": lambda state: {},
-    "a step that is none": lambda state: {**state, "step": "x"},
-    "a step of before": lambda state: {**state, "step": 1},
-    "a step of a longer run": lambda state: {**state, "step": 100},
-    "no time": lambda state: {**state, "seconds": float("nan")},
-    "no model": lambda state: {**state, "model": {}},
-    "numbers of another type": lambda state: {
-        **state,
-        "model": {name: weight.to(torch.int8) for name, weight in state["model"].items()},
-    },
-    "numbers that are none": lambda state: {
-        **state,
-        "model": {name: weight * float("nan") for name, weight in state["model"].items()},
-    },
-    "averages of another shape": lambda state: {
-        **state,
-        "optimizer": {
-            **state["optimizer"],
-            "state": {n: {**of, "exp_avg": torch.zeros(1)} for n, of in state["optimizer"]["state"].items()},
-        },
-    },
-    "no averages": lambda state: {**state, "optimizer": {**state["optimizer"], "state": {}}},
-    "no random state": lambda state: {**state, "random_state": torch.zeros(3)},
+    "nothing": lambda values, tensors: ({}, {}),
+    "a step that is none": with_values(step="x"),
+    "a step of before": with_values(step=1),
+    "a step of a longer run": with_values(step=100),
+    "no time": with_values(seconds=-1.0),
+    "no batches": lambda values, tensors: ({name: values[name] for name in values if name != "batches"}, tensors),
+    "no model": without("model."),
+    "numbers of another type": of_weights(lambda weight: weight.to(torch.float16)),
+    "numbers that are none": of_weights(lambda weight: weight * float("nan")),
+    "averages of another shape": with_tensors(
+        lambda tensors: {name: x[:1] if name.startswith("exp_avg.") else x for name, x in tensors.items()}
+    ),
+    "no averages": without("exp_avg."),
+    "averages of which one is missing": without("exp_avg_sq."),
+    "averages of other steps": with_tensors(
+        lambda tensors: {name: x + 1 if name.startswith("step.") else x for name, x in tensors.items()}
+    ),
+    "no random state": without("random_state"),
+    "another random state": with_tensors(lambda tensors: tensors | {"random_state": tensors["random_state"] * 0}),
 }
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("kind", CHECKPOINTS)
-def test_a_checkpoint_whose_digest_is_right_and_whose_content_is_not(capfd, run, small, kind):
-    state = CHECKPOINTS[kind](torch.load(run / "checkpoint.pt", weights_only=True))
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    (run / "checkpoint.pt").write_bytes(buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest())
+def test_a_checkpoint_whose_digests_are_right_and_whose_content_is_not(capfd, run, small, kind):
+    path = run / "checkpoint-4"
+    values, tensors = CHECKPOINTS[kind](read_manifest(path).values, load_file(path / "0.safetensors"))
+    shutil.rmtree(path)
+    save_checkpoint(path, tensors, values)
     (run / "training.json").unlink()
     line = refused(capfd, "train", "--output", run, *small, "--final-learning-rate", "1")
-    assert "checkpoint.pt is damaged" in line
+    assert "checkpoint-4 is damaged" in line
 
 
 @pytest.mark.parametrize(

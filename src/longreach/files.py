@@ -5,11 +5,12 @@ import hashlib
 import os
 import re
 import secrets
+import shutil
 import stat
 from collections.abc import Iterator
 from io import BufferedReader
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import IO
 
 try:
     import fcntl
@@ -18,9 +19,6 @@ except ImportError:  # a system without POSIX locks
 
 MODEL_FILES = (".safetensors", ".bin", ".json", ".py")
 """Suffixes of the files that a model is made from: weights, configuration, tokenizer, and code that comes with it."""
-
-DIGEST_SIZE = hashlib.sha256().digest_size
-"""Bytes of a digest that is not written as hexadecimal digits."""
 
 _KINDS = {
     "a folder": stat.S_ISDIR,
@@ -31,7 +29,7 @@ _KINDS = {
 """What may stand under the name of a file -> whether a mode is that of one."""
 
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
-"""Names of files that are being written, and that a killed process leaves."""
+"""Names of files and folders that are being written, and that a killed process leaves."""
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -48,7 +46,7 @@ def replacing(path: Path) -> Iterator[Path]:
     old file or the new one. When the caller raises, the old file stays and the new one is removed. It has the usual
     permissions, though some libraries write files that only their owner may read.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = temporary_name(path)
     try:
         with blaming(path, temporary):
             with open(temporary, "xb") as file:
@@ -56,12 +54,17 @@ def replacing(path: Path) -> Iterator[Path]:
             yield temporary
             if stat.S_IMODE(temporary.stat().st_mode) != mode:
                 temporary.chmod(mode)
-            sync(temporary)
-            os.replace(temporary, path)
+            put_in_place(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+
+
+def put_in_place(temporary: Path, path: Path) -> None:
+    """Force a file or a folder to disk, give it the name path, and force that to disk."""
+    sync(temporary)
+    os.replace(temporary, path)
     sync(path.parent)
 
 
@@ -89,9 +92,26 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def is_leftover(path: Path) -> bool:
-    """Whether a file is one that `replacing` writes to, which nobody does any more when its folder is ours alone."""
-    return _TEMPORARY.fullmatch(path.name) is not None and path.is_file()
+def temporary_name(path: Path) -> Path:
+    """Where to make what will be renamed to path: beside it, under a name by which `sweep` knows it."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder and all in it; at no moment is a part of it left under its name."""
+    going = temporary_name(path)
+    path.rename(going)
+    shutil.rmtree(going)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed process was writing into a folder, which must be ours alone."""
+    for path in folder.iterdir():
+        if _TEMPORARY.fullmatch(path.name):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def lock(file: IO[bytes], *, wait: bool) -> None:
@@ -146,34 +166,3 @@ def digest(path: Path) -> str:
 def digest_of(*parts: str) -> str:
     """SHA-256 (hex) of texts, with a line feed between them."""
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-def digest_of_start(path: Path, size: int) -> bytes:
-    """SHA-256 of the first size bytes of a file, or of all that it holds if that is less."""
-    hashed = hashlib.sha256()
-    with open_file(path) as file:
-        while size > 0 and (block := file.read(min(size, 2**20))):
-            hashed.update(block)
-            size -= len(block)
-    return hashed.digest()
-
-
-class HashingWriter:
-    """Passes bytes on to a file and hashes them, so that what is large is never whole in memory twice."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._hash = hashlib.sha256()
-
-    def write(self, data: bytes) -> int:
-        """Write and hash data."""
-        self._hash.update(data)
-        return self._file.write(data)
-
-    def flush(self) -> None:
-        """Flush the file."""
-        self._file.flush()
-
-    def digest(self) -> bytes:
-        """SHA-256 of what was written."""
-        return self._hash.digest()

@@ -26,7 +26,7 @@ import tomli_w
 import torch
 
 import longreach
-from longreach.files import blaming, digest_of, is_leftover, lock, write_atomically
+from longreach.files import blaming, digest_of, lock, sweep, write_atomically
 from longreach.reading import plain_values, read_file
 from longreach.results import Start
 
@@ -73,7 +73,9 @@ def hold(folder: Path, config: Config, besides: tuple[str, ...] = ()) -> Iterato
     _git_commit()  # asked before locking: a child process has our lock from its fork to its exec, even if we are killed
     try:
         with _locked(folder):
-            _sweep(folder)
+            for part in WRITTEN_INTO:
+                if (folder / part).is_dir():
+                    sweep(folder / part)
             yield _checked(folder, config, besides)
     finally:
         if made:
@@ -188,15 +190,6 @@ def _lock(file: BinaryIO, folder: Path) -> None:
     except OSError as error:
         message = f"output={folder}: it cannot be locked ({error.strerror}), give a folder on another file system"
         raise OSError(error.errno, message) from error
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what a killed process was writing."""
-    for part in WRITTEN_INTO:
-        if (folder / part).is_dir():
-            for path in (folder / part).iterdir():
-                if is_leftover(path):
-                    path.unlink()
 
 
 def _checked(folder: Path, config: Config, besides: tuple[str, ...]) -> Config | None:

@@ -45,8 +45,8 @@ def first_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def in_silence(*loggers: str) -> Iterator[None]:
-    """Keep warnings, and what these loggers of libraries have to say, off standard error.
+def in_silence(*loggers: str, warning: str = "") -> Iterator[None]:
+    """Keep warnings that begin so, and what these loggers of libraries have to say, off standard error.
 
     Warnings only in the main thread, for what is done about them is done to all.
     """
@@ -56,7 +56,7 @@ def in_silence(*loggers: str) -> Iterator[None]:
             logging.getLogger(name).setLevel(logging.CRITICAL + 1)
         with warnings.catch_warnings() if _is_main_thread() else contextlib.nullcontext():
             if _is_main_thread():
-                warnings.simplefilter("ignore")
+                warnings.filterwarnings("ignore", warning)
             yield
     finally:
         for name, level in levels.items():

@@ -322,8 +322,10 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(tmp_path):
 def test_a_damaged_checkpoint_is_named(tmp_path):
     with pytest.raises(Interrupted):
         run(tmp_path, stop_after=7)
-    (tmp_path / "checkpoint.pt").write_bytes(b"torn")
-    with pytest.raises(ValueError, match=r"checkpoint\.pt is damaged \(its digest is another\); delete it"):
+    (tmp_path / "checkpoint-5" / "0.safetensors").write_bytes(b"torn")
+    with pytest.raises(
+        ValueError, match=r"checkpoint-5 is damaged \(.*\); delete it to train this run from the start$"
+    ):
         run(tmp_path)
 
 

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -10,10 +11,12 @@ import time
 import pytest
 import torch
 from ranks import free_port, launch, run
+from safetensors.torch import load_file
 
 from longreach.cli import main
 from longreach.models.files import load_model
 from longreach.results import Results, read_training
+from longreach.train.checkpoint import checkpoints, last_step
 from longreach.train.parallel import Ranks, read_launch
 
 SMALL = (
@@ -105,7 +108,7 @@ def test_a_stream_goes_on_in_its_midst_however_many_processes_there_are(small, c
     for rank in interrupted:
         rank.kill(signal.SIGKILL)
         rank.wait()
-    assert (tmp_path / "run" / "checkpoint.pt").exists()
+    assert last_step(tmp_path / "run") >= 10
     main(words)
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
     os.utime(folder / "train-0.jsonl", (1, 1))
@@ -151,21 +154,58 @@ def test_dropout_draws_otherwise_on_each_rank_and_as_before_when_resumed():
     assert len(set(draws)) == 4
 
 
-@pytest.mark.parametrize(("first", "then"), [("alone", "ddp"), ("ddp", "fsdp"), ("fsdp", "alone")])
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ("", "--parallel ddp"),
+        ("--parallel ddp --checkpoint-every 1 --async-checkpoint", "--parallel fsdp"),
+        ("--parallel fsdp --checkpoint-every 1 --validate-every 1", ""),
+    ],
+)
 def test_a_run_goes_on_however_many_processes_there_are(small, alone, tmp_path, first, then):
     words = ["train", "--output", str(tmp_path / "run"), *small, "--steps", "50"]
-    interrupted = launch([*words, *_parallel(first)], tmp_path / "logs", size=1 if first == "alone" else 2)
+    size = 2 if first else 1
+    interrupted = launch([*words, *first.split()], tmp_path / "logs", size=size)
     until(lambda: len(metrics(tmp_path / "run")) > 12, interrupted)
     for rank in interrupted:
         rank.kill(signal.SIGKILL)
         rank.wait()
-    assert (tmp_path / "run" / "checkpoint.pt").exists()
-    run([*words, *_parallel(then)], tmp_path / "logs", size=1 if then == "alone" else 2)
+    last = checkpoints(tmp_path / "run")[0]
+    assert last_step(tmp_path / "run") >= 10
+    written = {name: load_file(last / f"{name}.safetensors") for name in range(size)}
+    assert len(list(last.iterdir())) == size + 1
+    if "ddp" in first:  # each tensor is written by one
+        assert not written[0].keys() & written[1].keys()
+        assert all(any(name.startswith("model.") for name in part) for part in written.values())
+    if "fsdp" in first:
+        numbers = [sum(x.numel() for name, x in part.items() if x.dim()) for part in written.values()]
+        assert max(numbers) < 0.6 * sum(numbers)
+    run([*words, *then.split()], tmp_path / "logs", size=2 if then else 1)
     assert losses(tmp_path / "run") == pytest.approx(losses(alone), rel=1e-5)
+    assert not list((tmp_path / "run").glob(".*.tmp"))
 
 
-def _parallel(how):
-    return [] if how == "alone" else ["--parallel", how]
+def test_a_damaged_shard_is_named_and_the_checkpoint_before_it_gone_on_from(small, alone, tmp_path):
+    words = ["train", "--output", str(tmp_path / "run"), *small, "--steps", "50", "--keep-checkpoints", "2"]
+    words += ["--parallel", "fsdp"]
+    interrupted = launch(words, tmp_path / "logs")
+    until(lambda: len(metrics(tmp_path / "run")) > 22, interrupted)
+    for rank in interrupted:
+        rank.kill(signal.SIGKILL)
+        rank.wait()
+    last, before = checkpoints(tmp_path / "run")
+    shard = bytearray((last / "1.safetensors").read_bytes())
+    shard[-1] ^= 1
+    (last / "1.safetensors").write_bytes(shard)
+    said = run(words, tmp_path / "logs", status=2)
+    assert re.search(
+        rf"{last} is damaged \(.* in 1\.safetensors: its digest is another\); delete it to go on from {before.name}$",
+        said[0].splitlines()[-1],
+    )
+    assert said[1] == ""
+    shutil.rmtree(last)
+    run(words, tmp_path / "logs")
+    assert losses(tmp_path / "run") == pytest.approx(losses(alone), rel=1e-5)
 
 
 def until(condition, ranks, seconds=300.0):
@@ -294,12 +334,13 @@ def test_a_full_disk_is_said_by_rank_0_and_the_last_checkpoint_is_kept(small, al
         rank.kill(signal.SIGTERM)
         rank.wait()
     said = run([*words, "--async-checkpoint"], tmp_path / "logs", status=2, largest_file=100_000)
-    message = f"while writing {tmp_path / 'run' / 'checkpoint.pt'}: the checkpoint before it is kept; mend that and run"
-    assert message in said[0].splitlines()[-1]
+    message = r"while writing .*/run/checkpoint-20: the checkpoint before it is kept; mend that and run"
+    assert re.search(message, said[0].splitlines()[-1])
     assert "longreach train" not in said[1]  # torch itself may warn there that rank 0 is gone
     # There is room for the model, and none for its checkpoints.
     said = run([*words, "--on-full-disk", "continue"], tmp_path / "logs", largest_file=200_000)
-    assert said[0].count(f"{message.partition(';')[0]}; training goes on\n") >= 2
+    told = r"while writing .*/run/checkpoint-[2-4]0: the checkpoint before it is kept; training goes on\n"
+    assert len(re.findall(told, said[0])) >= 2
     assert losses(tmp_path / "run") == pytest.approx(losses(alone), rel=1e-5)
     assert not list((tmp_path / "run").glob("checkpoint*"))
 

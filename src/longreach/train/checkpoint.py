@@ -1,143 +1,177 @@
-"""Checkpoints that no crash leaves a run without: written beside the old one, checked by a digest, renamed."""
+"""Which checkpoints a run has, and that no crash leaves it without: one is whole or absent, the older ones go last."""
 
-import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
 
-from longreach.files import DIGEST_SIZE, HashingWriter, digest_of_start, open_file, replacing
-from longreach.foreign import refusing
-from longreach.stopping import Terminated
+from longreach.files import remove_folder
+from longreach.foreign import in_silence, refusing
 from longreach.train.metrics import Log, having_room
+from longreach.train.parallel import ALONE, Ranks, shard
+from longreach.train.shards import Manifest, ShardReader, ShardWriter
+
+NAME = "checkpoint-"
+"""What the name of each begins with; the number of steps that were done follows."""
 
 
-def save_checkpoint(state: dict[str, Any], path: Path, keep: int = 1) -> None:
-    """Replace the checkpoint at path by state, atomically: a kill at any moment leaves the old or the new one.
-
-    The file is what torch.save writes, followed by its SHA-256: torch itself does not notice a flipped bit.
-
-    Args:
-        state: tensors and plain values, among them `step`.
-        path: the file.
-        keep: of how many steps checkpoints stay. More than this one have a second name, checkpoint-STEP.pt.
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run, the last first.
 
     Raises:
-        OSError: the disk is full or the folder cannot be written; the old checkpoint is untouched.
+        ValueError: there is one of an older version.
     """
+    old = folder / "checkpoint.pt"
+    if old.exists():
+        raise ValueError(
+            f"{old} is of an older version of longreach: finish the run with that one, or delete it to train this run "
+            "from the start"
+        )
+    found = (path for path in folder.glob(f"{NAME}*") if path.name.removeprefix(NAME).isdecimal() and path.is_dir())
+    return sorted(found, key=_step, reverse=True)
+
+
+def last_step(folder: Path) -> int:
+    """How many steps were done at the last checkpoint of a run, 0 where it has none. Raises as `checkpoints`."""
+    return max(map(_step, checkpoints(folder)), default=0)
+
+
+def remove_checkpoints(folder: Path, keep: int = 0) -> None:
+    """Remove the checkpoints of a run but so many of the last. Raises as `checkpoints`."""
+    for path in checkpoints(folder)[keep:]:
+        remove_folder(path)
+
+
+def damaged(path: Path) -> tuple[str, str]:
+    """What is wrong with a checkpoint that no run can go on from, and the mend, as `refusing` takes them."""
+    before = [other.name for other in checkpoints(path.parent) if _step(other) < _step(path)]
+    instead = f"go on from {before[0]}" if before else "train this run from the start"
+    return f"checkpoint {path} is damaged", f"delete it to {instead}"
+
+
+def save_checkpoint(
+    path: Path,
+    tensors: dict[str, Tensor],
+    values: dict[str, Any],
+    ready: Callable[[], None] = lambda: None,
+    group: dist.ProcessGroup | None = None,
+) -> None:
+    """Write a checkpoint, whole or not at all. All ranks of the group call it, and what it raises is raised on all.
+
+    Args:
+        path: the folder, which is not there yet.
+        tensors: what this rank has to write: its parts of sharded tensors, and what no other rank writes.
+        values: plain values; those of rank 0 count.
+        ready: called on rank 0 first; nothing is written where it raises.
+        group: the ranks, with a backend for the CPU; this process alone when None.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written. Nothing is left of it.
+    """
+    writer = ShardWriter(path, values, ready)
+    planner = dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
-        with replacing(path) as beside, open(beside, "wb") as file:
-            hashing = HashingWriter(file)
-            torch.save(state, hashing)  # type: ignore[arg-type]  # it only writes
-            file.write(hashing.digest())
+        dcp.save(tensors, storage_writer=writer, planner=planner, process_group=group, no_dist=group is None)
     except BaseException as error:
-        # torch.save hides what stopped it, a full disk or Ctrl-C for instance, behind an error of its own.
-        cause = error.__context__ if isinstance(error, RuntimeError) else error
-        if isinstance(cause, KeyboardInterrupt | Terminated):
-            raise cause from None
-        if not isinstance(cause, OSError):
-            raise
-        message = f"{cause.strerror} while writing {path}: the checkpoint before it is kept"
-        raise OSError(cause.errno, message) from error
-    if keep > 1:
-        named = path.with_stem(f"{path.stem}-{state['step']}")
-        named.unlink(missing_ok=True)
-        os.link(path, named)
-    for older in numbered(path)[keep if keep > 1 else 0 :]:
-        older.unlink()
+        writer.give_up()
+        raise _cause(error) if isinstance(error, dcp.CheckpointException) else error from None
 
 
-def numbered(path: Path) -> list[Path]:
-    """The checkpoints of single steps that were kept beside path, the last first."""
-    steps = {file: file.stem.removeprefix(f"{path.stem}-") for file in path.parent.glob(f"{path.stem}-*{path.suffix}")}
-    return sorted((file for file in steps if steps[file].isdecimal()), key=lambda file: -int(steps[file]))
+def load_tensors(
+    path: Path, manifest: Manifest, tensors: dict[str, Tensor], group: dist.ProcessGroup | None = None
+) -> None:
+    """Read tensors of a checkpoint into those given, of which each rank may have parts. All ranks of the group call it.
+
+    Raises:
+        ValueError: it is damaged, or holds others.
+    """
+    for tensor in tensors.values():
+        if tensor.is_floating_point():
+            shard(tensor).fill_(torch.nan)  # where no piece has anything for it
+    reader = ShardReader(path, manifest, tensors)
+    planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    try:
+        with in_silence():
+            dcp.load(tensors, storage_reader=reader, planner=planner, process_group=group, no_dist=group is None)
+    except dcp.CheckpointException as error:
+        with refusing(*damaged(path)):
+            raise _cause(error) from None
 
 
-def remove_checkpoints(path: Path) -> None:
-    """Remove the checkpoint at path and those of single steps."""
-    for file in (*numbered(path), path):
-        file.unlink(missing_ok=True)
+def _cause(error: dcp.CheckpointException) -> BaseException:
+    """What went wrong on the first rank on which anything did."""
+    return error.failures[min(error.failures)][0]
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix(NAME))
 
 
 class Writer:
     """Saves checkpoints at once, or in a thread while training goes on, one at a time; done when the block ends.
 
     Args:
-        path: the file.
-        keep: as `save_checkpoint` has it.
-        behind: whether in a thread, from a copy of the state.
+        folder: of the run.
+        keep: how many stay.
+        behind: whether in a thread, from a copy of the tensors.
         log: of the steps, without which a checkpoint is worth nothing: it is on disk before that is.
         on_full_disk: told what could not be written because a disk is full; that is an error when None.
+        ranks: all of which have such a writer and save together.
     """
 
     def __init__(
-        self, path: Path, keep: int, behind: bool, log: Log, on_full_disk: Callable[[str], None] | None = None
+        self,
+        folder: Path,
+        keep: int,
+        behind: bool,
+        log: Log,
+        on_full_disk: Callable[[str], None] | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self._path, self._keep = path, keep
-        self._log, self._on_full_disk = log, on_full_disk
+        self._folder, self._keep = folder, keep
+        self._log, self._on_full_disk, self._ranks = log, on_full_disk, ranks
         self._threads = ThreadPoolExecutor(1) if behind else None
         self._saving: Future[None] | None = None
+        self._stack = ExitStack()
 
     def __enter__(self) -> "Writer":
+        self._stack.enter_context(in_silence(warning="torch.distributed is disabled"))  # the thread cannot
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._threads is not None:
-            self._threads.shutdown()
-            if error is None or not isinstance(error, Exception):  # a signal leaves a checkpoint, or says why not
-                with having_room(self._on_full_disk):
-                    self._wait()
+        with self._stack:
+            if self._threads is not None:
+                self._threads.shutdown()
+                if error is None or not isinstance(error, Exception):  # a signal leaves a checkpoint, or says why not
+                    with having_room(self._on_full_disk):
+                        self._wait()
 
-    def save(self, state: dict[str, Any]) -> None:
-        """Save a state, as `save_checkpoint` does, whose errors come out here, or at the next time behind."""
+    def save(self, step: int, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        """Save what there is after so many steps, as `save_checkpoint`, whose errors come at the next time behind."""
         with having_room(self._on_full_disk):
             self._wait()
         with having_room(self._on_full_disk):
-            self._log.sync()
             if self._threads is None:
-                save_checkpoint(state, self._path, self._keep)
+                self._save(step, tensors, values)
             else:
-                self._saving = self._threads.submit(save_checkpoint, _copied(state), self._path, self._keep)
+                copied = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+                self._saving = self._threads.submit(self._save, step, copied, values)
+
+    def _save(self, step: int, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        save_checkpoint(self._folder / f"{NAME}{step}", tensors, values, self._log.sync, self._ranks.beside)
+        if self._ranks.is_first:
+            remove_checkpoints(self._folder, self._keep)
 
     def _wait(self) -> None:
         if self._saving is not None:
             saving, self._saving = self._saving, None
             saving.result()
-
-
-def _copied(state: Any) -> Any:
-    """A state that training does not change, on the CPU."""
-    if isinstance(state, torch.Tensor):
-        return state.detach().to("cpu", copy=True)
-    if isinstance(state, dict):
-        return {name: _copied(value) for name, value in state.items()}
-    return [_copied(value) for value in state] if isinstance(state, list) else state
-
-
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read what `save_checkpoint` wrote.
-
-    Raises:
-        ValueError: the file is damaged.
-        OSError: it cannot be read.
-    """
-    with refusing(*damaged(path)):
-        with open_file(path) as file:
-            size = max(0, os.path.getsize(path) - DIGEST_SIZE)
-            file.seek(size)
-            if file.read() != digest_of_start(path, size):
-                raise ValueError("its digest is another")
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    return state
-
-
-def damaged(path: Path) -> tuple[str, str]:
-    """What is wrong with a checkpoint that no run can go on from, and the mend, as `refusing` takes them."""
-    before = [file.name for file in numbered(path) if not file.samefile(path)]
-    instead = f"put {before[0]} in its place, or " if before else ""
-    return f"checkpoint {path} is damaged", f"{instead}delete it to train this run from the start"

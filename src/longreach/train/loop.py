@@ -25,13 +25,14 @@ from longreach.models.decoder import Decoder
 from longreach.models.files import save_model
 from longreach.results import Exchanged, Model, TrainingRecord, read_training, write_training
 from longreach.stopping import deferred, exception
-from longreach.train.checkpoint import Writer, damaged, load_checkpoint, remove_checkpoints
+from longreach.train.checkpoint import NAME, Writer, damaged, last_step, load_tensors, remove_checkpoints
 from longreach.train.config import TrainConfig
 from longreach.train.context import exchanged, share_loss, unshared
 from longreach.train.flops import count_matrices, published_peak, training_flops
 from longreach.train.metrics import Log, Step, final_loss, keep_first
 from longreach.train.optim import build_optimizer, independent_of_steps, learning_rate
-from longreach.train.parallel import ALONE, Loss, Ranks, restore, shard, whole
+from longreach.train.parallel import ALONE, Loss, Ranks, shard, whole
+from longreach.train.shards import read_manifest
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,8 @@ def train(
 ) -> TrainingRecord:
     """Train a model into a folder: metrics.jsonl, then the files of the model and training.json.
 
-    A folder that has training.json of as many steps is finished, and its record is returned. A folder that has
-    checkpoint.pt is gone on with, to the same numbers that an uninterrupted run gives. A finished run keeps it where
+    A folder that has training.json of as many steps is finished, and its record is returned. A folder that has a
+    checkpoint is gone on with, to the same numbers that an uninterrupted run gives. A finished run keeps its last where
     more steps would go on from there, as `independent_of_steps` says.
 
     Args:
@@ -106,9 +107,10 @@ def train(
         batches: what to train it on.
         folder: where to write.
         on_step: called after each step.
-        ranks: the processes that share each batch, all of which call this; rank 0 writes.
+        ranks: the processes that share each batch, all of which call this; each writes its part of checkpoints, rank 0
+            all else.
         valid_batches: what this rank measures of the validation text where `config` asks for it, each (B, L + 1).
-        say: told what went wrong where that ends nothing.
+        say: told on rank 0 what went wrong where that ends nothing.
 
     Raises:
         ValueError: the checkpoint is damaged, or the ranks cannot share a batch.
@@ -122,16 +124,16 @@ def train(
         return record
     folder.mkdir(parents=True, exist_ok=True)
     run = _Run(build, config, ranks, batches)
-    run.resume(folder)
+    with ranks.computing():
+        run.resume(folder)
     patient = config.on_full_disk == "continue"
     metrics_path = folder / "metrics.jsonl" if ranks.is_first else Path(os.devnull)
+    told = (say if ranks.is_first else lambda message: None) if patient else None
     with (
         ranks.computing(),
         Cost(run.device) as cost,
         Log(metrics_path, patient) as log,
-        Writer(
-            folder / "checkpoint.pt", config.keep_checkpoints, config.async_checkpoint, log, say if patient else None
-        ) as checkpoints,
+        Writer(folder, config.keep_checkpoints, config.async_checkpoint, log, told, ranks) as writer,
         deferred() as signal,
     ):
         while run.step < config.steps:
@@ -144,11 +146,11 @@ def train(
             on_step(step)
             asked = ranks.largest(signal())
             if asked or (run.step % config.checkpoint_every == 0 and run.step < config.steps):
-                run.save(checkpoints)
+                run.save(writer)
             if asked:
                 raise exception(asked)
         if independent_of_steps(config, config.steps):
-            run.save(checkpoints)  # to go on from, should it be made longer
+            run.save(writer)  # to go on from, should it be made longer
         run.check_finite()
         weights = ranks.whole(run.trainee.model.state_dict())
     with ranks.leading():
@@ -199,16 +201,13 @@ def _finish(run: "_Run", folder: Path, cost: Cost, weights: dict[str, Tensor]) -
     )
     write_training(record, finished)
     if not independent_of_steps(config, config.steps):
-        remove_checkpoints(folder / "checkpoint.pt")
+        remove_checkpoints(folder)
 
 
 def steps_done(folder: Path) -> int:
-    """How many steps of a run are done and kept, by its record or its checkpoint; ValueError where that is damaged."""
-    checkpoint, finished = folder / "checkpoint.pt", folder / "training.json"
-    if checkpoint.exists():
-        with refusing(*damaged(checkpoint)):
-            return int(load_checkpoint(checkpoint)["step"])
-    return read_training_record(finished).steps if finished.exists() else 0
+    """How many steps of a run are done and kept, by its checkpoints or its record; ValueError where that is damaged."""
+    finished = folder / "training.json"
+    return last_step(folder) or (read_training_record(finished).steps if finished.exists() else 0)
 
 
 def read_training_record(path: Path) -> TrainingRecord:
@@ -267,16 +266,14 @@ class _Run:
         self.packs = config.packing == "documents"
         self.peak_flops = config.peak_flops or published_peak(self.device, self.bf16)  # of one device
         self.step = 0
+        self.kept = 0  # the step of the last checkpoint
         self.tokens = 0
         self.seconds = 0.0
 
     def resume(self, folder: Path) -> None:
-        """Go on from the checkpoint of a folder, if it has one."""
-        path = folder / "checkpoint.pt"
-        if path.exists():
-            state = load_checkpoint(path)
-            with refusing(*damaged(path)):
-                self._restore(state)
+        """Go on from the last checkpoint of a folder, if it has one."""
+        if step := int(self.ranks.first_one_s(torch.tensor(last_step(folder)))):  # other machines may see older ones
+            self._restore(folder / f"{NAME}{step}")
         if self.ranks.is_first:
             keep_first(folder / "metrics.jsonl", self.step)
 
@@ -380,23 +377,22 @@ class _Run:
         model.train()
         return text
 
-    def save(self, checkpoints: Writer) -> None:
-        """Write the checkpoint: model, optimizer, step, the state of batches that have one, and random state."""
+    def save(self, writer: Writer) -> None:
+        """Write a checkpoint: model, optimizer, step, the state of batches that have one, and random state."""
+        if self.step == self.kept:
+            return
         self.check_finite()
-        state = {
-            "model": self.trainee.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+        tensors = self.ranks.share(self._tensors())
+        if self.ranks.is_first:  # the others draw otherwise, by the number of the step
+            tensors |= self._random_states()
+        values = {
             "step": self.step,
-            "batches": self.batches.state(self.step),
             "tokens": self.tokens,
             "seconds": self.seconds,
-            "random_state": torch.get_rng_state(),
+            "batches": self.batches.state(self.step),
         }
-        if self.device.type == "cuda":
-            state["cuda_random_state"] = torch.cuda.get_rng_state(self.device)
-        state = self.ranks.whole(state)
-        if self.ranks.is_first:
-            checkpoints.save(state)
+        writer.save(self.step, tensors, values)
+        self.kept = self.step
 
     def check_finite(self) -> None:
         """FloatingPointError where weights or averages are not all finite, which no step can go on from."""
@@ -408,34 +404,59 @@ class _Run:
                 f"learning_rate below {self.config.learning_rate:g}, or less weight_decay"
             )
 
-    def _restore(self, state: dict[str, Any]) -> None:
-        """Go on from what `save` wrote. Whatever is raised says that it is not that."""
-        self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
-        if not (type(self.step) is int and 0 < self.step <= self.config.steps):
+    def _names(self) -> dict[Tensor, str]:
+        """The weights, each with one of its names."""
+        return {weight: name for name, weight in self.trainee.model.state_dict(keep_vars=True).items()}
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """The weights and their averages by name: what they are in, not copies."""
+        names = self._names()
+        tensors = {f"model.{name}": weight.detach() for weight, name in names.items()}
+        for weight, averages in self.optimizer.state.items():
+            tensors |= {f"{kind}.{names[weight]}": average for kind, average in averages.items()}
+        return tensors
+
+    def _random_states(self) -> dict[str, Tensor]:
+        states = {"random_state": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            states["cuda_random_state"] = torch.cuda.get_rng_state(self.device)
+        return states
+
+    def _restore(self, path: Path) -> None:
+        """Go on from what `save` wrote."""
+        unusable = damaged(path)
+        with refusing(*unusable):
+            manifest = read_manifest(path)
+            self._restore_values(path, manifest.values)
+            for weight, name in self._names().items():
+                if f"exp_avg.{name}" in manifest.tensors:  # no gradient reaches the others
+                    self.optimizer.state[weight] = {
+                        "step": torch.zeros((), device=weight.device),
+                        "exp_avg": torch.zeros_like(weight),
+                        "exp_avg_sq": torch.zeros_like(weight),
+                    }
+            if not self.optimizer.state:
+                raise ValueError("there are no averages")
+            states = {name: state for name, state in self._random_states().items() if name in manifest.tensors}
+        load_tensors(path, manifest, self._tensors() | states, self.ranks.beside)
+        with refusing(*unusable):
+            if (counted := max(of["step"].item() for of in self.optimizer.state.values())) != self.step:
+                raise ValueError(f"step={self.step!r}, and averages of {counted:g} steps")
+            torch.set_rng_state(states["random_state"])
+            if "cuda_random_state" in states:  # the start before may have been on the CPU
+                torch.cuda.set_rng_state(states["cuda_random_state"], self.device)
+        self.kept = self.step
+
+    def _restore_values(self, path: Path, values: dict[str, Any]) -> None:
+        """Take over the plain values of a checkpoint. Whatever is raised says that they are none."""
+        self.step, self.tokens, self.seconds = values["step"], values["tokens"], values["seconds"]
+        if not (type(self.step) is int and 0 < self.step <= self.config.steps and path.name == f"{NAME}{self.step}"):
             raise ValueError(f"step={self.step!r}, of {self.config.steps}")
         if not (type(self.tokens) is int and self.tokens > 0):
             raise ValueError(f"tokens={self.tokens!r}")
         if not (type(self.seconds) is float and 0 <= self.seconds < math.inf):
             raise ValueError(f"seconds={self.seconds!r}")
-        self.batches.restore(state["batches"])
-        for name, weight in self.trainee.model.state_dict().items():
-            _check_alike(name, state["model"][name], weight)
-        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        averages = state["optimizer"]["state"]
-        if not averages:
-            raise ValueError("there are no averages")
-        for number, of_one in averages.items():  # none of parameters that no gradient reaches
-            for name in ("exp_avg", "exp_avg_sq"):
-                _check_alike(name, of_one[name], parameters[number])
-            _check_alike("step", of_one["step"], torch.zeros(()))
-        if (counted := max(of_one["step"].item() for of_one in averages.values())) != self.step:
-            raise ValueError(f"step={self.step!r}, and averages of {counted:g} steps")
-        # Settings are those of the configuration; what is restored are the averages.
-        optimizer = {"state": averages, "param_groups": self.optimizer.state_dict()["param_groups"]}
-        restore(self.trainee.model, self.optimizer, {**state, "optimizer": optimizer})
-        torch.set_rng_state(state["random_state"])
-        if self.device.type == "cuda" and "cuda_random_state" in state:  # the start before may have been on the CPU
-            torch.cuda.set_rng_state(state["cuda_random_state"], self.device)
+        self.batches.restore(values["batches"])
 
     def _offsets(self) -> Tensor:
         """Where each of this rank's sequences of a batch starts, (rows, 1), drawn anew."""
@@ -451,8 +472,3 @@ class _Part(NamedTuple):
     """What the loss takes."""
     num_targets: int
     """How many tokens it is the mean over."""
-
-
-def _check_alike(name: str, tensor: Tensor, model: Tensor) -> None:
-    if tensor.shape != model.shape or tensor.dtype != model.dtype or not tensor.isfinite().all():
-        raise ValueError(f"{name} is not of {model.dtype} of {tuple(model.shape)}, all of it finite")

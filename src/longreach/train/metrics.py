@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 from typing import Any
 
@@ -61,7 +62,7 @@ class Step:
 
 
 class Log:
-    """metrics.jsonl as it grows. Lines are whole in it when the block ends, or when they are synced.
+    """metrics.jsonl as it grows. Lines are whole in it when the block ends, or when they are synced, by any thread.
 
     Args:
         path: the file.
@@ -73,6 +74,7 @@ class Log:
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         self._patient = patient
         self._left = b""
+        self._turn = Lock()
 
     def __enter__(self) -> "Log":
         return self
@@ -88,21 +90,22 @@ class Log:
 
     def add(self, step: Step) -> None:
         """Write the line of a step."""
-        self._left += (json.dumps(step.figures()) + "\n").encode()
         with having_room((lambda message: None) if self._patient else None):
-            self._write()
+            self._write((json.dumps(step.figures()) + "\n").encode())
 
     def sync(self) -> None:
         """Force all lines to disk."""
         self._write()
         sync(self._path)
 
-    def _write(self) -> None:
-        try:
-            while self._left:
-                self._left = self._left[os.write(self._file, self._left) :]
-        except OSError as error:
-            raise OSError(error.errno, f"{error.strerror} while writing {self._path}") from error
+    def _write(self, line: bytes = b"") -> None:
+        with self._turn:
+            self._left += line
+            try:
+                while self._left:
+                    self._left = self._left[os.write(self._file, self._left) :]
+            except OSError as error:
+                raise OSError(error.errno, f"{error.strerror} while writing {self._path}") from error
 
 
 @contextmanager

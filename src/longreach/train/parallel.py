@@ -1,8 +1,8 @@
 """Several processes, ranks, that do the work of one, as torchrun starts them: the only file that knows of them.
 
-What is computed together goes through PyTorch's process group: gradients, and `Ranks.mean`. All else goes through its
-store, a table of words that all ranks can read, where waiting has no limit: `Ranks.leading`, `Ranks.shared`. A thread
-of each rank looks there whether the others are alive.
+What is computed together goes through PyTorch's process group: gradients, and `Ranks.mean`; checkpoints have a group of
+their own. All else goes through its store, a table of words that all ranks can read, where waiting has no limit:
+`Ranks.leading`, `Ranks.shared`. A thread of each rank looks there whether the others are alive.
 """
 
 import os
@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from longreach.train.watch import BEAT, GRACE, PAUSE, Watch
@@ -94,6 +94,8 @@ class Ranks:
         self._store, self._watch = store, watch
         self._stage = 0
         self._contexts: dict[int, dist.ProcessGroup] = {}
+        self.beside: dist.ProcessGroup | None = None
+        """All ranks, where there are several, for what is done on the CPU beside training and may take long."""
 
     @property
     def is_first(self) -> bool:
@@ -234,6 +236,7 @@ class Ranks:
                 world_size=self.size,
                 timeout=timedelta(seconds=self._watch.timeout + GRACE),  # the watch, which knows more, comes first
             )
+            self.beside = dist.new_group(backend="gloo", timeout=timedelta(days=1))
 
     def together(self, work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
         """What `work` makes of each item, which all ranks do together; the results come out on rank 0."""
@@ -323,14 +326,22 @@ class Ranks:
                     raise kind(self._store.get(f"{stage}/{name}").decode())
             yield
 
-    def whole(self, state: Any) -> Any:
-        """A state dict with its sharded tensors put together, on the CPU of rank 0; all ranks must call it."""
-        if isinstance(state, DTensor):
-            full = state.full_tensor()
-            return full.cpu() if self.is_first else None
-        if isinstance(state, dict):
-            return {name: self.whole(value) for name, value in state.items()}
-        return [self.whole(value) for value in state] if isinstance(state, list) else state
+    def whole(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights with those that are sharded put together, on the CPU of rank 0; all ranks must call it."""
+        together: dict[str, Tensor] = {}
+        for name, weight in weights.items():
+            full = whole(weight)
+            if self.is_first:
+                together[name] = full.cpu()
+        return together
+
+    def share(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What this rank keeps of tensors that all have: its parts of sharded ones, and some of the others."""
+        return {
+            name: tensor
+            for number, (name, tensor) in enumerate(tensors.items())
+            if isinstance(tensor, DTensor) or number % self.size == self.rank
+        }
 
     def leave(self) -> None:
         """Wait until all ranks are done."""
@@ -401,17 +412,6 @@ def joined(program: str, timeout: float) -> Iterator[Ranks]:
         watch.end()
 
 
-def restore(model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Load whole state dicts, of which this rank takes its part where its parameters are sharded."""
-    held, parameters = model.state_dict(), [p for group in optimizer.param_groups for p in group["params"]]
-    model.load_state_dict({name: _part(full, held.get(name)) for name, full in state["model"].items()})
-    moments = {
-        number: {name: _part(full, parameters[number]) for name, full in values.items()}
-        for number, values in state["optimizer"]["state"].items()
-    }
-    optimizer.load_state_dict({**state["optimizer"], "state": moments})
-
-
 def whole(number: Tensor) -> Tensor:
     """A tensor of the sharded parameters' making, on each rank."""
     return number.full_tensor() if isinstance(number, DTensor) else number
@@ -420,13 +420,6 @@ def whole(number: Tensor) -> Tensor:
 def shard(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor, which is all of one that is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _part(full: Tensor, parameter: Any) -> Tensor:
-    if not isinstance(parameter, DTensor) or full.shape != parameter.shape:  # the step of an optimizer has no axes
-        return full
-    on_device = full.to(parameter.device)
-    return distribute_tensor(on_device, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from longreach.models.files import load_model, read_model_config
 from longreach.pretrained.load import holds_pretrained, load_configuration
 from longreach.reading import plain_values, read_file
 from longreach.results import Provenance, Start, TrainingRecord
+from longreach.train.checkpoint import checkpoints
 from longreach.train.config import RunConfig, TrainConfig
 from longreach.train.loop import (
     Trainee,
@@ -130,8 +131,8 @@ def _check_steps(folder: Path, before: TrainConfig, now: TrainConfig) -> None:
             f"{asked} and {reason}, so that a longer run is another: {first}go on from it into a new folder "
             f"(--from {folder})"
         )
-    if finished and not (folder / "checkpoint.pt").exists():
-        raise ValueError(f"{asked}, and its checkpoint.pt is gone: go on from it into a new folder (--from {folder})")
+    if finished and not checkpoints(folder):
+        raise ValueError(f"{asked}, and its checkpoint is gone: go on from it into a new folder (--from {folder})")
 
 
 def open_run(folder: Path, device: str | None = None, method: str | None = None) -> Subject:
