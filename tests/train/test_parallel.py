@@ -530,15 +530,25 @@ def test_an_error_of_one_rank_is_said_by_rank_0(alone, corpus, tmp_path):
 # torchrun itself
 
 
-def test_torchrun_trains_and_a_repeated_command_says_the_same(small, alone, tmp_path):
+def test_torchrun_trains_on_two_machines(small, alone, tmp_path):
     output = tmp_path / "run"
     words = ["train", "--output", str(output), *small, "--steps", "50"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    command += ["--rdzv-backend", "c10d", "--rdzv-id", "longreach", "--rdzv-endpoint", f"localhost:{free_port()}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [*command, str(free_port()), "-m", "longreach", *words], capture_output=True, text=True, env=environment
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("alibi: 50 steps, 12,800 tokens, ")
-    assert len(result.stdout.splitlines()) == 1
+    machines = [
+        subprocess.Popen(
+            [*command, "-m", "longreach", *words],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for _ in range(2)
+    ]
+    said = [machine.communicate(timeout=300) for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], said
+    lines = "".join(out for out, _ in said).splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("alibi: 50 steps, 12,800 tokens, ")
     assert losses(output) == pytest.approx(losses(alone), rel=1e-5)
