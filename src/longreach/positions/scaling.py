@@ -184,7 +184,9 @@ def require_tokens(name: str, value: Any, least: int) -> None:
 
 
 def _require_length(length: float | Tensor) -> None:
-    if not isinstance(length, Tensor) and not (is_number(length) and 0 <= length < 2**63):
+    if torch.compiler.is_compiling() or isinstance(length, Tensor):  # lengths that are traced are to have no bound
+        return
+    if not (is_number(length) and 0 <= length < 2**63):
         raise ValueError(f"length={shown(length)}: give a number of tokens, or a tensor (B,) of them")
 
 
