@@ -299,6 +299,17 @@ def test_a_tokenizer_of_another_run_is_refused(comparison, tmp_path):
         evaluate_models(config, None, silent)
 
 
+def test_a_tokenizer_of_the_same_size_that_is_another_is_refused(comparison, tmp_path):
+    run = copy_of(comparison / "alibi", tmp_path / "run")
+    tokenizer = json.loads((run / "tokenizer.json").read_text(encoding="utf-8"))
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (run / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    config = EvaluationConfig(models=(str(run),), evaluate=EVALUATE)
+    with pytest.raises(ValueError, match=r"run has another tokenizer\.json than its model was trained with: put that"):
+        evaluate_models(config, None, silent)
+
+
 def test_models_that_changed_since_are_not_taken_for_those_that_were_measured(comparison, elsewhere, corpus, tmp_path):
     run, model = copy_of(comparison / "alibi", tmp_path / "run"), copy_of(elsewhere, tmp_path / "model")
     config = EvaluationConfig(models=(str(run), str(model)), evaluate=EVALUATE, data=str(corpus))

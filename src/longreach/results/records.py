@@ -399,6 +399,8 @@ class TrainingRecord(OfModel):
     """Documents longer than a training sequence, which were cut into pieces, where documents were packed."""
     exchanged: Exchanged | None = None
     """Of the last step, as in `Record`."""
+    tokenizer_sha256: str | None = None
+    """Of the tokenizer.json that the model was trained with."""
 
     def __post_init__(self) -> None:
         check_fields(self)

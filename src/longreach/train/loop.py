@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from longreach.cost import Cost
 from longreach.data.batches import BatchSource
 from longreach.data.sequences import IGNORED, Sequences
+from longreach.files import digest
 from longreach.foreign import refusing
 from longreach.models.decoder import Decoder
 from longreach.models.files import save_model
@@ -187,6 +188,7 @@ def _finish(run: "_Run", folder: Path, cost: Cost, weights: dict[str, Tensor]) -
     finished = folder / "training.json"
     finished.unlink(missing_ok=True)  # that of the shorter run
     run.trainee.save(folder, weights)
+    tokenizer = folder / "tokenizer.json"
     record = TrainingRecord(
         model=Model(run.trainee.method, config.train_length, config.seed),
         steps=config.steps,
@@ -198,6 +200,7 @@ def _finish(run: "_Run", folder: Path, cost: Cost, weights: dict[str, Tensor]) -
         attention=run.trainee.attention,
         cut_documents=run.batches.cut_documents,
         exchanged=run.exchanged,
+        tokenizer_sha256=digest(tokenizer) if tokenizer.exists() else None,
     )
     write_training(record, finished)
     if not independent_of_steps(config, config.steps):

@@ -12,7 +12,7 @@ import torch
 from longreach.cost import total_memory
 from longreach.data.prepare import PreparedData, ValidationData, prepare
 from longreach.data.tokenizer import Tokenizer, load_tokenizer
-from longreach.files import open_file
+from longreach.files import digest, open_file
 from longreach.folder import begin, hold, identity
 from longreach.measure.subject import Subject
 from longreach.models.decoder import count_weights
@@ -153,6 +153,10 @@ def open_run(folder: Path, device: str | None = None, method: str | None = None)
             f"{folder} has a model of {model.config.vocab_size} tokens and a tokenizer.json of {tokenizer.vocab_size}: "
             "put the tokenizer.json there that the model was trained with"
         )
+    if (folder / "training.json").exists():
+        trained_with = read_training_record(folder / "training.json").tokenizer_sha256
+        if trained_with not in (None, digest(folder / "tokenizer.json")):
+            raise ValueError(f"{folder} has another tokenizer.json than its model was trained with: put that back")
     return Subject(
         identity=config.identity,
         model=model,
