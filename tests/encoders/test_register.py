@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from datasets import Dataset
@@ -123,6 +124,11 @@ def test_an_adapter_is_saved_and_loaded_with_its_encoder(jina, tmp_path):
     assert (SentenceTransformer(str(tmp_path / "adapter")).encode(TEXTS) == after).all()
     loaded = transformers.AutoModel.from_pretrained(tmp_path / "adapter")
     assert torch.equal(loaded(IDS)[0], loaded(IDS)[0])  # nothing is dropped
+    weights = safetensors.torch.load_file(tmp_path / "adapter/adapter_model.safetensors")
+    weights.popitem()
+    safetensors.torch.save_file(weights, tmp_path / "adapter/adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"^adapter '.*adapter' cannot be put on .*lora_[AB]\.default\.weight"):
+        transformers.AutoModel.from_pretrained(tmp_path / "adapter")
 
 
 class Ours(Transformer):

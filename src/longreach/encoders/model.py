@@ -1,7 +1,7 @@
 """The encoder: embeddings, layers of one layout, and the pooler where its files have one."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -84,6 +84,24 @@ class Pooler(nn.Module):
         return torch.tanh(self.dense(hidden[:, 0]))
 
 
+def _put_on(model: PreTrainedModel, name: str, options: Mapping[str, Any]) -> None:
+    """Give a model an adapter of PEFT: a folder, or a name on the hub with options of how it is asked.
+
+    transformers' own `load_adapter` leaves it random in old versions, where an encoder has no conversion of weights.
+    """
+    from peft import PeftConfig, load_peft_weights, set_peft_model_state_dict
+
+    with refusing(f"adapter {name!r} cannot be put on {model.name_or_path!r}", "give one that was made for it"):
+        config = PeftConfig.from_pretrained(name, **options)
+        config.inference_mode = True
+        model.add_adapter(config)
+        weights = load_peft_weights(name, device="cpu", **options)
+        weights = {key.removeprefix("base_model.model."): weight for key, weight in weights.items()}
+        found: Any = set_peft_model_state_dict(model, weights)
+        if wrong := [*found.unexpected_keys, *(key for key in found.missing_keys if ".default" in key)]:
+            raise ValueError(f"its weights are not those that its adapter_config.json asks for ({wrong[0]})")
+
+
 class PublishedModel(PreTrainedModel):
     """What the encoder and its heads share: how they come from files and go to them."""
 
@@ -135,7 +153,7 @@ class PublishedModel(PreTrainedModel):
         encoder: Any = model.base_model
         encoder.source = source
         if adapter is not None:
-            model.load_adapter(adapter, adapter_kwargs=of_adapter)
+            _put_on(model, str(adapter), of_adapter)
         return model.eval()
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:  # type: ignore[override]
