@@ -64,7 +64,7 @@ def full(path):
 )
 def test_what_fails_is_blamed_on_the_file_and_not_on_the_temporary_one(tmp_path, path, write, reason):
     (tmp_path / "folder").mkdir()
-    with pytest.raises(OSError) as failed, replacing(tmp_path / path) as temporary:  # noqa: PT011
+    with pytest.raises(OSError) as failed, replacing(tmp_path / path) as temporary:  # noqa: PT011 (its file is compared)
         write(temporary)
     assert failed.value.filename == str(tmp_path / (path if reason else "other"))
     assert failed.value.strerror == (reason or "No such file or directory")

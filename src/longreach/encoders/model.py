@@ -84,7 +84,7 @@ class Pooler(nn.Module):
         return torch.tanh(self.dense(hidden[:, 0]))
 
 
-def _put_on(model: PreTrainedModel, name: str, options: Mapping[str, Any]) -> None:
+def _load_adapter(model: PreTrainedModel, name: str, options: Mapping[str, Any]) -> None:
     """Give a model an adapter of PEFT: a folder, or a name on the hub with options of how it is asked.
 
     transformers' own `load_adapter` leaves it random in old versions, where an encoder has no conversion of weights.
@@ -153,7 +153,7 @@ class PublishedModel(PreTrainedModel):
         encoder: Any = model.base_model
         encoder.source = source
         if adapter is not None:
-            _put_on(model, str(adapter), of_adapter)
+            _load_adapter(model, str(adapter), of_adapter)
         return model.eval()
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:  # type: ignore[override]
