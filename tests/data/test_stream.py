@@ -1,5 +1,7 @@
 import io
+import itertools
 import threading
+import time
 from dataclasses import replace
 
 import datasets
@@ -8,7 +10,7 @@ import pytest
 import torch
 
 from longreach.data.sequences import IGNORED
-from longreach.data.stream import StreamBatches, TextStream
+from longreach.data.stream import READER, StreamBatches, TextStream
 
 LENGTH, BATCH_SIZE = 16, 4
 
@@ -23,7 +25,7 @@ class Numbers:
 
 
 class Alone:
-    rank, size = 0, 1
+    rank, size, processes_here = 0, 1, 1
 
 
 class Ranks:
@@ -34,7 +36,7 @@ class Ranks:
 
     def __getitem__(self, rank):
         one = Alone()
-        one.rank, one.size = rank, self.size
+        one.rank, one.size, one.processes_here = rank, self.size, self.size
 
         def collected(numbers):
             self._barrier.wait(60)
@@ -61,8 +63,24 @@ def stream():
     return TextStream("hf:numbers", "fingerprint", lambda: rows.to_iterable_dataset(num_shards=3), "text", 13, None)
 
 
+MADE = []
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    yield
+    while MADE:
+        MADE.pop().close()
+    assert not readers()
+
+
+def readers():
+    return [thread for thread in threading.enumerate() if thread.name == READER]
+
+
 def batches_of(stream, packing="blocks", seed=0, ranks=None):
-    return StreamBatches(stream, Numbers(), LENGTH, BATCH_SIZE, seed, packing, ranks or Alone())
+    MADE.append(StreamBatches(stream, Numbers(), LENGTH, BATCH_SIZE, seed, packing, ranks or Alone()))
+    return MADE[-1]
 
 
 def listed(sequences):
@@ -163,6 +181,27 @@ def test_what_is_no_text_is_named(stream, rows, message):
         batches_of(replace(stream, open=datasets.Dataset.from_list(rows).to_iterable_dataset)).rows(
             0, range(BATCH_SIZE)
         )
+
+
+def test_closed_it_reads_its_window_no_further(stream):
+    read_rows = []
+
+    def slow():
+        for number in itertools.count(1):
+            read_rows.append(number)
+            time.sleep(0.05 if number > 200 else 0)
+            yield {"text": f"{number} " * 50}
+
+    text = replace(stream, shuffle_buffer=200, open=lambda: datasets.IterableDataset.from_generator(slow))
+    batches = batches_of(text)
+    batches.rows(0, range(BATCH_SIZE))
+    assert readers()
+    batches.close()
+    count = len(read_rows)
+    assert count < 400
+    assert not readers()
+    time.sleep(0.2)
+    assert len(read_rows) == count
 
 
 def test_a_source_that_breaks_off_is_named(stream):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stores import store_of
 
-from longreach.data import corpora, tokens
+from longreach.data import corpora, encoding
 from longreach.data.corpora import Corpus, Document, open_corpus, scan
 from longreach.data.tokens import TokenStream, split_documents, tokenize
 
@@ -30,7 +30,7 @@ def test_store_holds_each_document_and_its_eos(tokenizer, corpus_of, tmp_path):
 
 
 def test_long_documents_and_many_batches_give_the_tokens_of_the_whole(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(tokens, "BATCH_CHARS", 2000)
+    monkeypatch.setattr(encoding, "BATCH_CHARS", 2000)
     texts = ["don't stop  \n at 12 words " * 400, "short", "日本 " * 900, "a"]
     pieces = [list(corpora.cut_pieces([text], 100)) for text in texts]
     corpus = Corpus("test", lambda: (Document("", iter(part)) for part in pieces))

@@ -5,6 +5,7 @@ import pytest
 from tiny_subjects import tokenizer
 
 from longreach.data.corpora import Document
+from longreach.data.encoding import Encoder
 from longreach.data.tokens import TokenStream, tokenize_in_memory
 from longreach.measure.material import text_of
 from longreach.measure.plan import EvaluateConfig
@@ -14,7 +15,7 @@ DOCUMENTS = ("the sum of 1\nand 2", "is 3,\n\nthe sum", "of 4")
 
 def prepared():
     """The validation text of a run, as far as a text is made of it."""
-    store = tokenize_in_memory([Document("", iter([text])) for text in DOCUMENTS], tokenizer())
+    store = tokenize_in_memory([Document("", iter([text])) for text in DOCUMENTS], Encoder(tokenizer()))
     return SimpleNamespace(valid=TokenStream(store, range(len(DOCUMENTS))), tokenizer=tokenizer())
 
 

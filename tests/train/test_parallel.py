@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -14,6 +15,7 @@ from ranks import free_port, launch, run
 from safetensors.torch import load_file
 
 from longreach.cli import main
+from longreach.data.stream import READER
 from longreach.models.files import load_model
 from longreach.results import Results, read_training
 from longreach.train.checkpoint import checkpoints, last_step
@@ -102,6 +104,7 @@ def test_a_stream_goes_on_in_its_midst_however_many_processes_there_are(small, c
     words = [*small[: small.index("--data")], "--data", f"hf:{folder}", "--streaming", "--shuffle-buffer", "2"]
     words += ["--steps", "40"]
     main(["train", "--output", str(tmp_path / "alone"), *words])
+    assert not [thread for thread in threading.enumerate() if thread.name == READER]
     words = ["train", "--output", str(tmp_path / "run"), *words]
     interrupted = launch(words, tmp_path / "logs")
     until(lambda: len(metrics(tmp_path / "run")) > 12, interrupted)

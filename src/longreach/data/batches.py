@@ -30,6 +30,9 @@ class BatchSource(ABC):
         """What a checkpoint must hold to go on with step `step`, the next, in plain values."""
         return {}
 
+    def close(self) -> None:  # noqa: B027  # most have nothing to end
+        """End what reads ahead; no rows are read afterwards."""
+
     def restore(self, state: dict[str, Any]) -> None:  # noqa: B027  # most need nothing
         """Go on from what `state` gave, before any rows are read.
 

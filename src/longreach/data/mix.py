@@ -70,6 +70,10 @@ class MixedBatches(BatchSource):
         """Those of the text."""
         return self._batches.cut_documents
 
+    def close(self) -> None:
+        """End what reads the text ahead."""
+        self._batches.close()
+
     def state(self, step: int) -> dict[str, Any]:
         """That of the text; what is mixed in has none."""
         return self._batches.state(step)

@@ -3,7 +3,7 @@
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from longreach.data.corpora import (
     reread,
     scan,
 )
+from longreach.data.encoding import Encoder
 from longreach.data.stream import TextStream, open_stream
 from longreach.data.tokenizer import MIN_VOCAB_SIZE, Tokenizer, load_tokenizer, train_tokenizer
 from longreach.data.tokens import TokenStream, find_tokens, split_documents, tokenize, tokenize_in_memory
@@ -284,7 +285,8 @@ def _excerpt(text: "_Text", ids: np.ndarray, num_bytes: int, progress: Progress)
 
 
 def _tokens_of(documents: Iterable[Document], tokenizer: Tokenizer) -> TokenStream:
-    store = tokenize_in_memory(documents, tokenizer)
+    with closing(Encoder(tokenizer)) as encoder:
+        store = tokenize_in_memory(documents, encoder)
     return TokenStream(store, np.arange(len(store.offsets) - 1))
 
 

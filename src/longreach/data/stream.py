@@ -2,15 +2,16 @@
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
 from longreach.data.batches import BatchSource
 from longreach.data.corpora import Corpus, Document, cut_text, find_hugging_face, rows_of, text_of_row
+from longreach.data.encoding import Encoder
 from longreach.data.sequences import Blocks, PackedDocuments, Packing, Sequences
 from longreach.data.tokenizer import Tokenizer
 from longreach.data.tokens import TokenStore, TokenStream, tokenize_in_memory
@@ -21,6 +22,15 @@ WINDOW_CHARS = 64_000_000
 """Text of a window that no further document is added to: some hundred MB of memory."""
 
 
+SILENCE = 10.0
+"""Seconds that a reader's end waits for a server that says nothing."""
+
+READER = "reader of a stream"
+"""The name of its thread."""
+
+Item = TypeVar("Item")
+
+
 class Sharing(Protocol):
     """The processes that read a text together."""
 
@@ -28,6 +38,10 @@ class Sharing(Protocol):
     """The number of this one."""
     size: int
     """How many there are."""
+
+    @property
+    def processes_here(self) -> int:
+        """How many of them are on this machine."""
 
     def collected(self, numbers: np.ndarray) -> list[np.ndarray]:
         """What each process has, int64 [...], by rank; all of them must call it."""
@@ -93,21 +107,6 @@ class TextStream:
             reason = f"{self.source!r} cannot be read on from row {number} ({first_line(error)})"
             raise ValueError(f"{reason}; run the same command again to go on") from error
 
-    def windows(self, place: Place) -> Iterator[tuple[list[str], Place]]:
-        """The documents from a place on in windows, each of one epoch, with the place behind it."""
-        texts: list[str] = []
-        size = 0
-        for text, behind in self.texts(place):
-            if texts and behind.epoch != place.epoch:
-                yield texts, Place(behind.epoch, 0, None)
-                texts, size = [], 0
-            place = behind
-            texts.append(text)
-            size += len(text)
-            if len(texts) == self.shuffle_buffer or size >= WINDOW_CHARS:
-                yield texts, behind
-                texts, size = [], 0
-
 
 def open_stream(source: str, text_field: str, shuffle_buffer: int) -> TextStream:
     """The stream that `hf:NAME[:CONFIG]` names.
@@ -149,7 +148,7 @@ class StreamBatches(BatchSource):
     The stream is read in windows of `shuffle_buffer` documents. Within a window the documents are shuffled, and the
     sequences that they are cut into or packed into are shuffled once more; a batch takes the next sequences. What is
     left over of a window in blocks begins the next one, so that nothing is left out. While one window is trained on,
-    a thread reads the next and tokenizes it, of which each process does its share.
+    a thread reads the next, and processes of its own tokenize this one's share of it.
 
     Args:
         text: the stream.
@@ -184,8 +183,7 @@ class StreamBatches(BatchSource):
             "row": 0,
             "place": None,
         }
-        self._source: Iterator[tuple[list[str], Place]] | None = None
-        self._reading: Future[tuple[TokenStore, int, Place]] | None = None
+        self._reader: _Reader | None = None
 
     def rows(self, step: int, rows: range) -> Sequences:
         """The sequences in these places of the batch of training step `step`, none before the last one asked for."""
@@ -218,14 +216,19 @@ class StreamBatches(BatchSource):
             raise ValueError("it is not the state of a stream")
         self._next = dict(state)
 
+    def close(self) -> None:
+        """End what reads ahead, within `SILENCE` seconds."""
+        if self._reader is not None:
+            self._reader.close()
+
     def _append(self) -> None:
-        """Take the window that was read meanwhile, and begin to read the one behind it."""
+        """Take the window that was read meanwhile; the one behind it is then begun."""
         before = self._next
-        if self._source is None:
-            self._source = self._text.windows(Place(before["epoch"], before["row"], before["place"]))
-        share, count, behind = (self._reading or _read(self._source, self._tokenizer, self._ranks)).result()
+        if self._reader is None:
+            place = Place(before["epoch"], before["row"], before["place"])
+            self._reader = _Reader(self._text, place, self._tokenizer, self._ranks)
+        share, count, behind = self._reader.next()
         store = self._put_together(share, count)
-        self._reading = _read(self._source, self._tokenizer, self._ranks)
         after = {**before, "window": before["window"] + 1}
         after |= {"epoch": behind.epoch, "row": behind.row, "place": behind.state}
         random = np.random.default_rng([self._seed, before["window"]])
@@ -260,26 +263,65 @@ class StreamBatches(BatchSource):
         return TokenStore(np.concatenate(documents), np.cumsum([0, *map(len, documents)]))
 
 
-def _read(
-    source: Iterator[tuple[list[str], Place]], tokenizer: Tokenizer, ranks: Sharing
-) -> Future[tuple[TokenStore, int, Place]]:
-    """Begin to read the next window, and to tokenize this process's share, in a thread that ends with the process.
+class _Reader:
+    """The windows of a stream, one read ahead in a thread, and this process's share of each as tokens."""
 
-    Returns:
-        What will hold the share, how many documents the window has in all, and the place behind it.
-    """
-    reading: Future[tuple[TokenStore, int, Place]] = Future()
+    def __init__(self, text: TextStream, place: Place, tokenizer: Tokenizer, ranks: Sharing) -> None:
+        self._ranks, self._encoder = ranks, Encoder(tokenizer, ranks.processes_here)
+        self._closed = threading.Event()
+        self._windows = _windows(self._wanted(text.texts(place)), place, text.shuffle_buffer)
+        self._ahead = self._begin()
 
-    def read() -> None:
-        try:
-            texts, behind = next(source)
-            documents = (Document("", cut_text(text)) for text in texts[ranks.rank :: ranks.size])
-            reading.set_result((tokenize_in_memory(documents, tokenizer), len(texts), behind))
-        except BaseException as error:
-            reading.set_exception(error)
+    def next(self) -> tuple[TokenStore, int, Place]:
+        """The share of the next window, how many documents that has in all, and the place behind it."""
+        window = self._ahead.result()
+        self._ahead = self._begin()
+        return window
 
-    threading.Thread(target=read, daemon=True).start()
-    return reading
+    def close(self) -> None:
+        """End the thread, which Python at its own end would stop within others' code, and that ends in an abort."""
+        self._closed.set()
+        wait([self._ahead], SILENCE)
+        self._encoder.close()
+
+    def _begin(self) -> Future[tuple[TokenStore, int, Place]]:
+        ahead: Future[tuple[TokenStore, int, Place]] = Future()
+
+        def read() -> None:
+            try:
+                texts, behind = next(self._windows)
+                share = self._wanted(texts[self._ranks.rank :: self._ranks.size])
+                store = tokenize_in_memory((Document("", cut_text(text)) for text in share), self._encoder)
+                ahead.set_result((store, len(texts), behind))
+            except BaseException as error:
+                ahead.set_exception(error)
+
+        threading.Thread(
+            target=read, name=READER, daemon=True
+        ).start()  # one that a silent server holds up holds up nothing else
+        return ahead
+
+    def _wanted(self, items: Iterable[Item]) -> Iterator[Item]:
+        for item in items:
+            if self._closed.is_set():
+                raise RuntimeError("nobody reads on")
+            yield item
+
+
+def _windows(texts: Iterator[tuple[str, Place]], place: Place, size: int) -> Iterator[tuple[list[str], Place]]:
+    """Documents from a place on in windows of at most `size`, each of one epoch, with the place behind it."""
+    window: list[str] = []
+    chars = 0
+    for text, behind in texts:
+        if window and behind.epoch != place.epoch:
+            yield window, Place(behind.epoch, 0, None)
+            window, chars = [], 0
+        place = behind
+        window.append(text)
+        chars += len(text)
+        if len(window) == size or chars >= WINDOW_CHARS:
+            yield window, behind
+            window, chars = [], 0
 
 
 def _behind(rest: list[int], store: TokenStore) -> TokenStore:

@@ -4,6 +4,7 @@ import functools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -46,6 +47,10 @@ class Tokenizer:
         self.eos_token = eos_token
         self.eos_id: int = eos_id
         self.vocab_size = self._backend.vocab_size
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For another process; what the library itself would pickle forgets how special tokens in a text are taken."""
+        return _rebuilt, (self._library.to_str(), self.eos_token)
 
     @property
     def text_vocab_size(self) -> int:
@@ -114,6 +119,10 @@ class Tokenizer:
         for index, added in self._library.get_added_tokens_decoder().items():
             counts[index] = 0 if added.special else len(added.content.encode())
         return counts
+
+
+def _rebuilt(library: str, eos_token: str) -> Tokenizer:
+    return Tokenizer(tokenizers.Tokenizer.from_str(library), eos_token)
 
 
 class StreamingDecoder:

@@ -5,7 +5,8 @@ import functools
 import json
 import shutil
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,11 @@ import numpy as np
 
 from longreach.data.cache import cached
 from longreach.data.corpora import Corpus, Document, ReadProgress, Scan, reread
+from longreach.data.encoding import Encoded, Encoder, token_dtype
 from longreach.data.tokenizer import Tokenizer
 
 STORE_VERSION = 1
 BYTES_OF_A_TOKEN = 8  # of text, seldom more on average
-# An encoding takes some hundred times the memory of its text, so this bounds tokenizing to some hundred MB.
-BATCH_CHARS = 1 << 21
-PIECE_OVERHEAD_CHARS = 256  # what even the shortest piece costs
 
 
 @dataclass(frozen=True)
@@ -63,13 +62,11 @@ def tokenize(
     meta = _meta(scan, tokenizer)
 
     def build(folder: Path) -> None:
-        if shutil.disk_usage(folder).free < _dtype(tokenizer).itemsize * scan.sizes.sum() // BYTES_OF_A_TOKEN:
+        if shutil.disk_usage(folder).free < token_dtype(tokenizer).itemsize * scan.sizes.sum() // BYTES_OF_A_TOKEN:
             raise OSError(errno.ENOSPC, "too little room for its tokens")  # before hours of work, not after them
-        documents = reread(corpus, scan, progress)
-        with open(folder / "tokens.bin", "wb") as file:
-            offsets = _tokens_to(
-                lambda ids: file.write(np.array(ids, dtype=_dtype(tokenizer)).tobytes()), documents, tokenizer
-            )
+        with open(folder / "tokens.bin", "wb") as file, closing(Encoder(tokenizer)) as encoder:
+            documents = reread(corpus, scan, progress)
+            offsets = _write_to(lambda tokens: file.write(tokens.tobytes()), encoder.encode(documents))
         np.save(folder / "offsets.npy", offsets)
         (folder / "meta.json").write_text(json.dumps(meta))
 
@@ -81,11 +78,11 @@ def find_tokens(scan: Scan, tokenizer: Tokenizer, cache: Path) -> TokenStore | N
     return _open_store(_entry(scan, tokenizer, cache), _meta(scan, tokenizer))
 
 
-def tokenize_in_memory(documents: Iterable[Document], tokenizer: Tokenizer) -> TokenStore:
-    """The tokens of a few documents."""
-    tokens = array("q")
-    offsets = _tokens_to(tokens.extend, documents, tokenizer)
-    return TokenStore(np.array(tokens, dtype=_dtype(tokenizer)), offsets)
+def tokenize_in_memory(documents: Iterable[Document], encoder: Encoder) -> TokenStore:
+    """The tokens of some documents."""
+    parts: list[np.ndarray] = []
+    offsets = _write_to(parts.append, encoder.encode(documents))
+    return TokenStore(np.concatenate(parts), offsets)
 
 
 def _entry(scan: Scan, tokenizer: Tokenizer, cache: Path) -> Path:
@@ -98,49 +95,20 @@ def _meta(scan: Scan, tokenizer: Tokenizer) -> dict[str, Any]:
         "version": STORE_VERSION,
         "corpus": scan.fingerprint,
         "tokenizer": tokenizer.fingerprint,
-        "dtype": _dtype(tokenizer).name,
+        "dtype": token_dtype(tokenizer).name,
         "documents": len(scan.sizes),
     }
 
 
-def _dtype(tokenizer: Tokenizer) -> np.dtype:
-    return np.dtype("uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32")
-
-
-def _tokens_to(write: Callable[[list[int]], object], documents: Iterable[Document], tokenizer: Tokenizer) -> np.ndarray:
-    """Hand on the tokens of all documents, piece by piece; returns the documents' offsets."""
+def _write_to(write: Callable[[np.ndarray], object], encoded: Iterable[Encoded]) -> np.ndarray:
+    """Hand on the tokens of all documents, batch by batch; returns the documents' offsets."""
     offsets = array("q", [0])
     written = 0
-    for ids, ends_document in _encode(documents, tokenizer):
-        write(ids)
-        written += len(ids)
-        if ends_document:
-            offsets.append(written)
+    for tokens, ends in encoded:
+        write(tokens)
+        offsets.extend((written + ends).tolist())
+        written += len(tokens)
     return np.array(offsets, dtype=np.int64)
-
-
-def _encode(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tuple[list[int], bool]]:
-    """The tokens of each piece, and whether it ends its document, which eos then follows."""
-    for batch in _batches_of_pieces(documents):
-        encoded = tokenizer.encode_batch([piece for piece, _ in batch])
-        for ids, (_, ends_document) in zip(encoded, batch, strict=True):
-            yield [*ids, tokenizer.eos_id] if ends_document else ids, ends_document
-
-
-def _batches_of_pieces(documents: Iterable[Document]) -> Iterator[list[tuple[str, bool]]]:
-    """Pieces in order, each with whether it ends its document, in batches of bounded size."""
-    batch: list[tuple[str, bool]] = []
-    size = 0
-    for document in documents:
-        for piece in document.pieces:
-            cost = len(piece) + PIECE_OVERHEAD_CHARS
-            if size + cost > BATCH_CHARS:
-                yield batch
-                batch, size = [], 0
-            batch.append((piece, False))
-            size += cost
-        batch[-1] = (batch[-1][0], True)  # a document has at least one piece
-    yield batch
 
 
 def _open_store(folder: Path, meta: dict[str, Any]) -> TokenStore | None:

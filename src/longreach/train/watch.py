@@ -33,12 +33,15 @@ class Watch:
         self._heard = dict.fromkeys(range(1, size) if rank == 0 else (0,), time.monotonic())
         self._names = {rank: f"rank {rank} ({store.get(f'who/{rank}').decode()})" for rank in self._heard}
         self._failure: tuple[float, str] | None = None
-        for work in (self._listen, self._judge):
-            threading.Thread(target=work, daemon=True).start()
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._listen, self._judge)]
+        for thread in self._threads:
+            thread.start()
 
     def end(self) -> None:
         """Watch no longer."""
         self._ended.set()
+        for thread in self._threads:  # within the store at the end of Python, one would end the process with an abort
+            thread.join(GRACE)
 
     def cause(self) -> str:
         """Why a connection broke: what another rank said before its end, or who says nothing any more."""

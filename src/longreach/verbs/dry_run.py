@@ -1,5 +1,6 @@
 """What a training will take: memory of each process, time and epochs, from its shape and from three steps of it."""
 
+from contextlib import closing
 from dataclasses import dataclass, replace
 
 import torch
@@ -118,9 +119,10 @@ def dry_run(config: RunConfig, progress: Progress, ranks: Ranks = ALONE, load: L
     if not forecast.fits:
         return forecast
     at_full_length = replace(train, curriculum=())  # which takes the most
-    trial = try_out(
-        lambda device: build_trainee(config, prepared.tokenizer, device), at_full_length, batches, STEPS, ranks
-    )
+    with closing(batches):
+        trial = try_out(
+            lambda device: build_trainee(config, prepared.tokenizer, device), at_full_length, batches, STEPS, ranks
+        )
     return Forecast(
         **vars(forecast) | {"seconds_per_step": trial.seconds_per_step, "peak_memory": trial.peak_memory},
     )

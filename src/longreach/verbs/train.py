@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -79,7 +79,7 @@ def train_run(
                     check_record(folder, config)
             prepared = prepared or prepare(config.data, config.train.seed, progress)
             check_held_out(config, prepared)
-            batches = training_batches(config.train, prepared, ranks)
+            batches = stack.enter_context(closing(training_batches(config.train, prepared, ranks)))
             valid_batches = validation_batches(config.train, prepared, ranks) if config.train.validate_every else ()
             if batches.description:
                 progress(batches.description, 1, 1)
