@@ -1,5 +1,6 @@
 import gzip
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,26 @@ def test_it_goes_on_where_it_was_killed(command, tmp_path, monkeypatch):
     np.testing.assert_allclose(np.load(tmp_path / "vectors.npy"), right, rtol=1e-5, atol=1e-6)
     assert [len(chunk) for chunk in chunks] == [2, 1]  # one of the first start, the last of the second
     assert not part.exists()
+
+
+BLANKS = " \n\t" * 100_000
+"""More than is read of a document at first."""
+
+
+def test_blanks_hide_no_text(model, tmp_path):
+    (tmp_path / "blank.txt").write_text(BLANKS + TEXTS[0])
+    words = ["--data", str(tmp_path / "blank.txt"), "--max-length", "8", "--output", str(tmp_path / "vectors.npy")]
+    main(["embed", model, *words])
+    expected = longreach.load_encoder(model).encode(TEXTS[:1], max_length=8)
+    np.testing.assert_allclose(np.load(tmp_path / "vectors.npy"), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_what_goes_on_without_text_is_refused(model, tmp_path, monkeypatch, capsys):
+    (tmp_path / "blank.txt").write_text(BLANKS * 8)
+    monkeypatch.setattr(verb, "MOST_BYTES", 1 << 20)
+    with pytest.raises(SystemExit):
+        main(["embed", model, "--data", str(tmp_path / "blank.txt"), "--output", str(tmp_path / "vectors.npy")])
+    assert re.search(r"blank\.txt has under \d+ tokens in \d MiB: cut or drop it$", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(

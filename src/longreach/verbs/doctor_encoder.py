@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 from torch import Tensor
 
-from longreach.data.corpora import Corpus, first_pieces
+from longreach.data.corpora import Corpus
 from longreach.data.prepare import naming
 from longreach.encoders.config import LAYOUT
 from longreach.encoders.encode import tokenize
@@ -26,7 +26,7 @@ from longreach.pretrained.quiet import quiet_transformers
 from longreach.report.grid import format_memory, format_percent
 from longreach.train.loop import resolve_device
 from longreach.verbs.doctor import SEED, DoctorConfig, reach_grid, show
-from longreach.verbs.embed import BYTES_PER_TOKEN, check_length_is_heeded
+from longreach.verbs.embed import beginning, check_length_is_heeded
 from longreach.verbs.open import named_dtype
 
 
@@ -109,8 +109,8 @@ def _tokens(model: Any, corpus: Corpus | None, count: int) -> Tensor:
         return torch.randint(model.sizes.vocab_size, (count,), generator=torch.Generator().manual_seed(SEED))
     ids: list[int] = []
     for document in corpus:
-        piece = "".join(first_pieces(document.pieces, BYTES_PER_TOKEN * count))
-        ids += tokenize(model, [piece], length=None, special=False)[0]
+        text = beginning(model, document, count, special=False)
+        ids += tokenize(model, [text], length=count, special=False)[0]
         if len(ids) >= count:
             return torch.tensor(ids[:count])
     raise ValueError(f"{corpus.name!r} has {len(ids):,} tokens, the lengths need {count:,}: give more, or shorter ones")

@@ -2,7 +2,6 @@
 
 import hashlib
 import shutil
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
@@ -12,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from longreach.data.corpora import Corpus, first_pieces, idle_field, open_corpus
+from longreach.data.corpora import Corpus, Document, first_pieces, idle_field, open_corpus
 from longreach.data.prepare import naming
-from longreach.encoders.encode import texts_of
+from longreach.encoders.encode import texts_of, tokenize
 from longreach.encoders.load import load_encoder
 from longreach.encoders.texts import Texts
 from longreach.files import blaming, digest, digest_of, replacing, sync
@@ -35,7 +34,10 @@ CHUNK = 256
 """How many texts are taken at a time: what a killed process loses."""
 
 BYTES_PER_TOKEN = 64
-"""How much of a text is read for each token that it may have, so that one of any size is: no language needs as much."""
+"""How much of a text is read at first for each token that it may have: no language needs as much, but blanks may."""
+
+MOST_BYTES = 1 << 24
+"""How much of a text is read whatever it holds: tokenizers take some 60 bytes of memory for each, of blanks too."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ def embed(config: EmbedConfig, output: Path, progress: TerminalProgress) -> tupl
         length = config.max_length or texts.max_length or model.sizes.longest
         with naming("data"):
             corpus = open_corpus(config.data, text_field=config.text_field, skip_bad=config.skip_bad)
-            count, fingerprint = _survey(corpus, length, progress)
+            count, fingerprint = _survey(corpus, progress)
         if corpus.skipped is not None and corpus.skipped.count:
             progress(f"left out {corpus.skipped}", 1, 1)
         digests = {
@@ -148,17 +150,33 @@ def check_length_is_heeded(train_length: int | None, scaling: Scaling) -> None:
         )
 
 
-def _read(corpus: Corpus, length: int) -> Iterator[str]:
-    """As much of each document as can matter to so many tokens."""
-    for document in corpus.read():
-        yield "".join(first_pieces(document.pieces, BYTES_PER_TOKEN * length))
+def beginning(model: Any, document: Document, length: int, *, special: bool = True) -> str:
+    """As much of a document as makes so many tokens by the tokenizer of a model, or all of it.
+
+    Raises:
+        ValueError: it has fewer in the first `MOST_BYTES`, and goes on; and as `tokenize`.
+    """
+    text, size, wanted = "", 0, BYTES_PER_TOKEN * length
+    most = max(MOST_BYTES, wanted)
+    while True:
+        more = "".join(first_pieces(document.pieces, wanted))
+        text, count = text + more, len(more.encode())
+        size += count
+        if count < wanted or len(tokenize(model, [text], length=length, special=special)[0]) >= length:
+            return text
+        if size >= most:
+            raise ValueError(f"{document.name} has under {length} tokens in {size >> 20} MiB: cut or drop it")
+        wanted = min(size, most - size)
 
 
-def _survey(corpus: Corpus, length: int, progress: TerminalProgress) -> tuple[int, str]:
+def _survey(corpus: Corpus, progress: TerminalProgress) -> tuple[int, str]:
     """How many documents there are, and a digest of them in their order."""
     count, hashed = 0, hashlib.sha256()
-    for count, text in enumerate(_read(corpus, length), start=1):
-        hashed.update(hashlib.sha256(text.encode()).digest())
+    for count, document in enumerate(corpus.read(), start=1):
+        text = hashlib.sha256()
+        for piece in document.pieces:
+            text.update(piece.encode())
+        hashed.update(text.digest())
         progress("reading", count, None)
     if not count:
         raise ValueError(f"{corpus.name!r} holds no document: name a source with text in it")
@@ -173,7 +191,7 @@ def _append(
     with open(path, "ab") as file:
         done = file.tell() // row
         file.truncate(done * row)  # a killed process may have left half a vector
-        left = islice(_read(corpus, length), done, None)
+        left = (beginning(model, document, length) for document in islice(corpus.read(), done, None))
         while chunk := list(islice(left, CHUNK)):
             progress("embedding", done, count)
             vectors = model.encode(chunk, max_length=length, batch_size=config.batch_size)
