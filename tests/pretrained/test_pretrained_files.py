@@ -3,6 +3,7 @@ import json
 import peft
 import pytest
 import safetensors
+import safetensors.torch
 import torch
 import transformers
 from family_models import FAMILIES, VOCABULARY
@@ -14,7 +15,7 @@ from longreach.positions.scaling import Scaling
 from longreach.pretrained.attend import extension_of
 from longreach.pretrained.convert import convert
 from longreach.pretrained.extend import extend
-from longreach.pretrained.load import adapt, holds_pretrained, load_pretrained
+from longreach.pretrained.load import adapt, holds_pretrained, load_causal_model, load_configuration, load_pretrained
 from longreach.pretrained.save import save_pretrained
 
 TOKENS = torch.randint(1, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(3))
@@ -99,6 +100,40 @@ def test_options_reach_transformers(tmp_path):
     save_pretrained(extended("bloom", scaling="none"), tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     assert load_pretrained(tmp_path, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"dtype": dtype} for dtype in ("x", "int8", torch.int8, 5, {"": "fp16"}, ["float32"])] + [{"torch_dtype": "load"}],
+    ids=str,
+)
+def test_weights_in_what_is_no_dtype_for_them(option, tmp_path):
+    ((name, dtype),) = option.items()
+    shown = next(iter(dtype.values())) if isinstance(dtype, dict) else dtype
+    message = f'{name}={shown!r}: give one of torch for floating point, such as "float32", or "auto"'
+    with pytest.raises(ValueError) as raised:  # noqa: PT011 (the message is compared)
+        load_pretrained(tmp_path, **option)
+    assert str(raised.value) == message
+
+
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        (["v_head.summary.weight"], "v_head.summary.weight"),
+        (["v_head.summary.weight", "visual.proj", "audio.proj.weight"], "audio.proj.weight and 2 others"),
+        (["transformer.h.0.self_attention.rotary_emb.inv_freq"], None),
+        (["transformer.h.0.self_attention.masked_bias"], None),
+        (["transformer.position_ids", "position_ids"], None),
+    ],
+)
+def test_what_lies_beside_the_weights_is_said_once(extra, said, tmp_path, recwarn):
+    MODELS["bloom"]().save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    weights = safetensors.torch.load_file(path) | {name: torch.ones(3) for name in extra}
+    safetensors.torch.save_file(weights, path, metadata={"format": "pt"})
+    load_causal_model(str(tmp_path), load_configuration(str(tmp_path)), dtype="auto")
+    lines = [f"model '{tmp_path}' has weights that a language model does not use: {said}"] if said else []
+    assert [str(warning.message) for warning in recwarn] == lines
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -2,19 +2,21 @@
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import safetensors
+import torch
 from torch import nn
 
 from longreach.files import MODEL_FILES, open_file
 from longreach.foreign import refusing, require_transformers
 from longreach.models.files import MODEL_TYPE, check_numbers, shards_of
-from longreach.ops.arguments import validate_path
+from longreach.ops.arguments import shown, validate_path
 from longreach.positions.scaling import Scaling, parse_scaling
 from longreach.pretrained.attend import fixed_length
 from longreach.pretrained.convert import convert
@@ -29,6 +31,9 @@ from longreach.reading import parse_file
 LARGEST = {"vocab_size": 2**24, "hidden_size": 2**20, "num_hidden_layers": 10_000, "num_attention_heads": 2**16}
 """Counts of a model, by the names that transformers has for them -> the most that is taken for no mistake."""
 
+BUFFERS = ("inv_freq", "position_ids", "token_type_ids", "masked_bias")
+"""What files of older versions of transformers hold beside weights, wherever it stands, and models now make anew."""
+
 
 def load_pretrained(name: str | os.PathLike[str], **options: Any) -> Any:
     """Load a causal language model of transformers, and `adapt` it to what its configuration says.
@@ -41,7 +46,8 @@ def load_pretrained(name: str | os.PathLike[str], **options: Any) -> Any:
         The model, in evaluation mode.
 
     Raises:
-        ValueError: its configuration asks for what is not known, or it is a run of longreach.
+        ValueError: its configuration asks for what is not known, it is a run of longreach, or its weights cannot be in
+            that dtype.
         OSError: as transformers raises it, there is no such model.
     """
     from transformers import AutoModelForCausalLM
@@ -52,9 +58,21 @@ def load_pretrained(name: str | os.PathLike[str], **options: Any) -> Any:
             f"name={str(name)!r} is a run of longreach: longreach.models.files.load_model loads it, longreach export "
             "makes a Hugging Face model of it"
         )
+    for option in ("dtype", "torch_dtype"):  # its name now, and once
+        _check_dtype(option, options.get(option))
     model = AutoModelForCausalLM.from_pretrained(name, **options)
     adapt(model)
     return model
+
+
+def _check_dtype(name: str, dtype: Any) -> None:
+    """Check what transformers is to load weights in: of each part, where they are named."""
+    for given in dtype.values() if isinstance(dtype, dict) else (dtype,):
+        found = getattr(torch, given, given) if isinstance(given, str) else given
+        if not (found in (None, "auto") or (isinstance(found, torch.dtype) and found.is_floating_point)):
+            raise ValueError(
+                f'{name}={shown(given)}: give one of torch for floating point, such as "float32", or "auto"'
+            )
 
 
 def adapt(model: nn.Module) -> Callable[[int], AbstractContextManager[None]] | None:
@@ -145,6 +163,8 @@ def load_configuration(name: str, *, trust_remote_code: bool = False) -> Any:
 def load_causal_model(name: str, config: Any, *, dtype: str, trust_remote_code: bool = False) -> Any:
     """A model with all its weights, by `AutoModelForCausalLM`, in a dtype of torch's by name or "auto".
 
+    A warning names what its files hold beside a language model.
+
     Raises:
         ValueError: as `load_configuration`, which gave config; or the weights are not those of that configuration.
     """
@@ -157,11 +177,17 @@ def load_causal_model(name: str, config: Any, *, dtype: str, trust_remote_code: 
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # which are told below, in one line
     )
-    if contradictions := list(_contradictions(model, report)):
+    unplaced, of_others = _unplaced(model, report["unexpected_keys"])
+    if contradictions := list(_contradictions(report, unplaced)):
         more = f", and {len(contradictions) - 1} more like it" if len(contradictions) > 1 else ""
         raise ValueError(
             f"model {name!r} has other weights than its configuration says: {contradictions[0]}{more}; "
             "give a causal language model whose files belong together"
+        )
+    if of_others:
+        more = f" and {len(of_others) - 1} others" if len(of_others) > 1 else ""
+        warnings.warn(
+            f"model {name!r} has weights that a language model does not use: {of_others[0]}{more}", stacklevel=2
         )
     return model
 
@@ -219,29 +245,36 @@ def _check_counts(config: Any) -> None:
             )
 
 
-def _contradictions(model: Any, report: Any) -> Iterator[str]:
+def _contradictions(report: Any, unplaced: Sequence[str]) -> Iterator[str]:
     """What the weights of a model have that its configuration has not, and the other way round."""
     for key, found, expected in sorted(report["mismatched_keys"]):
         yield f"{key} is {tuple(found)} and should be {tuple(expected)}"
     for key in sorted(report["missing_keys"]):
         yield f"there is no {key}"
-    for key in sorted(report["unexpected_keys"]):
-        if _is_weight(model, key):
-            yield f"nothing is made of {key}"
+    for key in unplaced:
+        yield f"nothing is made of {key}"
 
 
-def _is_weight(model: Any, key: str) -> bool:
-    """Whether a key of a file that a model has no place for must be a weight of it all the same.
+def _unplaced(model: Any, keys: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Of the keys of files that a model has no place for, those that must be weights of it all the same, and others.
 
-    It is not where it belongs to another part beside the language model, such as a head that values what is written, or
-    to a module without weights, which may once have kept its mask or its rotations there.
+    Others belong to another part beside the language model, such as a head that values what is written. Neither are
+    buffers, and what belongs to a module without weights, which may once have kept its mask or its rotations there.
     """
-    module, _, _ = key.rpartition(".")
-    for part in (model, model.base_model):
-        if module.partition(".")[0] in dict(part.named_children()):
-            found = dict(part.named_modules()).get(module)
-            return found is None or any(True for _ in found.parameters(recurse=False))
-    return False
+    weights, others = [], []
+    for key in sorted(keys):
+        module, _, name = key.rpartition(".")
+        if name in BUFFERS:
+            continue
+        first = module.partition(".")[0]
+        part = next((part for part in (model, model.base_model) if first in dict(part.named_children())), None)
+        if part is None:
+            others.append(key)
+            continue
+        found = dict(part.named_modules()).get(module)
+        if found is None or any(True for _ in found.parameters(recurse=False)):
+            weights.append(key)
+    return weights, others
 
 
 def _from_pretrained(auto: str, name: str, **options: Any) -> Any:
