@@ -240,6 +240,12 @@ BIG = b"a" * (unpack.BLOCK_BYTES - 2)
         ("bytes.jsonl", b'{"text": "\xff"}', r"bytes\.jsonl:1 is not JSON"),
         ("deep.jsonl", b"[" * 200_000, r"deep\.jsonl:1 is not JSON"),
         ("list.jsonl", b"[1]", r"list\.jsonl:1 holds list; every line must be one JSON object"),
+        (
+            "twice.jsonl",
+            b'{"text": "a", "text": "b"}',
+            r"twice\.jsonl:1 is not JSON \(the key 'text' comes twice in one",
+        ),
+        ("inner.jsonl", b'{"text": "a", "by": {"x": 1, "x": 2}}', r"inner\.jsonl:1 is not JSON \(the key 'x' comes tw"),
         ("field.jsonl", b'{"body": "x"}', r"field\.jsonl:1 has no text_field='text'; its fields are 'body': name one"),
         ("null.jsonl", b'{"text": null}', r"null\.jsonl:1, field 'text' holds NoneType, not text"),
         (

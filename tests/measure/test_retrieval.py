@@ -152,6 +152,7 @@ def test_files_without_cases_and_unknown_tasks_are_refused(tmp_path):
         ("table.csv", "prompt,answer\na 5,5\n", "holds table, not JSON lines"),
         ("prose.txt", "the key is 5", "holds text, not JSON lines"),
         ("page.jsonl", "<html>5</html>", "is HTML or XML"),
+        ("twice.jsonl", '{"prompt": "a 5", "answer": "5", "answer": "a"}', "the key 'answer' comes twice"),
         ("nul.jsonl", "\0" * 50, "is not JSON"),
     ):
         (tmp_path / name).write_text(content)

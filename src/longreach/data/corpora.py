@@ -3,7 +3,6 @@
 import csv
 import hashlib
 import itertools
-import json
 import platform
 import sysconfig
 from array import array
@@ -21,6 +20,7 @@ from longreach.data.found import find_files, head_of, walk
 from longreach.data.unpack import LONGEST_LINE, decoded, lines_of, unpacked_blocks
 from longreach.files import digest_of
 from longreach.foreign import first_line, in_silence
+from longreach.reading import parse_json
 
 PIECE_CHARS = 1 << 16
 NAMED = 3  # of what is left out
@@ -374,7 +374,7 @@ def _numbered_lines(path: Path) -> Iterator[tuple[str, bytes]]:
 
 def _json_object(name: str, line: bytes) -> dict[str, Any]:
     try:
-        record = json.loads(line)
+        record = parse_json(line)
     except (ValueError, RecursionError) as error:
         raise BadText(f"{name} is not JSON ({error}); every line must be one JSON object") from error
     if not isinstance(record, dict):
