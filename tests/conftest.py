@@ -2,6 +2,7 @@
 
 import gc
 import os
+import warnings
 from dataclasses import replace
 
 import hypothesis
@@ -46,8 +47,9 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.fixture(autouse=True)
-def _denormals():
-    """The command line flushes denormals for its whole process, which here has other tests to run."""
+def _process(monkeypatch):
+    """What the command line sets is of its whole process, which here has other tests to run."""
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
     yield
     torch.set_flush_denormal(False)
 

@@ -5,9 +5,11 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 
 import pytest
+import torch
 import transformers
 
 from longreach import cli
@@ -15,6 +17,7 @@ from longreach.cli import VERBS, main
 from longreach.data.tokenizer import load_tokenizer
 from longreach.models.files import load_model
 from longreach.results import Results
+from longreach.verbs import harness
 
 SMALL = "--num-layers 1 --num-heads 2 --d-model 16 --vocab-size 300 --train-length 16 --batch-size 4 --warmup-steps 2"
 
@@ -159,16 +162,26 @@ def test_no_verb_is_an_error(capsys):
     assert end.value.code == 2
 
 
-def test_threads_of_openmp_sleep_soon_unless_the_user_says_otherwise(monkeypatch):
-    """By a variable that PyTorch's OpenMP reads as it is loaded: nothing may load it before that is set."""
-    code = "import sys, longreach.cli; assert 'torch' not in sys.modules; longreach.cli.main(['--version'])"
+ENTRANCES = {"cli": lambda: main(["report", "nowhere"]), "verbs.harness": harness.main}
+
+
+@pytest.mark.parametrize("module", ENTRANCES)
+def test_each_entrance_sets_up_its_process(monkeypatch, module):
+    """Threads by a variable that PyTorch's OpenMP reads as it is loaded: nothing may load it before that is set."""
+    code = f"import sys, longreach.{module}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+    monkeypatch.setattr("longreach.measure.lm_eval.register", lambda open_subject: None)  # which is possible once
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", sys.exit)
     for before, after in ((None, "1000"), ("7", "7")):
+        torch.set_flush_denormal(False)
         monkeypatch.setenv("GOMP_SPINCOUNT", str(before))  # so that it is as it was afterwards
         if before is None:
             monkeypatch.delenv("GOMP_SPINCOUNT")
-        main(["--version"])
+        with pytest.raises(SystemExit):
+            ENTRANCES[module]()
         assert os.environ["GOMP_SPINCOUNT"] == after
+        assert torch.full((16,), 1e-40).mul(0.5).eq(0).all()
+        assert warnings.formatwarning(UserWarning("two\n lines"), UserWarning, "x.py", 1) == "UserWarning: two lines\n"
 
 
 def test_version_is_the_package_s(capsys):

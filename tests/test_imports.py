@@ -36,7 +36,7 @@ MAY_IMPORT = {
 }
 """Part of longreach -> the other parts that it may import, DESIGN.md's table."""
 
-LEAVES = {"files", "reading", "foreign", "tokenizing", "cost", "stopping"}
+LEAVES = {"files", "reading", "foreign", "tokenizing", "cost", "process", "stopping"}
 """Files beside the parts that import none of these, and that any part may import but ops."""
 
 ABOVE = {"verbs", "terminal"}

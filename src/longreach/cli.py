@@ -13,6 +13,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+from longreach.process import set_up
 from longreach.stopping import STATUS, Terminated, terminable
 
 Parse = Callable[..., list[Any]]
@@ -23,10 +24,6 @@ LONGEST_LINE = 2000
 
 LONGEST_PROMPT = 2**28
 """Characters of a prompt on standard input, which may have no end."""
-
-SPINS = "1000"
-"""How often OpenMP's threads look for work before they sleep, unless GOMP_SPINCOUNT says it: at GNU's own 300,000 they
-take the processors for milliseconds, from each other and from whoever else is at work."""
 
 Idle = Callable[[Any], Mapping[str, str]]
 """A configuration -> the fields that nothing heeds beside its others, and why."""
@@ -327,7 +324,6 @@ def speaks() -> bool:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run `longreach VERB ...`. Exits with 2 and one line on standard error for what the user can mend."""
     words = list(sys.argv[1:] if argv is None else argv)
-    os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # read when PyTorch is loaded, which is later
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what its encoding has not is written as it can be
             stream.reconfigure(errors="replace" if stream is sys.stdout else "backslashreplace")
@@ -413,9 +409,7 @@ def _how_to_go_on(verb: str, words: list[str]) -> str:
 
 
 def _run_verb(command: Callable[[Parse], None], parse: Parse) -> None:
-    import torch
-
-    torch.set_flush_denormal(True)  # the exponentials of distant keys are denormal, and slow, on the CPU
+    set_up()
     command(parse)
 
 

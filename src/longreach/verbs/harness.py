@@ -7,22 +7,29 @@ All of the harness's command line works, and beside its models there is `longrea
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from longreach.measure.lm_eval import register
-from longreach.measure.subject import Subject
-from longreach.verbs.train import open_run
+from longreach.process import set_up
+
+if TYPE_CHECKING:
+    from longreach.measure.subject import Subject
 
 
-def open_subject(run: str, device: str | None = None) -> Subject:
+def open_subject(run: str, device: str | None = None) -> "Subject":
     """The run in a folder, as `--model_args run=FOLDER,device=cpu` names it."""
+    from longreach.verbs.train import open_run
+
     return open_run(Path(run), device)
 
 
 def main() -> None:
     """Run the harness's own command line."""
-    from lm_eval.__main__ import cli_evaluate
+    set_up()  # before what follows loads PyTorch
+    from longreach.measure.lm_eval import register
 
     register(open_subject)
+    from lm_eval.__main__ import cli_evaluate
+
     cli_evaluate()
 
 
