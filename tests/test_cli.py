@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
+from published import Published, write
 
 from longreach import cli
 from longreach.cli import VERBS, main
@@ -272,6 +273,38 @@ def test_version_is_the_package_s(capsys):
         (["evaluate", "nowhere", "--lengths", "8", "--strides", "9"], ["longreach evaluate: --strides=9 is over"]),
         (["generate", "nowhere"], ["nowhere"]),
         (["report", "nowhere"], ["nowhere"]),
+        (["train", "--output", "x", "--steps", "10"], ["--warmup-steps=40 (the default): give", "at most --steps=10"]),
+        (
+            ["compare", "--output", "x", "--warmup-steps", "1000"],
+            ["--warmup-steps=1000: ", "--steps=600 (the default)"],
+        ),
+        (
+            ["train", "--output", "x", "--batch-size", "3", "--preset", "cc100-1.3b"],
+            ["--accumulation=32 (the default) does not divide --batch-size=3: change one"],
+        ),
+        (
+            ["train", "--output", "x", "--longest-length", "64"],
+            ["--longest-length=64 is below --train-length=128 (the default)"],
+        ),
+        (["train", "--output", "x", "--learning-rate", "-1e-3"], ["--learning-rate=-0.001: give a positive number"]),
+        (["train", "--output", "x", "--compile=yes"], ["--compile/--no-compile: it takes no value, leave out 'yes'"]),
+        (["evaluate", "nowhere", "--dtype", "fp16"], ["--dtype='fp16': give one of auto"]),
+        (["extend", "nowhere", "--dtype", "int8"], ["--dtype='int8': give one of auto"]),
+        (["doctor", "nowhere", "--dtype", "x"], ["--dtype='x': give one of auto"]),
+        (["generate", "nowhere", "--dtype", "auto "], ["--dtype='auto ': give one of auto"]),
+        (["embed", "m", "--data", "x", "--output", "x.npy", "--dtype", "half"], ["--dtype='half': give one of auto"]),
+        (["evaluate", "/no/model/here"], ["model '/no/model/here' is no folder here, nor a name on the"]),
+        (["doctor", "./nowhere"], ["model './nowhere' is no folder here", "give one of them"]),
+        (["embed", "my model", "--data", "x", "--output", "x.npy"], ["model 'my model' is no folder here", "give one"]),
+        (["export", "nowhere", "--output", "x"], ["nowhere is not there: give the folder of a trained run"]),
+        (
+            ["train", "--output", "/dev/null/x"],
+            ["--output=/dev/null/x: it cannot be written (Not a directory), give a"],
+        ),
+        (
+            ["compare", "--output", "/dev/null/x"],
+            ["--output=/dev/null/x: it cannot be written (Not a directory), give a"],
+        ),
     ],
 )
 def test_mistakes_get_one_line_and_leave_nothing(capsys, tmp_path, monkeypatch, words, parts):
@@ -279,6 +312,42 @@ def test_mistakes_get_one_line_and_leave_nothing(capsys, tmp_path, monkeypatch, 
     line = refused(capsys, *words)
     assert all(part in line for part in parts), line
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["evaluate", "@"],
+        ["extend", "@"],
+        ["doctor", "@"],
+        ["generate", "@"],
+        ["embed", "@", "--data", "@", "--output", "x.npy"],
+        ["train", "--output", "x", "--from", "@"],
+        ["export", "@", "--output", "x"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_file_in_place_of_a_model(capsys, tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    path = str(tmp_path / "config.json")
+    line = refused(capsys, *[word.replace("@", path) for word in words])
+    assert re.search(rf"{path}'? is a file: give (its|the) folder", line), line
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(("option", "task"), [("--cases", "kv"), ("--meetings", "qmsum")])
+def test_a_file_of_material_is_named_with_its_option(capsys, trained, tmp_path, option, task):
+    (tmp_path / "text.txt").write_text("")
+    words = ["evaluate", str(trained), "--task", task, option, str(tmp_path / "text.txt")]
+    assert f"{option}: '{tmp_path / 'text.txt'}' holds text, not JSON lines" in refused(capsys, *words)
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "extend", "generate"])
+def test_an_encoder_is_no_decoder(capsys, tmp_path, verb):
+    model = write(Published("jina", layers=1), tmp_path / "jina")
+    line = refused(capsys, verb, model)
+    assert line == f"longreach {verb}: model {model!r} is an encoder: longreach embed is for it; give a decoder"
 
 
 HEEDED_BY_NOTHING = [
@@ -313,7 +382,11 @@ HEEDED_BY_NOTHING = [
         "--valid-fraction=0.1: nothing is held out of",
     ),
     ("train", "--output x --data hf:d --streaming --split-seed 1", "--split-seed=1: nothing is held out of a stream"),
-    ("train", "--output x --longest-length 4096", "--longest-length=4096: --method=alibi is the same for any length"),
+    (
+        "train",
+        "--output x --longest-length 4096",
+        "--longest-length=4096: --method=alibi (the default) is the same for any length",
+    ),
     ("train", "--output x --method learned --longest-length 256", "--longest-length=256: --method=learned is the same"),
     ("train", "--output x --rank-timeout 60", "--rank-timeout=60: no torchrun has started this process"),
     ("compare", "--output x --rank-timeout 300", "--rank-timeout=300: no torchrun has started this process"),
@@ -653,7 +726,7 @@ def test_export_says_where_the_model_is_and_keeps_one_that_is_there(capsys, trai
     words = ["export", str(trained), "--output", str(tmp_path / "mpt")]
     main(words)
     assert capsys.readouterr().out == f"Model: {tmp_path / 'mpt'}\n"
-    assert "exists" in refused(capsys, *words)
+    assert refused(capsys, *words).startswith(f"longreach export: --output='{tmp_path / 'mpt'}' exists: give a new one")
 
 
 def test_generate_prints_the_prompt_and_what_the_run_adds(capsys, trained):

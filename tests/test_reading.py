@@ -27,6 +27,8 @@ class Section:
             raise ValueError(f"steps={self.steps}: give a positive integer")
         if "no" in self.names:
             raise ValueError("there are names that do not fit")
+        if self.names == ("few",) and self.steps > 2:
+            raise ValueError(f"steps={self.steps}: give at most 2 for names=few")
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ SECTIONS = st.builds(
     steps=st.integers(1, 2**63 - 1),
     rate=NUMBERS,
     betas=st.tuples(NUMBERS, NUMBERS),
-    names=st.lists(st.text().filter(lambda name: name != "no")).map(tuple),
+    names=st.lists(st.text().filter(lambda name: name not in ("no", "few"))).map(tuple),
     lengths=st.lists(INTEGERS).map(tuple),
     norm=st.sampled_from(["layernorm", "rmsnorm"]),
     compiled=st.booleans(),
@@ -99,6 +101,7 @@ def test_places_in_a_table_of_tables_are_named(section, message):
         ("[train]\nsteps = '3'\n", r"train\.steps='3': give an integer$"),
         ("[train]\nsteps = 1979-05-27\n", r"train\.steps='1979-05-27': give an integer$"),
         ("[train]\nsteps = 0\n", r"train\.steps=0: give a positive integer$"),
+        ("[train]\nnames = ['few']\n", r"train\.steps=4 \(the default\): give at most 2 for train\.names=few$"),
         ("[train]\nnames = ['no']\n", r"train: there are names that do not fit$"),
         ("[train]\nrate = 'fast'\n", r"train\.rate='fast': give a number$"),
         ("[train]\nrate = nan\n", r"train\.rate=nan: give a finite number$"),

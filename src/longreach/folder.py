@@ -67,9 +67,10 @@ def hold(folder: Path, config: Config, besides: tuple[str, ...] = ()) -> Iterato
             holds what no verb of ours has begun; or its lock is no file.
         OSError: it cannot be written, or its file system has no locks.
     """
-    if folder.exists() and not folder.is_dir():
+    with _blaming_output(folder):
+        made = not folder.exists()
+    if not made and not folder.is_dir():
         raise ValueError(f"output={folder}: it is a file, give a folder")
-    made = not folder.exists()
     _git_commit()  # asked before locking: a child process has our lock from its fork to its exec, even if we are killed
     try:
         with _locked(folder):
@@ -163,15 +164,27 @@ def _locked(folder: Path) -> Iterator[None]:
                 (folder / LOCK).unlink()  # before it is unlocked, lest it be another's by then
 
 
+@contextmanager
+def _blaming_output(folder: Path) -> Iterator[None]:
+    """Have what the system refuses of a folder name the argument."""
+    try:
+        yield
+    except OSError as error:
+        message = f"output={folder}: it cannot be written ({error.strerror}), give another folder"
+        raise OSError(error.errno, message) from error
+
+
 def _lock_file(folder: Path) -> BinaryIO:
     """The lock file of a folder, open and locked. Its holder removes it, and a folder that it made, when letting go."""
     while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError):
+        with _blaming_output(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError), _blaming_output(folder):
             if not stat.S_ISREG((folder / LOCK).lstat().st_mode):  # nor a link to a file, which would be emptied
                 raise ValueError(f"output={folder}: its {LOCK} is none that longreach made, remove that")
         with suppress(FileNotFoundError), ExitStack() as stack:
-            file = stack.enter_context(open(folder / LOCK, "a+b"))
+            with _blaming_output(folder):
+                file = stack.enter_context(open(folder / LOCK, "a+b"))
             _lock(file, folder)
             if os.path.samestat(os.fstat(file.fileno()), (folder / LOCK).stat()):
                 stack.pop_all()

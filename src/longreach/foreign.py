@@ -3,12 +3,17 @@
 import contextlib
 import logging
 import os
+import re
 import threading
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 NATIVE_ERRORS = 2
 """The descriptor that code in other languages writes its complaints to, past everything that Python can redirect."""
+
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+"""NAME or OWNER/NAME."""
 
 
 @contextlib.contextmanager
@@ -29,7 +34,12 @@ def refusing(subject: str, mend: str) -> Iterator[None]:
 
 
 def require_transformers(model: str) -> None:
-    """Refuse a model that transformers would have to find or read, where that is not installed: a ValueError."""
+    """Refuse a model for which transformers is needed, and missing or given what it cannot find: a ValueError."""
+    if not Path(model).is_dir():
+        if Path(model).exists():
+            raise ValueError(f"model {model!r} is a file: give its folder")
+        if _HUB_NAME.fullmatch(model) is None:
+            raise ValueError(f"model {model!r} is no folder here, nor a name on the Hugging Face hub: give one of them")
     try:
         import transformers  # noqa: F401
     except ImportError as error:

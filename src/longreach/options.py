@@ -17,7 +17,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
-from longreach.reading import Leaf, leaves, read_words, respelled
+from longreach.reading import Leaf, leaves, marked, read_words, respelled
 
 SHORT_NAMES = {
     "tasks": "--task",
@@ -47,6 +47,7 @@ class CommandLine:
     def __init__(self, program: str, about: str, words: Sequence[str]) -> None:
         self._program, self._about, self._words = program, about, words
         self._names: dict[str, str] = {}
+        self._defaults: dict[str, Any] = {}
 
     def parse(
         self,
@@ -76,6 +77,12 @@ class CommandLine:
             print(_parser(self._program, self._about, kinds, positional, started).format_help(), end="")
             raise SystemExit(0)
         starts = [*[None] * (len(kinds) - 1), started]
+        self._defaults = {
+            self._spell(name): leaf.default
+            for kind, values in zip(kinds, starts, strict=True)
+            for name, leaf in leaves(kind, values).items()
+            if name not in given
+        }
         configs = [
             read_words(kind, {name: given[name] for name in leaves(kind) if name in given}, self._spell, values)
             for kind, values in zip(kinds, starts, strict=True)
@@ -90,8 +97,8 @@ class CommandLine:
         return self._names.get(name, name)
 
     def spelled(self, refusal: str) -> str:
-        """A refusal of fields in the words that were typed for them, or are to be."""
-        spelled = respelled(refusal, self._names)
+        """A refusal of fields in the words that were typed for them, or are to be, and which are defaults."""
+        spelled = marked(respelled(refusal, self._names), self._defaults)
         return _VALUE.sub(lambda value: _WORDS[value[1]], spelled) if spelled.startswith("--") else spelled
 
 
@@ -117,8 +124,13 @@ def _split(parser: argparse.ArgumentParser, words: Sequence[str]) -> dict[str, A
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._negative_number_matcher = re.compile(r"-\.?\d")  # -1e-3 and -1,5 are values too
+
     def error(self, message: str) -> NoReturn:
-        raise ValueError(message.removeprefix("argument "))
+        ours = message.removeprefix("argument ").replace("ignored explicit argument", "it takes no value, leave out")
+        raise ValueError(ours)
 
 
 def _parser(

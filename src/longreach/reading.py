@@ -69,6 +69,16 @@ def respelled(refusal: str, names: Mapping[str, str]) -> str:
     return names[subject[0]] + rest
 
 
+def marked(refusal: str, defaults: Mapping[str, Any]) -> str:
+    """A refusal that says of values which nobody gave that they are the defaults; these by the names that it has."""
+    for name, value in defaults.items():
+        shown = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        if value is not None and shown:
+            said = rf"(?<![\w.-]){re.escape(f'{name}={shown}')}(?!\w|,\w|\.\d| \(the default\))"
+            refusal = re.sub(said, r"\g<0> (the default)", refusal)
+    return refusal
+
+
 def below(name: str) -> Callable[[Place], str]:
     """`dotted` for places in what stands below a field."""
     return lambda path: dotted((name, *path))
@@ -107,7 +117,7 @@ def parse_file(path: Path) -> Any:
         raise ValueError(f"not a {name} file ({error}); mend it there") from error
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str | bytes) -> Any:
     """Plain values of strict JSON in which no key comes twice."""
     return json.loads(text, object_pairs_hook=_distinct)
 
@@ -336,9 +346,12 @@ def _refusal(kind: type[Any], error: ValidationError, spell: Callable[[Place], s
     first = min(error.errors(include_url=False), key=lambda found: found["type"] != "unexpected_keyword_argument")
     path, mistake, value = first["loc"], first["type"], first["input"]
     if mistake == "value_error":  # of a dataclass's own checks, which name what they refuse
-        cause = str(first["ctx"]["error"])
-        refusal = respelled(cause, {name: spell((*path, *place)) for name, place in _places(_kind_at(kind, path))})
-        return f"{dotted(path)}: {cause}" if refusal == cause and path and spell is dotted else refusal
+        cause, owner = str(first["ctx"]["error"]), _kind_at(kind, path)
+        refusal = respelled(cause, {name: spell((*path, *place)) for name, place in _places(owner)})
+        if refusal == cause and path and spell is dotted:
+            return f"{dotted(path)}: {cause}"
+        lacking = (field for field in dataclasses.fields(owner) if isinstance(value, dict) and field.name not in value)
+        return marked(refusal, {spell((*path, field.name)): field.default for field in lacking})
     if mistake == "unexpected_keyword_argument":
         known = [field.name for field in dataclasses.fields(_kind_at(kind, path[:-1]))]
         near = difflib.get_close_matches(str(path[-1]), known, n=1)

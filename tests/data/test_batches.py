@@ -67,7 +67,7 @@ def test_a_batch_may_be_larger_than_an_epoch():
 def test_too_little_text_is_refused():
     assert Whole(9, 8, 1)[0].tolist() == [list(range(9))]
     with pytest.raises(
-        ValueError, match=r"length=9 needs 10 tokens, the training text has 9; give more text or train on"
+        ValueError, match=r"^train_length=9 needs 10 tokens, the training text has 9; give more text, or fewer$"
     ):
         blocks_of(9, 9)
     with pytest.raises(ValueError, match="the training text has no token; give some text"):

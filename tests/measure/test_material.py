@@ -41,5 +41,7 @@ def test_no_more_is_scored_than_asked_for_but_a_whole_window():
 def test_a_text_that_is_shorter_than_a_window_is_refused():
     available = len(prepared().valid) - 1
     text_of(prepared(), EvaluateConfig(), longest=available)
-    with pytest.raises(ValueError, match=rf"up to {available + 1}: the validation text has {available} tokens"):
+    with pytest.raises(
+        ValueError, match=rf"^valid_lengths={available + 1}: the validation text has {available} tokens"
+    ):
         text_of(prepared(), EvaluateConfig(), longest=available + 1)

@@ -369,7 +369,7 @@ def test_one_process_keeps_its_last_step_too(small, tmp_path):
         (
             ["--batch-size", "7"],
             {},
-            "--batch-size=7 cannot be shared by 2 processes x --accumulation=1: give a multiple",
+            "--batch-size=7 cannot be shared by 2 processes x --accumulation=1 (the default): give a multiple",
         ),
         (
             ["--accumulation", "8"],

@@ -262,7 +262,7 @@ def test_a_text_too_short_for_a_later_model_is_refused_before_the_first_is_loade
     config = EvaluationConfig(models=(str(comparison / "alibi"), str(longer)), data=str(tmp_path / "short.txt"))
     evaluate_models(replace(config, models=config.models[:1]), None, silent)
     monkeypatch.setattr("longreach.verbs.evaluate.open_run", lambda *_: pytest.fail("a model was loaded"))
-    with pytest.raises(ValueError, match=r"^valid_lengths up to 512: the validation text has \d+ tokens"):
+    with pytest.raises(ValueError, match=r"^valid_lengths=512: the validation text has \d+ tokens"):
         evaluate_models(config, tmp_path / "out", silent)
     assert not (tmp_path / "out").exists()
 
@@ -367,7 +367,7 @@ def test_models_that_make_no_evaluation(models, message):
     "given",
     [
         {"dtype": "float32"},
-        {"dtype": "int8"},
+        {"dtype": "bfloat16"},
         {"trust_remote_code": True},
         {"train_length": 8},
         {"scalings": ("stock",)},

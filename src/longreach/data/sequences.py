@@ -44,8 +44,8 @@ class Blocks:
     def __init__(self, stream: TokenStream, length: int) -> None:
         if len(stream) < length + 1:
             raise ValueError(
-                f"length={length} needs {length + 1} tokens, the training text has {len(stream)}; "
-                "give more text or train on shorter sequences"
+                f"train_length={length} needs {length + 1} tokens, the training text has {len(stream)}; "
+                "give more text, or fewer"
             )
         self._stream = stream
         self._length = length

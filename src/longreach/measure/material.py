@@ -1,8 +1,10 @@
 """What the tasks of a configuration are measured on, and the files that it names for them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -14,6 +16,8 @@ from longreach.measure.retrieval import Case, read_cases
 from longreach.measure.summaries import MeetingCase, read_meetings
 from longreach.measure.text_tasks import Text
 from longreach.measure.words import count_words
+
+Read = TypeVar("Read")
 
 
 @dataclass(frozen=True)
@@ -45,21 +49,22 @@ def read_material(config: EvaluateConfig, text: Text | None) -> Material:
     cases = None
     if config.cases is not None:
         (task,) = (task for task in config.tasks if task in RETRIEVAL_TASKS)
-        cases = read_cases(task, _existing("cases", config.cases))
-    meetings = () if config.meetings is None else read_meetings(_existing("meetings", config.meetings))
+        cases = _read("cases", config.cases, partial(read_cases, task))
+    meetings = () if config.meetings is None else _read("meetings", config.meetings, read_meetings)
     named = {"cases": config.cases, "meetings": config.meetings}
     sources = {f"{name} {path}": digest(Path(path)) for name, path in named.items() if path is not None}
     return Material(text, cases, meetings, sources)
 
 
-def _existing(argument: str, path: str) -> Path:
+def _read(argument: str, path: str, read: Callable[[Path], Read]) -> Read:
+    """What the file of an argument holds."""
     try:
         open_file(Path(path)).close()
+        return read(Path(path))
     except FileNotFoundError:
         raise FileNotFoundError(f"{argument}={path}: no such file; give a .jsonl file of {argument}") from None
-    except OSError as error:
+    except (ValueError, OSError) as error:
         raise ValueError(f"{argument}: {error}") from error
-    return Path(path)
 
 
 def num_read(config: EvaluateConfig, longest: int) -> int:
@@ -81,8 +86,8 @@ def text_of(prepared: ValidationData, config: EvaluateConfig, longest: int) -> T
     available = len(prepared.valid) - 1
     if available < max(longest, 1):
         raise ValueError(
-            f"valid_lengths up to {longest}: the validation text has {available} tokens to score; give shorter "
-            "lengths, more text, or a larger valid_fraction"
+            f"valid_lengths={longest}: the validation text has {available} tokens to score; give shorter ones, more "
+            "text, or hold more of it out"
         )
     tokens = prepared.valid.read(0, min(len(prepared.valid), num_read(config, longest)))
     tokenizer = prepared.tokenizer

@@ -23,7 +23,7 @@ from longreach.pretrained.extend import extend
 from longreach.pretrained.restore import restore
 from longreach.report.grid import MISSING, Grid, format_multiple, format_percent, format_perplexity, to_rich
 from longreach.train.loop import resolve_device
-from longreach.verbs.open import load_subject, names_pretrained
+from longreach.verbs.open import load_subject, named_dtype, names_pretrained
 
 TRIED = ("none", "linear", "ntk")
 """The scalings that are tried at each length, simplest first: of two that the text cannot tell apart, the first is
@@ -68,6 +68,7 @@ class DoctorConfig:
     """GiB that the scores of its stock code may take; it is not run at lengths that take more."""
 
     def __post_init__(self) -> None:
+        named_dtype(self.dtype)  # refuses
         if len(self.valid_lengths) > MOST_LISTED:
             raise ValueError(f"valid_lengths has {len(self.valid_lengths)} lengths: give at most {MOST_LISTED}")
         for length in self.valid_lengths:

@@ -30,7 +30,7 @@ from longreach.train.config import RunConfig
 from longreach.train.loop import resolve_device
 from longreach.train.parallel import ALONE, Ranks
 from longreach.train.tracking import check_trackers, evaluated
-from longreach.verbs.open import fine_tuning, load_subject, names_pretrained
+from longreach.verbs.open import fine_tuning, load_subject, named_dtype, names_pretrained, require_decoder, tokenizer_of
 from longreach.verbs.report import MOST_MODELS
 from longreach.verbs.scalings import adapt_by, check_pretrained_scaling, require_scaling, scaled_method
 from longreach.verbs.sharing import shared_subject
@@ -81,6 +81,7 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         if not self.models:
             raise ValueError("models is empty: give the folder of a trained run, or a Hugging Face model")
+        named_dtype(self.dtype)  # refuses
         refuse_repeats(self, "models", read=os.path.normpath)
         refuse_below(self, 1, "train_length", "context_parallel")
         if self.context_parallel > 1:
@@ -293,6 +294,7 @@ def _find_run(name: str, config: EvaluationConfig, scaling: str | None) -> _Mode
 
 def _find_pretrained(name: str, config: EvaluationConfig, scaling: str | None, fine_tuned: RunConfig | None) -> _Model:
     """A model of Hugging Face, or one that was fine-tuned from it by longreach."""
+    require_decoder(name)
     given = config.train_length or (fine_tuned.train.train_length if fine_tuned else None)
     configuration = load_configuration(name, trust_remote_code=config.trust_remote_code)
     if scaling is not None:
@@ -324,7 +326,7 @@ def _find_pretrained(name: str, config: EvaluationConfig, scaling: str | None, f
         identity=identity,
         data=replace(fine_tuned.data if fine_tuned else DataConfig(), tokenizer=name),
         seed=fine_tuned.train.seed if fine_tuned else 0,
-        tokenizer=load_tokenizer(name),
+        tokenizer=tokenizer_of(name),
         device=device,
         training=training,
         pretrained=configuration,

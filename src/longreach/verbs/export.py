@@ -6,6 +6,7 @@ from typing import Literal
 
 from longreach.models.decoder import Decoder
 from longreach.pretrained.export import export_mpt
+from longreach.reading import respelled
 from longreach.report.grid import to_markdown
 from longreach.report.subjects.perplexity import main_grid
 from longreach.results import Model, Results
@@ -44,13 +45,16 @@ def export(config: ExportConfig) -> None:
         card_table = _of_comparison(config.run)
     elif (card_table := _card_table(_read(config.results), run.identity)) is None:
         raise ValueError(f"results={config.results}: it has no perplexities of {run.identity}; give others, or none")
-    export_mpt(
-        run.model,
-        config.output,
-        max_length=16 * run.train_length if config.max_length is None else config.max_length,
-        tokenizer=config.run,
-        card_table=card_table,
-    )
+    try:
+        export_mpt(
+            run.model,
+            config.output,
+            max_length=16 * run.train_length if config.max_length is None else config.max_length,
+            tokenizer=config.run,
+            card_table=card_table,
+        )
+    except (ValueError, FileExistsError) as error:
+        raise type(error)(respelled(str(error), {"folder": "output", "tokenizer": "run"})) from error
 
 
 def _read(path: Path) -> Results:

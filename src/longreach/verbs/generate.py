@@ -18,7 +18,7 @@ from longreach.pretrained.lengths import declared_length
 from longreach.pretrained.load import adapt, stretch
 from longreach.reading import refuse_below
 from longreach.train.loop import resolve_device
-from longreach.verbs.open import fine_tuning, is_encoder, load_subject, names_pretrained
+from longreach.verbs.open import fine_tuning, load_subject, named_dtype, names_pretrained, require_decoder
 from longreach.verbs.train import open_run
 
 
@@ -59,6 +59,8 @@ class GenerateConfig:
             raise ValueError(f"temperature={self.temperature}: give 0 for the likeliest token, or a positive number")
         if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"top_p={self.top_p}: give more than 0 and at most 1")
+        if self.dtype is not None:
+            named_dtype(self.dtype)  # refuses
         if self.scaling is not None:
             parse_scaling(self.scaling, train_length=2)  # any L will do to see that it can be read
 
@@ -98,8 +100,7 @@ def _run(config: GenerateConfig) -> Subject:
 
 
 def _pretrained(config: GenerateConfig) -> Subject:
-    if is_encoder(config.model):
-        raise ValueError(f"model {config.model!r} is an encoder: longreach embed is for it; give a decoder")
+    require_decoder(config.model)
     fine_tuned = fine_tuning(config.model)
     train_length = config.train_length or (fine_tuned.train.train_length if fine_tuned else None)
     default = fine_tuned.train.device if fine_tuned else "auto"

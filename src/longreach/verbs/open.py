@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from longreach.data.tokenizer import load_tokenizer
+from longreach.data.tokenizer import Tokenizer, load_tokenizer
 from longreach.encoders.config import is_alibi_encoder
 from longreach.encoders.source import Source
 from longreach.foreign import refusing
@@ -45,6 +45,20 @@ def is_encoder(name: str) -> bool:
         return is_alibi_encoder(Source(name).configuration())
     except ValueError:  # whoever opens it next says what is wrong
         return False
+
+
+def require_decoder(name: str) -> None:
+    """ValueError for the name of an ALiBi encoder."""
+    if is_encoder(name):
+        raise ValueError(f"model {name!r} is an encoder: longreach embed is for it; give a decoder")
+
+
+def tokenizer_of(name: str) -> Tokenizer:
+    """The tokenizer of a model of Hugging Face; ValueError that names the model where it has none that serves."""
+    try:
+        return load_tokenizer(name)
+    except ValueError as error:
+        raise ValueError(f"model {name!r}: its {error}") from error
 
 
 def fine_tuning(name: str) -> RunConfig | None:
@@ -87,7 +101,7 @@ def load_subject(
     if config is None:
         config = load_configuration(name, trust_remote_code=trust_remote_code)
     length = training_length(name, config, train_length)
-    tokenizer = load_tokenizer(name)
+    tokenizer = tokenizer_of(name)
     vocab_size = config.get_text_config().vocab_size
     if tokenizer.text_vocab_size > vocab_size:  # padding and the like may be added beyond
         raise ValueError(

@@ -182,7 +182,11 @@ def read_run(folder: Path) -> RunConfig:
         below = sorted(path.parent.name for path in folder.glob("*/model.safetensors"))
         names = ", ".join(below) or "none is finished yet"
         raise ValueError(f"{folder} holds a comparison: give the folder of one of its runs ({names})")
-    if folder.is_dir() and not (folder / "config.toml").exists():
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{folder} is {'a file' if folder.exists() else 'not there'}: give the folder of a trained run"
+        )
+    if not (folder / "config.toml").exists():
         raise FileNotFoundError(
             f"{folder} holds no model: give the folder of a trained run, with its config.toml, or of a Hugging Face "
             "model, with its config.json"
