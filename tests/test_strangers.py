@@ -112,11 +112,12 @@ def test_nor_in_a_model_of_hugging_face(capfd, model, corpus, kind, name):
 @pytest.mark.parametrize(
     ("change", "part"),
     [
-        (text("null"), "no object"),
+        (text("null"), "config.json: it holds no object"),
         (text("[]"), "no object"),
         (text("3"), "no object"),
-        (text(""), "not a JSON file"),
-        (text(DEEP), "nested too deeply"),
+        (text(""), "config.json: not a JSON file"),
+        (text(DEEP), "config.json: nested too deeply"),
+        (text('{"n_heads": 4, "n_heads": 4}'), "config.json: not a JSON file (the key 'n_heads' comes twice"),
         (setting("n_heads", '"x"'), "'n_heads'"),
         (setting("n_heads", "0"), "n_heads=0"),
         (setting("n_heads", "5"), "does not run"),
@@ -163,6 +164,15 @@ def test_weights_of_another_model(capfd, model, corpus, change):
     path = model / "model.safetensors"
     safetensors.torch.save_file(change(safetensors.torch.load_file(path)), path, metadata={"format": "pt"})
     assert str(model) in refused(capfd, *measured(model, corpus))
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "extend", "doctor", "generate", "train --from"])
+def test_a_model_without_a_tokenizer(capfd, model, corpus, verb, tmp_path):
+    (model / "tokenizer.json").unlink()
+    options = ["--data", corpus, "--output", tmp_path / "new", "--steps", "1", "--warmup-steps", "0"]
+    line = refused(capfd, *verb.split(), model, *(options if "train" in verb else []))
+    assert f"model '{model}': its tokenizer '{model}': no such file; give a tokenizer.json" in line
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("verb", ["evaluate", "extend", "doctor", "train"])
@@ -221,13 +231,15 @@ def test_a_model_that_does_not_run_is_not_trained(capfd, model, corpus, tmp_path
         {"weight_map": {"transformer.wte.weight": "gone.safetensors"}},
         {"weight_map": []},
         {"metadata": 3, "weight_map": {}},
+        "{",
+        '{"weight_map": {}, "weight_map": {}}',
         [],
         None,
     ],
 )
 def test_an_index_that_names_other_files(capfd, model, corpus, index):
     (model / "model.safetensors").rename(model.parent / "other.safetensors")
-    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    (model / "model.safetensors.index.json").write_text(index if isinstance(index, str) else json.dumps(index))
     assert "safetensors" in refused(capfd, *measured(model, corpus))
 
 

@@ -123,7 +123,10 @@ def shards_of(index: Path) -> list[str]:
     Raises:
         ValueError: it is damaged, or names files that lie elsewhere or are no weights.
     """
-    values = parse_file(index)
+    try:
+        values = parse_file(index)
+    except ValueError as error:
+        raise ValueError(f"{index}: {error}") from error
     shards = values.get("weight_map") if isinstance(values, dict) else None
     if not isinstance(shards, dict) or not isinstance(values.get("metadata", {}), dict):
         raise ValueError(f"{index} is no index of weights: it needs a weight_map, an object")

@@ -201,10 +201,11 @@ def _check_files(folder: Path) -> None:
         return
     quantized = False
     with contextlib.suppress(FileNotFoundError):  # transformers says what it looks for
-        values = parse_file(path := folder / "config.json")
-        if not isinstance(values, dict):
-            raise ValueError(f"{path} holds no object: give the configuration of a model")
+        path = folder / "config.json"
         try:
+            values = parse_file(path)
+            if not isinstance(values, dict):
+                raise ValueError("it holds no object, give the configuration of a model")
             check_numbers(values)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error

@@ -58,7 +58,8 @@ def tokenizer_of(name: str) -> Tokenizer:
     try:
         return load_tokenizer(name)
     except ValueError as error:
-        raise ValueError(f"model {name!r}: its {error}") from error
+        refusal = str(error).replace("tokenizer=", "tokenizer ", 1)  # nobody gave it by that name
+        raise ValueError(f"model {name!r}: its {refusal}") from error
 
 
 def fine_tuning(name: str) -> RunConfig | None:

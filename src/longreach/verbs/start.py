@@ -41,10 +41,10 @@ from longreach.results import Model
 from longreach.train.config import RunConfig, TrainConfig
 from longreach.train.flops import count_matrices, training_flops
 from longreach.train.loop import Trainee, decoder_trainee
-from longreach.verbs.open import names_pretrained
+from longreach.verbs.open import names_pretrained, tokenizer_of
 
 Load = Callable[[str], Any]
-"""Name of a Hugging Face model -> its configuration."""
+"""Name of a Hugging Face model -> its configuration, or its tokenizer."""
 
 RATE_OF_RUNS = 1e-3
 """Peak learning rate for weights of a run of our own, unless another is given: new weights take a larger one."""
@@ -111,13 +111,13 @@ def _start(source: str, load: Load) -> tuple[RunConfig, Any]:
                 train_length=before.train.train_length, seed=before.train.seed, learning_rate=RATE_OF_RUNS
             ),
         )
-        return continued, _configuration(source, load) if holds_pretrained(folder) else None
+        return continued, _of_source(source, load) if holds_pretrained(folder) else None
     if folder.is_dir() and ((folder / "config.toml").exists() or not holds_pretrained(folder)):
         raise ValueError(
             f"start_from={source!r} holds no finished run: give the folder of one, as train writes it and compare "
             "does for each method, or a Hugging Face model"
         )
-    pretrained = _configuration(source, load)
+    pretrained = _of_source(source, load)
     trainable = {name: family for name, family in FAMILIES.items() if family.kind != "remote"}
     if pretrained.model_type not in trainable:
         raise ValueError(
@@ -137,8 +137,8 @@ def _start(source: str, load: Load) -> tuple[RunConfig, Any]:
     return config, pretrained
 
 
-def _configuration(source: str, load: Load) -> Any:
-    """That of the Hugging Face model that is started from."""
+def _of_source(source: str, load: Load) -> Any:
+    """What is loaded of the Hugging Face model that is started from."""
     try:
         return load(source)
     except (ValueError, OSError) as error:
@@ -166,6 +166,8 @@ def check_start(config: RunConfig, load: Load = load_configuration) -> Any:
             raise ValueError(f"{field.name}={asked}: start_from={config.start_from!r} has {shape}; leave it out")
     if pretrained:
         _check_pretrained_method(config.method)
+        if config.data.tokenizer == config.start_from:
+            _of_source(config.start_from, tokenizer_of)
     else:
         _check_positions(config, start)
     if config.data.tokenizer != start.data.tokenizer and (
