@@ -5,7 +5,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -185,11 +185,15 @@ def load_causal_model(name: str, config: Any, *, dtype: str, trust_remote_code: 
             "give a causal language model whose files belong together"
         )
     if of_others:
-        more = f" and {len(of_others) - 1} others" if len(of_others) > 1 else ""
-        warnings.warn(
-            f"model {name!r} has weights that a language model does not use: {of_others[0]}{more}", stacklevel=2
-        )
+        more = f" and {len(of_others) - 1} more" if len(of_others) > 1 else ""
+        _warn(f"model {name!r} has weights that a language model does not use: {of_others[0]}{more}")
     return model
+
+
+@cache
+def _warn(message: str) -> None:
+    """Say it once, however often a model is loaded: filters of warnings forget it whenever somebody changes them."""
+    warnings.warn(message, stacklevel=3)
 
 
 def _check_files(folder: Path) -> None:
