@@ -287,6 +287,7 @@ def test_version_is_the_package_s(capsys):
             ["--longest-length=64 is below --train-length=128 (the default)"],
         ),
         (["train", "--output", "x", "--learning-rate", "-1e-3"], ["--learning-rate=-0.001: give a positive number"]),
+        (["train", "--output", "x", "--betas", "1,2"], ["--betas=1.0,2.0: give two numbers of at least 0 and below 1"]),
         (["train", "--output", "x", "--compile=yes"], ["--compile/--no-compile: it takes no value, leave out 'yes'"]),
         (["evaluate", "nowhere", "--dtype", "fp16"], ["--dtype='fp16': give one of auto"]),
         (["extend", "nowhere", "--dtype", "int8"], ["--dtype='int8': give one of auto"]),

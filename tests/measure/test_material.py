@@ -45,3 +45,6 @@ def test_a_text_that_is_shorter_than_a_window_is_refused():
         ValueError, match=rf"^valid_lengths={available + 1}: the validation text has {available} tokens"
     ):
         text_of(prepared(), EvaluateConfig(), longest=available + 1)
+    asked = EvaluateConfig(tasks=("positions",), valid_lengths=(2,))
+    with pytest.raises(ValueError, match=rf"^tasks=positions take a window of the training length, {available + 1}: "):
+        text_of(prepared(), asked, longest=available + 1)

@@ -85,9 +85,12 @@ def text_of(prepared: ValidationData, config: EvaluateConfig, longest: int) -> T
     """
     available = len(prepared.valid) - 1
     if available < max(longest, 1):
+        asked, mend = f"valid_lengths={longest}", "shorter ones"
+        if config.valid_lengths and longest > max(config.valid_lengths):
+            asked, mend = f"tasks={','.join(config.tasks)} take a window of the training length, {longest}", "others"
         raise ValueError(
-            f"valid_lengths={longest}: the validation text has {available} tokens to score; give shorter ones, more "
-            "text, or hold more of it out"
+            f"{asked}: the validation text has {available} tokens to score; give {mend}, more text, or hold more of it "
+            "out"
         )
     tokens = prepared.valid.read(0, min(len(prepared.valid), num_read(config, longest)))
     tokenizer = prepared.tokenizer

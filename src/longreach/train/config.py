@@ -114,7 +114,7 @@ class TrainConfig:
         if not 0 <= self.final_learning_rate <= 1:
             raise ValueError(f"final_learning_rate={self.final_learning_rate}: give a fraction of the peak, 0 to 1")
         if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas={self.betas}: give two numbers of at least 0 and below 1")
+            raise ValueError(f"betas={','.join(map(str, self.betas))}: give two numbers of at least 0 and below 1")
         parse_mix(self.mix)
         self._check_curriculum()
         shortest = min((length for length, _ in parse_curriculum(self.curriculum)), default=self.train_length)
