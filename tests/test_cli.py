@@ -1,3 +1,4 @@
+import ctypes
 import io
 import json
 import os
@@ -183,6 +184,31 @@ def test_each_entrance_sets_up_its_process(monkeypatch, module):
         assert os.environ["GOMP_SPINCOUNT"] == after
         assert torch.full((16,), 1e-40).mul(0.5).eq(0).all()
         assert warnings.formatwarning(UserWarning("two\n lines"), UserWarning, "x.py", 1) == "UserWarning: two lines\n"
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="of GNU's allocator alone")
+def test_memory_that_is_freed_is_kept_for_the_next_operation():
+    """40 MiB filled ten times: their pages are made anew each time where they are given back."""
+    code = """if True:
+        import resource, sys
+        from longreach import process
+        if sys.argv[1] == "set up":
+            process.set_up()
+        import torch
+        def faults():
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for warm in (False, True):
+            before = faults()
+            for _ in range(10):
+                torch.ones(40 << 20, dtype=torch.uint8)
+        print(faults() - before)
+    """
+    kept, given_back = (
+        int(subprocess.run([sys.executable, "-c", code, word], capture_output=True, check=True).stdout)
+        for word in ("set up", "as it is")
+    )
+    assert kept < 1000
+    assert given_back > 10_000
 
 
 def test_version_is_the_package_s(capsys):

@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import longreach
 import longreach.ops.attention as module
+from longreach.ops import sdpa
 from longreach.ops.alibi import alibi_slopes
 from longreach.ops.attention import IMPLEMENTATIONS, attention, choose_impl
 from longreach.ops.crossovers import CPU, CROSSOVERS, Crossovers
@@ -171,6 +172,22 @@ def test_autocast_casts_what_sdpa_would_and_keeps_the_bias_exact(qkv, impl):
         double = attention(*(x.double() for x in qkv), slopes=slopes, impl=impl)
     assert low.dtype == torch.bfloat16
     assert torch.equal(double, attention(*(x.double() for x in qkv), slopes=slopes, impl=impl))
+
+
+@pytest.mark.parametrize("impl", ["sdpa", "cpu"])
+def test_gradients_of_a_backward_pass_within_autocast_are_those_without(impl, monkeypatch):
+    """As PyTorch's own operators for attention have them, whose backward passes autocast does not know."""
+    monkeypatch.setattr(sdpa, "MASK_LIMIT", 2**14)  # in tiles, which are computed anew
+    torch.manual_seed(0)
+    q, k, v, grad = (torch.randn(1, 4, 150, 16) for _ in range(4))
+    slopes, found = alibi_slopes(4), []
+    for within in (False, True):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v, slopes)]
+        out = attention(*leaves[:3], slopes=leaves[3], impl=impl)
+        with torch.autocast("cpu", torch.bfloat16, enabled=within):
+            found.append(torch.autograd.grad(out, leaves, grad))
+    for without, under in zip(*found, strict=True):
+        assert torch.equal(without, under)
 
 
 def test_autocast_takes_mixed_inputs(qkv):

@@ -1,5 +1,6 @@
 """Attention on the CPU with its heads shared out among threads."""
 
+import os
 import threading
 import time
 
@@ -68,25 +69,26 @@ def test_heads_are_shared_out_where_no_gradient_is_wanted(mode, dtype, products_
 
 
 @pytest.mark.usefixtures("two_threads")
-def test_workers_leave_the_caller_its_threads():
+def test_the_threads_are_the_caller_and_one_of_openmp_s_and_each_computes_alone():
     together, found = threading.Barrier(2), []
 
     def job():
-        together.wait(timeout=60)  # so that each worker takes one
-        found.append((threading.get_ident(), torch.get_num_threads(), torch.is_grad_enabled()))
+        together.wait(timeout=60)  # so that each thread takes one
+        found.append((threading.get_ident(), torch.is_grad_enabled(), torch.is_inference_mode_enabled()))
 
-    workers.share_out([job, job])
-    idents, threads, gradients = zip(*found, strict=True)
-    assert threading.get_ident() not in idents
-    assert len(set(idents)) == 2
-    assert threads == (1, 1)
-    assert not any(gradients)
+    torch.rand(1 << 20).exp_()  # starts all of OpenMP's
+    before = len(os.listdir("/proc/self/task"))
+    for mode in (torch.enable_grad, torch.inference_mode):
+        with mode():
+            workers.share_out([job, job])
+        idents, gradients, inference = zip(*found, strict=True)
+        assert len(set(idents)) == 2
+        assert threading.get_ident() in idents
+        assert not any(gradients)
+        assert set(inference) == {mode is torch.inference_mode}
+        found.clear()
+    assert len(os.listdir("/proc/self/task")) == before
     assert torch.get_num_threads() == 2
-    later = []
-    fresh = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
-    fresh.start()
-    fresh.join()
-    assert later == [2]
 
 
 @pytest.mark.usefixtures("two_threads")
@@ -107,7 +109,44 @@ def test_an_error_of_a_job_comes_out():
     assert done  # nobody works on after the call
 
 
-def test_one_thread_works_alone():
-    found = []
-    workers.share_out([lambda: found.append(threading.get_ident())] * 2)
-    assert found == [threading.get_ident()] * 2
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("before", [True, False])
+def test_ctrl_c_comes_out_before_and_within_a_job(before, monkeypatch):
+    """Before them nobody but ctypes sees what a thread raises."""
+    main, both = threading.get_ident(), threading.Barrier(2)
+
+    def interrupt():
+        if threading.get_ident() == main:
+            raise KeyboardInterrupt
+
+    def job():
+        if not before:
+            both.wait(timeout=60)  # so that the main thread takes one
+            interrupt()
+
+    if before:
+        made = workers._Work
+        monkeypatch.setattr(workers, "_Work", lambda work: made(lambda data: interrupt() or work(data)))
+    with pytest.raises(KeyboardInterrupt):
+        workers.share_out([job, job])
+
+
+@pytest.mark.parametrize(
+    ("threads", "jobs", "shares"), [(1, 8, False), (2, 1, False), (2, 2, True), (8, 4, True), (9, 4, False)]
+)
+def test_heads_are_shared_out_where_they_keep_threads_at_work(threads, jobs, shares, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert workers.can_share_out(jobs) == shares
+    monkeypatch.setattr(workers, "_region", lambda: None)
+    assert not workers.can_share_out(jobs)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_short_documents_are_not_shared_out_however_many(monkeypatch):
+    counts = []
+    monkeypatch.setattr(products, "share_out", lambda jobs: counts.append(len(jobs)))
+    q = torch.zeros(1, 2, 2048, 16)
+    for borders in ([0, 2048], [0, 1024, 2048], [0, 1000, 2000, 2048]):
+        cpu_attention(q, q, q, cu_seqlens=torch.tensor(borders, dtype=torch.int32))
+    assert counts == [2, 2]

@@ -2,12 +2,10 @@
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
-from torch.amp import is_autocast_available
 from torch.autograd import forward_ad
 
 from longreach.ops.arguments import (
@@ -28,7 +26,7 @@ from longreach.ops.lse_bound import FEW_QUERIES
 from longreach.ops.reach import KEY_BLOCK
 from longreach.ops.reference import reference_attention
 from longreach.ops.sdpa import sdpa_attention, surely
-from longreach.ops.transforms import may_learn
+from longreach.ops.transforms import autocasts, may_learn, without_autocast
 from longreach.ops.triton.operators import triton_attention
 
 IMPLEMENTATIONS = ("reference", "sdpa", "cpu", "triton", "flex")
@@ -168,7 +166,7 @@ def attention(
             processor=processor_of(q.device, q.dtype, q.shape[3]),
         ).impl
     arguments: dict[str, Any] = {"slopes": slopes, "scale": scale}
-    with _without_autocast(q.device.type):
+    with without_autocast(q.device.type):
         if impl == "sdpa":
             arguments |= {"bias": bias, "dropout_p": dropout_p, "tolerance": tolerance, "return_lse": return_lse}
             out, lse = sdpa_attention(q, k, v, visibility, **arguments)
@@ -273,19 +271,10 @@ def _reaching(impl: str, q: Tensor) -> Callable[..., tuple[Tensor, Any]]:
 def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Cast q, k and v, but neither slopes nor bias, as torch.autocast casts SDPA's arguments."""
     device = q.device.type
-    if _autocasts(device):
+    if autocasts(device):
         dtype = torch.get_autocast_dtype(device)
         return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))  # type: ignore[return-value]
     return q, k, v
-
-
-def _without_autocast(device: str) -> AbstractContextManager[Any]:
-    """Computation in the dtypes given. To turn off what is off takes longer than a decoding step's other checks."""
-    return torch.autocast(device, enabled=False) if _autocasts(device) else nullcontext()
-
-
-def _autocasts(device: str) -> bool:
-    return is_autocast_available(device) and torch.is_autocast_enabled(device)  # "meta", for one, has none
 
 
 def _validate_key_norms(key_norms: Tensor, k: Tensor, impl: str) -> None:

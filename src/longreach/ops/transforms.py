@@ -1,10 +1,12 @@
 """Operators of torch.library inside of autograd, torch.func and torch.compile: rules that those of attention share."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.amp import is_autocast_available
 
 from longreach.ops.reference import reference_attention
 from longreach.ops.visibility import Visibility
@@ -22,6 +24,16 @@ def by_slices(operator: Any) -> None:
         return stacked, (0,) * len(stacked)
 
     operator.register_vmap(mapped)
+
+
+def without_autocast(device: str) -> AbstractContextManager[Any]:
+    """Computation in the dtypes given. To turn off what is off takes longer than a decoding step's other checks."""
+    return torch.autocast(device, enabled=False) if autocasts(device) else nullcontext()
+
+
+def autocasts(device: str) -> bool:
+    """Whether torch.autocast is at work on such devices."""
+    return is_autocast_available(device) and torch.is_autocast_enabled(device)  # "meta", for one, has none
 
 
 def may_learn(*tensors: Tensor | None) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 from longreach.ops.cpu.plan import BLOCK_M
 from longreach.ops.cpu.products import Attended, attend, differentiate
 from longreach.ops.reach import default_tolerance
-from longreach.ops.transforms import differentiable, may_learn
+from longreach.ops.transforms import differentiable, may_learn, without_autocast
 from longreach.ops.visibility import Visibility
 
 
@@ -100,18 +100,11 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     visibility = Visibility(q.shape[2], k.shape[2], causal, window_size, key_padding_mask, cu_seqlens)
     attended = Attended(out, lse, peak, total, low, high)
-    gradients = differentiate(
-        grad_out,
-        grad_lse,
-        q,
-        k,
-        v,
-        _slopes(q, left, right),
-        visibility,
-        attended,
-        scale=scale,
-        slopes_learn=slopes_learn,
-    )
+    inputs = q, k, v, _slopes(q, left, right)
+    with without_autocast("cpu"):  # in force where the backward pass is called, unlike the forward pass
+        gradients = differentiate(
+            grad_out, grad_lse, *inputs, visibility, attended, scale=scale, slopes_learn=slopes_learn
+        )
     dq, dk, dv, *of_slopes = gradients
     dleft, dright = of_slopes if slopes_learn else (q.new_empty(0), q.new_empty(0))
     return dq, dk, dv, dleft, dright

@@ -36,7 +36,7 @@ from longreach.ops.cpu.plan import (
     strips,
 )
 from longreach.ops.cpu.views import bias_of, distances, falloff, keys_of, kv_heads_of, lanes_of, rows_of
-from longreach.ops.cpu.workers import share_out
+from longreach.ops.cpu.workers import can_share_out, share_out
 from longreach.ops.lse_bound import FEW_QUERIES
 from longreach.ops.visibility import Visibility
 
@@ -57,11 +57,10 @@ PRODUCTS_DIM = 64
 """D from which on they are, as what they take beside multiplying is the same for any: with 32 at 512 to 8,192 tokens
 they take 1.07 to 1.33 times as long."""
 
-SHARED_PAIRS = 2**22
-"""Pairs of a query and a key of a head from which on heads are shared out among threads, at 2,048 tokens. Beside one
-busy process on two cores that halves the time of both passes. Where nothing else runs it costs 5 ms a pass, in which
-OpenMP's threads spin after the operation before, a fifth of it at 2k and 5 to 14% at 4k, and nothing where they spin
-less, as the command `longreach` has it. At 1k it would be two fifths of a pass."""
+SHARED_PAIRS = 2**20
+"""Pairs of a query and a key of a head and document from which on heads are shared out among threads, at 1,024 tokens.
+Beside one busy process on two cores that takes a third to three quarters off both passes, and nothing is lost where
+nothing else runs. For 512 tokens a pass would take up to twice as long, as threads wait for Python's lock."""
 
 
 class Attended(NamedTuple):
@@ -136,8 +135,8 @@ def _compute(
         for tile in tiles:
             compute(tile)
 
-    queries, pairs = q.shape[2], q.shape[2] * k.shape[2]
-    apart = torch.get_num_threads() > 1 and queries >= FEW_QUERIES and pairs >= SHARED_PAIRS
+    pairs = q.shape[2] * k.shape[2] // (len(visibility.documents) - 1) ** 2  # of a document of the mean length
+    apart = q.shape[2] >= FEW_QUERIES and pairs >= SHARED_PAIRS and can_share_out(q.shape[0] * k.shape[1])
     tiles = plan(q.shape, k.shape, visibility, *ranges, cost, apart=apart)
     if apart:
         share_out([partial(each, of_one) for of_one in by_key_head(tiles, q.shape[1] // k.shape[1])])

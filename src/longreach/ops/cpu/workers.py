@@ -1,52 +1,67 @@
-"""Threads that share out heads, each with its part of PyTorch's own threads.
+"""Heads shared out among PyTorch's own threads, in one parallel region of OpenMP.
 
 Work on one head is a chain of some hundred products and sums. Where PyTorch's threads share each of them, all wait for
-the last at its end, and beside a busy process that one is not running then. Heads need not wait for each other.
+the last at its end, and beside a busy process that one is not running then. Heads need not wait for each other. Threads
+other than OpenMP's would wait, for these spin for some milliseconds after each operation, on all processors.
 """
 
-import os
+import ctypes
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
-from functools import lru_cache, partial
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
 
 import torch
 
+_Work = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+"""What each thread of a region calls."""
+
+
+def can_share_out(count: int) -> bool:
+    """Whether so many jobs keep the better part of PyTorch's threads at work, and these are OpenMP's."""
+    return 1 < torch.get_num_threads() <= 2 * count and count > 1 and _region() is not None
+
 
 def share_out(jobs: Sequence[Callable[[], None]]) -> None:
-    """Do all jobs, which whoever is free takes in their order; they record no gradient."""
-    threads = torch.get_num_threads()
-    workers = min(threads, len(jobs))
-    if workers < 2:
-        for job in jobs:
-            job()
-    else:
-        work = partial(_work, iter(jobs), torch.is_inference_mode_enabled())
-        done = [_pool(workers, threads, os.getpid()).submit(work) for _ in range(workers)]
-        wait(done)
-        for future in done:
-            future.result()  # an error of a job comes out
+    """Do all jobs, which whoever is free takes in their order; they record no gradient.
+
+    Operations within a job are done by one thread, as always inside of a parallel region.
+    """
+    left = iter(jobs)  # of an iterator over a sequence each thread gets others
+    inference = torch.is_inference_mode_enabled()
+    came: list[int] = []
+    errors: list[BaseException] = []
+
+    def work(_: Any) -> None:
+        try:
+            # Each thread says for itself what mode it is in: outside of inference mode none writes to what was made in
+            # it.
+            with torch.inference_mode(inference), torch.no_grad():
+                for job in left:
+                    job()
+        except BaseException as error:  # which ctypes would print and forget
+            errors.append(error)
+        came.append(threading.get_ident())
+
+    region = _region()
+    assert region is not None, "can_share_out was not asked"
+    region(_Work(work), None, min(torch.get_num_threads(), len(jobs)), 0)
+    if errors:
+        raise errors[0]
+    if threading.get_ident() not in came:  # Ctrl-C came before or after its work, where nothing but ctypes sees it
+        raise KeyboardInterrupt
 
 
-def _work(jobs: Iterator[Callable[[], None]], inference: bool) -> None:
-    """Do what is left. Each thread says for itself what mode it is in: outside of inference mode none writes to what
-    was made in it."""
-    with torch.inference_mode(inference), torch.no_grad():
-        for job in jobs:  # of an iterator over a sequence each thread gets others
-            job()
+@cache
+def _region() -> Callable[..., None] | None:
+    """What runs a function on each of so many threads of the OpenMP that PyTorch is linked with; None without one.
 
-
-@lru_cache(maxsize=1)
-def _pool(workers: int, threads: int, process: int) -> ThreadPoolExecutor:
-    """So many workers; a forked process has none of its parent's."""
-    pool, all_here = ThreadPoolExecutor(workers, "longreach"), threading.Barrier(workers)
-
-    def begin() -> None:
-        torch.set_num_threads(threads // workers)
-        torch.get_num_threads()  # the number is the thread's from its first use on
-        all_here.wait()
-
-    for begun in [pool.submit(begin) for _ in range(workers)]:
-        begun.result()
-    torch.set_num_threads(threads)  # of threads that are yet to come; it was never another one for this thread
-    return pool
+    Its name is that of GNU's compiler for it, to which LLVM's and Intel's answer too.
+    """
+    try:
+        region = ctypes.CDLL(torch._C.__file__).GOMP_parallel
+    except (OSError, AttributeError):
+        return None
+    region.argtypes, region.restype = (_Work, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
+    found: Callable[..., None] = region
+    return found
