@@ -28,9 +28,9 @@ def shared(monkeypatch, two_threads):
     """The number of jobs that were shared out."""
     counts = []
 
-    def share_out(jobs):
-        counts.append(len(jobs))
-        workers.share_out(jobs)
+    def share_out(make, count):
+        counts.append(count)
+        workers.share_out(make, count)
 
     monkeypatch.setattr(products, "SHARED_PAIRS", 1)
     monkeypatch.setattr(products, "share_out", share_out)
@@ -80,7 +80,7 @@ def test_the_threads_are_the_caller_and_one_of_openmp_s_and_each_computes_alone(
     before = len(os.listdir("/proc/self/task"))
     for mode in (torch.enable_grad, torch.inference_mode):
         with mode():
-            workers.share_out([job, job])
+            workers.share_out(lambda: [job, job], 2)
         idents, gradients, inference = zip(*found, strict=True)
         assert len(set(idents)) == 2
         assert threading.get_ident() in idents
@@ -105,7 +105,7 @@ def test_an_error_of_a_job_comes_out():
         done.append(True)
 
     with pytest.raises(ZeroDivisionError):
-        workers.share_out([fails, takes_longer])
+        workers.share_out(lambda: [fails, takes_longer], 2)
     assert done  # nobody works on after the call
 
 
@@ -129,7 +129,13 @@ def test_ctrl_c_comes_out_before_and_within_a_job(before, monkeypatch):
         made = workers._Work
         monkeypatch.setattr(workers, "_Work", lambda work: made(lambda data: interrupt() or work(data)))
     with pytest.raises(KeyboardInterrupt):
-        workers.share_out([job, job])
+        workers.share_out(lambda: [job, job], 2)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_what_fails_before_there_are_jobs_comes_out():
+    with pytest.raises(ZeroDivisionError):
+        workers.share_out(lambda: [1 // 0], 2)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +151,7 @@ def test_heads_are_shared_out_where_they_keep_threads_at_work(threads, jobs, sha
 @pytest.mark.usefixtures("two_threads")
 def test_short_documents_are_not_shared_out_however_many(monkeypatch):
     counts = []
-    monkeypatch.setattr(products, "share_out", lambda jobs: counts.append(len(jobs)))
+    monkeypatch.setattr(products, "share_out", lambda make, count: counts.append(len(make())))
     q = torch.zeros(1, 2, 2048, 16)
     for borders in ([0, 2048], [0, 1024, 2048], [0, 1000, 2000, 2048]):
         cpu_attention(q, q, q, cu_seqlens=torch.tensor(borders, dtype=torch.int32))

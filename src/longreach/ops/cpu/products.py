@@ -8,7 +8,7 @@ by `kernel` where that is faster, as few queries are.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -62,6 +62,10 @@ SHARED_PAIRS = 2**20
 Beside one busy process on two cores that takes a third to three quarters off both passes, and nothing is lost where
 nothing else runs. For 512 tokens a pass would take up to twice as long, as threads wait for Python's lock."""
 
+FOUND_ALONE = 4096
+"""Queries up to which one thread finds the ranges of heads that are shared out, in the same region: some hundred small
+operations, which are no faster by several threads, and beside a busy process many times as slow."""
+
 
 class Attended(NamedTuple):
     """What the forward pass returns, and all but its LSE to the backward pass."""
@@ -98,7 +102,7 @@ def attend(
     out = torch.empty_like(q)
     nothing = lse.new_empty(0), lse.new_empty(0), *(q.new_empty(0, dtype=torch.int32) for _ in range(2))
     seen = HostVisibility.read(visibility)
-    ranges = bounded_ranges(q, k, slopes, seen, key_norms, scale, tolerance)
+    ranges = partial(bounded_ranges, q, k, slopes, seen, key_norms, scale, tolerance)
     q, k, v = _readable(q, k, v, seen)
     if seen.may_hide_all_keys:
         out.zero_()
@@ -126,7 +130,7 @@ def _compute(
     q: Tensor,
     k: Tensor,
     visibility: HostVisibility,
-    ranges: tuple[list[Ranges], list[Ranges]],
+    ranges: Callable[[], tuple[list[Ranges], list[Ranges]]],
     cost: Cost,
 ) -> None:
     """Compute all tiles that cover the ranges, in their order or, where sequences are long, by several threads."""
@@ -136,12 +140,18 @@ def _compute(
             compute(tile)
 
     pairs = q.shape[2] * k.shape[2] // (len(visibility.documents) - 1) ** 2  # of a document of the mean length
-    apart = q.shape[2] >= FEW_QUERIES and pairs >= SHARED_PAIRS and can_share_out(q.shape[0] * k.shape[1])
-    tiles = plan(q.shape, k.shape, visibility, *ranges, cost, apart=apart)
+    count = q.shape[0] * k.shape[1]
+    apart = q.shape[2] >= FEW_QUERIES and pairs >= SHARED_PAIRS and can_share_out(count)
+    found = ranges() if not apart or q.shape[2] > FOUND_ALONE else None
+
+    def tiles() -> Iterator[Tile]:
+        return plan(q.shape, k.shape, visibility, *(found or ranges()), cost, apart=apart)
+
     if apart:
-        share_out([partial(each, of_one) for of_one in by_key_head(tiles, q.shape[1] // k.shape[1])])
+        group = q.shape[1] // k.shape[1]
+        share_out(lambda: [partial(each, of_one) for of_one in by_key_head(tiles(), group)], count)
     else:
-        each(tiles)
+        each(tiles())
 
 
 def _products_are_faster(q: Tensor, k: Tensor) -> bool:
@@ -172,7 +182,7 @@ def differentiate(
             gradients.add(piece)
 
     low, high = (x.transpose(0, 1).tolist() for x in (attended.low, attended.high))
-    _compute(compute, q, k, seen, (low, high), product_cost)
+    _compute(compute, q, k, seen, lambda: (low, high), product_cost)
     of_slopes = (
         (sums.sum(dim=0) if slope.dim() == 1 else sums).to(slope.dtype)
         for sums, slope in zip((gradients.of_left, gradients.of_right), slopes, strict=True)

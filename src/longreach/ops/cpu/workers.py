@@ -7,7 +7,7 @@ other than OpenMP's would wait, for these spin for some milliseconds after each 
 
 import ctypes
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -22,12 +22,17 @@ def can_share_out(count: int) -> bool:
     return 1 < torch.get_num_threads() <= 2 * count and count > 1 and _region() is not None
 
 
-def share_out(jobs: Sequence[Callable[[], None]]) -> None:
-    """Do all jobs, which whoever is free takes in their order; they record no gradient.
+def share_out(make: Callable[[], Sequence[Callable[[], None]]], count: int) -> None:
+    """Make jobs and do them all, which whoever is free takes in their order, in one region; they record no gradient.
 
-    Operations within a job are done by one thread, as always inside of a parallel region.
+    Operations within a job, and those that make them, are done by one thread, as always inside of a region.
+
+    Args:
+        make: gives the jobs; whoever comes first calls it.
+        count: how many there will be, more or less.
     """
-    left = iter(jobs)  # of an iterator over a sequence each thread gets others
+    jobs: list[Iterator[Callable[[], None]]] = []
+    making = threading.Lock()
     inference = torch.is_inference_mode_enabled()
     came: list[int] = []
     errors: list[BaseException] = []
@@ -37,7 +42,10 @@ def share_out(jobs: Sequence[Callable[[], None]]) -> None:
             # Each thread says for itself what mode it is in: outside of inference mode none writes to what was made in
             # it.
             with torch.inference_mode(inference), torch.no_grad():
-                for job in left:
+                with making:
+                    if not jobs:
+                        jobs.append(iter(make()))  # of which each thread gets others
+                for job in jobs[0]:
                     job()
         except BaseException as error:  # which ctypes would print and forget
             errors.append(error)
@@ -45,7 +53,7 @@ def share_out(jobs: Sequence[Callable[[], None]]) -> None:
 
     region = _region()
     assert region is not None, "can_share_out was not asked"
-    region(_Work(work), None, min(torch.get_num_threads(), len(jobs)), 0)
+    region(_Work(work), None, min(torch.get_num_threads(), count), 0)
     if errors:
         raise errors[0]
     if threading.get_ident() not in came:  # Ctrl-C came before or after its work, where nothing but ctypes sees it
