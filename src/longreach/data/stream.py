@@ -296,9 +296,7 @@ class _Reader:
             except BaseException as error:
                 ahead.set_exception(error)
 
-        threading.Thread(
-            target=read, name=READER, daemon=True
-        ).start()  # one that a silent server holds up holds up nothing else
+        threading.Thread(target=read, name=READER, daemon=True).start()  # daemon: a silent server is not waited for
         return ahead
 
     def _wanted(self, items: Iterable[Item]) -> Iterator[Item]:
