@@ -44,7 +44,7 @@ def validation_batches(config: TrainConfig, prepared: PreparedData, ranks: Ranks
     if not count:
         raise ValueError(
             f"validate_every={config.validate_every}: the validation text of {len(prepared.valid)} tokens is less than "
-            f"a batch of {size} x {length}; give more text, a larger valid_fraction, or leave it out"
+            f"a batch of {size} x {length}; give more text, a larger --valid-fraction, or leave it out"
         )
     rows = ranks.rows(size, config.context_parallel)
     starts = [(batch * size + row) * length for batch in range(count) for row in rows]

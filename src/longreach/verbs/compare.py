@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -105,7 +105,7 @@ class CompareConfig:
                 f"train_lengths={train_length}: it does not divide the {batch_tokens} tokens of a batch of batch_size="
                 f"{self.train.batch_size} sequences of train_length={self.train.train_length}; change one of them"
             )
-        try:
+        with self.naming_lists():
             return RunConfig(
                 method=method,
                 longest_length=self.longest_length,
@@ -115,9 +115,15 @@ class CompareConfig:
                     self.train, train_length=train_length, batch_size=batch_tokens // train_length, seed=seed
                 ),
             )
-        except ValueError as error:  # of one of those that were given together
-            together = {"method": "methods", "seed": "seeds" if self.seeds else "seed"}
-            together["train_length"] = "train_lengths" if self.train_lengths else "train_length"
+
+    @contextmanager
+    def naming_lists(self) -> Iterator[None]:
+        """Have what is refused of one run named as it was given here, together with others."""
+        together = {"method": "methods", "seed": "seeds" if self.seeds else "seed"}
+        together["train_length"] = "train_lengths" if self.train_lengths else "train_length"
+        try:
+            yield
+        except ValueError as error:
             raise ValueError(respelled(str(error), together)) from error
 
     def identity(self, run: RunConfig) -> Model:
@@ -162,15 +168,17 @@ def compare(
     path = output / "results.json"
     with ExitStack() as stack:
         with ranks.leading():
-            for run in config.runs():
-                device = check_run(run, ranks)
+            with config.naming_lists():
+                for run in config.runs():
+                    device = check_run(run, ranks)
             if ranks.is_first:
                 stack.enter_context(hold(output, config))
             prepared = prepare(config.data, config.train.seed, progress)
             longest_window = max(map(config.evaluate.longest_window, config.lengths))
             material = read_material(config.evaluate, text_of(prepared, config.evaluate, longest_window))
-            for run in config.runs():
-                training_batches(run.train, prepared, ranks)  # refuses too little text
+            with config.naming_lists():
+                for run in config.runs():
+                    training_batches(run.train, prepared, ranks)  # refuses too little text
             starts: tuple[Start, ...] = (this_start(config, device),)
             if ranks.is_first:
                 starts = begin(output, config, prepared.digests | material.sources, device)

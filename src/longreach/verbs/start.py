@@ -196,9 +196,10 @@ def check_held_out(config: RunConfig, prepared: PreparedData) -> None:
     same_text = begun_with(Path(config.start_from))["text"] == prepared.corpus_hash
     mend = "or text of its own for validation (--valid-data)"
     if not same_text and _same_source(config.data.data, before.data.data):
+        source = f"data={config.data.data!r}" if config.data.data else "the default text, of this Python's own library,"
         raise ValueError(
-            f"data={config.data.data!r} has changed since start_from={config.start_from!r} was trained on it, which "
-            f"may have seen what is held out now: give it as it was, {mend}"
+            f"{source} has changed since start_from={config.start_from!r} was trained on it, which may have seen what "
+            f"is held out now: give it as it was, {mend}"
         )
     if same_text:
         for name, asked, then in (
