@@ -340,7 +340,7 @@ def rounds_of(workload: Workload, device: str, rounds: int) -> int:
     takes turns.
     """
     if workload.mode == "decode":
-        return 40 * rounds
+        return max(rounds, 50)
     if workload.busy and workload.length < STD_LENGTH:
         return 5 * rounds
     if device != "cpu" or workload.length <= 8192:
