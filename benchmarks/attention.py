@@ -336,13 +336,12 @@ def chosen(workload: Workload, device: str, skip: set[str], crossover: bool) -> 
 def rounds_of(workload: Workload, device: str, rounds: int) -> int:
     """Fewer where dense attention takes many seconds a call, more where nothing but growth is measured.
 
-    And more for short calls, decoding steps and those beside a busy process, whose times are set by when the scheduler
-    takes turns.
+    And more for short calls, whose times are set by when the scheduler takes turns.
     """
     if workload.mode == "decode":
         return max(rounds, 50)
-    if workload.busy and workload.length < STD_LENGTH:
-        return 5 * rounds
+    if device == "cpu" and workload.length < STD_LENGTH:
+        return max(rounds, 25)
     if device != "cpu" or workload.length <= 8192:
         return rounds
     return min(rounds, 3) if workload.length <= DENSE_LIMIT else 2 * rounds
