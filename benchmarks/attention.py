@@ -275,7 +275,7 @@ def cpu_workloads(lengths: list[int]) -> list[Workload]:
     for length in lengths:
         everything += [Workload("forward", dtype, length) for dtype in ("float32", "bfloat16")]
         everything.append(Workload("training", "float32", length))
-        everything.append(Workload("decode", "float32", length))
+        everything += [Workload("decode", dtype, length) for dtype in ("float32", "bfloat16")]
         if length in BUSY_LENGTHS:
             everything += [Workload(mode, "float32", length, busy=True) for mode in ("forward", "training")]
         if length == STD_LENGTH:
@@ -336,11 +336,13 @@ def chosen(workload: Workload, device: str, skip: set[str], crossover: bool) -> 
 def rounds_of(workload: Workload, device: str, rounds: int) -> int:
     """Fewer where dense attention takes many seconds a call, more where nothing but growth is measured.
 
-    And more for short calls beside a busy process, whose times are set by when the scheduler takes turns.
+    And more for short calls, whose times are set by when the scheduler takes turns.
     """
-    if workload.busy and workload.length < STD_LENGTH:
-        return 5 * rounds
-    if device != "cpu" or workload.mode == "decode" or workload.length <= 8192:
+    if workload.mode == "decode":
+        return max(rounds, 50)
+    if device == "cpu" and workload.length < STD_LENGTH:
+        return max(rounds, 25)
+    if device != "cpu" or workload.length <= 8192:
         return rounds
     return min(rounds, 3) if workload.length <= DENSE_LIMIT else 2 * rounds
 

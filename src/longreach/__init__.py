@@ -67,7 +67,8 @@ if not TYPE_CHECKING:
     def __getattr__(name: str) -> object:
         if name not in _PUBLIC:
             raise AttributeError(f"module 'longreach' has no attribute {name!r}; public names: {', '.join(__all__)}")
-        return getattr(import_module(_PUBLIC[name]), name)
+        value = globals()[name] = getattr(import_module(_PUBLIC[name]), name)  # found at once from now on
+        return value
 
 
 def __dir__() -> list[str]:

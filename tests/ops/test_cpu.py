@@ -31,7 +31,7 @@ HALF = (torch.bfloat16, torch.float16)
 def bounded(request, monkeypatch):
     """Run with ranges and without them, whatever the cost model thinks of such small inputs."""
     heads = {"bounded": lambda q, *_, **__: slice(0, q.shape[1]), "dense": lambda *_, **__: slice(0, 0)}
-    monkeypatch.setattr("longreach.ops.cpu.plan.heads_worth_bounding", heads[request.param])
+    monkeypatch.setattr("longreach.ops.cpu.products.heads_worth_bounding", heads[request.param])
 
 
 def run_without_slopes(function, tensors, options, grads):
@@ -258,11 +258,11 @@ def test_time_is_linear_beyond_the_reach():
         shape = (1, 2, length, 16)
         (q, k, _), _ = Case(heads=2, kv_heads=2, queries=length, keys=length).inputs(torch.float32)
         ranges = key_ranges(q, k, torch.tensor([0.5, 0.05]), scale=0.25, tolerance=2**-24, block_m=128, block_n=64)
-        ranges = [x.transpose(0, 1).mul(module.BLOCK_N).tolist() for x in ranges]
+        ranges = dict(enumerate(zip(*(x.transpose(0, 1).mul(module.BLOCK_N).tolist() for x in ranges), strict=True)))
         visibility = HostVisibility.read(Visibility(length, length))
-        tiles = list(module.plan(shape, shape, visibility, *ranges, product_cost, apart=False))
-        assert sum(tile.rows * tile.windows * (tile.heads.stop - tile.heads.start) for tile in tiles) == 2 * length
-        pairs.append(sum(t.rows * t.width * t.windows * (t.heads.stop - t.heads.start) for t in tiles))
+        tiles = list(module.plan(shape, shape, range(2), visibility, ranges, product_cost, apart=False))
+        assert sum(tile.pairs // tile.width for tile in tiles) == 2 * length
+        pairs.append(sum(tile.pairs for tile in tiles))
     assert pairs[1] < 2.1 * pairs[0]
     assert pairs[0] < 0.15 * 8192**2  # of 2 * 8192^2 / 2 for dense causal attention
 
@@ -293,19 +293,20 @@ def test_backward_leaves_out_the_tolerated_mass_and_no_less(name, strip_pairs, m
     tolerance, ranges = 0.4, []
 
     def planned(*arguments, **options):
-        ranges.append(arguments[3:5])
+        ranges.append(arguments[4])
         return plan(*arguments, **options)
 
     monkeypatch.setattr(module, "plan", planned)
     monkeypatch.setattr("longreach.ops.cpu.plan.STRIP_PAIRS", strip_pairs)
     tensors, options = CASES[name].inputs(torch.float64)
     run(cpu_attention, tensors, options | {"tolerance": tolerance}, random_grads(tensors))
-    (bounds, _), (low, high) = ranges
+    bounds, found = ranges
+    low, high = zip(*(found[head] for head in range(tensors[0].shape[1])), strict=True)
     rows, index = tensors[0].shape[2], torch.arange(tensors[1].shape[2])
     low, high = (torch.tensor(x).transpose(0, 1).repeat_interleave(module.BLOCK_M, -1)[..., :rows] for x in (low, high))
     weights = probabilities(*tensors[:2], **options)  # [B, H, Tq, Tk]
     outside = weights * ((index < low[..., None]) | (index >= high[..., None]))
-    assert outside.sum(dim=-1).amax() <= tolerance * (1 if bounds[0] is None else 2)
+    assert outside.sum(dim=-1).amax() <= tolerance * (2 if bounds else 1)
 
     sides = [index < low[..., None] + module.BLOCK_N]
     if not options.get("causal", True):
@@ -359,9 +360,10 @@ def test_heads_share_calls_where_that_is_cheapest(data, kv_heads):
     """Of all ways to cut the heads of a decoding step into calls."""
     heads, length = 6, 40_000
     blocks = data.draw(st.lists(st.integers(0, length // 64 - 1), min_size=heads, max_size=heads))
-    low, high = [[[64 * block]] for block in blocks], [[[length]]] * heads
+    ranges = {head: ([[64 * block]], [[length]]) for head, block in enumerate(blocks)}
     visibility = HostVisibility.read(Visibility(1, length))
-    tiles = list(plan((1, heads, 1, 8), (1, kv_heads, length, 8), visibility, low, high, reading_cost, apart=False))
+    shapes = (1, heads, 1, 8), (1, kv_heads, length, 8)
+    tiles = list(plan(*shapes, range(heads), visibility, ranges, reading_cost, apart=False))
     covered = [head for tile in tiles for head in range(tile.heads.start, tile.heads.stop)]
     assert covered == list(range(heads))
 
@@ -384,7 +386,7 @@ def test_work_stays_in_proportion_to_what_reach_keeps(monkeypatch):
         pass
 
     def planned(*arguments, **options):
-        raise Planned(sum(_pairs(tile) for tile in plan(*arguments, **options)))
+        raise Planned(sum(tile.pairs for tile in plan(*arguments, **options)))
 
     monkeypatch.setattr(module, "plan", planned)
     work = []
@@ -400,7 +402,3 @@ def test_work_stays_in_proportion_to_what_reach_keeps(monkeypatch):
     # Short inputs get fewer and larger tiles, since their number costs more than the pairs that they hold in vain.
     assert max(work) <= 1.25
     assert work[2] <= 1.02 * work[1] <= 1.02 * work[0]
-
-
-def _pairs(tile):
-    return tile.rows * tile.width * tile.windows * (tile.heads.stop - tile.heads.start)

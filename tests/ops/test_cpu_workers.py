@@ -28,9 +28,9 @@ def shared(monkeypatch, two_threads):
     """The number of jobs that were shared out."""
     counts = []
 
-    def share_out(make, count):
+    def share_out(jobs, make, count):
         counts.append(count)
-        workers.share_out(make, count)
+        workers.share_out(jobs, make, count)
 
     monkeypatch.setattr(products, "SHARED_PAIRS", 1)
     monkeypatch.setattr(products, "share_out", share_out)
@@ -80,7 +80,7 @@ def test_the_threads_are_the_caller_and_one_of_openmp_s_and_each_computes_alone(
     before = len(os.listdir("/proc/self/task"))
     for mode in (torch.enable_grad, torch.inference_mode):
         with mode():
-            workers.share_out(lambda: [job, job], 2)
+            workers.share_out([job, job], list, 2)
         idents, gradients, inference = zip(*found, strict=True)
         assert len(set(idents)) == 2
         assert threading.get_ident() in idents
@@ -105,7 +105,7 @@ def test_an_error_of_a_job_comes_out():
         done.append(True)
 
     with pytest.raises(ZeroDivisionError):
-        workers.share_out(lambda: [fails, takes_longer], 2)
+        workers.share_out([fails, takes_longer], list, 2)
     assert done  # nobody works on after the call
 
 
@@ -129,13 +129,43 @@ def test_ctrl_c_comes_out_before_and_within_a_job(before, monkeypatch):
         made = workers._Work
         monkeypatch.setattr(workers, "_Work", lambda work: made(lambda data: interrupt() or work(data)))
     with pytest.raises(KeyboardInterrupt):
-        workers.share_out(lambda: [job, job], 2)
+        workers.share_out([job, job], list, 2)
 
 
 @pytest.mark.usefixtures("two_threads")
-def test_what_fails_before_there_are_jobs_comes_out():
+def test_others_begin_with_what_is_at_hand_while_one_makes_more():
+    begun, done = threading.Event(), []
+
+    def make():
+        assert begun.wait(timeout=60)  # no job would begin if all waited for these
+        return [lambda: done.append("made")] * 2
+
+    def job():
+        begun.set()
+        done.append("at hand")
+
+    workers.share_out([job, job], make, 4)
+    assert sorted(done) == ["at hand", "at hand", "made", "made"]
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_what_fails_as_jobs_are_made_comes_out():
+    done = []
     with pytest.raises(ZeroDivisionError):
-        workers.share_out(lambda: [1 // 0], 2)
+        workers.share_out([lambda: done.append(True)], lambda: [1 // 0], 2)
+    assert done  # the thread that makes none does not keep others from theirs
+
+
+@pytest.mark.parametrize("alone", [0, 2**20])
+@pytest.mark.parametrize("heads", [slice(0, 0), slice(0, 4), slice(2, 4), slice(4, 8), slice(0, 8)])
+def test_heads_that_are_bounded_and_others_equal_the_definition(heads, alone, shared, monkeypatch):
+    monkeypatch.setattr(products, "heads_worth_bounding", lambda *_: heads)
+    monkeypatch.setattr(products, "FOUND_ALONE", alone)
+    tensors, options = Case(batch=2, heads=8, kv_heads=4, queries=300, keys=400).inputs(torch.float64)
+    expected, actual = (f(*tensors, **options) for f in (reference_attention, cpu_attention))
+    assert shared == [8]
+    for x, y in zip(expected, actual, strict=True):
+        torch.testing.assert_close(y, x, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +181,7 @@ def test_heads_are_shared_out_where_they_keep_threads_at_work(threads, jobs, sha
 @pytest.mark.usefixtures("two_threads")
 def test_short_documents_are_not_shared_out_however_many(monkeypatch):
     counts = []
-    monkeypatch.setattr(products, "share_out", lambda make, count: counts.append(len(make())))
+    monkeypatch.setattr(products, "share_out", lambda jobs, make, count: counts.append(count))
     q = torch.zeros(1, 2, 2048, 16)
     for borders in ([0, 2048], [0, 1024, 2048], [0, 1000, 2000, 2048]):
         cpu_attention(q, q, q, cu_seqlens=torch.tensor(borders, dtype=torch.int32))

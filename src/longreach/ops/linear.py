@@ -5,9 +5,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from longreach.ops.cpu import onednn
+from longreach.ops.transforms import is_watched
 
 LEAST_WORK = 2**24
 """Multiplications from which on oneDNN is asked: below, what Python does about it takes as long as is gained."""
@@ -30,7 +30,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     By oneDNN where that is faster, and nobody watches who knows its operators less.
     """
     tensors = (x, weight) if bias is None else (x, weight, bias)
-    if not onednn.IS_FAST or _is_watched() or not all(map(_is_plain, tensors)):
+    if not onednn.IS_FAST or is_watched() or not all(map(_is_plain, tensors)):
         return F.linear(x, weight, bias)
     if x.dim() < 2 or min(weight.shape) < LEAST_SIDE or x.numel() * len(weight) < LEAST_WORK:
         return F.linear(x, weight, bias)
@@ -47,18 +47,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def _is_plain(x: Tensor) -> bool:
     """Whether a tensor is what it seems: no fake one, none of many ranks, in float32 on the CPU."""
     return type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" and x.dtype == torch.float32
-
-
-def _is_watched() -> bool:
-    """Whether a compiler, a tracer, a counter, autocast, torch.func or forward mode looks at every operator."""
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch.is_autocast_enabled("cpu")
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-    )
 
 
 class _Linear(torch.autograd.Function):

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longreach.ops import halves
 from longreach.ops.alibi import dense_bias
 from longreach.ops.reach import KEY_BLOCK, default_tolerance, key_ranges, visible_ranges
 from longreach.ops.transforms import by_slices, without_autocast
@@ -84,6 +85,8 @@ def sdpa_attention(
             options["enable_gqa"] = True
         if visibility.causal and visibility.query_length == visibility.key_length:
             options["is_causal"] = True  # but a single query stands at the last key and sees all of them
+        if not dropout_p and halves.converts(q, k, v):
+            return halves.attend(q, k, v, None, scale)[0], None
         return F.scaled_dot_product_attention(q, k, v, **options), None
     k, v = without_padding(k, v, visibility.key_padding_mask)
     by_sequence, by_head = _axes_of_masks(visibility, slopes, bias, return_lse)
@@ -149,6 +152,8 @@ def _attend(
     lse = None
     if return_lse:
         out, lse = _outright(q, k, v, mask, scale=scale, dropout_p=dropout_p)
+    elif not dropout_p and halves.converts(q, k, v, mask):
+        out, _ = halves.attend(q, k, v, mask, scale)
     else:
         options = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, dropout_p=dropout_p, **options)

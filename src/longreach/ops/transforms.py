@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.amp import is_autocast_available
+from torch.autograd import forward_ad
 
 from longreach.ops.reference import reference_attention
 from longreach.ops.visibility import Visibility
@@ -34,6 +35,18 @@ def without_autocast(device: str) -> AbstractContextManager[Any]:
 def autocasts(device: str) -> bool:
     """Whether torch.autocast is at work on such devices."""
     return is_autocast_available(device) and torch.is_autocast_enabled(device)  # "meta", for one, has none
+
+
+def is_watched() -> bool:
+    """Whether a compiler, a tracer, a counter, autocast, torch.func or forward mode looks at every operator."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch.is_autocast_enabled("cpu")
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
 
 
 def may_learn(*tensors: Tensor | None) -> bool:

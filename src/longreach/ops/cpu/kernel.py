@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longreach.ops import halves
 from longreach.ops.cpu.plan import HostVisibility, Tile
 from longreach.ops.cpu.views import bias_at, bias_of, falloff, keys_of, rows_of
 
@@ -43,9 +44,14 @@ class _Tiles:
         """Output and LSE of queries (B, lanes, rows, D) of a tile, given its bias (1 or B, 1 or lanes, rows, width)."""
         bias = bias.expand(*rows.shape[:3], tile.width)
         keys, values = (keys_of(x, self.q.shape[1], tile) for x in (self.k, self.v))
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            rows, keys, values, 0.0, False, attn_mask=bias, scale=self.scale
-        )
+        if halves.converts(rows, keys):
+            if keys.stride(1) == 0:  # all lanes read one key head, which is converted once
+                keys, values = keys[:, :1], values[:, :1]
+            out, lse = halves.attend(rows, keys, values, bias, self.scale)
+        else:
+            out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                rows, keys, values, 0.0, False, attn_mask=bias, scale=self.scale
+            )
         if self.visibility.may_leave_rows_empty:
             lse = lse.masked_fill((bias == float("-inf")).all(dim=-1), float("-inf"))
         return out, lse

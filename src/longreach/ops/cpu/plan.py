@@ -58,8 +58,8 @@ BOUND_CALL_COST = 2**21
 BOUND_READS = 25_000
 """That work for few queries, in keys that could be read instead."""
 
-Ranges = list[list[int]] | None
-"""One end of the ranges of a head, for each sequence and each block; None where they were not worth finding."""
+Ranges = dict[int, tuple[list[list[int]], list[list[int]]]]
+"""By head, first key and one past the last that it needs, for each sequence and each block."""
 
 
 class Tile(NamedTuple):
@@ -79,6 +79,11 @@ class Tile(NamedTuple):
     """First key of the first window."""
     width: int
     """Keys in a window."""
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of a query and a key in each sequence."""
+        return (self.heads.stop - self.heads.start) * self.windows * self.rows * self.width
 
 
 @dataclass(frozen=True)
@@ -161,29 +166,27 @@ def bounded_ranges(
     key_norms: Tensor | None,
     scale: float,
     tolerance: float,
-) -> tuple[list[Ranges], list[Ranges]]:
-    """The keys within reach of each head for which finding them is worth it."""
+    heads: slice,
+) -> Ranges:
+    """The keys within reach of some heads."""
+    if heads.stop == heads.start:
+        return {}
     left, right = slopes
-    worth = heads_worth_bounding(q, k, left, right, visibility, tolerance, key_norms)
-    low: list[Ranges] = [None] * q.shape[1]
-    high = low.copy()
-    if worth.stop > worth.start:
-        group = q.shape[1] // k.shape[1]
-        kv_heads = slice(worth.start // group, worth.stop // group)
-        starts, ends = key_ranges(
-            q[:, worth],
-            k[:, kv_heads],
-            (left[..., worth], right[..., worth]),
-            visibility,
-            scale=scale,
-            tolerance=tolerance,
-            block_m=BLOCK_M,
-            block_n=BLOCK_N,
-            key_norms=None if key_norms is None else key_norms[:, kv_heads],
-        )
-        low[worth] = starts.transpose(0, 1).mul(BLOCK_N).tolist()
-        high[worth] = ends.transpose(0, 1).mul(BLOCK_N).tolist()
-    return low, high
+    group = q.shape[1] // k.shape[1]
+    kv_heads = slice(heads.start // group, heads.stop // group)
+    starts, ends = key_ranges(
+        q[:, heads],
+        k[:, kv_heads],
+        (left[..., heads], right[..., heads]),
+        visibility,
+        scale=scale,
+        tolerance=tolerance,
+        block_m=BLOCK_M,
+        block_n=BLOCK_N,
+        key_norms=None if key_norms is None else key_norms[:, kv_heads],
+    )
+    ends_of_head = (x.transpose(0, 1).mul(BLOCK_N).tolist() for x in (starts, ends))
+    return dict(zip(range(heads.start, heads.stop), zip(*ends_of_head, strict=True), strict=True))
 
 
 def expected_reach(slope: float, tolerance: float) -> float:
@@ -230,20 +233,19 @@ class _Block:
 def plan(
     q_shape: Sequence[int],
     k_shape: Sequence[int],
+    heads: Sequence[int],
     visibility: HostVisibility,
-    low: list[Ranges],
-    high: list[Ranges],
+    ranges: Ranges,
     cost: Cost,
     *,
     apart: bool,
 ) -> Iterator[Tile]:
-    """Cover by few tiles all keys from low to high; for a head without ranges, all that are visible.
+    """Cover by few tiles all keys in the ranges of some heads; for a head without, all that are visible.
 
     `apart` is whether each key head of each sequence is to have tiles of its own.
     """
-    batch, num_heads = q_shape[:2]
-    group = num_heads // k_shape[1]
-    if not batch:
+    batch, group = q_shape[0], q_shape[1] // k_shape[1]
+    if not (batch and heads):
         return
     whole = (0, visibility.key_length)
     if apart or visibility.spans is not None:
@@ -251,8 +253,10 @@ def plan(
     else:
         spans = [(slice(0, batch), whole)]
     for sequences, span in spans:
-        lowest = [_over_sequences(min, ranges, sequences) for ranges in low]  # [H][blocks]
-        highest = [_over_sequences(max, ranges, sequences) for ranges in high]
+        bounds = {  # by head, for each block of queries
+            head: (_over_sequences(min, low[sequences]), _over_sequences(max, high[sequences]))
+            for head, (low, high) in ranges.items()
+        }
         for document in zip(visibility.documents[:-1], visibility.documents[1:], strict=True):
             keys = max(span[0], document[0]), min(span[1], document[1])
             rows = (0, visibility.query_length) if len(visibility.documents) == 2 else document
@@ -260,31 +264,30 @@ def plan(
                 rows = max(rows[0], keys[0] - visibility.offset), rows[1]
             if keys[0] >= keys[1] or rows[0] >= rows[1]:
                 continue
-            unbounded = _blocks(rows, keys, visibility, None, None, cost)
-            blocks = [
-                unbounded if starts is None else _blocks(rows, keys, visibility, starts, ends, cost)
-                for starts, ends in zip(lowest, highest, strict=True)
-            ]
+            unbounded = _blocks(rows, keys, visibility, None, cost)
+            blocks = {
+                head: _blocks(rows, keys, visibility, bounds[head], cost) if head in bounds else unbounded
+                for head in heads
+            }
             yield from _tiles(sequences, blocks, group, keys, visibility.offset, cost, apart)
 
 
-def _over_sequences(extreme: Callable[..., int], ranges: Ranges, sequences: slice) -> list[int] | None:
+def _over_sequences(extreme: Callable[..., int], ends: list[list[int]]) -> list[int]:
     """The least or the greatest end of each block's range among some sequences."""
-    return None if ranges is None else [extreme(ends) for ends in zip(*ranges[sequences], strict=True)]
+    return [extreme(of_block) for of_block in zip(*ends, strict=True)]
 
 
 def _blocks(
     rows: tuple[int, int],
     keys: tuple[int, int],
     visibility: HostVisibility,
-    starts: list[int] | None,
-    ends: list[int] | None,
+    bounds: tuple[list[int], list[int]] | None,
     cost: Cost,
 ) -> list[_Block]:
     """Cut queries [rows) of one head into blocks, as many queries each as make the keys among [keys) cheapest."""
     steps = [step for step in BLOCK_ROWS if step < 2 * (rows[1] - rows[0])] or BLOCK_ROWS[:1]  # others make one block
     choices = [
-        [_block(row, min(row + step, rows[1]), keys, visibility, starts, ends) for row in range(*rows, step)]
+        [_block(row, min(row + step, rows[1]), keys, visibility, bounds) for row in range(*rows, step)]
         for step in steps
     ]
     choices = [[block for block in blocks if block.low < block.high] for blocks in choices]
@@ -302,8 +305,7 @@ def _block(
     past_row: int,
     keys: tuple[int, int],
     visibility: HostVisibility,
-    starts: list[int] | None,
-    ends: list[int] | None,
+    bounds: tuple[list[int], list[int]] | None,
 ) -> _Block:
     low, high = keys
     first, last = row + visibility.offset, past_row - 1 + visibility.offset
@@ -311,19 +313,25 @@ def _block(
         high = min(high, last + 1)
     if visibility.window_size is not None:
         low, high = max(low, first - visibility.window_size + 1), min(high, last + visibility.window_size)
-    if starts is not None and ends is not None:
-        within = slice(row // BLOCK_M, (past_row - 1) // BLOCK_M + 1)
-        low, high = max(low, min(starts[within])), min(high, max(ends[within]))
+    if bounds is not None:
+        starts, ends = (side[row // BLOCK_M : (past_row - 1) // BLOCK_M + 1] for side in bounds)
+        low, high = max(low, min(starts)), min(high, max(ends))
     low = max(keys[0], min(low, high + (low - high) // ALIGNED * ALIGNED))
     return _Block(row, past_row - row, low, high)
 
 
 def _tiles(
-    batch: slice, blocks: list[list[_Block]], group: int, keys: tuple[int, int], offset: int, cost: Cost, apart: bool
+    batch: slice,
+    blocks: dict[int, list[_Block]],
+    group: int,
+    keys: tuple[int, int],
+    offset: int,
+    cost: Cost,
+    apart: bool,
 ) -> Iterator[Tile]:
     """Batch consecutive blocks of a head whose windows are alike, and heads whose blocks are."""
     alone: dict[tuple[int, int], list[tuple[int, _Block]]] = {}
-    for head, head_blocks in enumerate(blocks):
+    for head, head_blocks in blocks.items():
         for run in _cut(head_blocks, lambda run: _run_cost(run, keys, offset, cost)):
             if len(run) == 1:
                 alone.setdefault((run[0].row, run[0].rows), []).append((head, run[0]))
@@ -424,8 +432,8 @@ def strips(tile: Tile) -> Iterator[Tile]:
 
 
 def by_key_head(tiles: Iterable[Tile], group: int) -> list[list[Tile]]:
-    """Tiles that are apart, those of each key head of each sequence together, and the most work first."""
+    """Tiles that are apart, those of each key head of each sequence together."""
     of_head: dict[tuple[int, int], list[Tile]] = {}
     for tile in tiles:
         of_head.setdefault((tile.batch.start, tile.heads.start // group), []).append(tile)
-    return sorted(of_head.values(), key=lambda of_one: -sum(tile.windows * tile.rows * tile.width for tile in of_one))
+    return list(of_head.values())

@@ -8,7 +8,7 @@ by `kernel` where that is faster, as few queries are.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from longreach.ops.cpu import onednn
 from longreach.ops.cpu.kernel import FewQueries, ManyQueries
+from longreach.ops.cpu.memory import keep_memory_of_tiles
 from longreach.ops.cpu.plan import (
     ALIGNED,
     BLOCK_M,
@@ -28,6 +29,7 @@ from longreach.ops.cpu.plan import (
     Tile,
     bounded_ranges,
     by_key_head,
+    heads_worth_bounding,
     kernel_cost,
     pieces,
     plan,
@@ -36,7 +38,7 @@ from longreach.ops.cpu.plan import (
     strips,
 )
 from longreach.ops.cpu.views import bias_of, distances, falloff, keys_of, kv_heads_of, lanes_of, rows_of
-from longreach.ops.cpu.workers import can_share_out, share_out
+from longreach.ops.cpu.workers import Job, can_share_out, share_out
 from longreach.ops.lse_bound import FEW_QUERIES
 from longreach.ops.visibility import Visibility
 
@@ -97,12 +99,14 @@ def attend(
     learns: bool,
 ) -> Attended:
     """The forward pass, arguments as in `longreach.attention`; `learns` is whether a backward pass may come."""
+    keep_memory_of_tiles()
     lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
     # Results lie in memory as inputs do, so that what a model's projections made need not be put in order again.
     out = torch.empty_like(q)
     nothing = lse.new_empty(0), lse.new_empty(0), *(q.new_empty(0, dtype=torch.int32) for _ in range(2))
     seen = HostVisibility.read(visibility)
-    ranges = partial(bounded_ranges, q, k, slopes, seen, key_norms, scale, tolerance)
+    worth = heads_worth_bounding(q, k, *slopes, seen, tolerance, key_norms)
+    bound = partial(bounded_ranges, q, k, slopes, seen, key_norms, scale, tolerance, worth)
     q, k, v = _readable(q, k, v, seen)
     if seen.may_hide_all_keys:
         out.zero_()
@@ -110,7 +114,7 @@ def attend(
     few = seen.query_length < FEW_QUERIES
     if not learns and (few or not _products_are_faster(q, k)):
         tiles = (FewQueries if few else ManyQueries)(q, k, v, *slopes, out, lse, scale, seen)
-        _compute(tiles.attend, q, k, seen, ranges, reading_cost if few else kernel_cost)
+        _compute(tiles.attend, q, k, seen, worth, bound, reading_cost if few else kernel_cost)
         return Attended(out, lse, *nothing)
     peak, total = torch.full_like(lse, float("inf")), torch.zeros_like(lse)
     products = _Products(q, k, v, *slopes, scale, seen)
@@ -120,7 +124,7 @@ def attend(
         for piece in pieces(tile):
             products.attend(piece, out, peak, total, found)
 
-    _compute(compute, q, k, seen, ranges, product_cost)
+    _compute(compute, q, k, seen, worth, bound, product_cost)
     torch.add(total.log2(), peak.masked_fill(total == 0, 0.0), out=lse).mul_(1 / LOG2_E)
     return Attended(out, lse, *nothing) if found is None else Attended(out, lse, peak, total, *found.by_block())
 
@@ -130,28 +134,42 @@ def _compute(
     q: Tensor,
     k: Tensor,
     visibility: HostVisibility,
-    ranges: Callable[[], tuple[list[Ranges], list[Ranges]]],
+    bounded: slice,
+    bound: Callable[[], Ranges],
     cost: Cost,
+    *,
+    adds_to_keys: bool = False,
 ) -> None:
-    """Compute all tiles that cover the ranges, in their order or, where sequences are long, by several threads."""
+    """Compute all tiles that cover what is needed, in their order or, where sequences are long, by several threads.
 
-    def each(tiles: Iterable[Tile]) -> None:
-        for tile in tiles:
-            compute(tile)
-
+    What bounded heads need is what `bound` says, of others all that is visible: threads begin with these while one of
+    them finds the former. Tiles that add to the gradients of one key head are one thread's, in their order.
+    """
+    group = q.shape[1] // k.shape[1]
     pairs = q.shape[2] * k.shape[2] // (len(visibility.documents) - 1) ** 2  # of a document of the mean length
     count = q.shape[0] * k.shape[1]
     apart = q.shape[2] >= FEW_QUERIES and pairs >= SHARED_PAIRS and can_share_out(count)
-    found = ranges() if not apart or q.shape[2] > FOUND_ALONE else None
+    heads = range(q.shape[1])
 
-    def tiles() -> Iterator[Tile]:
-        return plan(q.shape, k.shape, visibility, *(found or ranges()), cost, apart=apart)
+    def tiles(heads: Sequence[int], ranges: Ranges) -> Iterator[Tile]:
+        return plan(q.shape, k.shape, heads, visibility, ranges, cost, apart=apart)
 
-    if apart:
-        group = q.shape[1] // k.shape[1]
-        share_out(lambda: [partial(each, of_one) for of_one in by_key_head(tiles(), group)], count)
+    def each(some: Iterable[Tile]) -> None:
+        for tile in some:
+            compute(tile)
+
+    def jobs(heads: Sequence[int], ranges: Ranges) -> list[Job]:
+        parts = by_key_head(tiles(heads, ranges), group) if adds_to_keys else [[tile] for tile in tiles(heads, ranges)]
+        parts.sort(key=lambda part: -sum(tile.pairs for tile in part))  # the most work first
+        return [partial(each, part) for part in parts]
+
+    if not apart:
+        each(tiles(heads, bound()))
+    elif q.shape[2] > FOUND_ALONE:
+        share_out(jobs(heads, bound()), list, count)
     else:
-        each(tiles())
+        others = [*heads[: bounded.start], *heads[bounded.stop :]]
+        share_out(jobs(others, {}), lambda: jobs(heads[bounded], bound()), count)
 
 
 def _products_are_faster(q: Tensor, k: Tensor) -> bool:
@@ -181,8 +199,10 @@ def differentiate(
         for piece in pieces(tile):
             gradients.add(piece)
 
-    low, high = (x.transpose(0, 1).tolist() for x in (attended.low, attended.high))
-    _compute(compute, q, k, seen, lambda: (low, high), product_cost)
+    heads = slice(0, q.shape[1])
+    ends_of_head = (x.transpose(0, 1).tolist() for x in (attended.low, attended.high))
+    ranges = dict(enumerate(zip(*ends_of_head, strict=True)))
+    _compute(compute, q, k, seen, heads, lambda: ranges, product_cost, adds_to_keys=True)
     of_slopes = (
         (sums.sum(dim=0) if slope.dim() == 1 else sums).to(slope.dtype)
         for sums, slope in zip((gradients.of_left, gradients.of_right), slopes, strict=True)

@@ -9,9 +9,13 @@ import ctypes
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from itertools import chain
 from typing import Any
 
 import torch
+
+Job = Callable[[], None]
+"""Some tiles to compute."""
 
 _Work = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 """What each thread of a region calls."""
@@ -22,17 +26,19 @@ def can_share_out(count: int) -> bool:
     return 1 < torch.get_num_threads() <= 2 * count and count > 1 and _region() is not None
 
 
-def share_out(make: Callable[[], Sequence[Callable[[], None]]], count: int) -> None:
-    """Make jobs and do them all, which whoever is free takes in their order, in one region; they record no gradient.
+def share_out(jobs: Sequence[Job], make: Callable[[], Sequence[Job]], count: int) -> None:
+    """Do jobs, which whoever is free takes in their order, in one region; they record no gradient.
 
-    Operations within a job, and those that make them, are done by one thread, as always inside of a region.
+    Operations within a job, and those that make more, are done by one thread, as always inside of a region.
 
     Args:
-        make: gives the jobs; whoever comes first calls it.
-        count: how many there will be, more or less.
+        jobs: what can be done at once.
+        make: gives more; whoever comes first calls it, while others begin with those at hand.
+        count: how many there will be in all, more or less.
     """
-    jobs: list[Iterator[Callable[[], None]]] = []
-    making = threading.Lock()
+    at_hand = iter(jobs)  # of which each thread gets others
+    made: list[Iterator[Job]] = []
+    making, is_made = threading.Lock(), threading.Event()
     inference = torch.is_inference_mode_enabled()
     came: list[int] = []
     errors: list[BaseException] = []
@@ -42,10 +48,15 @@ def share_out(make: Callable[[], Sequence[Callable[[], None]]], count: int) -> N
             # Each thread says for itself what mode it is in: outside of inference mode none writes to what was made in
             # it.
             with torch.inference_mode(inference), torch.no_grad():
-                with making:
-                    if not jobs:
-                        jobs.append(iter(make()))  # of which each thread gets others
-                for job in jobs[0]:
+                if making.acquire(blocking=False):
+                    try:
+                        made.append(iter(make()))
+                    finally:
+                        is_made.set()
+                for job in at_hand:
+                    job()
+                is_made.wait()
+                for job in chain(*made):
                     job()
         except BaseException as error:  # which ctypes would print and forget
             errors.append(error)
