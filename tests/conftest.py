@@ -86,7 +86,8 @@ def choose_from(monkeypatch):
 
     def choose(tokens, processor=CPU):
         lengths = dict.fromkeys((2, 4), tokens)
-        changed = replace(CROSSOVERS[processor], forward=lengths, training=lengths, decoding=lengths)
+        cached = dict.fromkeys((2, 4), 0)
+        changed = replace(CROSSOVERS[processor], forward=lengths, training=lengths, decoding=lengths, cached=cached)
         monkeypatch.setitem(CROSSOVERS, processor, changed)
 
     return choose

@@ -205,24 +205,46 @@ def test_growth_is_measured_in_turn_where_dense_attention_takes_minutes(scripts,
 def test_auto_changes_over_where_the_committed_run_says(scripts, processor, measured):
     """From the first length on at which, as at all longer ones, ours is faster than "sdpa" by a tenth.
 
-    That is the geometric mean of shapes.
+    That is the geometric mean of shapes. Where few queries decode it is from the first size of the cache on, and of
+    those that are as large from the first number of keys on.
     """
     peers = scripts[0]
     records = json.loads((BENCHMARKS / "results" / measured.run).read_text())["records"]
     gains = {}
     for record in records:
-        workload = record["workload"]
+        workload = peers.Workload(**record["workload"])
         seconds = {figure["contender"]: figure["seconds"] for figure in record["figures"]}
-        lengths = gains.setdefault((workload["mode"], getattr(torch, workload["dtype"])), {})
-        lengths.setdefault(workload["length"], []).append(seconds[peers.DENSE] / seconds[peers.OURS])
+        found = gains.setdefault((workload.mode, getattr(torch, workload.dtype)), [])
+        found.append((workload, seconds[peers.DENSE] / seconds[peers.OURS]))
     assert {mode for mode, _ in gains} == {"forward", "training", "decode"}
-    for (mode, dtype), lengths in gains.items():
-        slower = [length for length, found in lengths.items() if statistics.geometric_mean(found) < 1.1]
-        for length in lengths:
+
+    def first(found, size):
+        """The least size from which on ours is faster, twice the largest where it never was."""
+        of_size = {}
+        for workload, gain in found:
+            of_size.setdefault(size(workload), []).append(gain)
+        slower = max((n for n, some in of_size.items() if statistics.geometric_mean(some) < 1.1), default=0)
+        return min((n for n in of_size if n > slower), default=2 * max(of_size))
+
+    def cached(workload):
+        return workload.batch * workload.heads * workload.head_dim * workload.length
+
+    def length(workload):
+        return workload.length
+
+    for (mode, dtype), found in gains.items():
+        least_cached = first(found, cached) if mode == "decode" else 0
+        least = first([(workload, gain) for workload, gain in found if cached(workload) >= least_cached], length)
+        for workload, _ in found:
             options = {"dtype": dtype, "learns": mode == "training", "has_key_norms": True, "processor": processor}
-            queries = 1 if mode == "decode" else length
-            chosen = choose_impl("any", queries, length, reaching=True, **options).impl
-            assert chosen == (measured.impl if length > max(slower, default=0) else "sdpa"), (mode, dtype, length)
+            options["cache_width"] = cached(workload) // workload.length
+            queries = 1 if mode == "decode" else workload.length
+            chosen = choose_impl("any", queries, workload.length, reaching=True, **options).impl
+            expected = workload.length >= least and cached(workload) >= least_cached
+            assert chosen == (measured.impl if expected else "sdpa"), workload
+        if mode == "decode":
+            size = min(dtype.itemsize, 4)
+            assert (measured.cached[size], measured.decoding[size]) == (least_cached, least)
 
 
 def test_the_page_tells_where_auto_changes_over():
@@ -230,7 +252,7 @@ def test_the_page_tells_where_auto_changes_over():
     for processor, measured in CROSSOVERS.items():
         columns = [
             f"{tokens[4]:,}" if tokens[2] == tokens[4] else f"{tokens[4]:,}, half types {tokens[2]:,}"
-            for tokens in (measured.forward, measured.training, measured.decoding)
+            for tokens in (measured.forward, measured.training, measured.decoding, measured.cached)
         ]
         assert f"| {processor} | {' | '.join(columns)} | `{measured.run}` |" in page
 

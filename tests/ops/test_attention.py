@@ -293,6 +293,7 @@ def crossovers(monkeypatch):
     """Others than those that were measured, of one CPU and one GPU."""
     for name, impl in (("AVX2", "cpu"), ("Hopper", "triton")):
         tokens = {"forward": {2: 500, 4: 1000}, "training": {2: 1500, 4: 2000}, "decoding": {2: 4000, 4: 8000}}
+        tokens["cached"] = {2: 4000 * 64, 4: 8000 * 64}
         monkeypatch.setitem(CROSSOVERS, name, Crossovers(f"{name}.json", impl, **tokens))
     monkeypatch.setattr(module, "CPU", "AVX2")
 
@@ -326,6 +327,11 @@ def crossovers(monkeypatch):
         (("cuda", 500, 500), {"reaching": True, "processor": "Hopper", "dtype": torch.bfloat16}, "triton"),
         (("cuda", 1, 3999), {"reaching": True, "processor": "Hopper", "dtype": torch.bfloat16}, "sdpa"),
         (("cuda", 1, 4000), {"reaching": True, "processor": "Hopper", "dtype": torch.bfloat16}, "triton"),
+        (("cpu", 1, 8000), {"reaching": True, "has_key_norms": True, "cache_width": 63}, "sdpa"),
+        (("cpu", 1, 8000), {"reaching": True, "has_key_norms": True, "cache_width": 64}, "cpu"),
+        (("cpu", 1, 7999), {"reaching": True, "has_key_norms": True, "cache_width": 6400}, "sdpa"),
+        (("cpu", 8000, 8000), {"reaching": True, "cache_width": 1}, "cpu"),
+        (("cuda", 1, 4000), {"reaching": True, "processor": "Hopper", "dtype": torch.half, "cache_width": 63}, "sdpa"),
         (("cuda", 8192, 8192), {"reaching": False, "processor": "Hopper"}, "sdpa"),
         (("cuda", 8192, 8192), {"reaching": False, "return_lse": True, "processor": "Hopper"}, "triton"),
         (("cuda", 8192, 8192), {"reaching": True, "dense": True, "processor": "Hopper"}, "sdpa"),
@@ -420,7 +426,8 @@ def test_what_has_no_reach_is_refused(qkv, impl, name, options):
         attention(*qkv, **options, impl=impl)
 
 
-def test_key_norms_change_nothing_but_what_is_read(monkeypatch):
+def test_key_norms_change_nothing_but_what_is_read(choose_from):
+    choose_from(17000)
     torch.manual_seed(0)
     q, k, v = torch.randn(1, 4, 1, 16), torch.randn(1, 2, 17000, 16), torch.randn(1, 2, 17000, 16)
     slopes = torch.tensor([0.5, 0.4, 0.3, 0.2])

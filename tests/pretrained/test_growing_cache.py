@@ -210,8 +210,8 @@ def test_decoding_through_its_norms_gives_the_same(model, monkeypatch, choose_fr
     expected = model(ids).logits[:, 100:]
     asked = []
 
-    def uses_key_norms(impl, q, key_length):
-        asked.append((impl, q.shape[2], key_length))
+    def uses_key_norms(impl, q, k):
+        asked.append((impl, q.shape[2], k.shape[2]))
         return True
 
     monkeypatch.setattr("longreach.pretrained.attend.uses_key_norms", uses_key_norms)

@@ -327,7 +327,7 @@ def test_an_interrupt_is_no_failure_of_a_model(config, tmp_path, monkeypatch):
 def test_too_little_text_to_train_on_is_refused_before_anything_is_written(config, tmp_path):
     config = replace(config, train_lengths=(16, 2**20), train=replace(config.train, batch_size=2**16))
     config = replace(config, evaluate=replace(config.evaluate, tasks=("perplexity",)))
-    with pytest.raises(ValueError, match=r"^train_length=1048576 needs 1048577 tokens, the training text has \d+"):
+    with pytest.raises(ValueError, match=r"^train_lengths=1048576 needs 1048577 tokens, the training text has \d+"):
         compare(config, tmp_path / "out", silent)
     assert not (tmp_path / "out").exists()
 

@@ -8,6 +8,7 @@ import sys
 import time
 import tomllib
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from longreach.results import Results
 from longreach.train.config import RunConfig, TrainConfig
 from longreach.verbs.compare import CompareConfig, compare
 from longreach.verbs.evaluate import EvaluationConfig, evaluate_models
-from longreach.verbs.start import starting_config
+from longreach.verbs.start import check_held_out, starting_config
 from longreach.verbs.train import train_run
 
 EVALUATE = EvaluateConfig(tasks=("perplexity",), valid_lengths=(16,), valid_tokens=64)
@@ -169,6 +170,15 @@ def test_what_a_run_starts_from_has_seen_none_of_what_is_held_out(config, text, 
     (tmp_path / "new.txt").write_text("something else altogether. " * 40)
     second = replace(second, data=replace(second.data, valid_data=str(tmp_path / "new.txt")))
     assert train_run(second, tmp_path / "second", silent).steps == 6
+
+
+def test_the_default_text_of_another_python_is_named_as_such(tmp_path, monkeypatch):
+    (tmp_path / "config.toml").touch()
+    monkeypatch.setattr("longreach.verbs.start.read_file", lambda kind, path: kind())
+    monkeypatch.setattr("longreach.verbs.start.begun_with", lambda folder: {"text": "another"})
+    prepared = SimpleNamespace(split_off=True, corpus_hash="this")
+    with pytest.raises(ValueError, match=r"^the default text, of this Python's own library, has changed since"):
+        check_held_out(RunConfig(start_from=str(tmp_path)), prepared)
 
 
 # What does not change results

@@ -176,6 +176,7 @@ class Decoder(nn.Module):
             has_key_norms=attend.slopes is not None and not windowed,
             learns=self.training,
             processor=processor_of(device, weight.dtype, self.config.head_dim),
+            cache_width=(self.config.num_kv_heads or self.config.num_heads) * self.config.head_dim,  # of one sequence
         ).impl
 
     def _place(self, tokens: Tensor, positions: Tensor | None, cache: KVCache | None, length: int | None) -> "_Placed":
@@ -301,7 +302,7 @@ class SelfAttention(nn.Module):
         key_norms = None
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-            if positions.slopes is not None and uses_key_norms("auto", q, k.shape[2]):
+            if positions.slopes is not None and uses_key_norms("auto", q, k):
                 key_norms = cache.key_norms(self.layer)
         scale = positions.logit_factor * self.config.head_dim**-0.5
         dropout = self.config.attention_dropout if self.training else 0.0

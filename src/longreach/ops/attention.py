@@ -164,6 +164,7 @@ def attention(
             has_key_norms=key_norms is not None,
             learns=may_learn(q, k, v, *(slopes if isinstance(slopes, tuple) else (slopes,))),
             processor=processor_of(q.device, q.dtype, q.shape[3]),
+            cache_width=k.shape[0] * k.shape[1] * k.shape[3],
         ).impl
     arguments: dict[str, Any] = {"slopes": slopes, "scale": scale}
     with without_autocast(q.device.type):
@@ -194,6 +195,7 @@ def choose_impl(
     has_key_norms: bool = False,
     learns: bool = False,
     processor: str | None = None,
+    cache_width: int = 4096,
 ) -> Choice:
     """Name the implementation that `attention(impl="auto")` runs, and say why it is that one.
 
@@ -213,6 +215,7 @@ def choose_impl(
         learns: whether a gradient is wanted.
         processor: what `longreach.ops.crossovers.processor_of` says of the device, dtype and head_dim. None is this CPU
             where the device is one, and elsewhere a device on which nothing was measured.
+        cache_width: B Hkv D, how many numbers the keys of one position are, which counts for few queries.
     """
     if dense:
         return Choice("sdpa", "there is a dense bias or dropout, which nothing else takes")
@@ -232,13 +235,17 @@ def choose_impl(
         return Choice("sdpa", "few queries and no key_norms, and to find the norms is to read half of the cache")
     least = measured.least(dtype, decoding=decoding, learns=learns)
     where = f"at such lengths on {processor} (benchmarks/results/{measured.run})"
-    if surely(key_length < least if decoding else query_length * key_length < least**2):
+    if decoding:
+        slower = surely(key_length < least) or surely(key_length * cache_width < measured.least_cached(dtype))
+    else:
+        slower = surely(query_length * key_length < least**2)
+    if slower:
         return Choice("sdpa", f"it was as fast {where}")
     return Choice(measured.impl, f"it was faster {where}")
 
 
-def uses_key_norms(impl: str, q: Tensor, key_length: int) -> bool:
-    """Whether `attention` would make use of `key_norms` of Tk keys, so that a cache should keep them."""
+def uses_key_norms(impl: str, q: Tensor, k: Tensor) -> bool:
+    """Whether `attention` would make use of the `key_norms` of k, so that a cache should keep them."""
     query_length = q.shape[2]
     if query_length >= FEW_QUERIES:
         return False
@@ -246,11 +253,12 @@ def uses_key_norms(impl: str, q: Tensor, key_length: int) -> bool:
         impl = choose_impl(
             q.device.type,
             query_length,
-            key_length,
+            k.shape[2],
             dtype=q.dtype,
             reaching=True,
             has_key_norms=True,
             processor=processor_of(q.device, q.dtype, q.shape[3]),
+            cache_width=k.shape[0] * k.shape[1] * k.shape[3],
         ).impl
     return impl in ("cpu", "triton")
 

@@ -29,23 +29,45 @@ class Crossovers:
     """Likewise where one is."""
     decoding: Tokens
     """From how many keys on it is faster for few queries; on CPUs where the norms of keys are known."""
+    cached: Tokens
+    """From how many numbers on, B Hkv Tk D, that these keys are it is faster for few queries: a lower limit beside that
+    of keys. On CPUs this is what counts, for a step has its price whatever it reads."""
 
     def least(self, dtype: torch.dtype, *, decoding: bool, learns: bool) -> int:
         """The number of tokens that counts."""
         tokens = self.decoding if decoding else self.training if learns else self.forward
         return tokens[min(dtype.itemsize, 4)]
 
+    def least_cached(self, dtype: torch.dtype) -> int:
+        """The number of numbers that counts."""
+        return self.cached[min(dtype.itemsize, 4)]
+
 
 CROSSOVERS = {
-    "AVX-512": Crossovers("cpu-2core-crossover.json", "cpu", {2: 512, 4: 512}, {2: 1024, 4: 1024}, {2: 4096, 4: 8192}),
+    "AVX-512": Crossovers(
+        "cpu-2core-crossover.json",
+        "cpu",
+        forward={2: 512, 4: 512},
+        training={2: 1024, 4: 1024},
+        decoding={2: 8192, 4: 4096},
+        cached={2: 2**23, 4: 2**23},
+    ),
     "AVX2": Crossovers(
         "cpu-2core-avx2-crossover.json",
         "cpu",
         forward={2: 512, 4: 512},
         training={2: 512, 4: 512},  # not measured for half types, see the benchmark
-        decoding={2: 4096, 4: 8192},
+        decoding={2: 8192, 4: 4096},
+        cached={2: 2**24, 4: 2**23},
     ),
-    "Hopper": Crossovers("h200-crossover.json", "triton", {2: 1024, 4: 4096}, {2: 1024, 4: 8192}, {2: 4096, 4: 16384}),
+    "Hopper": Crossovers(
+        "h200-crossover.json",
+        "triton",
+        forward={2: 1024, 4: 4096},
+        training={2: 1024, 4: 8192},
+        decoding={2: 4096, 4: 16384},
+        cached={2: 2**22, 4: 2**22},
+    ),
 }
 """Class of processor -> what was measured there."""
 

@@ -361,7 +361,7 @@ def _attend(
 def _key_norms(module: nn.Module, cache: Any, q: Tensor, k: Tensor) -> Tensor | None:
     """What a growing cache knows of the norms of keys k; None for other caches, and where it would not be used."""
     impl = getattr(module, ATTRIBUTE).impl
-    if not hasattr(cache, "layers") or not uses_key_norms(impl, q, k.shape[2]):
+    if not hasattr(cache, "layers") or not uses_key_norms(impl, q, k):
         return None
     layer = cache.layers[module.layer_idx]
     return layer.key_norms() if hasattr(layer, "key_norms") else None
