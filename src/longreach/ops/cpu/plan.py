@@ -52,11 +52,8 @@ ALIGNED = 64
 BOUND_COST = 120
 """Work of finding a head's ranges, in keys per query."""
 
-BOUND_CALL_COST = 2**21
-"""Work of finding any ranges at all, in pairs: some hundred small operations."""
-
 BOUND_READS = 25_000
-"""That work for few queries, in keys that could be read instead."""
+"""Work of finding any ranges of few queries at all, in keys that could be read instead: some fifty small operations."""
 
 Ranges = dict[int, tuple[list[list[int]], list[list[int]]]]
 """By head, first key and one past the last that it needs, for each sequence and each block."""
@@ -134,14 +131,18 @@ def heads_worth_bounding(
     visibility: HostVisibility,
     tolerance: float,
     key_norms: Tensor | None,
+    per_call: int,
 ) -> slice:
-    """The heads, in whole groups, whose reach can be expected to save more work than bounding it costs."""
+    """The heads, in whole groups, whose reach can be expected to save more work than bounding it costs.
+
+    Of many queries that is `per_call`, in pairs, beside what grows with them.
+    """
     query_length, key_length, group = visibility.query_length, visibility.key_length, q.shape[1] // k.shape[1]
     dense = key_length - query_length / 2 if visibility.causal else float(key_length)
     if visibility.window_size is not None:
         dense = min(dense, visibility.window_size)
     # Every key that is read costs as much as 40 more queries; the bound reads k alone, and that not given its norms.
-    per_key, per_head, per_call = query_length + 40, BOUND_COST * query_length, BOUND_CALL_COST
+    per_key, per_head = query_length + 40, BOUND_COST * query_length
     if query_length < FEW_QUERIES:  # reading is all that counts, and to find the norms is half of it
         per_key, per_head, per_call = 1, key_length if key_norms is None else 0, BOUND_READS
     elif key_norms is None:
@@ -150,7 +151,7 @@ def heads_worth_bounding(
     if query_length and key_length and q.shape[0]:
         slopes = torch.minimum(left, right).detach().view(-1, q.shape[1]).amin(dim=0).tolist()
         for head, slope in enumerate(slopes):
-            if slope > 0 and (gain := (dense - BLOCK_M - expected_reach(slope, tolerance)) * per_key - per_head) > 0:
+            if slope > 0 and (gain := (dense - expected_reach(slope, tolerance)) * per_key - per_head) > 0:
                 worth.append(head // group)
                 saved += q.shape[0] * gain
     if saved < per_call:

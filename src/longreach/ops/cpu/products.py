@@ -64,6 +64,14 @@ SHARED_PAIRS = 2**20
 Beside one busy process on two cores that takes a third to three quarters off both passes, and nothing is lost where
 nothing else runs. For 512 tokens a pass would take up to twice as long, as threads wait for Python's lock."""
 
+BOUND_BY_KERNEL = 2**18
+"""Work of finding any ranges at all, some hundred small operations, in pairs of a query and a key that the flash kernel
+would compute instead: it gains 6 to 9% at 1,024 tokens and 20% at 1,536 on AVX2."""
+
+BOUND_BY_PRODUCTS = 8 * 2**20 if onednn.IS_FAST else 2**20
+"""That work in pairs of matrix products, which oneDNN's are done with sooner, and which lose speed where tiles are
+narrow: on AVX-512, to bound what the kernel would takes 20 to 40% more time at 1,024 tokens, up to 8% at 2,048."""
+
 FOUND_ALONE = 4096
 """Queries up to which one thread finds the ranges of heads that are shared out, in the same region: some hundred small
 operations, which are no faster by several threads, and beside a busy process many times as slow."""
@@ -105,14 +113,16 @@ def attend(
     out = torch.empty_like(q)
     nothing = lse.new_empty(0), lse.new_empty(0), *(q.new_empty(0, dtype=torch.int32) for _ in range(2))
     seen = HostVisibility.read(visibility)
-    worth = heads_worth_bounding(q, k, *slopes, seen, tolerance, key_norms)
+    few = seen.query_length < FEW_QUERIES
+    by_products = learns or (not few and _products_are_faster(q, k))
+    per_call = BOUND_BY_PRODUCTS if by_products else BOUND_BY_KERNEL
+    worth = heads_worth_bounding(q, k, *slopes, seen, tolerance, key_norms, per_call)
     bound = partial(bounded_ranges, q, k, slopes, seen, key_norms, scale, tolerance, worth)
     q, k, v = _readable(q, k, v, seen)
     if seen.may_hide_all_keys:
         out.zero_()
         lse.fill_(float("-inf"))
-    few = seen.query_length < FEW_QUERIES
-    if not learns and (few or not _products_are_faster(q, k)):
+    if not by_products:
         tiles = (FewQueries if few else ManyQueries)(q, k, v, *slopes, out, lse, scale, seen)
         _compute(tiles.attend, q, k, seen, worth, bound, reading_cost if few else kernel_cost)
         return Attended(out, lse, *nothing)
