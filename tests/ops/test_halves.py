@@ -21,6 +21,9 @@ CASES = {
     "one key head": Case(heads=4, kv_heads=1, queries=3, keys=333),
     "no slopes": Case(queries=1, options={"slopes": None}),
     "no slopes, several queries": Case(queries=5, options={"slopes": None}),
+    "no slopes, a whole sequence": Case(queries=9, keys=9, options={"slopes": None}),
+    "no slopes, a whole sequence, both directions": Case(queries=9, keys=9, options={"slopes": None, "causal": False}),
+    "a whole sequence": Case(queries=15, keys=15),
     "a window": Case(heads=4, kv_heads=2, queries=4, options={"window_size": 50}),
     "padding": Case(batch=2, queries=1, options={"key_padding_mask": PADDING}),
     "padding, no slopes": Case(batch=2, queries=2, options={"key_padding_mask": PADDING, "slopes": None}),
@@ -61,7 +64,8 @@ def test_error_of_few_queries(name, dtype, impl, part, converted, monkeypatch):
             torch.testing.assert_close(lse.double(), golden_lse, rtol=2**-20, atol=allowed)
         else:
             out = attention(*tensors, **options, impl=impl)
-    assert bool(converted) == (dtype == torch.float16 or tensors[0].shape[2] == 1)
+    whole = impl == "sdpa" and name == "no slopes, a whole sequence"  # which PyTorch's kernel needs no mask for
+    assert bool(converted) == (not whole and (dtype == torch.float16 or tensors[0].shape[2] == 1))
     assert out.dtype == dtype
     rounding = torch.finfo(dtype).eps * golden.abs().max()
     assert (out.double() - golden).abs().max() <= 2 * (plain.double() - golden).abs().max() + rounding
@@ -128,6 +132,17 @@ def test_few_heads_for_many_threads_are_left_to_pytorch(converted, monkeypatch):
         monkeypatch.setattr(halves, "LARGEST_PART", most)
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         assert halves.converts(q, k) == converts
+
+
+def test_more_than_a_tensor_is_left_as_it_is(converted):
+    class Named(torch.Tensor):
+        pass
+
+    (q, k, v), options = CASES["one query"].inputs(torch.bfloat16)
+    with torch.no_grad():
+        out = attention(*(x.as_subclass(Named) for x in (q, k, v)), **options)
+    assert type(out) is Named
+    assert not converted
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

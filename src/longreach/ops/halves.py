@@ -30,7 +30,9 @@ def converts(q: Tensor, k: Tensor, *others: Tensor | None) -> bool:
 
     `others` are what else may want a gradient, for which what was converted would have to be kept.
     """
-    if not (IS_FASTER and q.device.type == "cpu" and 0 < q.shape[2] <= ROWS.get(q.dtype, 0)) or is_watched():
+    if not (IS_FASTER and q.device.type == "cpu" and 0 < q.shape[2] <= ROWS.get(q.dtype, 0)):
+        return False
+    if is_watched() or not type(q) is type(k) is Tensor:  # what is more than a tensor may need its own operations
         return False
     return 0 < _heads_in_a_part(k) * k.shape[2] * k.shape[3] <= LARGEST_PART and not may_learn(q, k, *others)
 

@@ -84,8 +84,8 @@ def sdpa_attention(
         if q.shape[1] != k.shape[1]:
             options["enable_gqa"] = True
         if visibility.causal and visibility.query_length == visibility.key_length:
-            options["is_causal"] = True  # but a single query stands at the last key and sees all of them
-        if not dropout_p and halves.converts(q, k, v):
+            options["is_causal"] = True  # but a single query of many keys stands at the last and sees all of them
+        elif not dropout_p and halves.converts(q, k, v):
             return halves.attend(q, k, v, None, scale)[0], None
         return F.scaled_dot_product_attention(q, k, v, **options), None
     k, v = without_padding(k, v, visibility.key_padding_mask)
