@@ -389,8 +389,9 @@ def test_work_stays_in_proportion_to_what_reach_keeps(monkeypatch):
         raise Planned(sum(tile.pairs for tile in plan(*arguments, **options)))
 
     monkeypatch.setattr(module, "plan", planned)
+    monkeypatch.setattr(module, "BOUND_BY_PRODUCTS", 2**20)  # where oneDNN is done sooner with all that is visible, too
     work = []
-    for length in (4096, 8192, 65536):  # before, oneDNN may be done with all sooner than with what is kept
+    for length in (2048, 8192, 65536):
         torch.manual_seed(0)
         q, k = torch.randn(1, 8, length, 64), torch.randn(1, 8, length, 64)
         slopes = alibi_slopes(8)
@@ -401,4 +402,4 @@ def test_work_stays_in_proportion_to_what_reach_keeps(monkeypatch):
         work.append(result.value.args[0] / (blocks * kept.block_m * kept.block_n))
     # Short inputs get fewer and larger tiles, since their number costs more than the pairs that they hold in vain.
     assert max(work) <= 1.25
-    assert work[2] <= 1.02 * work[1]
+    assert work[2] <= 1.02 * work[1] <= 1.02 * work[0]
