@@ -17,9 +17,10 @@ from flat import cpu_attention, key_ranges, reference_attention
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import longreach.ops.cpu.passes as passes
 import longreach.ops.cpu.products as module
 from longreach.ops.alibi import alibi_bias, alibi_slopes
-from longreach.ops.cpu.plan import HostVisibility, plan, product_cost, reading_cost
+from longreach.ops.cpu.plan import BLOCK_M, BLOCK_N, HostVisibility, plan, product_cost, reading_cost
 from longreach.ops.lse_bound import FEW_QUERIES
 from longreach.ops.reach import key_block_norms, reach
 from longreach.ops.visibility import Visibility
@@ -31,7 +32,14 @@ HALF = (torch.bfloat16, torch.float16)
 def bounded(request, monkeypatch):
     """Run with ranges and without them, whatever the cost model thinks of such small inputs."""
     heads = {"bounded": lambda q, *_, **__: slice(0, q.shape[1]), "dense": lambda *_, **__: slice(0, 0)}
-    monkeypatch.setattr("longreach.ops.cpu.products.heads_worth_bounding", heads[request.param])
+    monkeypatch.setattr("longreach.ops.cpu.passes.heads_worth_bounding", heads[request.param])
+
+
+@pytest.fixture(params=["products", "kernel"])
+def differentiated(request, monkeypatch):
+    """Where both would do, differentiate by either, whatever is faster on this processor."""
+    dtypes = {"products": set(), "kernel": {torch.float32, torch.float64, *HALF}}
+    monkeypatch.setattr(passes, "DIFFERENTIATED", dtypes[request.param])
 
 
 def run_without_slopes(function, tensors, options, grads):
@@ -45,7 +53,7 @@ def double(x):
     return tuple(map(double, x)) if isinstance(x, tuple) else x.double()
 
 
-@pytest.mark.usefixtures("bounded")
+@pytest.mark.usefixtures("bounded", "differentiated")
 @pytest.mark.parametrize("name", CASES)
 def test_equals_the_definition_in_float64(name):
     """The default tolerance there is the rounding of float64, so nothing but rounding may differ."""
@@ -70,6 +78,7 @@ def ways():
     yield from ((name, "dense", torch.float32) for name in LARGE_SCORES)
 
 
+@pytest.mark.usefixtures("differentiated")
 @pytest.mark.parametrize(("name", "bounded", "dtype"), list(ways()), indirect=["bounded"], ids=str)
 def test_error_is_within_the_rule(name, bounded, dtype):
     """Max and mean error against float64 at most 2x (3x for gradients) that of the plain reference in this dtype."""
@@ -90,7 +99,7 @@ def test_error_is_within_the_rule(name, bounded, dtype):
 @pytest.mark.parametrize("by_products", [True, False])
 def test_error_without_a_gradient_is_within_the_rule(name, bounded, by_products, monkeypatch):
     """By whatever is faster on some processor."""
-    monkeypatch.setattr(module, "_products_are_faster", lambda q, k: by_products)
+    monkeypatch.setattr(passes, "_products_are_faster", lambda q, k: by_products)
     dtypes = (torch.float32, *HALF)
     tensors, options = CASES[name].inputs(dtypes[len(name) % 3])
     golden, _ = reference_attention(*(x.double() for x in tensors), **options)
@@ -210,7 +219,7 @@ def test_decoding_in_chunks_equals_one_forward(with_norms):
     row = 0
     for size in (1, 3, 140, 1, 1, 400, 153, 1):
         past = row + size
-        norms = key_block_norms(k[:, :, :past], module.BLOCK_N) if with_norms else None
+        norms = key_block_norms(k[:, :, :past], BLOCK_N) if with_norms else None
         out, _ = cpu_attention(q[:, :, row:past], k[:, :, :past], v[:, :, :past], key_norms=norms, **options)
         torch.testing.assert_close(out, expected[:, :, row:past], rtol=1e-12, atol=1e-12)
         row = past
@@ -220,7 +229,7 @@ def test_decoding_in_chunks_equals_one_forward(with_norms):
 def test_decoding_reads_only_what_is_within_reach():
     """Values beyond the reach may be anything at all, were they in the cache or not."""
     (q, k, v), _ = Case(queries=1, keys=20_000, heads=4, kv_heads=4).inputs(torch.float32)
-    norms = key_block_norms(k, module.BLOCK_N)
+    norms = key_block_norms(k, BLOCK_N)
     expected, _ = cpu_attention(q, k, v, slopes=torch.full((4,), 0.5))
     k[:, :, :19_000], v[:, :, :19_000] = float("nan"), float("nan")
     actual, _ = cpu_attention(q, k, v, slopes=torch.full((4,), 0.5), key_norms=norms)
@@ -258,17 +267,18 @@ def test_time_is_linear_beyond_the_reach():
         shape = (1, 2, length, 16)
         (q, k, _), _ = Case(heads=2, kv_heads=2, queries=length, keys=length).inputs(torch.float32)
         ranges = key_ranges(q, k, torch.tensor([0.5, 0.05]), scale=0.25, tolerance=2**-24, block_m=128, block_n=64)
-        ranges = dict(enumerate(zip(*(x.transpose(0, 1).mul(module.BLOCK_N).tolist() for x in ranges), strict=True)))
+        ranges = dict(enumerate(zip(*(x.transpose(0, 1).mul(BLOCK_N).tolist() for x in ranges), strict=True)))
         visibility = HostVisibility.read(Visibility(length, length))
-        tiles = list(module.plan(shape, shape, range(2), visibility, ranges, product_cost, apart=False))
+        tiles = list(plan(shape, shape, range(2), visibility, ranges, product_cost, largest=None))
         assert sum(tile.pairs // tile.width for tile in tiles) == 2 * length
         pairs.append(sum(tile.pairs for tile in tiles))
     assert pairs[1] < 2.1 * pairs[0]
     assert pairs[0] < 0.15 * 8192**2  # of 2 * 8192^2 / 2 for dense causal attention
 
 
+@pytest.mark.parametrize("differentiated", ["products"], indirect=True)
 @pytest.mark.parametrize("kv_heads", [1, 2])
-def test_factors_are_dense_however_the_inputs_lie(monkeypatch, kv_heads):
+def test_factors_are_dense_however_the_inputs_lie(monkeypatch, kv_heads, differentiated):
     """As a model's projection gives them: heads beside each other in one row."""
     product, factors = module._product, []
 
@@ -296,25 +306,25 @@ def test_backward_leaves_out_the_tolerated_mass_and_no_less(name, strip_pairs, m
         ranges.append(arguments[4])
         return plan(*arguments, **options)
 
-    monkeypatch.setattr(module, "plan", planned)
+    monkeypatch.setattr(passes, "plan", planned)
     monkeypatch.setattr("longreach.ops.cpu.plan.STRIP_PAIRS", strip_pairs)
     tensors, options = CASES[name].inputs(torch.float64)
     run(cpu_attention, tensors, options | {"tolerance": tolerance}, random_grads(tensors))
     bounds, found = ranges
     low, high = zip(*(found[head] for head in range(tensors[0].shape[1])), strict=True)
     rows, index = tensors[0].shape[2], torch.arange(tensors[1].shape[2])
-    low, high = (torch.tensor(x).transpose(0, 1).repeat_interleave(module.BLOCK_M, -1)[..., :rows] for x in (low, high))
+    low, high = (torch.tensor(x).transpose(0, 1).repeat_interleave(BLOCK_M, -1)[..., :rows] for x in (low, high))
     weights = probabilities(*tensors[:2], **options)  # [B, H, Tq, Tk]
     outside = weights * ((index < low[..., None]) | (index >= high[..., None]))
     assert outside.sum(dim=-1).amax() <= tolerance * (2 if bounds else 1)
 
-    sides = [index < low[..., None] + module.BLOCK_N]
+    sides = [index < low[..., None] + BLOCK_N]
     if not options.get("causal", True):
-        sides.append(index >= high[..., None] - module.BLOCK_N)
+        sides.append(index >= high[..., None] - BLOCK_N)
     for side in sides:  # with one block less, some row of each block of queries would lack too much
         lacking = (weights * side).sum(dim=-1)
-        most = torch.stack([part.amax(dim=-1) for part in lacking.split(module.BLOCK_M, dim=-1)], dim=-1)
-        narrow = (high - low <= module.BLOCK_N)[..., :: module.BLOCK_M]
+        most = torch.stack([part.amax(dim=-1) for part in lacking.split(BLOCK_M, dim=-1)], dim=-1)
+        narrow = (high - low <= BLOCK_N)[..., :: BLOCK_M]
         assert ((most > tolerance * (1 - 2**-7) / len(sides)) | narrow).all()
 
 
@@ -363,7 +373,7 @@ def test_heads_share_calls_where_that_is_cheapest(data, kv_heads):
     ranges = {head: ([[64 * block]], [[length]]) for head, block in enumerate(blocks)}
     visibility = HostVisibility.read(Visibility(1, length))
     shapes = (1, heads, 1, 8), (1, kv_heads, length, 8)
-    tiles = list(plan(*shapes, range(heads), visibility, ranges, reading_cost, apart=False))
+    tiles = list(plan(*shapes, range(heads), visibility, ranges, reading_cost, largest=None))
     covered = [head for tile in tiles for head in range(tile.heads.start, tile.heads.stop)]
     assert covered == list(range(heads))
 
@@ -388,8 +398,8 @@ def test_work_stays_in_proportion_to_what_reach_keeps(monkeypatch):
     def planned(*arguments, **options):
         raise Planned(sum(tile.pairs for tile in plan(*arguments, **options)))
 
-    monkeypatch.setattr(module, "plan", planned)
-    monkeypatch.setattr(module, "BOUND_BY_PRODUCTS", 2**20)  # where oneDNN is done sooner with all that is visible, too
+    monkeypatch.setattr(passes, "plan", planned)
+    monkeypatch.setattr(passes, "BOUND_BY_PRODUCTS", 2**20)  # where oneDNN is done sooner with all that is visible, too
     work = []
     for length in (2048, 8192, 65536):
         torch.manual_seed(0)

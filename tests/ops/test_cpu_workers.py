@@ -9,7 +9,7 @@ import torch
 from adversarial import CASES, Case, random_grads, run
 from flat import cpu_attention, reference_attention
 
-import longreach.ops.cpu.products as products
+import longreach.ops.cpu.passes as passes
 import longreach.ops.cpu.workers as workers
 from longreach.ops.lse_bound import FEW_QUERIES
 
@@ -32,8 +32,8 @@ def shared(monkeypatch, two_threads):
         counts.append(count)
         workers.share_out(jobs, make, count)
 
-    monkeypatch.setattr(products, "SHARED_PAIRS", 1)
-    monkeypatch.setattr(products, "share_out", share_out)
+    monkeypatch.setattr(passes, "SHARED_PAIRS", 1)
+    monkeypatch.setattr(passes, "share_out", share_out)
     return counts
 
 
@@ -56,7 +56,7 @@ def test_shared_out_heads_equal_the_definition(name, shared):
 @pytest.mark.parametrize("products_are_faster", [True, False])
 def test_heads_are_shared_out_where_no_gradient_is_wanted(mode, dtype, products_are_faster, shared, monkeypatch):
     """By products and by the kernel; what is made in inference mode no thread may write to that is not in it."""
-    monkeypatch.setattr(products, "_products_are_faster", lambda q, k: products_are_faster)
+    monkeypatch.setattr(passes, "_products_are_faster", lambda q, k: products_are_faster)
     case = Case(batch=2, heads=4, kv_heads=2, queries=300, keys=300)
     golden, _ = reference_attention(*case.inputs(torch.float64)[0], **case.inputs(torch.float64)[1])
     tensors, options = case.inputs(dtype)
@@ -159,8 +159,8 @@ def test_what_fails_as_jobs_are_made_comes_out():
 @pytest.mark.parametrize("alone", [0, 2**20])
 @pytest.mark.parametrize("heads", [slice(0, 0), slice(0, 4), slice(2, 4), slice(4, 8), slice(0, 8)])
 def test_heads_that_are_bounded_and_others_equal_the_definition(heads, alone, shared, monkeypatch):
-    monkeypatch.setattr(products, "heads_worth_bounding", lambda *_: heads)
-    monkeypatch.setattr(products, "FOUND_ALONE", alone)
+    monkeypatch.setattr(passes, "heads_worth_bounding", lambda *_: heads)
+    monkeypatch.setattr(passes, "FOUND_ALONE", alone)
     tensors, options = Case(batch=2, heads=8, kv_heads=4, queries=300, keys=400).inputs(torch.float64)
     expected, actual = (f(*tensors, **options) for f in (reference_attention, cpu_attention))
     assert shared == [8]
@@ -181,7 +181,7 @@ def test_heads_are_shared_out_where_they_keep_threads_at_work(threads, jobs, sha
 @pytest.mark.usefixtures("two_threads")
 def test_short_documents_are_not_shared_out_however_many(monkeypatch):
     counts = []
-    monkeypatch.setattr(products, "share_out", lambda jobs, make, count: counts.append(count))
+    monkeypatch.setattr(passes, "share_out", lambda jobs, make, count: counts.append(count))
     q = torch.zeros(1, 2, 2048, 16)
     for borders in ([0, 2048], [0, 1024, 2048], [0, 1000, 2000, 2048]):
         cpu_attention(q, q, q, cu_seqlens=torch.tensor(borders, dtype=torch.int32))

@@ -21,8 +21,9 @@ from longreach.ops.arguments import (
     validated_visibility,
 )
 from longreach.ops.cpu.operators import cpu_attention
-from longreach.ops.crossovers import CPU, CROSSOVERS, processor_of
+from longreach.ops.crossovers import CROSSOVERS, processor_of
 from longreach.ops.lse_bound import FEW_QUERIES
+from longreach.ops.processor import CPU
 from longreach.ops.reach import KEY_BLOCK
 from longreach.ops.reference import reference_attention
 from longreach.ops.sdpa import sdpa_attention, surely

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from longreach.ops.processor import CPU
 from longreach.ops.triton.operators import triton_was_measured
 
 Tokens = dict[int, int]
@@ -60,6 +61,14 @@ CROSSOVERS = {
         decoding={2: 8192, 4: 4096},
         cached={2: 2**24, 4: 2**23},
     ),
+    "AMX": Crossovers(
+        "cpu-2core-amx-crossover.json",
+        "cpu",
+        forward={2: 512, 4: 512},
+        training={2: 512, 4: 512},
+        decoding={2: 8192, 4: 4096},
+        cached={2: 2**24, 4: 2**23},
+    ),
     "Hopper": Crossovers(
         "h200-crossover.json",
         "triton",
@@ -70,10 +79,6 @@ CROSSOVERS = {
     ),
 }
 """Class of processor -> what was measured there."""
-
-
-CPU = "AVX-512" if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else "AVX2"
-"""The class of this CPU. Others than x86 count as AVX2: there too, tiles are computed by PyTorch's own kernel."""
 
 
 def processor_of(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:

@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 
 from longreach.ops.lse_bound import FEW_QUERIES
+from longreach.ops.processor import CPU
 from longreach.ops.transforms import is_watched, may_learn
 
 ROWS = {torch.bfloat16: 1, torch.float16: FEW_QUERIES - 1}
 """Dtype -> the most queries for which float32 is faster, 2 to 5 times: with more bfloat16 is as fast."""
 
-IS_FASTER = torch.backends.cpu.get_cpu_capability().startswith("AVX")
-"""Whether this processor is of a kind on which that was measured."""
+IS_FASTER = torch.backends.cpu.get_cpu_capability().startswith("AVX") and CPU != "AMX"
+"""Whether this processor is of a kind on which that was measured: those with matrix units multiply what they read."""
 
 PART = 2**20
 """Elements of the keys that are converted at a time, 4 MiB: more are out of the cache before they are read."""

@@ -23,7 +23,15 @@ from longreach.ops.arguments import (
     validate_types,
     validated_visibility,
 )
-from longreach.ops.lse_bound import FEW_QUERIES, ROUNDING, chunks, last_lse, lse_lower_bound, per_query_head
+from longreach.ops.lse_bound import (
+    FEW_QUERIES,
+    ROUNDING,
+    chunks,
+    last_lse,
+    lse_lower_bound,
+    own_scores,
+    per_query_head,
+)
 from longreach.ops.visibility import Visibility
 
 KEY_BLOCK = 64
@@ -227,6 +235,55 @@ def key_ranges(
     nobody = ~_block_any(sees, block_m)  # [B or 1, 1, NQ]
     starts = torch.where(nobody, ends, torch.minimum(starts, ends))
     return starts.to(torch.int32), ends.to(torch.int32).contiguous()
+
+
+def near_ranges(
+    q: Tensor,
+    k: Tensor,
+    slopes: Tensor | tuple[Tensor, Tensor],
+    visibility: Visibility,
+    *,
+    scale: float,
+    tolerance: float,
+    block_m: int,
+    block_n: int,
+) -> tuple[Tensor, Tensor]:
+    """Ranges like those of `key_ranges`, wider but by a tenth of the operations, where each query sees its own key.
+
+    They hold what is within reach and leave it to the caller what masks hide. There is no padding, and no query
+    without a key at its position.
+    """
+    num_heads, key_length = q.shape[1], k.shape[2]
+    left, right = lowered_slopes(q, slopes)
+    log_mass = log_tolerance(tolerance, left.dtype, key_length) - (0.0 if visibility.causal else math.log(2.0))
+    q = q.to(left.dtype)
+    norm = torch.linalg.vector_norm(q, dim=-1) * scale  # [B, H, Tq]
+    keys = k.to(left.dtype)
+    centre = keys.mean(dim=2, keepdim=True)
+    keys = keys - centre
+    radius = torch.linalg.vector_norm(keys, dim=-1).amax(dim=-1, keepdim=True)  # [B, Hkv, 1]
+    longest = radius + torch.linalg.vector_norm(centre, dim=-1)
+    radius, longest = (per_query_head(x, num_heads) for x in (radius * (1 + (q.shape[3] + 16) * ROUNDING), longest))
+    bound = norm * radius
+    own = per_query_head(keys[:, :, key_length - q.shape[2] :], num_heads)
+    lse = (q * own).sum(dim=-1) * scale - norm * longest * LSE_ROUNDING - 2.0**-12
+    excess = _block_max(bound - lse + ROUNDING * (bound + lse.abs()), block_m, float("-inf"))  # [B, H, NQ]
+    first = torch.arange(0, q.shape[2], block_m, device=q.device)
+    last = (first + (block_m - 1)).clamp(max=q.shape[2] - 1)
+
+    def needed(slope: Tensor) -> Tensor:
+        """At how many positions before or after those of a block the last key lies that it needs: (B, H, NQ)."""
+        log_weight = _log_geometric_sum(slope, key_length) - log_mass
+        distance = ((excess + log_weight[..., None]) / slope[..., None]).ceil() - 1
+        # What is not a number, or no finite one, is not below anything.
+        return torch.where(distance < key_length, distance.clamp(min=0), key_length).to(torch.int32)
+
+    offset = key_length - q.shape[2]
+    starts = (first + offset - needed(left)).clamp_(min=0).div_(block_n, rounding_mode="floor")
+    if visibility.causal:
+        return starts, torch.full_like(starts, -(-key_length // block_n))
+    past = (last + (offset + 1) + needed(right)).clamp_(max=key_length)
+    return starts, past.add_(block_n - 1).div_(block_n, rounding_mode="floor")
 
 
 def visible_ranges(

@@ -1,10 +1,13 @@
 """Tiles by PyTorch's flash attention for the CPU: of few queries, and of all where products are no faster.
 
 With few queries this kernel, which `scaled_dot_product_attention` uses too, reads each key and each value once and
-copies none. It is called directly because only that returns the LSE. There is no backward pass for what it computes: it
-rounds scores otherwise than products do.
+copies none. It is called directly because only that returns the LSE. So is its backward pass, which makes weights from the
+LSE: it serves where scores are small.
 """
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,6 +17,7 @@ from torch import Tensor
 
 from longreach.ops import halves
 from longreach.ops.cpu.plan import HostVisibility, Tile
+from longreach.ops.cpu.totals import Totals
 from longreach.ops.cpu.views import bias_at, bias_of, falloff, keys_of, rows_of
 
 
@@ -99,3 +103,38 @@ class ManyQueries(_Tiles):
         out, lse = self._with_bias(rows_of(self.q, tile).flip(-2), bias, tile)
         rows_of(self.out, tile).copy_(out.flip(-2))
         rows_of(self.lse, tile).copy_(lse.flip(-1))
+
+
+@dataclass
+class KernelGradients(ManyQueries):
+    """The gradients of tiles, from `out` and `lse` as `ManyQueries` wrote them."""
+
+    grad_out: Tensor
+    """(B, H, Tq, D)."""
+    totals: Totals
+    """What they are added to."""
+
+    def add(self, tile: Tile) -> None:
+        """Add the gradients of a tile of one window or several."""
+        q, lse = (rows_of(x, tile).flip(2) for x in (self.q, self.lse))
+        # Unlike the inputs these may lie in memory in any way.
+        out, grad = (rows_of(x, tile).flip(2).contiguous() for x in (self.out, self.grad_out))
+        keys, values = (keys_of(x, self.q.shape[1], tile) for x in (self.k, self.v))
+        bias = bias_of(self._falloff, tile, self.visibility).expand(*q.shape[:3], tile.width)
+        with _denormals_flushed():
+            of_q, of_k, of_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                grad, q, keys, values, out, lse, 0.0, False, attn_mask=bias, scale=self.scale
+            )
+        rows_of(self.totals.of_q, tile).copy_(of_q.flip(2))
+        self.totals.add_to_keys(tile, of_k, of_v)
+
+
+@contextmanager
+def _denormals_flushed() -> Iterator[None]:
+    """Have this thread take numbers below the normal ones for 0: weights among them make products fifty times as slow."""
+    were_flushed = sys.float_info.min * 0.5 == 0.0
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(were_flushed)

@@ -1,6 +1,6 @@
 """Attention on the CPU as operators of torch.library: one path for eager, compiled, exported and transformed programs.
 
-They are opaque to tracing, for `products` plans its work from values, and come with shapes and derivatives.
+They are opaque to tracing, for `passes` plans its work from values, and come with shapes and derivatives.
 """
 
 from typing import Any
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from longreach.ops.cpu.plan import BLOCK_M
-from longreach.ops.cpu.products import Attended, attend, differentiate
+from longreach.ops.cpu.passes import Attended, attend, differentiate
 from longreach.ops.reach import default_tolerance
 from longreach.ops.transforms import differentiable, may_learn, without_autocast
 from longreach.ops.visibility import Visibility
@@ -26,7 +26,7 @@ def cpu_attention(
     tolerance: float | None = None,
     key_norms: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Output and LSE of `longreach.attention`, which documents and validates the arguments, by `products`.
+    """Output and LSE of `longreach.attention`, which documents and validates the arguments, by `passes`.
 
     Differentiable in q, k, v and the slopes. Reads only the keys that `longreach.reach` says each block of queries
     needs, so that time grows linearly with length once length passes the reach. Padding at the ends costs nothing,
@@ -58,14 +58,14 @@ def _forward(
     tolerance: float,
     key_norms: Tensor | None,
     learns: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     visibility = Visibility(q.shape[2], k.shape[2], causal, window_size, key_padding_mask, cu_seqlens)
     options: dict[str, Any] = {"scale": scale, "tolerance": tolerance, "learns": learns}
     return attend(q, k, v, _slopes(q, left, right), visibility, key_norms, **options)
 
 
 @_forward.register_fake
-def _(q: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(q: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     learns = others[-1]
     dtype = torch.promote_types(q.dtype, torch.float32)
     lse, peak, total = (
@@ -73,7 +73,7 @@ def _(q: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, 
     )
     blocks = (*q.shape[:2], (q.shape[2] + BLOCK_M - 1) // BLOCK_M) if learns else (0,)
     low, high = (q.new_empty(blocks, dtype=torch.int32) for _ in range(2))
-    return torch.empty_like(q), lse, peak, total, low, high
+    return torch.empty_like(q), lse, peak, total, low, high, q.new_empty((), dtype=torch.bool)
 
 
 @torch.library.custom_op("longreach::cpu_backward", mutates_args=())
@@ -93,13 +93,14 @@ def _backward(
     total: Tensor,
     low: Tensor,
     high: Tensor,
+    by_kernel: Tensor,
     scale: float,
     causal: bool,
     window_size: int | None,
     slopes_learn: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     visibility = Visibility(q.shape[2], k.shape[2], causal, window_size, key_padding_mask, cu_seqlens)
-    attended = Attended(out, lse, peak, total, low, high)
+    attended = Attended(out, lse, peak, total, low, high, by_kernel)
     inputs = q, k, v, _slopes(q, left, right)
     with without_autocast("cpu"):  # in force where the backward pass is called, unlike the forward pass
         gradients = differentiate(

@@ -13,8 +13,9 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from longreach.ops.cpu import onednn
 from longreach.ops.lse_bound import FEW_QUERIES
-from longreach.ops.reach import key_ranges
+from longreach.ops.reach import key_ranges, near_ranges
 from longreach.ops.visibility import Visibility
 
 Item = TypeVar("Item")
@@ -54,6 +55,10 @@ BOUND_COST = 120
 
 BOUND_READS = 25_000
 """Work of finding any ranges of few queries at all, in keys that could be read instead: some fifty small operations."""
+
+NEAR_KEYS = 0 if onednn.IS_FAST else 4096
+"""Keys up to which `near_ranges` does, whose few operations are done sooner than more precise ones save work. Where oneDNN
+is fast that was not measured."""
 
 Ranges = dict[int, tuple[list[list[int]], list[list[int]]]]
 """By head, first key and one past the last that it needs, for each sequence and each block."""
@@ -118,6 +123,11 @@ class HostVisibility(Visibility):
         return self.spans is not None or self.query_length > self.key_length
 
     @property
+    def sees_own_keys(self) -> bool:
+        """Whether each query surely sees the key at its position."""
+        return self.spans is None and self.query_length <= self.key_length
+
+    @property
     def may_leave_rows_empty(self) -> bool:
         """Whether a tile may hold a query that sees none of its keys."""
         return self.holes is not None or (self.window_size is not None and self.may_hide_all_keys)
@@ -132,10 +142,11 @@ def heads_worth_bounding(
     tolerance: float,
     key_norms: Tensor | None,
     per_call: int,
+    price: int,
 ) -> slice:
     """The heads, in whole groups, whose reach can be expected to save more work than bounding it costs.
 
-    Of many queries that is `per_call`, in pairs, beside what grows with them.
+    Of many queries that is `per_call`, in pairs, beside what grows with them, and all of it `price` times.
     """
     query_length, key_length, group = visibility.query_length, visibility.key_length, q.shape[1] // k.shape[1]
     dense = key_length - query_length / 2 if visibility.causal else float(key_length)
@@ -143,10 +154,11 @@ def heads_worth_bounding(
         dense = min(dense, visibility.window_size)
     # Every key that is read costs as much as 40 more queries; the bound reads k alone, and that not given its norms.
     per_key, per_head = query_length + 40, BOUND_COST * query_length
+    per_head, per_call = price * per_head, price * per_call
     if query_length < FEW_QUERIES:  # reading is all that counts, and to find the norms is half of it
         per_key, per_head, per_call = 1, key_length if key_norms is None else 0, BOUND_READS
     elif key_norms is None:
-        per_head += 20 * key_length
+        per_head += price * 20 * key_length
     worth, saved = [], 0.0
     if query_length and key_length and q.shape[0]:
         slopes = torch.minimum(left, right).detach().view(-1, q.shape[1]).amin(dim=0).tolist()
@@ -175,17 +187,13 @@ def bounded_ranges(
     left, right = slopes
     group = q.shape[1] // k.shape[1]
     kv_heads = slice(heads.start // group, heads.stop // group)
-    starts, ends = key_ranges(
-        q[:, heads],
-        k[:, kv_heads],
-        (left[..., heads], right[..., heads]),
-        visibility,
-        scale=scale,
-        tolerance=tolerance,
-        block_m=BLOCK_M,
-        block_n=BLOCK_N,
-        key_norms=None if key_norms is None else key_norms[:, kv_heads],
-    )
+    inputs = q[:, heads], k[:, kv_heads], (left[..., heads], right[..., heads]), visibility
+    options = {"scale": scale, "tolerance": tolerance, "block_m": BLOCK_M, "block_n": BLOCK_N}
+    if visibility.sees_own_keys and FEW_QUERIES <= visibility.query_length <= visibility.key_length <= NEAR_KEYS:
+        starts, ends = near_ranges(*inputs, **options)
+    else:
+        norms = None if key_norms is None else key_norms[:, kv_heads]
+        starts, ends = key_ranges(*inputs, **options, key_norms=norms)
     ends_of_head = (x.transpose(0, 1).mul(BLOCK_N).tolist() for x in (starts, ends))
     return dict(zip(range(heads.start, heads.stop), zip(*ends_of_head, strict=True), strict=True))
 
@@ -239,17 +247,17 @@ def plan(
     ranges: Ranges,
     cost: Cost,
     *,
-    apart: bool,
+    largest: int | None,
 ) -> Iterator[Tile]:
     """Cover by few tiles all keys in the ranges of some heads; for a head without, all that are visible.
 
-    `apart` is whether each key head of each sequence is to have tiles of its own.
+    With `largest` each sequence has tiles of its own, with several key heads only up to so many pairs.
     """
     batch, group = q_shape[0], q_shape[1] // k_shape[1]
     if not (batch and heads):
         return
     whole = (0, visibility.key_length)
-    if apart or visibility.spans is not None:
+    if largest is not None or visibility.spans is not None:
         spans = [(slice(b, b + 1), span) for b, span in enumerate(visibility.spans or [whole] * batch)]
     else:
         spans = [(slice(0, batch), whole)]
@@ -270,7 +278,7 @@ def plan(
                 head: _blocks(rows, keys, visibility, bounds[head], cost) if head in bounds else unbounded
                 for head in heads
             }
-            yield from _tiles(sequences, blocks, group, keys, visibility.offset, cost, apart)
+            yield from _tiles(sequences, blocks, group, keys, visibility.offset, cost, largest)
 
 
 def _over_sequences(extreme: Callable[..., int], ends: list[list[int]]) -> list[int]:
@@ -328,7 +336,7 @@ def _tiles(
     keys: tuple[int, int],
     offset: int,
     cost: Cost,
-    apart: bool,
+    largest: int | None,
 ) -> Iterator[Tile]:
     """Batch consecutive blocks of a head whose windows are alike, and heads whose blocks are."""
     alone: dict[tuple[int, int], list[tuple[int, _Block]]] = {}
@@ -342,7 +350,7 @@ def _tiles(
             key = row + offset - before
             yield Tile(batch, slice(head, head + 1), row, run[0].rows, len(run), key, width)
     for (row, rows), members in alone.items():
-        for call in _calls(members, group, cost, apart):
+        for call in _calls(members, group, cost, largest):
             low = min(block.low for _, block in call)
             high = max(block.high for _, block in call)
             yield Tile(batch, slice(call[0][0], call[-1][0] + 1), row, rows, 1, low, high - low)
@@ -381,7 +389,9 @@ def _run_cost(run: list[_Block], keys: tuple[int, int], offset: int, cost: Cost)
     return cost(len(run), rows, width)
 
 
-def _calls(members: list[tuple[int, _Block]], group: int, cost: Cost, apart: bool) -> list[list[tuple[int, _Block]]]:
+def _calls(
+    members: list[tuple[int, _Block]], group: int, cost: Cost, largest: int | None
+) -> list[list[tuple[int, _Block]]]:
     """Cut one block of queries of several heads into calls of adjacent heads, as few and as narrow as is cheapest."""
     least = [0.0]  # cost of the calls of the first 0, 1, ... members
     firsts = []  # who comes first in the last of these calls
@@ -390,9 +400,10 @@ def _calls(members: list[tuple[int, _Block]], group: int, cost: Cost, apart: boo
         low, high, best, chosen = block.low, block.high, math.inf, past - 1
         for first in range(past - 1, -1, -1):
             head, block = members[first]
-            if last - head != past - 1 - first or ((apart or group > 1) and head // group != last // group):
-                break  # a call takes heads that lie evenly spaced in memory, as their keys do
             low, high = min(low, block.low), max(high, block.high)
+            too_large = largest is not None and (past - first) * block.rows * (high - low) > largest
+            if last - head != past - 1 - first or ((too_large or group > 1) and head // group != last // group):
+                break  # a call takes heads that lie evenly spaced in memory, as their keys do
             call = cost(past - first, block.rows, high - low)
             if call > best:
                 break  # calls of more heads cost no less

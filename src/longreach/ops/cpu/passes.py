@@ -1,0 +1,302 @@
+"""The forward and the backward pass of ALiBi attention on the CPU: which heads are bounded, by what tiles are computed.
+
+Query blocks whose ranges are alike become one batch, their keys overlapping windows of k and v; `plan` decides on that
+and `views` finds the bias of each tile at no cost. Tiles are computed by PyTorch's `kernel`, or by matrix `products` where
+these are faster, as oneDNN's are, or more accurate: the backward pass has scores of any size. It works on the ranges that the
+forward pass found to matter, and adds gradients up in one fixed order, so that two runs agree to the last bit.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from longreach.ops.cpu import onednn
+from longreach.ops.cpu.kernel import FewQueries, KernelGradients, ManyQueries
+from longreach.ops.cpu.memory import keep_memory_of_tiles
+from longreach.ops.cpu.plan import (
+    BLOCK_M,
+    Cost,
+    HostVisibility,
+    Ranges,
+    Tile,
+    bounded_ranges,
+    by_key_head,
+    heads_worth_bounding,
+    kernel_cost,
+    pieces,
+    plan,
+    product_cost,
+    reading_cost,
+)
+from longreach.ops.cpu.products import LOG2_E, FoundRanges, ProductGradients, Products
+from longreach.ops.cpu.totals import Totals
+from longreach.ops.cpu.workers import Job, can_share_out, share_out
+from longreach.ops.lse_bound import FEW_QUERIES
+from longreach.ops.processor import CPU
+from longreach.ops.reach import row_norms
+from longreach.ops.visibility import Visibility
+
+PRODUCTS_PAIRS = 2**20
+"""Pairs of a query and a key of a head from which on oneDNN's products are faster than the flash kernel: at 512 tokens and
+D 64 they take 1.03 to 1.10 times as long, at 1,024 0.93 to 1.10 and at 2,048 0.76."""
+
+PRODUCTS_DIM = 64
+"""D from which on they are, as what they take beside multiplying is the same for any: with 32 at 512 to 8,192 tokens
+they take 1.07 to 1.33 times as long."""
+
+DIFFERENTIATED = {"AMX": {torch.float32, torch.bfloat16}, "AVX-512": set[torch.dtype](), "AVX2": {torch.float32}}[CPU]
+"""What the kernel differentiates faster than products do: of half types what matrix units multiply."""
+
+SMALL_SCORES = 24.0
+"""Largest score, KEYS_SEEN the fewest keys that queries see and STEEPEST the largest slope with which one number for the LSE
+does in the backward pass in float32: it is rounded by up to 2^-24 of its size, a whole row of weights errs by that, and
+where one key has all weight the definition does not err at all (docs/attention.md, "Rounding")."""
+
+KEYS_SEEN = 64
+
+STEEPEST = 1.0
+
+SHARED_PAIRS = 2**20
+"""Pairs of a query and a key of a head and document from which on heads are shared out among threads, at 1,024 tokens.
+Beside one busy process on two cores that takes a third to three quarters off both passes, and nothing is lost where
+nothing else runs. For 512 tokens a pass would take up to twice as long, as threads wait for Python's lock."""
+
+SHARED_GRADIENT_PAIRS = 2**18
+"""Likewise where the kernel differentiates, in fewer and larger operations."""
+
+SHARED_TILE = 2**20
+"""Pairs up to which a tile of the kernel that is shared out holds several heads: each tile has its price in Python, while
+other threads wait for its lock."""
+
+BOUND_BY_KERNEL = 2**18
+"""Work of finding any ranges at all, some small operations, in pairs of a query and a key that the flash kernel would
+compute in float32 instead: it gains 6 to 9% at 1,024 tokens and 20% at 1,536 on AVX2."""
+
+BOUND_BY_PRODUCTS = 8 * 2**20 if onednn.IS_FAST else 2**20
+"""That work in pairs of matrix products, which oneDNN's are done with sooner, and which lose speed where tiles are
+narrow: on AVX-512, to bound what the kernel would takes 20 to 40% more time at 1,024 tokens, up to 8% at 2,048."""
+
+BOUND_BY_UNITS = 4
+"""How many times as many pairs of half types the kernel would compute by matrix units meanwhile."""
+
+FOUND_ALONE = 4096
+"""Queries up to which one thread finds the ranges of heads that are shared out, in the same region: some hundred small
+operations, which are no faster by several threads, and beside a busy process many times as slow."""
+
+
+class Attended(NamedTuple):
+    """What the forward pass returns, and all but its LSE to the backward pass."""
+
+    out: Tensor
+    """(B, H, Tq, D) in the dtype of q."""
+    lse: Tensor
+    """(B, H, Tq) float32, or float64 where q is."""
+    peak: Tensor
+    """Likewise: the score by base 2 that the weights of a row are relative to, its largest one or, by the kernel, the LSE;
+    inf for rows that see no key; empty where no gradient is wanted."""
+    total: Tensor
+    """Likewise: the sum of weights relative to that, 0 for rows that see no key."""
+    low: Tensor
+    """(B, H, ceil(Tq / BLOCK_M)) int32: the first key that the backward pass needs; empty likewise."""
+    high: Tensor
+    """Likewise: one past the last."""
+    by_kernel: Tensor
+    """() bool: whether the kernel computed it and can differentiate it."""
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slopes: tuple[Tensor, Tensor],
+    visibility: Visibility,
+    key_norms: Tensor | None,
+    *,
+    scale: float,
+    tolerance: float,
+    learns: bool,
+) -> Attended:
+    """The forward pass, arguments as in `longreach.attention`; `learns` is whether a backward pass may come."""
+    keep_memory_of_tiles()
+    lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+    # Results lie in memory as inputs do, so that what a model's projections made need not be put in order again.
+    out = torch.empty_like(q)
+    seen = HostVisibility.read(visibility)
+    few = seen.query_length < FEW_QUERIES
+    if learns:
+        by_products = not _kernel_differentiates(q, k, slopes, scale, seen)
+    else:
+        by_products = not few and _products_are_faster(q, k)
+    by_kernel = torch.tensor(not by_products)
+    nothing = lse.new_empty(0), lse.new_empty(0), *(q.new_empty(0, dtype=torch.int32) for _ in range(2)), by_kernel
+    per_call = BOUND_BY_PRODUCTS if by_products else BOUND_BY_KERNEL
+    price = BOUND_BY_UNITS if CPU == "AMX" and q.dtype == torch.bfloat16 and not by_products else 1
+    worth = heads_worth_bounding(q, k, *slopes, seen, tolerance, key_norms, per_call, price)
+    ranges: Ranges = {}
+
+    def bound() -> Ranges:
+        ranges.update(bounded_ranges(q, k, slopes, seen, key_norms, scale, tolerance, worth))
+        return ranges
+
+    readable = _readable(q, k, v, seen)
+    if seen.may_hide_all_keys:
+        out.zero_()
+        lse.fill_(float("-inf"))
+    if not by_products:
+        tiles = (FewQueries if few else ManyQueries)(*readable, *slopes, out, lse, scale, seen)
+        _compute(tiles.attend, q, k, seen, worth, bound, reading_cost if few else kernel_cost)
+        return Attended(out, lse, *(*_weighed_by_lse(lse, ranges, seen), by_kernel) if learns else nothing)
+    peak, total = torch.full_like(lse, float("inf")), torch.zeros_like(lse)
+    products = Products(*readable, *slopes, scale, seen)
+    found = FoundRanges(q, seen, tolerance) if learns else None
+
+    def compute(tile: Tile) -> None:
+        for piece in pieces(tile):
+            products.attend(piece, out, peak, total, found)
+
+    _compute(compute, q, k, seen, worth, bound, product_cost)
+    torch.add(total.log2(), peak.masked_fill(total == 0, 0.0), out=lse).mul_(1 / LOG2_E)
+    return Attended(out, lse, *(nothing if found is None else (peak, total, *found.by_block(), by_kernel)))
+
+
+def differentiate(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slopes: tuple[Tensor, Tensor],
+    visibility: Visibility,
+    attended: Attended,
+    *,
+    scale: float,
+    slopes_learn: bool,
+) -> tuple[Tensor, ...]:
+    """The gradients of q, k, v and both slopes, of those zeros unless `slopes_learn`."""
+    seen = HostVisibility.read(visibility)
+    ends_of_head = (x.transpose(0, 1).tolist() for x in (attended.low, attended.high))
+    ranges = dict(enumerate(zip(*ends_of_head, strict=True)))
+    compute_all = partial(_compute, q=q, k=k, visibility=seen, bounded=slice(0, q.shape[1]), bound=lambda: ranges)
+    totals = Totals(q, k, v)
+    readable = _readable(q, k, v, seen)
+    of_slopes = [attended.lse.new_zeros(q.shape[:2]) for _ in slopes]
+    # The kernel knows no gradient of the LSE, nor of the bias.
+    if attended.by_kernel and not slopes_learn and not grad_lse.any():
+        by_kernel = KernelGradients(*readable, *slopes, attended.out, attended.lse, scale, seen, grad_out, totals)
+        compute_all(by_kernel.add, cost=kernel_cost, adds_to_keys=True, shared_pairs=SHARED_GRADIENT_PAIRS)
+    else:
+        weights = attended.out, attended.peak, attended.total
+        products = Products(*readable, *slopes, scale, seen)
+        by_products = ProductGradients(products, *weights, grad_out, grad_lse, totals, slopes_learn)
+
+        def compute(tile: Tile) -> None:
+            for piece in pieces(tile):
+                by_products.add(piece)
+
+        compute_all(compute, cost=product_cost, adds_to_keys=True)
+        of_slopes = [by_products.of_left, by_products.of_right]
+    return (
+        *(total.to(q.dtype) for total in (totals.of_q, totals.of_k, totals.of_v)),
+        *(
+            (sums.sum(dim=0) if slope.dim() == 1 else sums).to(slope.dtype)
+            for sums, slope in zip(of_slopes, slopes, strict=True)
+        ),
+    )
+
+
+def _products_are_faster(q: Tensor, k: Tensor) -> bool:
+    """Than PyTorch's flash kernel, where both would do."""
+    return onednn.IS_FAST and q.shape[2] * k.shape[2] >= PRODUCTS_PAIRS and q.shape[3] >= PRODUCTS_DIM
+
+
+def _kernel_differentiates(
+    q: Tensor, k: Tensor, slopes: tuple[Tensor, Tensor], scale: float, visibility: HostVisibility
+) -> bool:
+    """Whether both passes are PyTorch's kernel to compute, for which scores have to be small and weights spread.
+
+    It has the LSE in one number, which is as large as scores are where each query sees its own key.
+    """
+    if q.dtype not in DIFFERENTIATED or not visibility.sees_own_keys or not q.numel():
+        return False
+    if not (_can_be_apart(q, k, visibility, SHARED_GRADIENT_PAIRS) or torch.get_num_threads() == 1):
+        return False  # threads that PyTorch shares a tile among are not told what to do with denormals
+    if q.dtype.itemsize < 4:  # whose weights are rounded to as much as the LSE is where that is 30,000
+        return True
+    keys = visibility.key_length // (len(visibility.documents) - 1)
+    if min(keys, visibility.window_size or keys) < KEYS_SEEN or max(x.max().item() for x in slopes) > STEEPEST:
+        return False
+    longest = row_norms(k).amax(dim=-1).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    return (row_norms(q).amax(dim=-1) * longest).amax().item() * abs(scale) <= SMALL_SCORES
+
+
+def _weighed_by_lse(lse: Tensor, ranges: Ranges, visibility: HostVisibility) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `Attended` has beside output and LSE, by the LSE and the ranges of the forward pass."""
+    shape = (*lse.shape[:2], -(-visibility.query_length // BLOCK_M))
+    low = lse.new_zeros(shape, dtype=torch.int32)
+    high = torch.full_like(low, visibility.key_length)
+    for head, ends in ranges.items():
+        low[:, head], high[:, head] = (low.new_tensor(x) for x in ends)
+    return lse * LOG2_E, torch.ones_like(lse), low, high
+
+
+def _readable(q: Tensor, k: Tensor, v: Tensor, visibility: HostVisibility) -> tuple[Tensor, Tensor, Tensor]:
+    """As tiles read them: rows dense in memory, and zeros in holes, so that NaN there meets weights of 0 as 0."""
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    if visibility.holes is not None:
+        k, v = (x.masked_fill(visibility.holes[:, None, :, None], 0.0) for x in (k, v))
+    return q, k, v
+
+
+def _can_be_apart(q: Tensor, k: Tensor, visibility: HostVisibility, least: int) -> bool:
+    """Whether each thread computes tiles of its own, as from so many pairs of a head and document on."""
+    pairs = q.shape[2] * k.shape[2] // (len(visibility.documents) - 1) ** 2  # of a document of the mean length
+    return q.shape[2] >= FEW_QUERIES and pairs >= least and can_share_out(q.shape[0] * k.shape[1])
+
+
+def _compute(
+    compute: Callable[[Tile], None],
+    q: Tensor,
+    k: Tensor,
+    visibility: HostVisibility,
+    bounded: slice,
+    bound: Callable[[], Ranges],
+    cost: Cost,
+    *,
+    adds_to_keys: bool = False,
+    shared_pairs: int | None = None,
+) -> None:
+    """Compute all tiles that cover what is needed, in their order or, where sequences are long, by several threads.
+
+    What bounded heads need is what `bound` says, of others all that is visible: threads begin with these while one of
+    them finds the former. Tiles that add to the gradients of one key head are one thread's, in their order.
+    """
+    group = q.shape[1] // k.shape[1]
+    apart = _can_be_apart(q, k, visibility, shared_pairs or SHARED_PAIRS)
+    largest = None
+    if apart:
+        largest = SHARED_TILE if cost is kernel_cost and not adds_to_keys else 0
+    count = q.shape[0] * k.shape[1]
+    heads = range(q.shape[1])
+
+    def tiles(heads: Sequence[int], ranges: Ranges) -> Iterator[Tile]:
+        return plan(q.shape, k.shape, heads, visibility, ranges, cost, largest=largest)
+
+    def each(some: Iterable[Tile]) -> None:
+        for tile in some:
+            compute(tile)
+
+    def jobs(heads: Sequence[int], ranges: Ranges) -> list[Job]:
+        parts = by_key_head(tiles(heads, ranges), group) if adds_to_keys else [[tile] for tile in tiles(heads, ranges)]
+        parts.sort(key=lambda part: -sum(tile.pairs for tile in part))  # the most work first
+        return [partial(each, part) for part in parts]
+
+    if not apart:
+        each(tiles(heads, bound()))
+    elif q.shape[2] > FOUND_ALONE:
+        share_out(jobs(heads, bound()), list, count)
+    else:
+        others = [*heads[: bounded.start], *heads[bounded.stop :]]
+        share_out(jobs(others, {}), lambda: jobs(heads[bounded], bound()), count)
