@@ -2,7 +2,7 @@
 
     python benchmarks/plot.py cpu-2core
     python benchmarks/plot.py h200 --output h200.svg
-    python benchmarks/plot.py cpu-2core --beside cpu-2core-avx2
+    python benchmarks/plot.py cpu-2core --beside cpu-2core-amx cpu-2core-avx2
 
 Decoding is in the table alone: it is measured at few lengths.
 """
@@ -202,11 +202,13 @@ def main() -> None:
     parser.add_argument(
         "--output", type=Path, help="the drawing; docs/attention-NAME.svg, or docs/attention.svg for cpu-2core"
     )
-    parser.add_argument("--beside", help="another file: print a table of what both measured, and draw nothing")
+    parser.add_argument(
+        "--beside", nargs="+", help="other files: print a table of what all of them measured, and draw nothing"
+    )
     arguments = parser.parse_args()
     records = read(arguments.machine)
     if arguments.beside:
-        print(side_by_side({name: read(name) for name in (arguments.machine, arguments.beside)}))
+        print(side_by_side({name: read(name) for name in (arguments.machine, *arguments.beside)}))
         return
     name = "attention.svg" if arguments.machine == DOCUMENTED else f"attention-{arguments.machine}.svg"
     (arguments.output or HERE.parent / "docs" / name).write_bytes(to_svg(draw(records)))

@@ -265,8 +265,11 @@ def test_runs_are_of_the_processors_that_they_stand_for():
         path.name: json.loads(path.read_text())["machine"] for path in (BENCHMARKS / "results").glob("*-crossover.json")
     }
     assert set(machines) == {measured.run for measured in CROSSOVERS.values()}
-    for name, told in (("AVX-512", "AVX512"), ("AVX2", "AVX2")):
-        assert machines[CROSSOVERS[name].run]["instructions"] == told
+    for name, maker, told in (("AVX-512", "AMD", "AVX512"), ("AMX", "Intel", "AVX512"), ("AVX2", "", "AVX2")):
+        machine = machines[CROSSOVERS[name].run]
+        assert machine["processor"].startswith(maker)
+        assert machine["instructions"] == told
+        assert bool(machine["held_to"]) == (name == "AVX2")
     capabilities = {"NVIDIA H200": (9, 0), "NVIDIA H100 80GB HBM3": (9, 0)}
     assert {capabilities[machines[CROSSOVERS["Hopper"].run]["processor"]]} == set(MEASURED_CAPABILITIES)
 
@@ -324,7 +327,7 @@ def test_the_page_shows_the_committed_figures_in_the_same_form(scripts):
     assert scripts[2].tables(records).splitlines()[0] == head
     page = (BENCHMARKS.parent / "docs" / "attention.md").read_text(encoding="utf-8")
     assert scripts[2].tables(records) in page
-    runs = {name: scripts[2].read(name) for name in ("cpu-2core", "cpu-2core-avx2")}
+    runs = {name: scripts[2].read(name) for name in ("cpu-2core", "cpu-2core-amx", "cpu-2core-avx2")}
     assert scripts[2].side_by_side(runs) in page
 
 

@@ -108,6 +108,78 @@ def test_error_without_a_gradient_is_within_the_rule(name, bounded, by_products,
     assert_within_the_rule([golden], [plain], [actual], terms)
 
 
+@pytest.fixture
+def by_kernel(monkeypatch):
+    """The tiles that the kernel differentiates; it may wherever that is accurate."""
+    tiles, add = [], passes.KernelGradients.add
+
+    def watched(self, tile):
+        tiles.append(tile)
+        add(self, tile)
+
+    monkeypatch.setattr(passes.KernelGradients, "add", watched)
+    monkeypatch.setattr(passes, "DIFFERENTIATED", {torch.float32, torch.bfloat16})
+    return tiles
+
+
+def many(**changes):
+    """More keys than what errs where few are seen needs."""
+    return Case(**{"queries": 300, "keys": 400} | changes)
+
+
+def larger(q, k, v):
+    q *= 3
+
+
+NOT_BY_KERNEL = {
+    "scores are large": many(change=larger),
+    "a query sees one key": many(options={"window_size": 1}),
+    "a query sees few keys": many(options={"window_size": passes.KEYS_SEEN - 1}),
+    "documents are short": many(queries=400, options={"cu_seqlens": torch.arange(0, 401, 8, dtype=torch.int32)}),
+    "slopes are steep": many(slopes=torch.tensor([0.5, 20.0])),
+    "padding hides own keys": many(batch=1, options={"key_padding_mask": torch.arange(400)[None] > 390}),
+    "queries have no key at their position": many(queries=401),
+}
+
+
+@pytest.mark.parametrize("name", NOT_BY_KERNEL)
+def test_products_differentiate_where_one_number_for_the_lse_is_not_enough(name, by_kernel):
+    """And by the rule, which the first four of these break by the kernel."""
+    tensors, options = NOT_BY_KERNEL[name].inputs(torch.float32)
+    grads = random_grads(tensors)
+    grads = grads[0], torch.zeros_like(grads[1])
+    golden = run_without_slopes(reference_attention, [x.double() for x in tensors], options, grads)
+    plain, actual = (run_without_slopes(f, tensors, options, grads) for f in (reference_attention, cpu_attention))
+    assert not by_kernel
+    assert_within_the_rule(golden, plain, actual, magnitudes(tensors, options, grads))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", [many(), many(options={"window_size": passes.KEYS_SEEN}), many(queries=400)])
+def test_the_kernel_differentiates_elsewhere(case, dtype, by_kernel):
+    """But not where slopes learn or the LSE has a gradient, which it knows nothing of."""
+    tensors, options = case.inputs(dtype)
+    grads = random_grads(tensors)
+    run_without_slopes(cpu_attention, tensors, options, grads)
+    assert by_kernel
+    by_kernel.clear()
+    run(cpu_attention, tensors, options, (grads[0], torch.zeros_like(grads[1])))
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    torch.autograd.grad(cpu_attention(*leaves, **options)[1].sum(), leaves[:2])
+    assert not by_kernel
+
+
+@pytest.mark.parametrize("flushed", [False, True])
+def test_denormals_are_as_before(flushed, by_kernel):
+    """Whatever the caller has set, in whose thread the kernel takes them for 0."""
+    torch.set_flush_denormal(flushed)
+    tensors, options = many().inputs(torch.float32)
+    run_without_slopes(cpu_attention, tensors, options, random_grads(tensors))
+    assert by_kernel
+    product = torch.full((1,), 1e-30) * torch.full((1,), 1e-10)
+    assert product.item() == (0.0 if flushed else pytest.approx(1e-40, rel=1e-3))
+
+
 def outputs(function, tensors, options, grads):
     """The output and all gradients."""
     out, _, gradients = run(function, tensors, options, grads)
@@ -128,9 +200,10 @@ def shaken(tensors, options, grads, golden):
     return torch.tensor(changes).amax(dim=0)
 
 
+@pytest.mark.parametrize("differentiated", ["products"], indirect=True)
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
-def test_error_of_scores_of_any_size(data):
+def test_error_of_scores_of_any_size(differentiated, data):
     """The rule where one key may outweigh all others, and what is subtracted from a score is as large as the score."""
     case = Case(
         heads=2,
@@ -324,7 +397,7 @@ def test_backward_leaves_out_the_tolerated_mass_and_no_less(name, strip_pairs, m
     for side in sides:  # with one block less, some row of each block of queries would lack too much
         lacking = (weights * side).sum(dim=-1)
         most = torch.stack([part.amax(dim=-1) for part in lacking.split(BLOCK_M, dim=-1)], dim=-1)
-        narrow = (high - low <= BLOCK_N)[..., :: BLOCK_M]
+        narrow = (high - low <= BLOCK_N)[..., ::BLOCK_M]
         assert ((most > tolerance * (1 - 2**-7) / len(sides)) | narrow).all()
 
 

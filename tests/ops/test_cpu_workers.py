@@ -33,13 +33,16 @@ def shared(monkeypatch, two_threads):
         workers.share_out(jobs, make, count)
 
     monkeypatch.setattr(passes, "SHARED_PAIRS", 1)
+    monkeypatch.setattr(passes, "SHARED_GRADIENT_PAIRS", 1)
     monkeypatch.setattr(passes, "share_out", share_out)
     return counts
 
 
+@pytest.mark.parametrize("differentiated", [set(), {torch.float64}], ids=["products", "kernel"])
 @pytest.mark.parametrize("name", SHARED)
-def test_shared_out_heads_equal_the_definition(name, shared):
+def test_shared_out_heads_equal_the_definition(name, differentiated, shared, monkeypatch):
     """In float64, where nothing but rounding may differ; and two runs agree to the last bit."""
+    monkeypatch.setattr(passes, "DIFFERENTIATED", differentiated)
     tensors, options = CASES[name].inputs(torch.float64)
     grads = random_grads(tensors)
     expected, *actual = (run(f, tensors, options, grads) for f in (reference_attention, cpu_attention, cpu_attention))

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 from adversarial import CASES, Case, probabilities
-from flat import key_ranges
+from flat import key_ranges, near_ranges
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -62,6 +62,67 @@ def test_dropped_mass_for_any_shape(data):
     starts, ends = key_ranges(*tensors[:2], scale=0.25, tolerance=tolerance, key_norms=norms, **blocks, **options)
     dropped = dropped_mass(tensors, options, starts, ends, block_m, block_n)
     assert dropped.max().item() <= tolerance
+
+
+NEAR = [name for name, case in CASES.items() if "padding" not in name and case.queries <= case.keys]
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 2**-24, 1e-2])
+@pytest.mark.parametrize("name", NEAR)
+def test_near_ranges_drop_what_is_within_the_tolerance(name, tolerance):
+    (q, k, v), options = CASES[name].inputs(torch.float32)
+    starts, ends = near_ranges(q, k, scale=0.25, tolerance=tolerance, block_m=32, block_n=16, **options)
+    assert starts.dtype == ends.dtype == torch.int32
+    assert bool((starts >= 0).all() and (starts <= ends).all() and (ends <= -(-k.shape[2] // 16)).all())
+    assert dropped_mass((q, k, v), options, starts, ends, 32, 16).max().item() <= (tolerance or 2.0**-150)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_near_ranges_of_any_shape(data):
+    keys = data.draw(st.integers(1, 400), "keys")
+    case = Case(
+        batch=data.draw(st.integers(1, 2), "batch"),
+        heads=2,
+        kv_heads=data.draw(st.sampled_from([1, 2]), "kv heads"),
+        keys=keys,
+        queries=data.draw(st.integers(1, keys), "queries"),
+        slopes=torch.tensor(data.draw(st.lists(st.floats(0, 4), min_size=2, max_size=2), "slopes")),
+        options={
+            "causal": data.draw(st.booleans(), "causal"),
+            "window_size": data.draw(st.sampled_from([None, 1, 50]), "window"),
+        },
+    )
+    tolerance = data.draw(st.floats(1e-12, 0.5), "tolerance")
+    block_m, block_n = data.draw(st.tuples(st.integers(1, 70), st.integers(1, 70)), "blocks")
+    tensors, options = case.inputs(torch.float32, seed=data.draw(st.integers(0, 99), "seed"))
+    tensors[0].mul_(data.draw(st.sampled_from([0.1, 1.0, 10.0]), "size"))
+    blocks = {"block_m": block_m, "block_n": block_n}
+    starts, ends = near_ranges(*tensors[:2], scale=0.25, tolerance=tolerance, **blocks, **options)
+    assert dropped_mass(tensors, options, starts, ends, block_m, block_n).max().item() <= tolerance
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_near_ranges_are_little_wider(causal):
+    q, k = torch.randn(2, 1, 8, 2048, 64, generator=torch.Generator().manual_seed(2))
+    options = {"scale": 0.125, "tolerance": 2**-24, "block_m": 128, "block_n": 64, "causal": causal}
+    past = torch.arange(2, 33, 2) if causal else torch.tensor(32)  # of each block, by causality
+    near, precise = (
+        (torch.minimum(ends, past) - starts).sum(dim=(0, 2))
+        for starts, ends in (function(q, k, alibi_slopes(8), **options) for function in (near_ranges, key_ranges))
+    )
+    assert (near >= precise - 8).all()
+    assert near.sum() <= 1.15 * precise.sum()
+    assert near[0] <= 1.25 * precise[0]
+
+
+def test_near_ranges_keep_what_is_no_number():
+    q, k = torch.randn(2, 1, 2, 512, 16)
+    k[:, 0, 100] = float("nan")
+    q[:, 1, 300] = float("inf")
+    starts, _ = near_ranges(q, k, torch.tensor([1.0, 1.0]), scale=0.25, tolerance=0.1, block_m=128, block_n=64)
+    assert not starts[0, 0].any()
+    assert starts[0, 1, 2] == 0 < starts[0, 1, 3]
 
 
 @pytest.mark.parametrize("queries", [1, 15])

@@ -64,9 +64,9 @@ CROSSOVERS = {
     "AMX": Crossovers(
         "cpu-2core-amx-crossover.json",
         "cpu",
-        forward={2: 512, 4: 512},
-        training={2: 512, 4: 512},
-        decoding={2: 8192, 4: 4096},
+        forward={2: 256, 4: 256},
+        training={2: 1024, 4: 1024},
+        decoding={2: 8192, 4: 8192},
         cached={2: 2**24, 4: 2**23},
     ),
     "Hopper": Crossovers(

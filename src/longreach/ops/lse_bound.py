@@ -51,7 +51,7 @@ def lse_lower_bound(
     left, right = raised(left), raised(right)
     earlier = _earlier_lse(q, k, left, centre, scale, visibility)
     if visibility.key_padding_mask is None and query_length <= key_length:
-        score = own_scores(q, k, centre, scale)
+        score = _products(q, k[:, :, key_length - query_length :], centre) * scale  # each query with its own key
         return torch.logaddexp(earlier, score.masked_fill(~sees, float("-inf"))), sees
     for index, unseen in zip(nearest, hidden, strict=True):
         index = index.clamp(0, key_length - 1)
@@ -89,11 +89,6 @@ def last_lse(
     if q.shape[2] > 1 or not visibility.causal or visibility.hides_past:  # a single query stands at the last key
         scores = scores.masked_fill(_hidden(positions, key_positions[None], visibility), float("-inf"))
     return scores.logsumexp(dim=-1)
-
-
-def own_scores(q: Tensor, k: Tensor, centre: Tensor | None, scale: float) -> Tensor:
-    """scale q . (k - centre) of each query and the key at its position: (B, H, Tq)."""
-    return _products(q, k[:, :, k.shape[2] - q.shape[2] :], centre) * scale
 
 
 def _earlier_lse(

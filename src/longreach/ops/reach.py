@@ -23,15 +23,7 @@ from longreach.ops.arguments import (
     validate_types,
     validated_visibility,
 )
-from longreach.ops.lse_bound import (
-    FEW_QUERIES,
-    ROUNDING,
-    chunks,
-    last_lse,
-    lse_lower_bound,
-    own_scores,
-    per_query_head,
-)
+from longreach.ops.lse_bound import FEW_QUERIES, ROUNDING, chunks, last_lse, lse_lower_bound, per_query_head
 from longreach.ops.visibility import Visibility
 
 KEY_BLOCK = 64
@@ -276,14 +268,14 @@ def near_ranges(
         log_weight = _log_geometric_sum(slope, key_length) - log_mass
         distance = ((excess + log_weight[..., None]) / slope[..., None]).ceil() - 1
         # What is not a number, or no finite one, is not below anything.
-        return torch.where(distance < key_length, distance.clamp(min=0), key_length).to(torch.int32)
+        return torch.where(distance < key_length, distance.clamp(min=0), key_length).to(torch.int64)
 
     offset = key_length - q.shape[2]
-    starts = (first + offset - needed(left)).clamp_(min=0).div_(block_n, rounding_mode="floor")
+    starts = (first + offset - needed(left)).clamp_(min=0).div_(block_n, rounding_mode="floor").to(torch.int32)
     if visibility.causal:
         return starts, torch.full_like(starts, -(-key_length // block_n))
     past = (last + (offset + 1) + needed(right)).clamp_(max=key_length)
-    return starts, past.add_(block_n - 1).div_(block_n, rounding_mode="floor")
+    return starts, past.add_(block_n - 1).div_(block_n, rounding_mode="floor").to(torch.int32)
 
 
 def visible_ranges(

@@ -1,8 +1,8 @@
 """Tiles by PyTorch's flash attention for the CPU: of few queries, and of all where products are no faster.
 
 With few queries this kernel, which `scaled_dot_product_attention` uses too, reads each key and each value once and
-copies none. It is called directly because only that returns the LSE. So is its backward pass, which makes weights from the
-LSE: it serves where scores are small.
+copies none. It is called directly because only that returns the LSE. So is its backward pass, which makes weights from
+the LSE and serves where scores are small.
 """
 
 import sys
@@ -131,7 +131,7 @@ class KernelGradients(ManyQueries):
 
 @contextmanager
 def _denormals_flushed() -> Iterator[None]:
-    """Have this thread take numbers below the normal ones for 0: weights among them make products fifty times as slow."""
+    """Have this thread take denormal numbers for 0: weights among them make products fifty times as slow."""
     were_flushed = sys.float_info.min * 0.5 == 0.0
     torch.set_flush_denormal(True)
     try:

@@ -6,8 +6,8 @@ from torch import Tensor
 from longreach.ops.processor import CPU
 
 IS_FAST = torch.backends.mkldnn.is_available() and CPU == "AVX-512"
-"""Whether they can be had where they are fast: twice as fast as MKL's on processors with AVX-512 that MKL does not favour.
-On AVX2, and on Intel's, the two are alike."""
+"""Whether they can be had where they are fast: twice as fast as MKL's on AVX-512 that MKL does not favour. On AVX2, and
+on Intel's, the two are alike."""
 
 
 def product(a: Tensor, b: Tensor, added: Tensor | None = None) -> Tensor:

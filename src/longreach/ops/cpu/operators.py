@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longreach.ops.cpu.plan import BLOCK_M
 from longreach.ops.cpu.passes import Attended, attend, differentiate
+from longreach.ops.cpu.plan import BLOCK_M
 from longreach.ops.reach import default_tolerance
 from longreach.ops.transforms import differentiable, may_learn, without_autocast
 from longreach.ops.visibility import Visibility

@@ -1,9 +1,9 @@
 """The forward and the backward pass of ALiBi attention on the CPU: which heads are bounded, by what tiles are computed.
 
 Query blocks whose ranges are alike become one batch, their keys overlapping windows of k and v; `plan` decides on that
-and `views` finds the bias of each tile at no cost. Tiles are computed by PyTorch's `kernel`, or by matrix `products` where
-these are faster, as oneDNN's are, or more accurate: the backward pass has scores of any size. It works on the ranges that the
-forward pass found to matter, and adds gradients up in one fixed order, so that two runs agree to the last bit.
+and `views` finds the bias of each tile at no cost. Tiles are computed by PyTorch's `kernel`, or by matrix `products`
+where these are faster, as oneDNN's are, or where gradients of large scores need them. The backward pass works on the
+ranges that the forward pass found, and adds gradients up in one fixed order, so that two runs agree to the last bit.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -40,8 +40,8 @@ from longreach.ops.reach import row_norms
 from longreach.ops.visibility import Visibility
 
 PRODUCTS_PAIRS = 2**20
-"""Pairs of a query and a key of a head from which on oneDNN's products are faster than the flash kernel: at 512 tokens and
-D 64 they take 1.03 to 1.10 times as long, at 1,024 0.93 to 1.10 and at 2,048 0.76."""
+"""Pairs of a query and a key of a head from which on oneDNN's products are faster than the flash kernel: at 512 tokens
+and D 64 they take 1.03 to 1.10 times as long, at 1,024 0.93 to 1.10 and at 2,048 0.76."""
 
 PRODUCTS_DIM = 64
 """D from which on they are, as what they take beside multiplying is the same for any: with 32 at 512 to 8,192 tokens
@@ -51,13 +51,14 @@ DIFFERENTIATED = {"AMX": {torch.float32, torch.bfloat16}, "AVX-512": set[torch.d
 """What the kernel differentiates faster than products do: of half types what matrix units multiply."""
 
 SMALL_SCORES = 24.0
-"""Largest score, KEYS_SEEN the fewest keys that queries see and STEEPEST the largest slope with which one number for the LSE
-does in the backward pass in float32: it is rounded by up to 2^-24 of its size, a whole row of weights errs by that, and
-where one key has all weight the definition does not err at all (docs/attention.md, "Rounding")."""
+"""Largest score, by norms, for which one number for the LSE does in the backward pass in float32: it is rounded by up
+to 2^-24 of its size, and a whole row of weights errs by that (docs/attention.md, "Rounding")."""
 
 KEYS_SEEN = 64
+"""Fewest keys that queries see there: where one has all weight, the definition does not err at all."""
 
 STEEPEST = 1.0
+"""Largest slope there, for the same reason."""
 
 SHARED_PAIRS = 2**20
 """Pairs of a query and a key of a head and document from which on heads are shared out among threads, at 1,024 tokens.
@@ -68,7 +69,7 @@ SHARED_GRADIENT_PAIRS = 2**18
 """Likewise where the kernel differentiates, in fewer and larger operations."""
 
 SHARED_TILE = 2**20
-"""Pairs up to which a tile of the kernel that is shared out holds several heads: each tile has its price in Python, while
+"""Pairs up to which a tile of the kernel that is shared out holds several heads: each has its price in Python, while
 other threads wait for its lock."""
 
 BOUND_BY_KERNEL = 2**18
@@ -95,8 +96,8 @@ class Attended(NamedTuple):
     lse: Tensor
     """(B, H, Tq) float32, or float64 where q is."""
     peak: Tensor
-    """Likewise: the score by base 2 that the weights of a row are relative to, its largest one or, by the kernel, the LSE;
-    inf for rows that see no key; empty where no gradient is wanted."""
+    """Likewise: the score by base 2 that the weights of a row are relative to, its largest one or, by the kernel, the
+    LSE; inf for rows that see no key; empty where no gradient is wanted."""
     total: Tensor
     """Likewise: the sum of weights relative to that, 0 for rows that see no key."""
     low: Tensor

@@ -57,8 +57,8 @@ BOUND_READS = 25_000
 """Work of finding any ranges of few queries at all, in keys that could be read instead: some fifty small operations."""
 
 NEAR_KEYS = 0 if onednn.IS_FAST else 4096
-"""Keys up to which `near_ranges` does, whose few operations are done sooner than more precise ones save work. Where oneDNN
-is fast that was not measured."""
+"""Keys up to which `near_ranges` does: more precise bounds take longer than they save. Where oneDNN is fast that was
+not measured."""
 
 Ranges = dict[int, tuple[list[list[int]], list[list[int]]]]
 """By head, first key and one past the last that it needs, for each sequence and each block."""

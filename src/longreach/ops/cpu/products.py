@@ -1,7 +1,8 @@
 """Tiles by matrix products: scores, weights and gradients in memory, a strip of keys at a time.
 
-Weights are exponentials by base 2 of scores that hold log2 e from the start, relative to the largest score of their row.
-The backward pass makes them again, and rounds each score as the forward pass did (docs/attention.md, "Rounding").
+Weights are exponentials by base 2 of scores that hold log2 e from the start, relative to the largest score of their
+row. The backward pass makes them again, and rounds scores as the forward pass did (docs/attention.md, "Rounding"). Half
+types are computed in float32.
 """
 
 import math
@@ -30,8 +31,8 @@ def _dots(a: Tensor, b: Tensor, added: Tensor | None = None) -> Tensor:
     """a b^T + added, of a (lanes, M, D), b (lanes, N, D) and `added` (lanes, 1, N), each dot product rounded alike.
 
     Whatever rows are beside them, and whether a or b comes first: what is subtracted from a score or from dP is another
-    one of these, and what is equal is to cancel. MKL adds up otherwise where there are few rows or columns, with what is
-    added where D is 1, and with that, or than oneDNN, where rows are long.
+    one of these, and what is equal is to cancel. MKL adds up otherwise where there are few rows or columns, with what
+    is added where D is 1, and with that, or than oneDNN, where rows are long.
     """
     rows, columns = a.shape[1], b.shape[1]
     if min(rows, columns) < ALIKE_ROWS:
