@@ -56,10 +56,10 @@ CROSSOVERS = {
     "AVX2": Crossovers(
         "cpu-2core-avx2-crossover.json",
         "cpu",
-        forward={2: 512, 4: 512},
-        training={2: 512, 4: 512},  # not measured for half types, see the benchmark
-        decoding={2: 8192, 4: 4096},
-        cached={2: 2**24, 4: 2**23},
+        forward={2: 256, 4: 256},
+        training={2: 1024, 4: 1024},  # not measured for half types, see the benchmark
+        decoding={2: 4096, 4: 8192},
+        cached={2: 2**23, 4: 2**24},
     ),
     "AMX": Crossovers(
         "cpu-2core-amx-crossover.json",

@@ -6,6 +6,7 @@ types are computed in float32.
 """
 
 import math
+from functools import cache
 from typing import Any
 
 import torch
@@ -32,8 +33,12 @@ def _dots(a: Tensor, b: Tensor, added: Tensor | None = None) -> Tensor:
 
     Whatever rows are beside them, and whether a or b comes first: what is subtracted from a score or from dP is another
     one of these, and what is equal is to cancel. MKL adds up otherwise where there are few rows or columns, with what
-    is added where D is 1, and with that, or than oneDNN, where rows are long.
+    is added where D is 1, and with that, or than oneDNN, where rows are long. Where it has several orders anyhow, products
+    are made in float64 and rounded, which hides them.
     """
+    if a.dtype == torch.float32 and not _adds_up_alike():
+        rounded = torch.bmm(a.double(), b.double().transpose(1, 2)).float()
+        return rounded if added is None else rounded.add_(added)
     rows, columns = a.shape[1], b.shape[1]
     if min(rows, columns) < ALIKE_ROWS:
         a, b = (F.pad(x, (0, 0, 0, max(0, ALIKE_ROWS - x.shape[1]))) for x in (a, b))
@@ -47,8 +52,29 @@ def _dots(a: Tensor, b: Tensor, added: Tensor | None = None) -> Tensor:
 def _own_dots(a: Tensor, b: Tensor) -> Tensor:
     """The dot product of each row of a and the same row of b, (lanes, 1, rows), rounded as `_dots` rounds it."""
     lanes, rows = a.shape[:2]
+    if a.dtype == torch.float32 and not _adds_up_alike():
+        return (a.double() * b.double()).sum(dim=-1).float()[:, None]
     a, b = (F.pad(x, (0, 0, 0, -rows % ALIKE_ROWS)).unflatten(1, (-1, ALIKE_ROWS)).flatten(0, 1) for x in (a, b))
     return torch.bmm(a, b.transpose(1, 2)).diagonal(dim1=1, dim2=2).reshape(lanes, 1, -1)[..., :rows]
+
+
+@cache
+def _adds_up_alike() -> bool:
+    """Whether this machine's float32 products are rounded alike whatever rows are beside them, and in either order.
+
+    Those of MKL are on AVX-512, and on AMD's AVX2; on Intel's AVX2 they are not.
+    """
+    numbers = torch.arange(3.0, 64 * 576 + 3, dtype=torch.float32, device="cpu").mul_(0.7).sin_().view(1, 576, 64)
+    a, b = numbers.split([256, 320], dim=1)
+    whole = torch.bmm(a, b.transpose(1, 2))
+    return all(
+        torch.equal(product, whole[:, :rows, :columns])
+        for rows, columns in ((ALIKE_ROWS, 256), (128, 64), (128, 320), (256, 192))
+        for product in (
+            torch.bmm(a[:, :rows], b[:, :columns].transpose(1, 2)),
+            torch.bmm(b[:, :columns], a[:, :rows].transpose(1, 2)).transpose(1, 2),
+        )
+    )
 
 
 def _product(a: Tensor, b: Tensor, added: Tensor | None = None) -> Tensor:
