@@ -75,7 +75,11 @@ def ways():
     for number, name in enumerate(CASES):
         yield name, "bounded", torch.float32
         if number % 3 == 0:
-            yield from ((name, "bounded", HALF[number % 2]), (name, "near", torch.float32), (name, "dense", torch.float32))
+            yield from (
+                (name, "bounded", HALF[number % 2]),
+                (name, "near", torch.float32),
+                (name, "dense", torch.float32),
+            )
     yield from ((name, "dense", torch.float32) for name in LARGE_SCORES)
 
 

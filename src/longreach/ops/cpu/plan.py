@@ -8,7 +8,7 @@ and so do heads.
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -188,7 +188,7 @@ def bounded_ranges(
     group = q.shape[1] // k.shape[1]
     kv_heads = slice(heads.start // group, heads.stop // group)
     inputs = q[:, heads], k[:, kv_heads], (left[..., heads], right[..., heads]), visibility
-    options = {"scale": scale, "tolerance": tolerance, "block_m": BLOCK_M, "block_n": BLOCK_N}
+    options: dict[str, Any] = {"scale": scale, "tolerance": tolerance, "block_m": BLOCK_M, "block_n": BLOCK_N}
     if visibility.sees_own_keys and FEW_QUERIES <= visibility.query_length <= visibility.key_length <= NEAR_KEYS:
         starts, ends = near_ranges(*inputs, **options)
     else:

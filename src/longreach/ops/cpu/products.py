@@ -33,8 +33,8 @@ def _dots(a: Tensor, b: Tensor, added: Tensor | None = None) -> Tensor:
 
     Whatever rows are beside them, and whether a or b comes first: what is subtracted from a score or from dP is another
     one of these, and what is equal is to cancel. MKL adds up otherwise where there are few rows or columns, with what
-    is added where D is 1, and with that, or than oneDNN, where rows are long. Where it has several orders anyhow, products
-    are made in float64 and rounded, which hides them.
+    is added where D is 1, and with that, or than oneDNN, where rows are long. Where it has several orders anyhow,
+    products are made in float64 and rounded, which hides them.
     """
     if a.dtype == torch.float32 and not _adds_up_alike():
         rounded = torch.bmm(a.double(), b.double().transpose(1, 2)).float()
