@@ -8,6 +8,7 @@ ranges that the forward pass found, and adds gradients up in one fixed order, so
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -50,9 +51,10 @@ they take 1.07 to 1.33 times as long."""
 DIFFERENTIATED = {"AMX": {torch.float32, torch.bfloat16}, "AVX-512": set[torch.dtype](), "AVX2": {torch.float32}}[CPU]
 """What the kernel differentiates faster than products do: of half types what matrix units multiply."""
 
-SMALL_SCORES = 24.0
+SMALL_SCORES = 4.0
 """Largest score, by norms, for which one number for the LSE does in the backward pass in float32: it is rounded by up
-to 2^-24 of its size, and a whole row of weights errs by that (docs/attention.md, "Rounding")."""
+to 2^-24 of its size, and a whole row of weights errs by that. Where each query is its own key, rows of 80 to 128 break
+the error rule from 8 on (docs/attention.md, "Rounding")."""
 
 KEYS_SEEN = 64
 """Fewest keys that queries see there: where one has all weight, the definition does not err at all."""
@@ -226,7 +228,7 @@ def _kernel_differentiates(
         return False  # threads that PyTorch shares a tile among are not told what to do with denormals
     if q.dtype.itemsize < 4:  # whose weights are rounded to as much as the LSE is where that is 30,000
         return True
-    keys = visibility.key_length // (len(visibility.documents) - 1)
+    keys = min(past - first for first, past in pairwise(visibility.documents) if past > first)
     if min(keys, visibility.window_size or keys) < KEYS_SEEN or max(x.max().item() for x in slopes) > STEEPEST:
         return False
     longest = row_norms(k).amax(dim=-1).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
