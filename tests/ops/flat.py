@@ -8,8 +8,8 @@ from torch import Tensor
 
 from longreach.ops.cpu.operators import cpu_attention as cpu
 from longreach.ops.flex import flex_alibi_attention as flex
+from longreach.ops.near_reach import near_ranges as near
 from longreach.ops.reach import key_ranges as ranges
-from longreach.ops.reach import near_ranges as near
 from longreach.ops.reference import reference_attention as reference
 from longreach.ops.sdpa import sdpa_attention as sdpa
 from longreach.ops.triton.operators import triton_attention as triton
@@ -53,5 +53,5 @@ def key_ranges(q: Tensor, k: Tensor, slopes: Any = None, **options: Any) -> tupl
 
 
 def near_ranges(q: Tensor, k: Tensor, slopes: Any = None, **options: Any) -> tuple[Tensor, Tensor]:
-    """`longreach.ops.reach.near_ranges` likewise."""
+    """`longreach.ops.near_reach.near_ranges` likewise."""
     return flat(near)(q, k, slopes, **options)

@@ -20,7 +20,16 @@ from hypothesis import strategies as st
 import longreach.ops.cpu.passes as passes
 import longreach.ops.cpu.products as module
 from longreach.ops.alibi import alibi_bias, alibi_slopes
-from longreach.ops.cpu.plan import BLOCK_M, BLOCK_N, HostVisibility, plan, product_cost, reading_cost
+from longreach.ops.cpu.plan import (
+    BLOCK_M,
+    BLOCK_N,
+    HostVisibility,
+    heads_worth_bounding,
+    kernel_cost,
+    plan,
+    product_cost,
+    reading_cost,
+)
 from longreach.ops.lse_bound import FEW_QUERIES
 from longreach.ops.reach import key_block_norms, reach
 from longreach.ops.visibility import Visibility
@@ -38,10 +47,8 @@ def bounded(request, monkeypatch):
 
 @pytest.fixture(params=["products", "kernel"])
 def differentiated(request, monkeypatch):
-    """Where both would do, differentiate by either, whatever is faster on this processor."""
-    dtypes = {"products": set(), "kernel": {torch.float32, torch.float64, *HALF}}
-    monkeypatch.setattr(passes, "DIFFERENTIATED", dtypes[request.param])
-    monkeypatch.setattr(passes, "SMALL_SCORES", 24.0)  # as far as it is accurate for rows of 16
+    """Differentiate by either, whatever is faster on this processor: by the kernel where its rounding does."""
+    monkeypatch.setattr(passes, "DIFFERENTIATED", {"products": set(), "kernel": {torch.float64, *HALF}}[request.param])
 
 
 def run_without_slopes(function, tensors, options, grads):
@@ -65,28 +72,33 @@ def test_equals_the_definition_in_float64(name):
     # Scores stay below 1000 and sums below 2000 terms: 1000 * 2000 * 2^-53 = 2e-10 bounds the worst case.
     for x, y in zip((*expected[:2], *expected[2]), (*actual[:2], *actual[2]), strict=True):
         torch.testing.assert_close(y, x, rtol=1e-9, atol=1e-9)
+    expected, actual = (run_without_slopes(f, tensors, options, grads) for f in (reference_attention, cpu_attention))
+    for x, y in zip(expected, actual, strict=True):
+        torch.testing.assert_close(y, x, rtol=1e-9, atol=1e-9)
 
 
 def ways():
     """(case, ranges, dtype) that differ in the logic which rounds.
 
-    Each case in float32 within ranges, where scores are made and added up otherwise than by the definition. What is
-    left are conversions around the same products: of half types, and of whole heads, in every third case.
+    Each case in float32 within ranges, where scores are made and added up otherwise than by the definition, and in a
+    half type by the kernel. What is left are conversions around the same products: of half types, and of whole heads,
+    in every third case.
     """
     for number, name in enumerate(CASES):
-        yield name, "bounded", torch.float32
+        yield name, "bounded", torch.float32, "products"
+        yield name, "near", HALF[number % 2], "kernel"
         if number % 3 == 0:
-            yield from (
-                (name, "bounded", HALF[number % 2]),
-                (name, "near", torch.float32),
-                (name, "dense", torch.float32),
-            )
-    yield from ((name, "dense", torch.float32) for name in LARGE_SCORES)
+            yield name, "bounded", HALF[number % 2], "products"
+            yield from ((name, ranges, torch.float32, "products") for ranges in ("near", "dense"))
+    for name in LARGE_SCORES:
+        yield name, "dense", torch.float32, "products"
+        yield name, "dense", torch.bfloat16, "kernel"
 
 
-@pytest.mark.usefixtures("differentiated")
-@pytest.mark.parametrize(("name", "bounded", "dtype"), list(ways()), indirect=["bounded"], ids=str)
-def test_error_is_within_the_rule(name, bounded, dtype):
+@pytest.mark.parametrize(
+    ("name", "bounded", "dtype", "differentiated"), list(ways()), indirect=["bounded", "differentiated"], ids=str
+)
+def test_error_is_within_the_rule(name, bounded, dtype, differentiated):
     """Max and mean error against float64 at most 2x (3x for gradients) that of the plain reference in this dtype."""
     tensors, options = (CASES | LARGE_SCORES)[name].inputs(dtype)
     grads = random_grads(tensors)
@@ -116,7 +128,7 @@ def test_error_without_a_gradient_is_within_the_rule(name, bounded, by_products,
 
 @pytest.fixture
 def by_kernel(monkeypatch):
-    """The tiles that the kernel differentiates; it may wherever that is accurate."""
+    """The tiles that the kernel differentiates, where it may."""
     tiles, add = [], passes.KernelGradients.add
 
     def watched(self, tile):
@@ -125,61 +137,45 @@ def by_kernel(monkeypatch):
 
     monkeypatch.setattr(passes.KernelGradients, "add", watched)
     monkeypatch.setattr(passes, "DIFFERENTIATED", {torch.float32, torch.bfloat16})
-    monkeypatch.setattr(passes, "SMALL_SCORES", 24.0)
     return tiles
 
 
-def many(**changes):
-    """More keys than what errs where few are seen needs."""
-    return Case(**{"queries": 300, "keys": 400} | changes)
+@pytest.mark.parametrize(
+    ("case", "threads", "is_used"),
+    [
+        (Case(), 1, True),
+        (Case(batch=2, options={"key_padding_mask": torch.zeros(2, 300, dtype=torch.bool)}), 1, True),
+        (Case(batch=1, options={"key_padding_mask": torch.arange(300)[None] > 290}), 1, False),
+        (Case(queries=301), 1, False),
+        (Case(queries=8), 1, True),
+        (Case(), 2, False),  # too few pairs to be shared out
+    ],
+    ids=["all", "no padding", "padding", "queries without keys", "few queries", "two threads"],
+)
+def test_where_the_kernel_differentiates(case, threads, is_used, by_kernel):
+    tensors, options = case.inputs(torch.bfloat16)
+    torch.set_num_threads(threads)
+    try:
+        run_without_slopes(cpu_attention, tensors, options, random_grads(tensors))
+    finally:
+        torch.set_num_threads(1)
+    assert bool(by_kernel) == is_used
 
 
-def larger(q, k, v):
-    q *= 3
-
-
-NOT_BY_KERNEL = {
-    "scores are large": many(change=larger),
-    "a query sees one key": many(options={"window_size": 1}),
-    "a query sees few keys": many(options={"window_size": passes.KEYS_SEEN - 1}),
-    "documents are short": many(queries=400, options={"cu_seqlens": torch.arange(0, 401, 8, dtype=torch.int32)}),
-    "slopes are steep": many(slopes=torch.tensor([0.5, 0.1, 0.01, 20.0])),
-    "padding hides own keys": many(batch=1, options={"key_padding_mask": torch.arange(400)[None] > 390}),
-    "queries have no key at their position": many(queries=401),
-}
-
-
-@pytest.mark.parametrize("name", NOT_BY_KERNEL)
-def test_products_differentiate_where_one_number_for_the_lse_is_not_enough(name, by_kernel):
-    """And by the rule, which the first four of these break by the kernel."""
-    tensors, options = NOT_BY_KERNEL[name].inputs(torch.float32)
+def test_the_kernel_knows_no_slopes_that_learn_and_no_gradient_of_the_lse(by_kernel):
+    tensors, options = Case().inputs(torch.bfloat16)
     grads = random_grads(tensors)
-    grads = grads[0], torch.zeros_like(grads[1])
-    golden = run_without_slopes(reference_attention, [x.double() for x in tensors], options, grads)
-    plain, actual = (run_without_slopes(f, tensors, options, grads) for f in (reference_attention, cpu_attention))
-    assert not by_kernel
-    assert_within_the_rule(golden, plain, actual, magnitudes(tensors, options, grads))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("case", [many(), many(options={"window_size": passes.KEYS_SEEN}), many(queries=400)])
-def test_the_kernel_differentiates_elsewhere(case, dtype, by_kernel):
-    """But not where slopes learn or the LSE has a gradient, which it knows nothing of."""
-    tensors, options = case.inputs(dtype)
-    grads = random_grads(tensors)
-    run_without_slopes(cpu_attention, tensors, options, grads)
-    assert by_kernel
-    by_kernel.clear()
     run(cpu_attention, tensors, options, (grads[0], torch.zeros_like(grads[1])))
     leaves = [x.detach().requires_grad_() for x in tensors]
     torch.autograd.grad(cpu_attention(*leaves, **options)[1].sum(), leaves[:2])
     assert not by_kernel
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("head_dim", [64, 80, 128])
-def test_error_where_each_query_is_its_own_key(head_dim):
+def test_error_where_each_query_is_its_own_key(head_dim, dtype):
     """One key outweighs the others in each row, by scores that are not large."""
-    tensors, options = Case(queries=512, keys=512, head_dim=head_dim).inputs(torch.float32)
+    tensors, options = Case(queries=512, keys=512, head_dim=head_dim).inputs(dtype)
     tensors[0] = tensors[1].clone()
     grads = random_grads(tensors)
     for function in (run_without_slopes, outputs):
@@ -189,12 +185,18 @@ def test_error_where_each_query_is_its_own_key(head_dim):
 
 
 @pytest.mark.parametrize("flushed", [False, True])
-def test_denormals_are_as_before(flushed, by_kernel):
-    """Whatever the caller has set, in whose thread the kernel takes them for 0."""
+def test_denormals_count_as_zero_while_the_kernel_differentiates(flushed, by_kernel):
+    """In whose thread they are then what the caller has set, as before: a weight of 1e-40 makes products slow."""
     torch.set_flush_denormal(flushed)
-    tensors, options = many().inputs(torch.float32)
-    run_without_slopes(cpu_attention, tensors, options, random_grads(tensors))
+    q, k = torch.zeros(2, 1, 1, 185, 8)
+    v = torch.randn(1, 1, 185, 8)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out, _ = cpu_attention(*leaves, slopes=torch.tensor([0.5]), tolerance=0.0)
+    last = torch.zeros_like(out)
+    last[:, :, -1] = 1.0
+    of_v = torch.autograd.grad(out, leaves, last)[2][0, 0, :, 0]
     assert by_kernel
+    assert of_v[0] == 0.0 < of_v[20] < 1e-35
     product = torch.full((1,), 1e-30) * torch.full((1,), 1e-10)
     assert product.item() == (0.0 if flushed else pytest.approx(1e-40, rel=1e-3))
 
@@ -478,6 +480,32 @@ def test_heads_share_calls_where_that_is_cheapest(data, kv_heads):
 
     cheapest = min(total(cuts) for count in range(heads) for cuts in combinations(range(1, heads), count))
     assert sum(reading_cost(t.heads.stop - t.heads.start, 1, t.width) for t in tiles) == cheapest
+
+
+def test_bounding_is_as_dear_as_the_price_says():
+    """Where pairs are cheap, fewer heads are worth it, and longer inputs."""
+    slopes = alibi_slopes(8)
+
+    def worth(length, price):
+        q, k = torch.zeros(2, 1, 8, length, 64)
+        visibility = HostVisibility.read(Visibility(length, length))
+        found = heads_worth_bounding(q, k, slopes, slopes, visibility, 2**-14, None, 2**18, price)
+        return found.stop - found.start
+
+    assert worth(1024, 1) > worth(1024, 4) == 0
+    assert worth(2048, 1) >= worth(2048, 4) > 0
+
+
+@pytest.mark.parametrize(("largest", "most_heads"), [(0, 1), (2**17, 2), (2**19, 8)])
+def test_tiles_of_several_heads_have_at_most_so_many_pairs(largest, most_heads):
+    shape = (2, 8, 512, 64)
+    visibility = HostVisibility.read(Visibility(512, 512))
+    tiles = list(plan(shape, shape, range(8), visibility, {}, kernel_cost, largest=largest))
+    heads = [tile.heads.stop - tile.heads.start for tile in tiles]
+    assert all(tile.batch.stop - tile.batch.start == 1 for tile in tiles)
+    assert all(count == 1 or tile.pairs <= largest for tile, count in zip(tiles, heads, strict=True))
+    assert max(heads) == most_heads
+    assert sum(tile.rows * count for tile, count in zip(tiles, heads, strict=True)) == 2 * 8 * 512
 
 
 def test_work_stays_in_proportion_to_what_reach_keeps(monkeypatch):

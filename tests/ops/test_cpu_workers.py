@@ -38,11 +38,9 @@ def shared(monkeypatch, two_threads):
     return counts
 
 
-@pytest.mark.parametrize("differentiated", [set(), {torch.float64}], ids=["products", "kernel"])
 @pytest.mark.parametrize("name", SHARED)
-def test_shared_out_heads_equal_the_definition(name, differentiated, shared, monkeypatch):
+def test_shared_out_heads_equal_the_definition(name, shared):
     """In float64, where nothing but rounding may differ; and two runs agree to the last bit."""
-    monkeypatch.setattr(passes, "DIFFERENTIATED", differentiated)
     tensors, options = CASES[name].inputs(torch.float64)
     grads = random_grads(tensors)
     expected, *actual = (run(f, tensors, options, grads) for f in (reference_attention, cpu_attention, cpu_attention))
@@ -50,6 +48,31 @@ def test_shared_out_heads_equal_the_definition(name, differentiated, shared, mon
     assert min(shared) > 1
     first, second = ((*found[:2], *found[2]) for found in actual)
     for x, y, again in zip((*expected[:2], *expected[2]), first, second, strict=True):
+        torch.testing.assert_close(y, x, rtol=1e-9, atol=1e-9)
+        assert torch.equal(y, again)
+
+
+@pytest.mark.parametrize("name", ["gaussian", "grouped heads", "bidirectional", "documents", "longer than the reach"])
+def test_shared_out_gradients_of_the_kernel_equal_the_definition(name, shared, monkeypatch):
+    monkeypatch.setattr(passes, "DIFFERENTIATED", {torch.float64})
+    threads, add = set(), passes.KernelGradients.add
+
+    def watched(self, tile):
+        threads.add(threading.get_ident())
+        add(self, tile)
+
+    monkeypatch.setattr(passes.KernelGradients, "add", watched)
+    tensors, options = CASES[name].inputs(torch.float64)
+    gradient = random_grads(tensors)[0]
+
+    def gradients(function):
+        leaves = [x.detach().requires_grad_() for x in tensors]
+        return torch.autograd.grad(function(*leaves, **options)[0], leaves, gradient)
+
+    expected, first, second = map(gradients, (reference_attention, cpu_attention, cpu_attention))
+    assert len(shared) == 4
+    assert threads
+    for x, y, again in zip(expected, first, second, strict=True):
         torch.testing.assert_close(y, x, rtol=1e-9, atol=1e-9)
         assert torch.equal(y, again)
 

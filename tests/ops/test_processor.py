@@ -25,7 +25,3 @@ def test_class_of_processors(capability, found, kind, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
     assert processor._class() == kind
     assert kind in CROSSOVERS
-
-
-def test_this_processor_has_a_class():
-    assert processor._class() == processor.CPU

@@ -1,4 +1,5 @@
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -21,16 +22,18 @@ def dropped_mass(tensors, options, starts, ends, block_m, block_n):
     return weights.masked_fill((key_block >= first) & (key_block < past), 0.0).sum(dim=-1)
 
 
+NEAR = [name for name, case in CASES.items() if "padding" not in name and case.queries <= case.keys]
+
+
 @pytest.mark.parametrize("tolerance", [0.0, 2**-24, 1e-2])
 @pytest.mark.parametrize("name", CASES)
 def test_dropped_mass_is_within_the_tolerance(name, tolerance):
     tensors, options = CASES[name].inputs(torch.float32)
     q, k, _ = tensors
-    padding = options.get("key_padding_mask")
-    for norms in (None, key_block_norms(k, 16, padding)):
-        starts, ends = key_ranges(
-            q, k, scale=0.25, tolerance=tolerance, block_m=32, block_n=16, key_norms=norms, **options
-        )
+    norms = key_block_norms(k, 16, options.get("key_padding_mask"))
+    functions = [key_ranges, partial(key_ranges, key_norms=norms), *([near_ranges] if name in NEAR else [])]
+    for function in functions:
+        starts, ends = function(q, k, scale=0.25, tolerance=tolerance, block_m=32, block_n=16, **options)
         assert starts.dtype == ends.dtype == torch.int32
         assert bool((starts >= 0).all() and (starts <= ends).all() and (ends <= -(-k.shape[2] // 16)).all())
         # With tolerance 0 what is dropped must vanish even after exp(s - max) <= Tk * weight in float32.
@@ -57,49 +60,13 @@ def test_dropped_mass_for_any_shape(data):
     tolerance = data.draw(st.floats(1e-12, 0.5), "tolerance")
     block_m, block_n = data.draw(st.tuples(st.integers(1, 70), st.integers(1, 70)), "blocks")
     tensors, options = case.inputs(torch.float32, seed=data.draw(st.integers(0, 99), "seed"))
-    norms = key_block_norms(tensors[1], block_n) if data.draw(st.booleans(), "norms known") else None
-    blocks = {"block_m": block_m, "block_n": block_n}
-    starts, ends = key_ranges(*tensors[:2], scale=0.25, tolerance=tolerance, key_norms=norms, **blocks, **options)
-    dropped = dropped_mass(tensors, options, starts, ends, block_m, block_n)
-    assert dropped.max().item() <= tolerance
-
-
-NEAR = [name for name, case in CASES.items() if "padding" not in name and case.queries <= case.keys]
-
-
-@pytest.mark.parametrize("tolerance", [0.0, 2**-24, 1e-2])
-@pytest.mark.parametrize("name", NEAR)
-def test_near_ranges_drop_what_is_within_the_tolerance(name, tolerance):
-    (q, k, v), options = CASES[name].inputs(torch.float32)
-    starts, ends = near_ranges(q, k, scale=0.25, tolerance=tolerance, block_m=32, block_n=16, **options)
-    assert starts.dtype == ends.dtype == torch.int32
-    assert bool((starts >= 0).all() and (starts <= ends).all() and (ends <= -(-k.shape[2] // 16)).all())
-    assert dropped_mass((q, k, v), options, starts, ends, 32, 16).max().item() <= (tolerance or 2.0**-150)
-
-
-@settings(max_examples=60, deadline=None)
-@given(data=st.data())
-def test_near_ranges_of_any_shape(data):
-    keys = data.draw(st.integers(1, 400), "keys")
-    case = Case(
-        batch=data.draw(st.integers(1, 2), "batch"),
-        heads=2,
-        kv_heads=data.draw(st.sampled_from([1, 2]), "kv heads"),
-        keys=keys,
-        queries=data.draw(st.integers(1, keys), "queries"),
-        slopes=torch.tensor(data.draw(st.lists(st.floats(0, 4), min_size=2, max_size=2), "slopes")),
-        options={
-            "causal": data.draw(st.booleans(), "causal"),
-            "window_size": data.draw(st.sampled_from([None, 1, 50]), "window"),
-        },
-    )
-    tolerance = data.draw(st.floats(1e-12, 0.5), "tolerance")
-    block_m, block_n = data.draw(st.tuples(st.integers(1, 70), st.integers(1, 70)), "blocks")
-    tensors, options = case.inputs(torch.float32, seed=data.draw(st.integers(0, 99), "seed"))
     tensors[0].mul_(data.draw(st.sampled_from([0.1, 1.0, 10.0]), "size"))
-    blocks = {"block_m": block_m, "block_n": block_n}
-    starts, ends = near_ranges(*tensors[:2], scale=0.25, tolerance=tolerance, **blocks, **options)
-    assert dropped_mass(tensors, options, starts, ends, block_m, block_n).max().item() <= tolerance
+    norms = key_block_norms(tensors[1], block_n) if data.draw(st.booleans(), "norms known") else None
+    near = [near_ranges] if case.queries <= keys else []
+    for function in (partial(key_ranges, key_norms=norms), *near):
+        blocks = {"block_m": block_m, "block_n": block_n}
+        starts, ends = function(*tensors[:2], scale=0.25, tolerance=tolerance, **blocks, **options)
+        assert dropped_mass(tensors, options, starts, ends, block_m, block_n).max().item() <= tolerance
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -155,7 +155,7 @@ def key_block_norms(k: Tensor, block_n: int, key_padding_mask: Tensor | None = N
     norms = row_norms(k)  # [B, Hkv, Tk]
     if key_padding_mask is not None:
         norms = norms.masked_fill(key_padding_mask[:, None], 0.0)
-    return _block_max(norms, block_n, 0.0)
+    return block_max(norms, block_n, 0.0)
 
 
 def key_ranges(
@@ -229,55 +229,6 @@ def key_ranges(
     return starts.to(torch.int32), ends.to(torch.int32).contiguous()
 
 
-def near_ranges(
-    q: Tensor,
-    k: Tensor,
-    slopes: Tensor | tuple[Tensor, Tensor],
-    visibility: Visibility,
-    *,
-    scale: float,
-    tolerance: float,
-    block_m: int,
-    block_n: int,
-) -> tuple[Tensor, Tensor]:
-    """Ranges like those of `key_ranges`, wider but by a tenth of the operations, where each query sees its own key.
-
-    They hold what is within reach and leave it to the caller what masks hide. There is no padding, and no query
-    without a key at its position.
-    """
-    num_heads, key_length = q.shape[1], k.shape[2]
-    left, right = lowered_slopes(q, slopes)
-    log_mass = log_tolerance(tolerance, left.dtype, key_length) - (0.0 if visibility.causal else math.log(2.0))
-    q = q.to(left.dtype)
-    norm = torch.linalg.vector_norm(q, dim=-1) * scale  # [B, H, Tq]
-    keys = k.to(left.dtype)
-    centre = keys.mean(dim=2, keepdim=True)
-    keys = keys - centre
-    radius = torch.linalg.vector_norm(keys, dim=-1).amax(dim=-1, keepdim=True)  # [B, Hkv, 1]
-    longest = radius + torch.linalg.vector_norm(centre, dim=-1)
-    radius, longest = (per_query_head(x, num_heads) for x in (radius * (1 + (q.shape[3] + 16) * ROUNDING), longest))
-    bound = norm * radius
-    own = per_query_head(keys[:, :, key_length - q.shape[2] :], num_heads)
-    lse = (q * own).sum(dim=-1) * scale - norm * longest * LSE_ROUNDING - 2.0**-12
-    excess = _block_max(bound - lse + ROUNDING * (bound + lse.abs()), block_m, float("-inf"))  # [B, H, NQ]
-    first = torch.arange(0, q.shape[2], block_m, device=q.device)
-    last = (first + (block_m - 1)).clamp(max=q.shape[2] - 1)
-
-    def needed(slope: Tensor) -> Tensor:
-        """At how many positions before or after those of a block the last key lies that it needs: (B, H, NQ)."""
-        log_weight = _log_geometric_sum(slope, key_length) - log_mass
-        distance = ((excess + log_weight[..., None]) / slope[..., None]).ceil() - 1
-        # What is not a number, or no finite one, is not below anything.
-        return torch.where(distance < key_length, distance.clamp(min=0), key_length).to(torch.int64)
-
-    offset = key_length - q.shape[2]
-    starts = (first + offset - needed(left)).clamp_(min=0).div_(block_n, rounding_mode="floor").to(torch.int32)
-    if visibility.causal:
-        return starts, torch.full_like(starts, -(-key_length // block_n))
-    past = (last + (offset + 1) + needed(right)).clamp_(max=key_length)
-    return starts, past.add_(block_n - 1).div_(block_n, rounding_mode="floor").to(torch.int32)
-
-
 def visible_ranges(
     visibility: Visibility, *, block_m: int, block_n: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
@@ -306,7 +257,7 @@ def _decoding_ranges(
     norms = per_query_head(key_norms, num_heads)[:, :, None]  # [B, H, 1, NK]
     lse = last_lse(q, k, slope, slope, None, scale, visibility)[..., None]
     lse = lse - norm * norms.amax(dim=-1, keepdim=True) * LSE_ROUNDING - 2.0**-12
-    log_weight = _log_geometric_sum(slope, block_n) - log_tolerance(tolerance, norm.dtype, key_length)
+    log_weight = log_geometric_sum(slope, block_n) - log_tolerance(tolerance, norm.dtype, key_length)
     row_terms = log_weight[..., None, None] - lse + ROUNDING * lse.abs()  # [B, H, Tq, 1]
     first_key = torch.arange(0, key_length, block_n, device=q.device)  # of each block
     position = torch.arange(query_length, device=q.device)[:, None] + (key_length - query_length)
@@ -324,7 +275,7 @@ def _decoding_ranges(
     return starts, torch.full_like(starts, len(first_key))
 
 
-def _log_geometric_sum(slope: Tensor, count: int) -> Tensor:
+def log_geometric_sum(slope: Tensor, count: int) -> Tensor:
     """Log of the sum of e^(-slope t) over t = 0, 1, ..., count - 1."""
     plain = slope == 0
     slope = slope.masked_fill(plain, 1.0)
@@ -449,11 +400,11 @@ def soft_radius(lengths: Tensor, norm: Tensor, side: Side, block_n: int) -> Tens
     if side.sign == 1:
         from_edge = from_edge.flip(0)  # the near edge of a past block is its last key
     log_terms = exponent[..., None] * lengths - side.slope[..., None, None] * from_edge
-    log_mean = log_terms.logsumexp(dim=-1) - _log_geometric_sum(side.slope, block_n)[..., None]
+    log_mean = log_terms.logsumexp(dim=-1) - log_geometric_sum(side.slope, block_n)[..., None]
     return (log_mean / exponent).clamp(min=0.0)
 
 
-def _block_max(x: Tensor, block: int, fill: float) -> Tensor:
+def block_max(x: Tensor, block: int, fill: float) -> Tensor:
     """Maximum of x (..., T) over each block of T, the last one filled up: (..., ceil(T / block))."""
     missing = -x.shape[-1] % block
     if missing:
@@ -497,7 +448,7 @@ def chord_of(norm: Tensor, lse: Tensor, sees: Tensor, inner: Tensor, radius: Ten
 def _row_excess(bound: Tensor, lse: Tensor, inner: Tensor, sees: Tensor, block_m: int) -> Tensor:
     """Largest log of a row's weight on a key at the edge of its query block, were the bias 0 there: (B, H, NQ)."""
     excess = bound - lse - inner + ROUNDING * (bound.abs() + lse.abs() + inner)  # [B, H, Tq]
-    return _block_max(excess.masked_fill(~sees, float("-inf")), block_m, float("-inf"))
+    return block_max(excess.masked_fill(~sees, float("-inf")), block_m, float("-inf"))
 
 
 def count_dropped(
@@ -514,7 +465,7 @@ def count_dropped(
         rows: which query blocks.
     """
     num_key_blocks = chord.share.shape[-1]
-    weight = _log_geometric_sum(side.slope, block_n)  # [B, H]
+    weight = log_geometric_sum(side.slope, block_n)  # [B, H]
     # Rows that see nothing have an excess of -inf, for which the chord is not a number: they need no keys.
     least = torch.finfo(chord.low.dtype).min / 8
     low = (chord.low[..., rows] + weight[..., None] - side.log_tolerance).clamp(min=least)

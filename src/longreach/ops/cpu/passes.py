@@ -2,13 +2,12 @@
 
 Query blocks whose ranges are alike become one batch, their keys overlapping windows of k and v; `plan` decides on that
 and `views` finds the bias of each tile at no cost. Tiles are computed by PyTorch's `kernel`, or by matrix `products`
-where these are faster, as oneDNN's are, or where gradients of large scores need them. The backward pass works on the
-ranges that the forward pass found, and adds gradients up in one fixed order, so that two runs agree to the last bit.
+where these are faster, as oneDNN's are, or where gradients need their accuracy. The backward pass works on the ranges
+that the forward pass found, and adds gradients up in one fixed order, so that two runs agree to the last bit.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -37,7 +36,6 @@ from longreach.ops.cpu.totals import Totals
 from longreach.ops.cpu.workers import Job, can_share_out, share_out
 from longreach.ops.lse_bound import FEW_QUERIES
 from longreach.ops.processor import CPU
-from longreach.ops.reach import row_norms
 from longreach.ops.visibility import Visibility
 
 PRODUCTS_PAIRS = 2**20
@@ -48,19 +46,10 @@ PRODUCTS_DIM = 64
 """D from which on they are, as what they take beside multiplying is the same for any: with 32 at 512 to 8,192 tokens
 they take 1.07 to 1.33 times as long."""
 
-DIFFERENTIATED = {"AMX": {torch.float32, torch.bfloat16}, "AVX-512": set[torch.dtype](), "AVX2": {torch.float32}}[CPU]
-"""What the kernel differentiates faster than products do: of half types what matrix units multiply."""
-
-SMALL_SCORES = 4.0
-"""Largest score, by norms, for which one number for the LSE does in the backward pass in float32: it is rounded by up
-to 2^-24 of its size, and a whole row of weights errs by that. Where each query is its own key, rows of 80 to 128 break
-the error rule from 8 on (docs/attention.md, "Rounding")."""
-
-KEYS_SEEN = 64
-"""Fewest keys that queries see there: where one has all weight, the definition does not err at all."""
-
-STEEPEST = 1.0
-"""Largest slope there, for the same reason."""
+DIFFERENTIATED = {torch.bfloat16} if CPU == "AMX" else set[torch.dtype]()
+"""What the kernel differentiates faster than products do, and as accurately: it has the LSE in one number. Its rounding
+is nothing to that of weights in bfloat16, and too much in float32 where one key outweighs all others
+(docs/attention.md, "Rounding")."""
 
 SHARED_PAIRS = 2**20
 """Pairs of a query and a key of a head and document from which on heads are shared out among threads, at 1,024 tokens.
@@ -91,7 +80,7 @@ operations, which are no faster by several threads, and beside a busy process ma
 
 
 class Attended(NamedTuple):
-    """What the forward pass returns, and all but its LSE to the backward pass."""
+    """What the forward pass returns, and leaves to the backward pass."""
 
     out: Tensor
     """(B, H, Tq, D) in the dtype of q."""
@@ -107,7 +96,7 @@ class Attended(NamedTuple):
     high: Tensor
     """Likewise: one past the last."""
     by_kernel: Tensor
-    """() bool: whether the kernel computed it and can differentiate it."""
+    """() bool: whether the kernel computed it, which it then can differentiate if a gradient was wanted."""
 
 
 def attend(
@@ -130,7 +119,7 @@ def attend(
     seen = HostVisibility.read(visibility)
     few = seen.query_length < FEW_QUERIES
     if learns:
-        by_products = not _kernel_differentiates(q, k, slopes, scale, seen)
+        by_products = not _kernel_differentiates(q, k, seen)
     else:
         by_products = not few and _products_are_faster(q, k)
     by_kernel = torch.tensor(not by_products)
@@ -215,24 +204,12 @@ def _products_are_faster(q: Tensor, k: Tensor) -> bool:
     return onednn.IS_FAST and q.shape[2] * k.shape[2] >= PRODUCTS_PAIRS and q.shape[3] >= PRODUCTS_DIM
 
 
-def _kernel_differentiates(
-    q: Tensor, k: Tensor, slopes: tuple[Tensor, Tensor], scale: float, visibility: HostVisibility
-) -> bool:
-    """Whether both passes are PyTorch's kernel to compute, for which scores have to be small and weights spread.
-
-    It has the LSE in one number, which is as large as scores are where each query sees its own key.
-    """
+def _kernel_differentiates(q: Tensor, k: Tensor, visibility: HostVisibility) -> bool:
+    """Whether both passes are PyTorch's kernel to compute: its LSE is large where queries do not see their own key."""
     if q.dtype not in DIFFERENTIATED or not visibility.sees_own_keys or not q.numel():
         return False
-    if not (_can_be_apart(q, k, visibility, SHARED_GRADIENT_PAIRS) or torch.get_num_threads() == 1):
-        return False  # threads that PyTorch shares a tile among are not told what to do with denormals
-    if q.dtype.itemsize < 4:  # whose weights are rounded to as much as the LSE is where that is 30,000
-        return True
-    keys = min(past - first for first, past in pairwise(visibility.documents) if past > first)
-    if min(keys, visibility.window_size or keys) < KEYS_SEEN or max(x.max().item() for x in slopes) > STEEPEST:
-        return False
-    longest = row_norms(k).amax(dim=-1).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    return (row_norms(q).amax(dim=-1) * longest).amax().item() * abs(scale) <= SMALL_SCORES
+    # Threads that PyTorch shares a tile among are not told what to do with denormals.
+    return torch.get_num_threads() == 1 or _can_be_apart(q, k, visibility, SHARED_GRADIENT_PAIRS)
 
 
 def _weighed_by_lse(lse: Tensor, ranges: Ranges, visibility: HostVisibility) -> tuple[Tensor, Tensor, Tensor, Tensor]:

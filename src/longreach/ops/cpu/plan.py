@@ -15,7 +15,8 @@ from torch import Tensor
 
 from longreach.ops.cpu import onednn
 from longreach.ops.lse_bound import FEW_QUERIES
-from longreach.ops.reach import key_ranges, near_ranges
+from longreach.ops.near_reach import near_ranges
+from longreach.ops.reach import key_ranges
 from longreach.ops.visibility import Visibility
 
 Item = TypeVar("Item")
@@ -105,7 +106,7 @@ class HostVisibility(Visibility):
         length, padding, borders = seen.key_length, seen.key_padding_mask, seen.cu_seqlens
         documents = (0, length) if borders is None else tuple(borders.tolist())
         spans, holes = None, None
-        if padding is not None and length:
+        if padding is not None and bool(padding.any()):
             visible = ~padding
             count = visible.sum(dim=-1)
             first = visible.byte().argmax(dim=-1)
@@ -189,7 +190,8 @@ def bounded_ranges(
     kv_heads = slice(heads.start // group, heads.stop // group)
     inputs = q[:, heads], k[:, kv_heads], (left[..., heads], right[..., heads]), visibility
     options: dict[str, Any] = {"scale": scale, "tolerance": tolerance, "block_m": BLOCK_M, "block_n": BLOCK_N}
-    if visibility.sees_own_keys and FEW_QUERIES <= visibility.query_length <= visibility.key_length <= NEAR_KEYS:
+    many = visibility.sees_own_keys and visibility.query_length >= FEW_QUERIES
+    if many and key_norms is None and visibility.key_length <= NEAR_KEYS:
         starts, ends = near_ranges(*inputs, **options)
     else:
         norms = None if key_norms is None else key_norms[:, kv_heads]

@@ -20,7 +20,7 @@ class Totals:
             target = total[tile.batch, kv_heads_of(total, self.of_q.shape[1], tile)]  # [B, kv heads, Tk, D]
             if tile.windows == 1:
                 target = target[:, :, tile.key : tile.key + tile.width]
-                target += grad.sum(dim=1, keepdim=True) if target.shape[1] < grad.shape[1] else grad
+                target += grad.sum(dim=1, keepdim=True, dtype=total.dtype) if target.shape[1] < grad.shape[1] else grad
                 continue
             # Windows overlap, but pieces of them that are `rows` wide or less do not.
             for start in range(0, tile.width, tile.rows):
