@@ -25,7 +25,7 @@ def near_ranges(
     block_m: int,
     block_n: int,
 ) -> tuple[Tensor, Tensor]:
-    """Ranges like those of `key_ranges`, wider but by a tenth of the operations, where each query sees its own key.
+    """Ranges like those of `key_ranges`, wider but by an eighth of the operations, where each query sees its own key.
 
     They hold what is within reach and leave it to the caller what masks hide. There is no padding, and no query
     without a key at its position.

@@ -8,7 +8,7 @@ that the forward pass found, and adds gradients up in one fixed order, so that t
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,7 +65,7 @@ other threads wait for its lock."""
 
 BOUND_BY_KERNEL = 2**18
 """Work of finding any ranges at all, some small operations, in pairs of a query and a key that the flash kernel would
-compute in float32 instead: it gains 6 to 9% at 1,024 tokens and 20% at 1,536 on AVX2."""
+compute in float32 instead: on a Xeon it gains nothing at 1,024 tokens, 18% at 2,048 and 42% at 4,096."""
 
 BOUND_BY_PRODUCTS = 8 * 2**20 if onednn.IS_FAST else 2**20
 """That work in pairs of matrix products, which oneDNN's are done with sooner, and which lose speed where tiles are
@@ -139,7 +139,8 @@ def attend(
         lse.fill_(float("-inf"))
     if not by_products:
         tiles = (FewQueries if few else ManyQueries)(*readable, *slopes, out, lse, scale, seen)
-        _compute(tiles.attend, q, k, seen, worth, bound, reading_cost if few else kernel_cost)
+        cost = reading_cost if few else kernel_cost
+        _compute(tiles.attend, q, k, seen, worth, bound, cost, shared_pairs=SHARED_PAIRS)
         return Attended(out, lse, *(*_weighed_by_lse(lse, ranges, seen), by_kernel) if learns else nothing)
     peak, total = torch.full_like(lse, float("inf")), torch.zeros_like(lse)
     products = Products(*readable, *slopes, scale, seen)
@@ -149,7 +150,7 @@ def attend(
         for piece in pieces(tile):
             products.attend(piece, out, peak, total, found)
 
-    _compute(compute, q, k, seen, worth, bound, product_cost)
+    _compute(compute, q, k, seen, worth, bound, product_cost, shared_pairs=SHARED_PAIRS)
     torch.add(total.log2(), peak.masked_fill(total == 0, 0.0), out=lse).mul_(1 / LOG2_E)
     return Attended(out, lse, *(nothing if found is None else (peak, total, *found.by_block(), by_kernel)))
 
@@ -171,14 +172,15 @@ def differentiate(
     seen = HostVisibility.read(visibility)
     ends_of_head = (x.transpose(0, 1).tolist() for x in (attended.low, attended.high))
     ranges = dict(enumerate(zip(*ends_of_head, strict=True)))
-    compute_all = partial(_compute, q=q, k=k, visibility=seen, bounded=slice(0, q.shape[1]), bound=lambda: ranges)
+    everything: dict[str, Any] = {"bounded": slice(0, q.shape[1]), "bound": lambda: ranges, "adds_to_keys": True}
+    compute_all: Callable[..., None] = partial(_compute, q=q, k=k, visibility=seen, **everything)
     totals = Totals(q, k, v)
     readable = _readable(q, k, v, seen)
     of_slopes = [attended.lse.new_zeros(q.shape[:2]) for _ in slopes]
     # The kernel knows no gradient of the LSE, nor of the bias.
     if attended.by_kernel and not slopes_learn and not grad_lse.any():
         by_kernel = KernelGradients(*readable, *slopes, attended.out, attended.lse, scale, seen, grad_out, totals)
-        compute_all(by_kernel.add, cost=kernel_cost, adds_to_keys=True, shared_pairs=SHARED_GRADIENT_PAIRS)
+        compute_all(by_kernel.add, cost=kernel_cost, shared_pairs=SHARED_GRADIENT_PAIRS)
     else:
         weights = attended.out, attended.peak, attended.total
         products = Products(*readable, *slopes, scale, seen)
@@ -188,7 +190,7 @@ def differentiate(
             for piece in pieces(tile):
                 by_products.add(piece)
 
-        compute_all(compute, cost=product_cost, adds_to_keys=True)
+        compute_all(compute, cost=product_cost, shared_pairs=SHARED_PAIRS)
         of_slopes = [by_products.of_left, by_products.of_right]
     return (
         *(total.to(q.dtype) for total in (totals.of_q, totals.of_k, totals.of_v)),
@@ -245,8 +247,8 @@ def _compute(
     bound: Callable[[], Ranges],
     cost: Cost,
     *,
+    shared_pairs: int,
     adds_to_keys: bool = False,
-    shared_pairs: int | None = None,
 ) -> None:
     """Compute all tiles that cover what is needed, in their order or, where sequences are long, by several threads.
 
@@ -254,7 +256,7 @@ def _compute(
     them finds the former. Tiles that add to the gradients of one key head are one thread's, in their order.
     """
     group = q.shape[1] // k.shape[1]
-    apart = _can_be_apart(q, k, visibility, shared_pairs or SHARED_PAIRS)
+    apart = _can_be_apart(q, k, visibility, shared_pairs)
     largest = None
     if apart:
         largest = SHARED_TILE if cost is kernel_cost and not adds_to_keys else 0
