@@ -1,4 +1,4 @@
-from itertools import combinations, pairwise
+from itertools import chain, combinations, pairwise
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from flat import cpu_attention, key_ranges, reference_attention
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import longreach.ops.cpu.native as native
 import longreach.ops.cpu.passes as passes
 import longreach.ops.cpu.products as module
 from longreach.ops.alibi import alibi_bias, alibi_slopes
@@ -24,6 +25,7 @@ from longreach.ops.cpu.plan import (
     BLOCK_M,
     BLOCK_N,
     HostVisibility,
+    blocks_of_heads,
     heads_worth_bounding,
     kernel_cost,
     plan,
@@ -47,8 +49,16 @@ def bounded(request, monkeypatch):
 
 @pytest.fixture(params=["products", "kernel"])
 def differentiated(request, monkeypatch):
-    """Differentiate by either, whatever is faster on this processor: by the kernel where its rounding does."""
-    monkeypatch.setattr(passes, "DIFFERENTIATED", {"products": set(), "kernel": {torch.float64, *HALF}}[request.param])
+    """Differentiate by each, whatever is faster on this processor: by the kernel where its rounding does."""
+    by_kernel = {torch.float64, *HALF} if request.param == "kernel" else set()
+    monkeypatch.setattr(passes, "DIFFERENTIATED", by_kernel)
+    use_native(monkeypatch, request.param == "native")
+
+
+def use_native(monkeypatch, is_faster):
+    """Compute by native code where it can, or nowhere."""
+    assert native.library() is not None, "tiles.c is not compiled: python hatch_build.py"
+    monkeypatch.setattr(passes, "NATIVE_IS_FASTER", is_faster)
 
 
 def run_without_slopes(function, tensors, options, grads):
@@ -81,17 +91,21 @@ def ways():
     """(case, ranges, dtype) that differ in the logic which rounds.
 
     Each case in float32 within ranges, where scores are made and added up otherwise than by the definition, and in a
-    half type by the kernel. What is left are conversions around the same products: of half types, and of whole heads,
+    half type by the kernel. What is left are conversions around the same tiles: of half types, and of whole heads,
     in every third case.
     """
     for number, name in enumerate(CASES):
         yield name, "bounded", torch.float32, "products"
+        yield name, "bounded", torch.float32, "native"
         yield name, "near", HALF[number % 2], "kernel"
         if number % 3 == 0:
+            yield name, "near", HALF[number % 2], "native"
+            yield name, "dense", torch.float32, "native"
             yield name, "bounded", HALF[number % 2], "products"
             yield from ((name, ranges, torch.float32, "products") for ranges in ("near", "dense"))
     for name in LARGE_SCORES:
         yield name, "dense", torch.float32, "products"
+        yield name, "dense", torch.float32, "native"
         yield name, "dense", torch.bfloat16, "kernel"
 
 
@@ -114,10 +128,11 @@ def test_error_is_within_the_rule(name, bounded, dtype, differentiated):
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("bounded", ["bounded", "near", "dense"], indirect=True)
-@pytest.mark.parametrize("by_products", [True, False])
-def test_error_without_a_gradient_is_within_the_rule(name, bounded, by_products, monkeypatch):
+@pytest.mark.parametrize("means", passes.Means)
+def test_error_without_a_gradient_is_within_the_rule(name, bounded, means, monkeypatch):
     """By whatever is faster on some processor."""
-    monkeypatch.setattr(passes, "_products_are_faster", lambda q, k: by_products)
+    monkeypatch.setattr(passes, "_products_are_faster", lambda q, k: means == passes.Means.PRODUCTS)
+    use_native(monkeypatch, means == passes.Means.NATIVE)
     dtypes = (torch.float32, *HALF)
     tensors, options = CASES[name].inputs(dtypes[len(name) % 3])
     golden, _ = reference_attention(*(x.double() for x in tensors), **options)
@@ -221,9 +236,10 @@ def shaken(tensors, options, grads, golden):
     return torch.tensor(changes).amax(dim=0)
 
 
+@pytest.mark.parametrize("is_native", [True, False])
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
-def test_error_of_scores_of_any_size(data):
+def test_error_of_scores_of_any_size(is_native, data):
     """The rule where one key may outweigh all others, and what is subtracted from a score is as large as the score."""
     case = Case(
         heads=2,
@@ -241,7 +257,10 @@ def test_error_of_scores_of_any_size(data):
     )
     grads = random_grads(tensors)
     golden = outputs(reference_attention, [x.double() for x in tensors], options, grads)
-    plain, actual = (outputs(function, tensors, options, grads) for function in (reference_attention, cpu_attention))
+    plain = outputs(reference_attention, tensors, options, grads)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        use_native(monkeypatch, is_native)
+        actual = outputs(cpu_attention, tensors, options, grads)
     by_scores = shaken(tensors, options, grads, golden)
     assert_within_the_rule(golden, plain, actual, magnitudes(tensors, options, grads), by_scores)
 
@@ -389,7 +408,7 @@ def test_factors_are_dense_however_the_inputs_lie(monkeypatch, kv_heads, differe
 
 
 @pytest.mark.usefixtures("bounded")
-@pytest.mark.parametrize("strip_pairs", [2**21, 2**13])
+@pytest.mark.parametrize("strip_pairs", [2**21, 2**13, None], ids=["one strip", "strips", "native"])
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.queries >= FEW_QUERIES])
 def test_backward_leaves_out_the_tolerated_mass_and_no_less(name, strip_pairs, monkeypatch):
     """Of what the forward pass kept; the bounds on reach leave out as much again at most."""
@@ -399,9 +418,15 @@ def test_backward_leaves_out_the_tolerated_mass_and_no_less(name, strip_pairs, m
         ranges.append(arguments[4])
         return plan(*arguments, **options)
 
+    def planned_in_blocks(*arguments):
+        ranges.append(arguments[3])
+        return blocks_of_heads(*arguments)
+
+    use_native(monkeypatch, strip_pairs is None)
     monkeypatch.setattr(passes, "plan", planned)
+    monkeypatch.setattr(native, "blocks_of_heads", planned_in_blocks)
     monkeypatch.setattr("longreach.ops.cpu.plan.STRIP_PAIRS", strip_pairs)
-    tensors, options = CASES[name].inputs(torch.float64)
+    tensors, options = CASES[name].inputs(torch.float64 if strip_pairs else torch.float32)
     run(cpu_attention, tensors, options | {"tolerance": tolerance}, random_grads(tensors))
     bounds, found = ranges
     low, high = zip(*(found[head] for head in range(tensors[0].shape[1])), strict=True)
@@ -508,7 +533,8 @@ def test_tiles_of_several_heads_have_at_most_so_many_pairs(largest, most_heads):
     assert sum(tile.rows * count for tile, count in zip(tiles, heads, strict=True)) == 2 * 8 * 512
 
 
-def test_work_stays_in_proportion_to_what_reach_keeps(monkeypatch):
+@pytest.mark.parametrize("is_native", [True, False])
+def test_work_stays_in_proportion_to_what_reach_keeps(is_native, monkeypatch):
     # Pairs of a query and a key in the tiles that run, against those in the blocks that matter: what a kernel costs
     # per kept block does not grow with length.
     class Planned(Exception):
@@ -517,7 +543,13 @@ def test_work_stays_in_proportion_to_what_reach_keeps(monkeypatch):
     def planned(*arguments, **options):
         raise Planned(sum(tile.pairs for tile in plan(*arguments, **options)))
 
+    def planned_in_blocks(*arguments):
+        blocks = chain(*blocks_of_heads(*arguments).values())
+        raise Planned(sum(block.rows * (block.high - block.low) for block in blocks))
+
+    use_native(monkeypatch, is_native)
     monkeypatch.setattr(passes, "plan", planned)
+    monkeypatch.setattr(native, "blocks_of_heads", planned_in_blocks)
     monkeypatch.setattr(passes, "BOUND_BY_PRODUCTS", 2**20)  # where oneDNN is done sooner with all that is visible, too
     work = []
     for length in (2048, 8192, 65536):

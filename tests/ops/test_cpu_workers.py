@@ -34,6 +34,7 @@ def shared(monkeypatch, two_threads):
 
     monkeypatch.setattr(passes, "SHARED_PAIRS", 1)
     monkeypatch.setattr(passes, "SHARED_GRADIENT_PAIRS", 1)
+    monkeypatch.setattr(passes, "SHARED_NATIVE_PAIRS", 1)
     monkeypatch.setattr(passes, "share_out", share_out)
     return counts
 
@@ -77,12 +78,31 @@ def test_shared_out_gradients_of_the_kernel_equal_the_definition(name, shared, m
         assert torch.equal(y, again)
 
 
+@pytest.mark.parametrize("name", SHARED)
+def test_shared_out_native_code_is_what_one_thread_makes_of_it(name, shared, monkeypatch):
+    """To the last bit, and so do two runs agree."""
+    monkeypatch.setattr(passes, "NATIVE_IS_FASTER", True)
+    monkeypatch.setattr("longreach.ops.cpu.native.JOB_PAIRS", 1)
+    tensors, options = CASES[name].inputs(torch.float32)
+    grads = random_grads(tensors)
+    first, second = (run(cpu_attention, tensors, options, grads) for _ in range(2))
+    assert len(shared) == 4
+    torch.set_num_threads(1)
+    alone = run(cpu_attention, tensors, options, grads)
+    assert len(shared) == 4
+    for x, y, z in zip(*((*found[:2], *found[2]) for found in (first, second, alone)), strict=True):
+        assert torch.equal(x, y)
+        assert torch.equal(x, z)
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("products_are_faster", [True, False])
-def test_heads_are_shared_out_where_no_gradient_is_wanted(mode, dtype, products_are_faster, shared, monkeypatch):
-    """By products and by the kernel; what is made in inference mode no thread may write to that is not in it."""
-    monkeypatch.setattr(passes, "_products_are_faster", lambda q, k: products_are_faster)
+@pytest.mark.parametrize("means", passes.Means)
+def test_heads_are_shared_out_where_no_gradient_is_wanted(mode, dtype, means, shared, monkeypatch):
+    """What is made in inference mode no thread may write to that is not in it."""
+    monkeypatch.setattr(passes, "_products_are_faster", lambda q, k: means == passes.Means.PRODUCTS)
+    monkeypatch.setattr(passes, "NATIVE_IS_FASTER", means == passes.Means.NATIVE)
+    monkeypatch.setattr(passes, "DIFFERENTIATED", set())
     case = Case(batch=2, heads=4, kv_heads=2, queries=300, keys=300)
     golden, _ = reference_attention(*case.inputs(torch.float64)[0], **case.inputs(torch.float64)[1])
     tensors, options = case.inputs(dtype)
@@ -207,6 +227,7 @@ def test_heads_are_shared_out_where_they_keep_threads_at_work(threads, jobs, sha
 @pytest.mark.usefixtures("two_threads")
 def test_short_documents_are_not_shared_out_however_many(monkeypatch):
     counts = []
+    monkeypatch.setattr(passes, "NATIVE_IS_FASTER", False)
     monkeypatch.setattr(passes, "share_out", lambda jobs, make, count: counts.append(count))
     q = torch.zeros(1, 2, 2048, 16)
     for borders in ([0, 2048], [0, 1024, 2048], [0, 1000, 2000, 2048]):

@@ -73,7 +73,7 @@ def _(q: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, 
     )
     blocks = (*q.shape[:2], (q.shape[2] + BLOCK_M - 1) // BLOCK_M) if learns else (0,)
     low, high = (q.new_empty(blocks, dtype=torch.int32) for _ in range(2))
-    return torch.empty_like(q), lse, peak, total, low, high, q.new_empty((), dtype=torch.bool)
+    return torch.empty_like(q), lse, peak, total, low, high, q.new_empty((), dtype=torch.int8)
 
 
 @torch.library.custom_op("longreach::cpu_backward", mutates_args=())
@@ -93,14 +93,14 @@ def _backward(
     total: Tensor,
     low: Tensor,
     high: Tensor,
-    by_kernel: Tensor,
+    means: Tensor,
     scale: float,
     causal: bool,
     window_size: int | None,
     slopes_learn: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     visibility = Visibility(q.shape[2], k.shape[2], causal, window_size, key_padding_mask, cu_seqlens)
-    attended = Attended(out, lse, peak, total, low, high, by_kernel)
+    attended = Attended(out, lse, peak, total, low, high, means)
     inputs = q, k, v, _slopes(q, left, right)
     with without_autocast("cpu"):  # in force where the backward pass is called, unlike the forward pass
         gradients = differentiate(

@@ -1,21 +1,23 @@
 """The forward and the backward pass of ALiBi attention on the CPU: which heads are bounded, by what tiles are computed.
 
 Query blocks whose ranges are alike become one batch, their keys overlapping windows of k and v; `plan` decides on that
-and `views` finds the bias of each tile at no cost. Tiles are computed by PyTorch's `kernel`, or by matrix `products`
-where these are faster, as oneDNN's are, or where gradients need their accuracy. The backward pass works on the ranges
-that the forward pass found, and adds gradients up in one fixed order, so that two runs agree to the last bit.
+and `views` finds the bias of each tile at no cost. Tiles are computed by PyTorch's `kernel`, by `native` C, or by
+matrix `products`, whichever is fastest of what is there and accurate enough. The backward pass works on the ranges that
+the forward pass found, and adds gradients up in one fixed order, so that two runs agree to the last bit.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from enum import IntEnum
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from longreach.ops.cpu import onednn
+from longreach.ops.cpu import native, onednn
 from longreach.ops.cpu.kernel import FewQueries, KernelGradients, ManyQueries
 from longreach.ops.cpu.memory import keep_memory_of_tiles
+from longreach.ops.cpu.native import NativeForward, NativeGradients
 from longreach.ops.cpu.plan import (
     BLOCK_M,
     Cost,
@@ -24,6 +26,7 @@ from longreach.ops.cpu.plan import (
     Tile,
     bounded_ranges,
     by_key_head,
+    ends_to_leave_out,
     heads_worth_bounding,
     kernel_cost,
     pieces,
@@ -51,6 +54,9 @@ DIFFERENTIATED = {torch.bfloat16} if CPU == "AMX" else set[torch.dtype]()
 is nothing to that of weights in bfloat16, and too much in float32 where one key outweighs all others
 (docs/attention.md, "Rounding")."""
 
+NATIVE_IS_FASTER = native.library() is not None and not onednn.IS_FAST
+"""Whether there is native code, and none of it that is as fast: where oneDNN's products are, that was not measured."""
+
 SHARED_PAIRS = 2**20
 """Pairs of a query and a key of a head and document from which on heads are shared out among threads, at 1,024 tokens.
 Beside one busy process on two cores that takes a third to three quarters off both passes, and nothing is lost where
@@ -58,6 +64,9 @@ nothing else runs. For 512 tokens a pass would take up to twice as long, as thre
 
 SHARED_GRADIENT_PAIRS = 2**18
 """Likewise where the kernel differentiates, in fewer and larger operations."""
+
+SHARED_NATIVE_PAIRS = 2**14
+"""Likewise for native code, which leaves Python's lock to others."""
 
 SHARED_TILE = 2**20
 """Pairs up to which a tile of the kernel that is shared out holds several heads: each has its price in Python, while
@@ -79,6 +88,14 @@ FOUND_ALONE = 4096
 operations, which are no faster by several threads, and beside a busy process many times as slow."""
 
 
+class Means(IntEnum):
+    """What tiles are computed by."""
+
+    PRODUCTS = 0
+    KERNEL = 1
+    NATIVE = 2
+
+
 class Attended(NamedTuple):
     """What the forward pass returns, and leaves to the backward pass."""
 
@@ -95,8 +112,8 @@ class Attended(NamedTuple):
     """(B, H, ceil(Tq / BLOCK_M)) int32: the first key that the backward pass needs; empty likewise."""
     high: Tensor
     """Likewise: one past the last."""
-    by_kernel: Tensor
-    """() bool: whether the kernel computed it, which it then can differentiate if a gradient was wanted."""
+    means: Tensor
+    """() int8: the `Means` that computed it, and that will differentiate it if a gradient was wanted."""
 
 
 def attend(
@@ -118,14 +135,11 @@ def attend(
     out = torch.empty_like(q)
     seen = HostVisibility.read(visibility)
     few = seen.query_length < FEW_QUERIES
-    if learns:
-        by_products = not _kernel_differentiates(q, k, seen)
-    else:
-        by_products = not few and _products_are_faster(q, k)
-    by_kernel = torch.tensor(not by_products)
-    nothing = lse.new_empty(0), lse.new_empty(0), *(q.new_empty(0, dtype=torch.int32) for _ in range(2)), by_kernel
-    per_call = BOUND_BY_PRODUCTS if by_products else BOUND_BY_KERNEL
-    price = BOUND_BY_UNITS if CPU == "AMX" and q.dtype == torch.bfloat16 and not by_products else 1
+    means = _means(q, k, seen, learns)
+    said = torch.tensor(means, dtype=torch.int8)
+    nothing = lse.new_empty(0), lse.new_empty(0), *(q.new_empty(0, dtype=torch.int32) for _ in range(2)), said
+    per_call = BOUND_BY_PRODUCTS if means == Means.PRODUCTS else BOUND_BY_KERNEL
+    price = BOUND_BY_UNITS if CPU == "AMX" and q.dtype == torch.bfloat16 and means == Means.KERNEL else 1
     worth = heads_worth_bounding(q, k, *slopes, seen, tolerance, key_norms, per_call, price)
     ranges: Ranges = {}
 
@@ -137,22 +151,30 @@ def attend(
     if seen.may_hide_all_keys:
         out.zero_()
         lse.fill_(float("-inf"))
-    if not by_products:
-        tiles = (FewQueries if few else ManyQueries)(*readable, *slopes, out, lse, scale, seen)
+    if means == Means.KERNEL:
+        kernel = (FewQueries if few else ManyQueries)(*readable, *slopes, out, lse, scale, seen)
         cost = reading_cost if few else kernel_cost
-        _compute(tiles.attend, q, k, seen, worth, bound, cost, shared_pairs=SHARED_PAIRS)
-        return Attended(out, lse, *(*_weighed_by_lse(lse, ranges, seen), by_kernel) if learns else nothing)
-    peak, total = torch.full_like(lse, float("inf")), torch.zeros_like(lse)
-    products = Products(*readable, *slopes, scale, seen)
-    found = FoundRanges(q, seen, tolerance) if learns else None
+        _compute(kernel.attend, q, k, seen, worth, bound, cost, shared_pairs=SHARED_PAIRS)
+        return Attended(out, lse, *(*_weighed_by_lse(lse, ranges, seen), said) if learns else nothing)
+    if means == Means.NATIVE:
+        limit = ends_to_leave_out(tolerance, seen) if learns else -1.0
+        native_tiles = NativeForward(*readable, *slopes, scale, seen, limit)
+        _share(native_tiles.jobs, q, k, seen, worth, bound, shared_pairs=SHARED_NATIVE_PAIRS)
+        out.copy_(native_tiles.out)
+        peak, total, needed = native_tiles.peak, native_tiles.total, native_tiles.needed
+    else:
+        peak, total = torch.full_like(lse, float("inf")), torch.zeros_like(lse)
+        products = Products(*readable, *slopes, scale, seen)
+        found = FoundRanges(q, seen, tolerance)
 
-    def compute(tile: Tile) -> None:
-        for piece in pieces(tile):
-            products.attend(piece, out, peak, total, found)
+        def compute(tile: Tile) -> None:
+            for piece in pieces(tile):
+                products.attend(piece, out, peak, total, found if learns else None)
 
-    _compute(compute, q, k, seen, worth, bound, product_cost, shared_pairs=SHARED_PAIRS)
+        _compute(compute, q, k, seen, worth, bound, product_cost, shared_pairs=SHARED_PAIRS)
+        needed = found.by_block
     torch.add(total.log2(), peak.masked_fill(total == 0, 0.0), out=lse).mul_(1 / LOG2_E)
-    return Attended(out, lse, *(nothing if found is None else (peak, total, *found.by_block(), by_kernel)))
+    return Attended(out, lse, *((peak, total, *needed(), said) if learns else nothing))
 
 
 def differentiate(
@@ -172,33 +194,59 @@ def differentiate(
     seen = HostVisibility.read(visibility)
     ends_of_head = (x.transpose(0, 1).tolist() for x in (attended.low, attended.high))
     ranges = dict(enumerate(zip(*ends_of_head, strict=True)))
-    everything: dict[str, Any] = {"bounded": slice(0, q.shape[1]), "bound": lambda: ranges, "adds_to_keys": True}
-    compute_all: Callable[..., None] = partial(_compute, q=q, k=k, visibility=seen, **everything)
-    totals = Totals(q, k, v)
+    everything = slice(0, q.shape[1])
+    options: dict[str, Any] = {"bounded": everything, "bound": lambda: ranges, "adds_to_keys": True}
+    compute_all: Callable[..., None] = partial(_compute, q=q, k=k, visibility=seen, **options)
     readable = _readable(q, k, v, seen)
+    totals = Totals(*readable)
     of_slopes = [attended.lse.new_zeros(q.shape[:2]) for _ in slopes]
+    means = Means(int(attended.means))
     # The kernel knows no gradient of the LSE, nor of the bias.
-    if attended.by_kernel and not slopes_learn and not grad_lse.any():
+    if means == Means.KERNEL and not slopes_learn and not grad_lse.any():
         by_kernel = KernelGradients(*readable, *slopes, attended.out, attended.lse, scale, seen, grad_out, totals)
         compute_all(by_kernel.add, cost=kernel_cost, shared_pairs=SHARED_GRADIENT_PAIRS)
     else:
-        weights = attended.out, attended.peak, attended.total
-        products = Products(*readable, *slopes, scale, seen)
-        by_products = ProductGradients(products, *weights, grad_out, grad_lse, totals, slopes_learn)
+        given = *readable, *slopes, scale, seen
+        learned = attended.out, attended.peak, attended.total, grad_out, grad_lse, totals, slopes_learn
+        if means == Means.NATIVE:
+            native_tiles = NativeGradients(*given, *learned)
+            _share(native_tiles.jobs, q, k, seen, everything, lambda: ranges, shared_pairs=SHARED_NATIVE_PAIRS)
+            of_slopes = [native_tiles.of_left, native_tiles.of_right]
+        else:
+            by_products = ProductGradients(Products(*given), *learned)
 
-        def compute(tile: Tile) -> None:
-            for piece in pieces(tile):
-                by_products.add(piece)
+            def compute(tile: Tile) -> None:
+                for piece in pieces(tile):
+                    by_products.add(piece)
 
-        compute_all(compute, cost=product_cost, shared_pairs=SHARED_PAIRS)
-        of_slopes = [by_products.of_left, by_products.of_right]
+            compute_all(compute, cost=product_cost, shared_pairs=SHARED_PAIRS)
+            of_slopes = [by_products.of_left, by_products.of_right]
     return (
-        *(total.to(q.dtype) for total in (totals.of_q, totals.of_k, totals.of_v)),
+        *(_laid_out_as(x, total) for x, total in ((q, totals.of_q), (k, totals.of_k), (v, totals.of_v))),
         *(
             (sums.sum(dim=0) if slope.dim() == 1 else sums).to(slope.dtype)
             for sums, slope in zip(of_slopes, slopes, strict=True)
         ),
     )
+
+
+def _means(q: Tensor, k: Tensor, visibility: HostVisibility, learns: bool) -> Means:
+    """What computes tiles fastest, of what is accurate enough."""
+    few = visibility.query_length < FEW_QUERIES
+    if learns and _kernel_differentiates(q, k, visibility):
+        return Means.KERNEL
+    if few and not learns:
+        return Means.KERNEL
+    if NATIVE_IS_FASTER and (learns or q.dtype not in DIFFERENTIATED) and _native_serves(q, k):
+        return Means.NATIVE
+    return Means.PRODUCTS if learns or _products_are_faster(q, k) else Means.KERNEL
+
+
+def _native_serves(q: Tensor, k: Tensor) -> bool:
+    """Whether native code can have what computes here: it knows float32, and each thread has heads of its own."""
+    if q.dtype == torch.float64 or not q.numel():
+        return False
+    return torch.get_num_threads() == 1 or can_share_out(q.shape[0] * k.shape[1])
 
 
 def _products_are_faster(q: Tensor, k: Tensor) -> bool:
@@ -232,6 +280,12 @@ def _readable(q: Tensor, k: Tensor, v: Tensor, visibility: HostVisibility) -> tu
     return q, k, v
 
 
+def _laid_out_as(x: Tensor, total: Tensor) -> Tensor:
+    """A sum in the dtype of x, and in memory as what is made like x."""
+    like = torch.empty_like(x)
+    return total if total.dtype == x.dtype and total.stride() == like.stride() else like.copy_(total)
+
+
 def _can_be_apart(q: Tensor, k: Tensor, visibility: HostVisibility, least: int) -> bool:
     """Whether each thread computes tiles of its own, as from so many pairs of a head and document on."""
     pairs = q.shape[2] * k.shape[2] // (len(visibility.documents) - 1) ** 2  # of a document of the mean length
@@ -260,7 +314,6 @@ def _compute(
     largest = None
     if apart:
         largest = SHARED_TILE if cost is kernel_cost and not adds_to_keys else 0
-    count = q.shape[0] * k.shape[1]
     heads = range(q.shape[1])
 
     def tiles(heads: Sequence[int], ranges: Ranges) -> Iterator[Tile]:
@@ -275,8 +328,28 @@ def _compute(
         parts.sort(key=lambda part: -sum(tile.pairs for tile in part))  # the most work first
         return [partial(each, part) for part in parts]
 
-    if not apart:
+    if apart:
+        _share(jobs, q, k, visibility, bounded, bound, shared_pairs=shared_pairs)
+    else:
         each(tiles(heads, bound()))
+
+
+def _share(
+    jobs: Callable[[Sequence[int], Ranges], list[Job]],
+    q: Tensor,
+    k: Tensor,
+    visibility: HostVisibility,
+    bounded: slice,
+    bound: Callable[[], Ranges],
+    *,
+    shared_pairs: int,
+) -> None:
+    """Do the jobs of all heads, given the ranges of bounded ones, by several threads from so many pairs on."""
+    heads = range(q.shape[1])
+    count = q.shape[0] * k.shape[1]
+    if not _can_be_apart(q, k, visibility, shared_pairs):
+        for job in jobs(heads, bound()):
+            job()
     elif q.shape[2] > FOUND_ALONE:
         share_out(jobs(heads, bound()), list, count)
     else:

@@ -8,6 +8,7 @@ and so do heads.
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -206,6 +207,11 @@ def expected_reach(slope: float, tolerance: float) -> float:
     return 1.7 * exponent / slope if slope > 0 else math.inf
 
 
+def ends_to_leave_out(tolerance: float, visibility: HostVisibility) -> float:
+    """The share of a row's weights that the backward pass leaves out at either end, less what their sums round by."""
+    return tolerance * (1 - 2**-8) / (1 if visibility.causal else 2)
+
+
 Cost = Callable[[int, int, int], float]
 """Time, in pairs of a query and a key, of so many lanes of so many rows and so many keys in one tile; measured."""
 
@@ -228,7 +234,7 @@ def product_cost(lanes: int, rows: int, width: int) -> float:
 
 
 @dataclass(frozen=True)
-class _Block:
+class Block:
     """Some queries of one head and the keys they need."""
 
     row: int
@@ -255,16 +261,57 @@ def plan(
 
     With `largest` each sequence has tiles of its own, with several key heads only up to so many pairs.
     """
-    batch, group = q_shape[0], q_shape[1] // k_shape[1]
-    if not (batch and heads):
+    group = q_shape[1] // k_shape[1]
+    if not heads:
+        return
+    for part in _parts(q_shape[0], visibility, ranges, apart=largest is not None):
+        unbounded = _blocks(part, visibility, None, cost)
+        blocks = {
+            head: _blocks(part, visibility, part.bounds[head], cost) if head in part.bounds else unbounded
+            for head in heads
+        }
+        yield from _tiles(part.sequences, blocks, group, part.keys, visibility.offset, cost, largest)
+
+
+def blocks_of_heads(
+    batch: int, heads: Sequence[int], visibility: HostVisibility, ranges: Ranges
+) -> dict[tuple[int, int], list[Block]]:
+    """Cover what `plan` covers by the blocks of BLOCK_M queries: those of each sequence and head."""
+    found: dict[tuple[int, int], list[Block]] = {}
+    for part in _parts(batch, visibility, ranges, apart=True):
+        starts = [part.rows[0], *range((part.rows[0] // BLOCK_M + 1) * BLOCK_M, part.rows[1], BLOCK_M)]
+        unbounded = _blocks_of(starts, part, visibility, None)
+        for head in heads:
+            bounds = part.bounds.get(head)
+            blocks = unbounded if bounds is None else _blocks_of(starts, part, visibility, bounds)
+            found.setdefault((part.sequences.start, head), []).extend(blocks)
+    return found
+
+
+class _Part(NamedTuple):
+    """A document, in sequences whose keys have the same span."""
+
+    sequences: slice
+    """Which sequences."""
+    rows: tuple[int, int]
+    """Its first query, and one past the last."""
+    keys: tuple[int, int]
+    """Likewise its keys."""
+    bounds: dict[int, tuple[list[int], list[int]]]
+    """By head, first key and one past the last that each block needs in any of the sequences."""
+
+
+def _parts(batch: int, visibility: HostVisibility, ranges: Ranges, *, apart: bool) -> Iterator[_Part]:
+    """Every document of every sequence, of all at once where they are alike unless they shall be apart."""
+    if not batch:
         return
     whole = (0, visibility.key_length)
-    if largest is not None or visibility.spans is not None:
+    if apart or visibility.spans is not None:
         spans = [(slice(b, b + 1), span) for b, span in enumerate(visibility.spans or [whole] * batch)]
     else:
         spans = [(slice(0, batch), whole)]
     for sequences, span in spans:
-        bounds = {  # by head, for each block of queries
+        bounds = {
             head: (_over_sequences(min, low[sequences]), _over_sequences(max, high[sequences]))
             for head, (low, high) in ranges.items()
         }
@@ -273,14 +320,8 @@ def plan(
             rows = (0, visibility.query_length) if len(visibility.documents) == 2 else document
             if visibility.causal:
                 rows = max(rows[0], keys[0] - visibility.offset), rows[1]
-            if keys[0] >= keys[1] or rows[0] >= rows[1]:
-                continue
-            unbounded = _blocks(rows, keys, visibility, None, cost)
-            blocks = {
-                head: _blocks(rows, keys, visibility, bounds[head], cost) if head in bounds else unbounded
-                for head in heads
-            }
-            yield from _tiles(sequences, blocks, group, keys, visibility.offset, cost, largest)
+            if keys[0] < keys[1] and rows[0] < rows[1]:
+                yield _Part(sequences, rows, keys, bounds)
 
 
 def _over_sequences(extreme: Callable[..., int], ends: list[list[int]]) -> list[int]:
@@ -289,26 +330,27 @@ def _over_sequences(extreme: Callable[..., int], ends: list[list[int]]) -> list[
 
 
 def _blocks(
-    rows: tuple[int, int],
-    keys: tuple[int, int],
-    visibility: HostVisibility,
-    bounds: tuple[list[int], list[int]] | None,
-    cost: Cost,
-) -> list[_Block]:
-    """Cut queries [rows) of one head into blocks, as many queries each as make the keys among [keys) cheapest."""
-    steps = [step for step in BLOCK_ROWS if step < 2 * (rows[1] - rows[0])] or BLOCK_ROWS[:1]  # others make one block
-    choices = [
-        [_block(row, min(row + step, rows[1]), keys, visibility, bounds) for row in range(*rows, step)]
-        for step in steps
-    ]
-    choices = [[block for block in blocks if block.low < block.high] for blocks in choices]
+    part: _Part, visibility: HostVisibility, bounds: tuple[list[int], list[int]] | None, cost: Cost
+) -> list[Block]:
+    """Cut the queries of one head into blocks, as many queries each as make the keys cheapest."""
+    count = part.rows[1] - part.rows[0]
+    steps = [step for step in BLOCK_ROWS if step < 2 * count] or BLOCK_ROWS[:1]  # others make one block
+    choices = [_blocks_of(range(*part.rows, step), part, visibility, bounds) for step in steps]
 
-    def work(blocks: list[_Block]) -> float:
+    def work(blocks: list[Block]) -> float:
         """Without the cost of calls, which blocks may share."""
         sizes = [(block.rows, block.high - block.low) for block in blocks]
         return sum(cost(2, *size) - cost(1, *size) for size in sizes)
 
     return choices[0] if len(choices) == 1 else min(choices, key=work)  # few queries have no choice, and no time
+
+
+def _blocks_of(
+    starts: Sequence[int], part: _Part, visibility: HostVisibility, bounds: tuple[list[int], list[int]] | None
+) -> list[Block]:
+    """Blocks of queries that begin there, those that need a key."""
+    blocks = [_block(*rows, part.keys, visibility, bounds) for rows in pairwise([*starts, part.rows[1]])]
+    return [block for block in blocks if block.low < block.high]
 
 
 def _block(
@@ -317,7 +359,7 @@ def _block(
     keys: tuple[int, int],
     visibility: HostVisibility,
     bounds: tuple[list[int], list[int]] | None,
-) -> _Block:
+) -> Block:
     low, high = keys
     first, last = row + visibility.offset, past_row - 1 + visibility.offset
     if visibility.causal:
@@ -328,12 +370,12 @@ def _block(
         starts, ends = (side[row // BLOCK_M : (past_row - 1) // BLOCK_M + 1] for side in bounds)
         low, high = max(low, min(starts)), min(high, max(ends))
     low = max(keys[0], min(low, high + (low - high) // ALIGNED * ALIGNED))
-    return _Block(row, past_row - row, low, high)
+    return Block(row, past_row - row, low, high)
 
 
 def _tiles(
     batch: slice,
-    blocks: dict[int, list[_Block]],
+    blocks: dict[int, list[Block]],
     group: int,
     keys: tuple[int, int],
     offset: int,
@@ -341,7 +383,7 @@ def _tiles(
     largest: int | None,
 ) -> Iterator[Tile]:
     """Batch consecutive blocks of a head whose windows are alike, and heads whose blocks are."""
-    alone: dict[tuple[int, int], list[tuple[int, _Block]]] = {}
+    alone: dict[tuple[int, int], list[tuple[int, Block]]] = {}
     for head, head_blocks in blocks.items():
         for run in _cut(head_blocks, lambda run: _run_cost(run, keys, offset, cost)):
             if len(run) == 1:
@@ -371,14 +413,14 @@ def _cut(items: list[Item], cost: Callable[[list[Item]], float]) -> Iterator[lis
         yield items
 
 
-def _window(run: list[_Block], offset: int) -> tuple[int, int]:
+def _window(run: list[Block], offset: int) -> tuple[int, int]:
     """How far before its first query's position the window of each block must begin, and how wide it must be."""
     before = max(block.row + offset - block.low for block in run)
     after = max(block.high - block.row - offset for block in run)
     return before, before + after
 
 
-def _run_cost(run: list[_Block], keys: tuple[int, int], offset: int, cost: Cost) -> float:
+def _run_cost(run: list[Block], keys: tuple[int, int], offset: int, cost: Cost) -> float:
     """Work of one call for these blocks of one head; infinite where their windows cannot be a batch."""
     rows = run[0].rows
     before, width = _window(run, offset)
@@ -392,8 +434,8 @@ def _run_cost(run: list[_Block], keys: tuple[int, int], offset: int, cost: Cost)
 
 
 def _calls(
-    members: list[tuple[int, _Block]], group: int, cost: Cost, largest: int | None
-) -> list[list[tuple[int, _Block]]]:
+    members: list[tuple[int, Block]], group: int, cost: Cost, largest: int | None
+) -> list[list[tuple[int, Block]]]:
     """Cut one block of queries of several heads into calls of adjacent heads, as few and as narrow as is cheapest."""
     least = [0.0]  # cost of the calls of the first 0, 1, ... members
     firsts = []  # who comes first in the last of these calls

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longreach.ops.cpu import onednn
-from longreach.ops.cpu.plan import ALIGNED, BLOCK_M, BLOCK_N, HostVisibility, Tile, strips
+from longreach.ops.cpu.plan import ALIGNED, BLOCK_M, BLOCK_N, HostVisibility, Tile, ends_to_leave_out, strips
 from longreach.ops.cpu.totals import Totals
 from longreach.ops.cpu.views import bias_of, distances, falloff, keys_of, lanes_of, rows_of
 
@@ -169,7 +169,7 @@ class FoundRanges:
 
     def __init__(self, q: Tensor, visibility: HostVisibility, tolerance: float) -> None:
         self.causal = visibility.causal
-        self.limit = tolerance * (1 - 2**-8) / (1 if visibility.causal else 2)  # less what sums of weights round by
+        self.limit = ends_to_leave_out(tolerance, visibility)
         batch, num_heads, query_length = q.shape[:3]
         rows = -(-query_length // BLOCK_M) * BLOCK_M
         # Rows that no tile holds need no keys; visibility alone says where causal rows end.

@@ -1,0 +1,230 @@
+"""Tiles by the C of `tiles.c`, where it was compiled when the package was installed (hatch_build.py).
+
+Each weight is made, used and forgotten in the first levels of cache, and a call computes many blocks of queries while
+Python's lock is free. Output, LSE and gradients obey the same rule of rounding as those of `products`.
+"""
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longreach.ops.cpu.plan import BLOCK_M, Block, HostVisibility, Ranges, blocks_of_heads
+from longreach.ops.cpu.products import LOG2_E
+from longreach.ops.cpu.totals import Totals
+from longreach.ops.cpu.views import falloff
+from longreach.ops.cpu.workers import Job
+
+JOB_PAIRS = 2**18
+"""Pairs of a query and a key that a thread computes at a time, forward: about a millisecond."""
+
+_POINTERS = "q k v falloff hidden out peak total grad_out grad_lse of_q of_k of_v"
+_NUMBERS = "q_row k_row v_row out_row grad_out_row of_q_row of_k_row of_v_row head_dim query_length key_length"
+
+
+class _Head(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in _POINTERS.split()),
+        *((name, ctypes.c_int64) for name in _NUMBERS.split()),
+        ("scale", ctypes.c_double),
+        ("limit", ctypes.c_double),
+        ("causal", ctypes.c_int64),
+        ("slopes_learn", ctypes.c_int64),
+        ("of_left", ctypes.c_double),
+        ("of_right", ctypes.c_double),
+    )
+
+
+class _Block(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_int64) for name in ["row", "rows", "low", "high", "needed_low", "needed_high"])
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """What was compiled for this processor's vectors; None where nothing was."""
+    vectors = torch.backends.cpu.get_cpu_capability().lower()
+    path = Path(__file__).with_name(f"tiles-{vectors}.so")
+    try:
+        found = ctypes.CDLL(str(path))
+        facts = [found.longreach_size_of_head, found.longreach_most_rows]
+    except (OSError, AttributeError):
+        return None
+    for fact in facts:
+        fact.restype = ctypes.c_int64
+    if [fact() for fact in facts] != [ctypes.sizeof(_Head), BLOCK_M]:  # compiled from another version's source
+        return None
+    for function in (found.longreach_attend, found.longreach_differentiate):
+        function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64), ctypes.c_int64
+    return found
+
+
+class _Blocks:
+    """Blocks of the queries of each head of each sequence, computed in float32 whatever the dtype of q."""
+
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, left: Tensor, right: Tensor, scale: float, visibility: HostVisibility
+    ) -> None:
+        self.q, self.k, self.v = (_in_rows(x) for x in (q, k, v))
+        self.scale, self.visibility, self.group = scale, visibility, q.shape[1] // k.shape[1]
+        self._falloff = falloff(left, right, visibility, torch.float32) * LOG2_E
+        self._hidden = None
+        if visibility.holes is not None:
+            self._hidden = self.q.new_zeros(visibility.holes.shape).masked_fill_(visibility.holes, float("-inf"))
+
+    def of_heads(self, heads: Sequence[int], ranges: Ranges) -> dict[tuple[int, int], list[Block]]:
+        """By sequence and head, what covers the keys that they need."""
+        return blocks_of_heads(len(self.q), heads, self.visibility, ranges)
+
+    def head(self, sequence: int, head: int, **others: Tensor) -> _Head:
+        """What the C is told of one head; `others` are (B, H, ...)."""
+        seen = self.visibility
+        lengths = {"query_length": seen.query_length, "key_length": seen.key_length}
+        at = _Head(head_dim=self.q.shape[3], **lengths, scale=self.scale, limit=-1.0, causal=seen.causal)
+        for name, x in (("q", self.q), *others.items()):
+            _point(at, name, x[sequence, head])
+        for name, x in (("k", self.k), ("v", self.v)):
+            _point(at, name, x[sequence, head // self.group])
+        _point(at, "falloff", self._falloff[sequence if len(self._falloff) > 1 else 0, head])
+        if self._hidden is not None:
+            _point(at, "hidden", self._hidden[sequence])
+        return at
+
+
+class NativeForward(_Blocks):
+    """Output, largest scores and sums of weights, as `Products` has them, and what the backward pass needs."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        left: Tensor,
+        right: Tensor,
+        scale: float,
+        visibility: HostVisibility,
+        limit: float,
+    ) -> None:
+        """`limit` is the share of a row's weights to leave out at either end; less than 0 asks for no such ranges."""
+        super().__init__(q, k, v, left, right, scale, visibility)
+        self.out = torch.zeros_like(self.q)
+        """(B, H, Tq, D) float32."""
+        self.peak = self.q.new_full(q.shape[:3], float("inf"))
+        self.total = self.q.new_zeros(q.shape[:3])
+        self._limit = limit
+        self._needed: list[tuple[int, int, Any]] = []
+
+    def jobs(self, heads: Sequence[int], ranges: Ranges) -> list[Job]:
+        """All blocks of some heads, the most work first."""
+        parts = [
+            (sequence, head, part)
+            for (sequence, head), blocks in self.of_heads(heads, ranges).items()
+            for part in _cut(blocks)
+        ]
+        parts.sort(key=lambda part: -_pairs(part[2]))
+        return [partial(self._attend, *part) for part in parts]
+
+    def _attend(self, sequence: int, head: int, blocks: Sequence[Block]) -> None:
+        at = self.head(sequence, head, out=self.out, peak=self.peak, total=self.total)
+        at.limit = self._limit
+        self._needed.append((sequence, head, _call("longreach_attend", at, blocks)))
+
+    def needed(self) -> tuple[Tensor, Tensor]:
+        """First key and one past the last that any query of a block of BLOCK_M needs: each (B, H, blocks)."""
+        shape = (*self.q.shape[:2], -(-self.q.shape[2] // BLOCK_M))
+        # Rows that no block holds need no keys; visibility alone says where causal rows end.
+        low = np.full(shape, self.visibility.key_length, dtype=np.int32)
+        high = np.full(shape, self.visibility.key_length if self.visibility.causal else 0, dtype=np.int32)
+        for sequence, head, blocks in self._needed:
+            for block in blocks:  # which documents may share
+                where = sequence, head, block.row // BLOCK_M
+                low[where] = min(low[where], block.needed_low)
+                if not self.visibility.causal:
+                    high[where] = max(high[where], block.needed_high)
+        return torch.from_numpy(low), torch.from_numpy(high)
+
+
+class NativeGradients(_Blocks):
+    """The gradients of q, k and v, added to `totals`, and of the slopes."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        left: Tensor,
+        right: Tensor,
+        scale: float,
+        visibility: HostVisibility,
+        out: Tensor,
+        peak: Tensor,
+        total: Tensor,
+        grad_out: Tensor,
+        grad_lse: Tensor,
+        totals: Totals,
+        slopes_learn: bool,
+    ) -> None:
+        super().__init__(q, k, v, left, right, scale, visibility)
+        rows = {"out": out, "grad_out": grad_out, "peak": peak, "total": total, "grad_lse": grad_lse}
+        self._forward = {name: _in_rows(x) for name, x in rows.items()} | {"of_q": totals.of_q}
+        self._totals, self._slopes_learn = totals, slopes_learn
+        self.of_left, self.of_right = (self.q.new_zeros(q.shape[:2]) for _ in range(2))
+
+    def jobs(self, heads: Sequence[int], ranges: Ranges) -> list[Job]:
+        """The blocks of each key head, the most work first; its query heads in their order."""
+        of_key_head: dict[tuple[int, int], list[tuple[int, list[Block]]]] = {}
+        for (sequence, head), blocks in self.of_heads(heads, ranges).items():
+            of_key_head.setdefault((sequence, head // self.group), []).append((head, blocks))
+        parts = [(sequence, members) for (sequence, _), members in of_key_head.items()]
+        parts.sort(key=lambda part: -sum(_pairs(blocks) for _, blocks in part[1]))
+        return [partial(self._add, *part) for part in parts]
+
+    def _add(self, sequence: int, members: list[tuple[int, list[Block]]]) -> None:
+        for head, blocks in members:
+            at = self.head(sequence, head, **self._forward)
+            for name, total in (("of_k", self._totals.of_k), ("of_v", self._totals.of_v)):
+                _point(at, name, total[sequence, head // self.group])
+            at.slopes_learn = self._slopes_learn
+            _call("longreach_differentiate", at, blocks)
+            self.of_left[sequence, head], self.of_right[sequence, head] = at.of_left, at.of_right
+
+
+def _in_rows(x: Tensor) -> Tensor:
+    """In float32, the numbers of a row beside each other."""
+    x = x.to(torch.float32)
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _point(at: _Head, name: str, x: Tensor) -> None:
+    """Have a field point to what x, (rows, numbers) or (numbers,), has in memory."""
+    setattr(at, name, x.data_ptr())
+    if x.dim() == 2:
+        setattr(at, f"{name}_row", x.stride(0))
+
+
+def _pairs(blocks: Sequence[Block]) -> int:
+    return sum(block.rows * (block.high - block.low) for block in blocks)
+
+
+def _cut(blocks: list[Block]) -> Iterator[list[Block]]:
+    """Cut into parts of at least JOB_PAIRS, but for the last."""
+    part: list[Block] = []
+    for block in blocks:
+        part.append(block)
+        if _pairs(part) >= JOB_PAIRS:
+            yield part
+            part = []
+    if part:
+        yield part
+
+
+def _call(name: str, at: _Head, blocks: Sequence[Block]) -> Any:
+    """Call a function of the library; the blocks as it leaves them."""
+    given = (_Block * len(blocks))(*(_Block(b.row, b.rows, b.low, b.high) for b in blocks))
+    if getattr(library(), name)(ctypes.byref(at), given, len(given)):
+        raise MemoryError("no memory for a block of queries")
+    return given

@@ -1,0 +1,133 @@
+"""The native code for the CPU: how it is compiled, found and done without."""
+
+import ctypes
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from adversarial import Case, random_grads, run
+from flat import cpu_attention, reference_attention
+
+import longreach.ops.cpu.native as native
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def build(tmp_path, monkeypatch):
+    """hatch_build.py, which compiles a copy of the source."""
+    spec = importlib.util.spec_from_file_location("hatch_build", ROOT / "hatch_build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    source = tmp_path / "tiles.c"
+    source.write_bytes(module.SOURCE.read_bytes())
+    monkeypatch.setattr(module, "SOURCE", source)
+    return module
+
+
+def test_the_source_compiles_without_a_warning(build, capfd):
+    made = build.compile_tiles()
+    assert sorted(path.name for path in made) == ["tiles-avx2.so", "tiles-avx512.so"]
+    assert capfd.readouterr().err == ""
+    assert sorted(path.name for path in build.SOURCE.parent.iterdir()) == [
+        "tiles-avx2.so",
+        "tiles-avx512.so",
+        "tiles.c",
+    ]
+
+
+@pytest.mark.parametrize("compiler", ["false", "no-such-compiler"])
+def test_without_a_compiler_nothing_is_built_and_nothing_fails(compiler, build, capfd, monkeypatch):
+    """Nor is what another source was compiled to left there."""
+    monkeypatch.setenv("CC", compiler)
+    build.SOURCE.with_name("tiles-avx2.so").write_bytes(b"of before")
+    assert build.compile_tiles() == []
+    assert "tiles.c is not compiled" in capfd.readouterr().err
+    assert [path.name for path in build.SOURCE.parent.iterdir()] == ["tiles.c"]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder in which the library is looked for, instead of that of the package."""
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
+    native.library.cache_clear()
+    yield tmp_path
+    native.library.cache_clear()
+
+
+def test_a_library_that_is_not_there_or_another_is_not_used(folder):
+    name = f"tiles-{torch.backends.cpu.get_cpu_capability().lower()}.so"
+    assert native.library() is None
+    for content in (b"", b"no library"):
+        (folder / name).write_bytes(content)
+        native.library.cache_clear()
+        assert native.library() is None
+    source = folder / "other.c"
+    for size, rows in ((ctypes.sizeof(native._Head) + 8, 128), (ctypes.sizeof(native._Head), 64)):
+        functions = f"long longreach_size_of_head(void) {{ return {size}; }}"
+        source.write_text(f"{functions} long longreach_most_rows(void) {{ return {rows}; }}")
+        made = folder / f"other{rows}.so"
+        subprocess.run(["gcc", "-shared", "-fPIC", source, "-o", made], check=True)
+        made.replace(folder / name)
+        native.library.cache_clear()
+        assert native.library() is None
+
+
+def test_without_the_library_attention_is_the_same(tmp_path):
+    """In a process that finds none, to which tests in this one have given it by then."""
+    package = tmp_path / "longreach"
+    ignored = lambda folder, names: [name for name in names if name.endswith((".so", "__pycache__"))]  # noqa: E731
+    shutil.copytree(ROOT / "src/longreach", package, ignore=ignored)
+    code = """
+import torch
+from longreach import alibi_slopes, attention
+import longreach.ops.cpu.native as native, longreach.ops.cpu.passes as passes
+assert native.library() is None and not passes.NATIVE_IS_FASTER
+torch.manual_seed(0)
+q, k, v = (x.requires_grad_() for x in torch.randn(3, 1, 4, 600, 32))
+expected, actual = (attention(q, k, v, slopes=alibi_slopes(4), impl=impl) for impl in ("reference", "cpu"))
+torch.testing.assert_close(actual, expected)
+of_expected, of_actual = (torch.autograd.grad(out.square().sum(), (q, k, v)) for out in (expected, actual))
+torch.testing.assert_close(of_actual, of_expected, rtol=1e-4, atol=1e-5)
+"""
+    subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(tmp_path)}, check=True)
+
+
+@pytest.mark.parametrize("flushed", [False, True])
+def test_the_caller_s_denormals_are_as_before(flushed):
+    torch.set_flush_denormal(flushed)
+    tensors, options = Case().inputs(torch.float32)
+    run(cpu_attention, tensors, options, random_grads(tensors))
+    product = torch.full((1,), 1e-30) * torch.full((1,), 1e-10)
+    assert product.item() == (0.0 if flushed else pytest.approx(1e-40, rel=1e-3))
+
+
+def test_weights_below_the_normal_numbers_are_none():
+    q, k = torch.zeros(2, 1, 1, 300, 8)
+    v = torch.randn(1, 1, 300, 8)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out, _ = cpu_attention(*leaves, slopes=torch.tensor([0.5]), tolerance=0.0)
+    last = torch.zeros_like(out)
+    last[:, :, -1] = 1.0
+    of_v = torch.autograd.grad(out, leaves, last)[2][0, 0, :, 0]
+    assert (of_v[:120] == 0.0).all()
+    assert of_v[140] > 0.0
+    golden, _ = reference_attention(*(x.detach().double() for x in leaves), slopes=torch.tensor([0.5]))
+    torch.testing.assert_close(out, golden.float())
+
+
+@pytest.mark.parametrize("where", ["q", "k", "v"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_no_number_is_none_in_the_output(where, value):
+    """In the rows that have it by the definition, and in none before its block of 64 keys."""
+    tensors, options = Case().inputs(torch.float32)
+    tensors["qkv".index(where)][0, 0, 100, 3] = value
+    expected, actual = (f(*tensors, **options)[0].isfinite() for f in (reference_attention, cpu_attention))
+    assert not expected.all()
+    assert not (actual & ~expected)[:, :, 100:].any()
+    assert actual[:, :, :64].all()
