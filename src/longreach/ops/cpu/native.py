@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from longreach.ops.cpu.plan import BLOCK_M, Block, HostVisibility, Ranges, blocks_of_heads
@@ -71,7 +72,8 @@ class _Blocks:
     ) -> None:
         self.q, self.k, self.v = (_in_rows(x) for x in (q, k, v))
         self.scale, self.visibility, self.group = scale, visibility, q.shape[1] // k.shape[1]
-        self._falloff = falloff(left, right, visibility, torch.float32) * LOG2_E
+        # The last vector of a block of queries may be read past its end.
+        self._falloff = F.pad(falloff(left, right, visibility, torch.float32) * LOG2_E, (0, BLOCK_M))
         self._hidden = None
         if visibility.holes is not None:
             self._hidden = self.q.new_zeros(visibility.holes.shape).masked_fill_(visibility.holes, float("-inf"))

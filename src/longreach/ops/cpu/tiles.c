@@ -18,6 +18,7 @@ enum { LANES = 16, ROWS = 8 }; /* numbers in a vector; rows of a product whose s
 enum { LANES = 8, ROWS = 6 };
 #endif
 enum { MOST_ROWS = 128, KEYS = 64 }; /* queries of a block, at most, and keys that are at hand at a time */
+enum { COLUMNS = MOST_ROWS + LANES }; /* how far apart rows of scores are: a power of 2 would be slow to read by columns */
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -78,20 +79,6 @@ INLINE vec larger(vec a, vec b) {
     return (vec)(((ivec)a & is) | ((ivec)b & ~is));
 }
 
-INLINE float largest_in(vec x) {
-    float most = x[0];
-    for (int i = 1; i < LANES; i++) most = x[i] > most ? x[i] : most;
-    return most;
-}
-
-INLINE float sum_in(vec x) {
-    float halves[LANES];
-    memcpy(halves, &x, sizeof x);
-    for (int width = LANES / 2; width; width /= 2)
-        for (int i = 0; i < width; i++) halves[i] += halves[i + width];
-    return halves[0];
-}
-
 /* c (rows x vecs vectors) = a b, or c + a b. Each number of a b is a chain of fused operations along the depth. */
 INLINE void small_product(const int rows, const int vecs, int64_t depth, const float *a, int64_t a_row, int64_t a_step,
                           const float *b, int64_t b_row, float *c, int64_t c_row, const int adds) {
@@ -132,18 +119,16 @@ INLINE void product(int64_t m, int64_t n, int64_t depth, const float *a, int64_t
     if (j < n) columns(1, j, m, depth, a, a_row, a_step, b, b_row, c, c_row, adds);
 }
 
-/* `rows` rows of x times `factor`, in rows of `width`, of which the last are 0. */
-static void copy_rows(const float *x, int64_t x_row, int64_t rows, int64_t head_dim, float factor, float *to, int64_t width) {
-    for (int64_t r = 0; r < rows; r++, x += x_row, to += width) {
-        for (int64_t d = 0; d < head_dim; d++) to[d] = x[d] * factor;
-        for (int64_t d = head_dim; d < width; d++) to[d] = 0.0f;
-    }
+/* Rows of x times a factor. */
+static void copy_rows(const float *x, int64_t x_row, int64_t rows, int64_t dim, float factor, float *to, int64_t to_row) {
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t d = 0; d < dim; d++) to[r * to_row + d] = x[r * x_row + d] * factor;
 }
 
-/* Likewise as columns, KEYS of them, of which the last are 0. */
-static void transpose_rows(const float *x, int64_t x_row, int64_t rows, int64_t head_dim, float *to) {
-    for (int64_t r = 0; r < KEYS; r++)
-        for (int64_t d = 0; d < head_dim; d++) to[d * KEYS + r] = r < rows ? x[r * x_row + d] : 0.0f;
+/* Rows, of which there are MOST_ROWS at most, as columns. */
+static void transpose(const float *x, int64_t x_row, int64_t rows, int64_t dim, float *to) {
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t d = 0; d < dim; d++) to[d * COLUMNS + r] = x[r * x_row + d];
 }
 
 /* Numbers below the normal ones, 1e-38, are 0 until this is undone: they would be slow to multiply. */
@@ -153,38 +138,27 @@ static unsigned flush_denormals(void) {
     return before;
 }
 
-INLINE int64_t padded(int64_t head_dim) { return (head_dim + LANES - 1) / LANES * LANES; }
+INLINE int64_t padded(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
 
-static float *memory_of(int64_t numbers) { return aligned_alloc(64, (numbers * sizeof(float) + 63) / 64 * 64); }
+/* How far apart rows of head_dim numbers are. */
+INLINE int64_t apart(const struct head *h) { return padded(h->head_dim) + LANES; }
 
-/* The first row of a block that sees a key. */
-INLINE int64_t first_row(const struct head *h, const struct block *b, int64_t key) {
-    const int64_t row = key - (h->key_length - h->query_length) - b->row;
-    return h->causal && row > 0 ? (row < b->rows ? row : b->rows) : 0;
+static float *memory_of(int64_t numbers) {
+    float *const memory = aligned_alloc(64, (numbers * sizeof(float) + 63) / 64 * 64);
+    if (memory) memset(memory, 0, numbers * sizeof(float)); /* what pads rows is read, if not used */
+    return memory;
 }
 
-/* The bias of row r of a block from a key on. */
-INLINE const float *bias_at(const struct head *h, const struct block *b, int64_t r, int64_t key) {
-    return h->falloff + (h->query_length - 1 - b->row - r) + key;
+/* Queries lie in reverse, so that the biases of a key lie in the order of the queries. How many of a block see it. */
+INLINE int64_t count_seeing(const struct head *h, const struct block *b, int64_t key) {
+    const int64_t before = key - (h->key_length - h->query_length) - b->row;
+    return !h->causal || before <= 0 ? b->rows : before < b->rows ? b->rows - before : 0;
 }
 
-/* The largest score of a row, `width` of whose KEYS are keys, to which the bias is added here. */
-INLINE float add_bias(const struct head *h, float *scores, const float *bias, int64_t key, int64_t width) {
-    if (width == KEYS && !h->hidden) {
-        vec most = all(-INFINITY);
-        for (int n = 0; n < KEYS; n += LANES) {
-            const vec s = load(scores + n) + load(bias + n);
-            store(scores + n, s);
-            most = larger(s, most);
-        }
-        return largest_in(most);
-    }
-    float most = -INFINITY;
-    for (int64_t n = 0; n < KEYS; n++) {
-        scores[n] = n < width ? scores[n] + bias[n] + (h->hidden ? h->hidden[key + n] : 0.0f) : -INFINITY;
-        most = scores[n] > most ? scores[n] : most;
-    }
-    return most;
+/* Add the biases of a key to its scores with LANES queries from column c on. */
+INLINE vec with_bias(const struct head *h, const struct block *b, const float *scores, int64_t key, int64_t c) {
+    const vec s = load(scores + c) + load(h->falloff + (h->query_length - b->row - b->rows) + key + c);
+    return h->hidden ? s + all(h->hidden[key]) : s;
 }
 
 /* What of the keys of a block the backward pass needs: weights are summed from either end, in blocks of KEYS. */
@@ -197,11 +171,9 @@ static void leave_out(const struct head *h, struct block *b, const float *sums, 
         for (; unneeded < count; unneeded++) {
             const int64_t at = (end ? count - 1 - unneeded : unneeded) * MOST_ROWS;
             int exceeds = 0;
-            for (int64_t r = 0; r < b->rows; r += LANES) {
-                vec now = load(below + r) + load(sums + at + r) * exp2_of(load(peaks + at + r) - load(peak + r));
-                store(below + r, now);
-            }
-            for (int64_t r = 0; r < b->rows; r++) exceeds |= !(below[r] <= total[r] * (float)h->limit);
+            for (int64_t c = 0; c < b->rows; c += LANES)
+                store(below + c, load(below + c) + load(sums + at + c) * exp2_of(load(peaks + at + c) - load(peak + c)));
+            for (int64_t c = 0; c < b->rows; c++) exceeds |= !(below[c] <= total[c] * (float)h->limit);
             if (exceeds) break;
         }
         if (end) {
@@ -213,49 +185,54 @@ static void leave_out(const struct head *h, struct block *b, const float *sums, 
 }
 
 static void attend_block(const struct head *h, struct block *b, float *memory) {
-    const int64_t dim = h->head_dim, width = padded(dim), count = (b->high - b->low + KEYS - 1) / KEYS;
-    float *const q = memory, *const out = q + MOST_ROWS * width, *const scores = out + MOST_ROWS * width;
-    float *const keys = scores + MOST_ROWS * KEYS, *const values = keys + KEYS * width;
-    float *const sums = values + KEYS * width, *const peaks = sums + count * MOST_ROWS; /* of each KEYS keys */
-    float peak[MOST_ROWS], total[MOST_ROWS];
-    copy_rows(h->q + b->row * h->q_row, h->q_row, b->rows, dim, (float)(h->scale * M_LOG2E), q, width);
-    memset(out, 0, b->rows * width * sizeof(float));
-    for (int r = 0; r < MOST_ROWS; r++) peak[r] = -FLT_MAX, total[r] = 0.0f;
+    const int64_t dim = h->head_dim, width = padded(dim), row = apart(h), last = b->row + b->rows - 1;
+    float *const q = memory, *const out = q + dim * COLUMNS, *const scores = out + MOST_ROWS * row;
+    float *const values = scores + KEYS * COLUMNS, *const sums = values + KEYS * row;
+    const int64_t count = (b->high - b->low + KEYS - 1) / KEYS;
+    float *const peaks = sums + count * MOST_ROWS; /* of each KEYS keys, as sums are */
+    float peak[MOST_ROWS], total[MOST_ROWS], factors[MOST_ROWS];
+    copy_rows(h->q + last * h->q_row, -h->q_row, b->rows, dim, (float)(h->scale * M_LOG2E), out, row);
+    transpose(out, row, b->rows, dim, q);
+    memset(out, 0, MOST_ROWS * row * sizeof(float));
+    for (int c = 0; c < MOST_ROWS; c++) peak[c] = -FLT_MAX, total[c] = 0.0f;
     for (int64_t i = 0; i < count; i++) {
-        const int64_t key = b->low + i * KEYS, now = b->high - key < KEYS ? b->high - key : KEYS;
-        const int64_t first = first_row(h, b, key);
-        transpose_rows(h->k + key * h->k_row, h->k_row, now, dim, keys);
-        copy_rows(h->v + key * h->v_row, h->v_row, now, dim, 1.0f, values, width);
-        product(b->rows - first, KEYS, dim, q + first * width, width, 1, keys, KEYS, scores + first * KEYS, KEYS, 0);
-        if (h->limit >= 0)
-            for (int r = 0; r < MOST_ROWS; r++) sums[i * MOST_ROWS + r] = 0.0f, peaks[i * MOST_ROWS + r] = -FLT_MAX;
-        for (int64_t r = first; r < b->rows; r++) {
-            float *const of_row = scores + r * KEYS;
-            const float most = add_bias(h, of_row, bias_at(h, b, r, key), key, now);
-            if (most > peak[r]) {
-                const vec factor = exp2_of(all(peak[r] - most));
-                total[r] *= factor[0];
-                for (int64_t d = 0; d < width; d += LANES) store(out + r * width + d, load(out + r * width + d) * factor);
-                peak[r] = most;
+        const int64_t first = b->low + i * KEYS, keys = b->high - first < KEYS ? b->high - first : KEYS;
+        const int64_t rows = count_seeing(h, b, first);
+        copy_rows(h->v + first * h->v_row, h->v_row, keys, dim, 1.0f, values, row);
+        product(keys, padded(rows), dim, h->k + first * h->k_row, h->k_row, 1, q, COLUMNS, scores, COLUMNS, 0);
+        for (int64_t c = 0; c < padded(rows); c += LANES) {
+            const vec before = load(peak + c);
+            vec most = before, sum = {0};
+            for (int64_t j = 0; j < keys; j++) {
+                const vec s = with_bias(h, b, scores + j * COLUMNS, first + j, c);
+                store(scores + j * COLUMNS + c, s);
+                most = larger(s, most);
             }
-            vec sum = {0};
-            for (int n = 0; n < KEYS; n += LANES) {
-                const vec weight = exp2_of(load(of_row + n) - all(peak[r]));
-                store(of_row + n, weight);
+            for (int64_t j = 0; j < keys; j++) {
+                const vec weight = exp2_of(load(scores + j * COLUMNS + c) - most);
+                store(scores + j * COLUMNS + c, weight);
                 sum += weight;
             }
-            const float of_keys = sum_in(sum);
-            total[r] += of_keys;
-            if (h->limit >= 0) sums[i * MOST_ROWS + r] = of_keys, peaks[i * MOST_ROWS + r] = peak[r];
+            const vec factor = exp2_of(before - most);
+            store(factors + c, factor);
+            store(peak + c, most);
+            store(total + c, load(total + c) * factor + sum);
+            if (h->limit >= 0) store(sums + i * MOST_ROWS + c, sum), store(peaks + i * MOST_ROWS + c, most);
         }
-        product(b->rows - first, width, now, scores + first * KEYS, KEYS, 1, values, width, out + first * width, width, 1);
+        for (int64_t c = padded(rows); h->limit >= 0 && c < MOST_ROWS; c++)
+            sums[i * MOST_ROWS + c] = 0.0f, peaks[i * MOST_ROWS + c] = -FLT_MAX;
+        for (int64_t c = 0; c < rows; c++)
+            if (factors[c] != 1.0f)
+                for (int64_t d = 0; d < width; d += LANES)
+                    store(out + c * row + d, load(out + c * row + d) * all(factors[c]));
+        product(rows, width, keys, scores, 1, COLUMNS, values, row, out, row, 1);
     }
-    for (int64_t r = 0; r < b->rows; r++) {
-        float *const to = h->out + (b->row + r) * h->out_row;
-        const float by = total[r] == 0.0f ? 1.0f : total[r]; /* 0 for rows that see no key */
-        for (int64_t d = 0; d < dim; d++) to[d] = out[r * width + d] / by;
-        h->peak[b->row + r] = peak[r];
-        h->total[b->row + r] = total[r];
+    for (int64_t c = 0; c < b->rows; c++) {
+        float *const to = h->out + (last - c) * h->out_row;
+        const float by = total[c] == 0.0f ? 1.0f : total[c]; /* 0 for rows that see no key */
+        for (int64_t d = 0; d < dim; d++) to[d] = out[c * row + d] / by;
+        h->peak[last - c] = peak[c];
+        h->total[last - c] = total[c];
     }
     b->needed_low = b->low, b->needed_high = b->high;
     if (h->limit >= 0) leave_out(h, b, sums, peaks, peak, total);
@@ -267,7 +244,7 @@ int64_t longreach_attend(const struct head *h, struct block *blocks, int64_t cou
     for (int64_t i = 0; i < count; i++)
         if (blocks[i].high - blocks[i].low > widest) widest = blocks[i].high - blocks[i].low;
     const int64_t sums = 2 * MOST_ROWS * ((widest + KEYS - 1) / KEYS);
-    float *const memory = memory_of((2 * MOST_ROWS + 2 * KEYS) * padded(h->head_dim) + MOST_ROWS * KEYS + sums);
+    float *const memory = memory_of((h->head_dim + KEYS) * COLUMNS + (MOST_ROWS + KEYS) * apart(h) + sums);
     if (!memory) return 1;
     const unsigned before = flush_denormals();
     for (int64_t i = 0; i < count; i++) attend_block(h, blocks + i, memory);
@@ -276,92 +253,87 @@ int64_t longreach_attend(const struct head *h, struct block *blocks, int64_t cou
     return 0;
 }
 
-/* Add the gradients of the slopes, -sum_ij dS_ij d_ij over past or over future distances d.
+/* Add the gradients of the slopes, -sum_ij dS_ij d_ij over past or over future distances d, of the query in a column.
 
    Each row of dS sums to the gradient of its LSE, but for rounding in `out`, which distances would magnify. So the excess
    of the sum, times P, is taken from dS. */
-static void add_to_slopes(struct head *h, int64_t row, const double *sums) {
-    const double of_lse = h->total[row] == 0.0f ? 0.0 : h->grad_lse[row], excess = sums[0] - of_lse;
+static void add_to_slopes(struct head *h, int64_t row, double sums[5][MOST_ROWS], int64_t c) {
     const double share = h->total[row] == 0.0f ? 0.0 : 1.0 / h->total[row];
-    h->of_left += excess * share * sums[3] - sums[1];
-    h->of_right += excess * share * sums[4] - sums[2];
+    const double excess = sums[0][c] - (h->total[row] == 0.0f ? 0.0 : h->grad_lse[row]);
+    h->of_left += excess * share * sums[3][c] - sums[1][c];
+    h->of_right += excess * share * sums[4][c] - sums[2][c];
 }
 
-/* Sums over KEYS from a key on of dS, dS d and P d, with past and with future distances d, added to those of a row. */
-static void add_moments(const float *weights, const float *of_scores, int64_t position, int64_t key, double *sums) {
-    float now[5] = {0};
-    for (int n = 0; n < KEYS; n++) {
-        const float distance = (float)(position - key - n), past = distance > 0 ? distance : 0, future = past - distance;
-        now[0] += of_scores[n];
-        now[1] += of_scores[n] * past;
-        now[2] += of_scores[n] * future;
-        now[3] += weights[n] * past;
-        now[4] += weights[n] * future;
+/* Add up dS, dS d and P d of a key, with past and with future distances d; column 0 has the last position. */
+static void add_moments(const float *weights, const float *of_scores, int64_t rows, int64_t position, int64_t key,
+                        double sums[5][MOST_ROWS]) {
+    for (int64_t c = 0; c < rows; c++) {
+        const float distance = (float)(position - c - key), past = distance > 0 ? distance : 0, future = past - distance;
+        sums[0][c] += of_scores[c];
+        sums[1][c] += of_scores[c] * past;
+        sums[2][c] += of_scores[c] * future;
+        sums[3][c] += weights[c] * past;
+        sums[4][c] += weights[c] * future;
     }
-    for (int i = 0; i < 5; i++) sums[i] += now[i];
 }
 
 static void differentiate_block(struct head *h, const struct block *b, float *memory) {
-    const int64_t dim = h->head_dim, width = padded(dim), own = b->row;
-    float *const by_2 = memory, *const scaled = by_2 + MOST_ROWS * width, *const grad = scaled + MOST_ROWS * width;
-    float *const of_q = grad + MOST_ROWS * width, *const weights = of_q + MOST_ROWS * width;
-    float *const of_scores = weights + MOST_ROWS * KEYS, *const keys = of_scores + MOST_ROWS * KEYS;
-    float *const columns_k = keys + KEYS * width, *const columns_v = columns_k + KEYS * width;
-    float *const of_keys = columns_v + KEYS * width;
-    float offset[MOST_ROWS]; /* what dP is less Delta_i = dO_i . o_i by, with the gradient of the LSE */
-    double moments[MOST_ROWS][5] = {{0}};
-    copy_rows(h->q + own * h->q_row, h->q_row, b->rows, dim, (float)(h->scale * M_LOG2E), by_2, width);
-    copy_rows(h->q + own * h->q_row, h->q_row, b->rows, dim, (float)h->scale, scaled, width);
-    memset(of_q, 0, b->rows * width * sizeof(float));
-    for (int64_t r = 0; r < b->rows; r++) {
+    const int64_t dim = h->head_dim, width = padded(dim), row = apart(h), last = b->row + b->rows - 1;
+    float *const q = memory, *const of_out = q + dim * COLUMNS; /* as columns */
+    float *const scaled = of_out + dim * COLUMNS, *const grad = scaled + MOST_ROWS * row; /* the same as rows */
+    float *const of_q = grad + MOST_ROWS * row, *const weights = of_q + MOST_ROWS * row;
+    float *const of_scores = weights + KEYS * COLUMNS, *const near = of_scores + KEYS * COLUMNS;
+    float *const of_keys = near + KEYS * row;
+    float peak[MOST_ROWS] = {0}, offset[MOST_ROWS] = {0}; /* what dP is less Delta by, with the gradient of the LSE */
+    double moments[5][MOST_ROWS] = {{0}};
+    copy_rows(h->q + last * h->q_row, -h->q_row, b->rows, dim, (float)(h->scale * M_LOG2E), scaled, row);
+    transpose(scaled, row, b->rows, dim, q);
+    copy_rows(h->q + last * h->q_row, -h->q_row, b->rows, dim, (float)h->scale, scaled, row);
+    for (int64_t c = 0; c < b->rows; c++) {
         /* Weights are relative to the largest one: what they multiply is divided by their sum instead. */
-        const float total = h->total[own + r], share = total == 0.0f ? 0.0f : 1.0f / total;
-        const float *const out = h->out + (own + r) * h->out_row;
-        copy_rows(h->grad_out + (own + r) * h->grad_out_row, 0, 1, dim, share, grad + r * width, width);
-        float delta = 0.0f; /* the same chain as that of dP */
-        for (int64_t d = 0; d < dim; d++) delta = fmaf(out[d], grad[r * width + d], delta);
-        offset[r] = (total == 0.0f ? 0.0f : h->grad_lse[own + r]) * share - delta;
+        const float total = h->total[last - c], share = total == 0.0f ? 0.0f : 1.0f / total;
+        const float *const out = h->out + (last - c) * h->out_row;
+        copy_rows(h->grad_out + (last - c) * h->grad_out_row, 0, 1, dim, share, grad + c * row, row);
+        float delta = 0.0f; /* dO_i . o_i, by the same chain as that of dP */
+        for (int64_t d = 0; d < dim; d++) delta = fmaf(out[d], grad[c * row + d], delta);
+        offset[c] = (total == 0.0f ? 0.0f : h->grad_lse[last - c]) * share - delta;
+        peak[c] = h->peak[last - c];
     }
-    for (int64_t key = b->low; key < b->high; key += KEYS) {
-        const int64_t now = b->high - key < KEYS ? b->high - key : KEYS, first = first_row(h, b, key);
-        const int64_t rows = b->rows - first, from = first * width, at = first * KEYS;
-        transpose_rows(h->k + key * h->k_row, h->k_row, now, dim, columns_k);
-        transpose_rows(h->v + key * h->v_row, h->v_row, now, dim, columns_v);
-        copy_rows(h->k + key * h->k_row, h->k_row, now, dim, 1.0f, keys, width);
-        product(rows, KEYS, dim, by_2 + from, width, 1, columns_k, KEYS, weights + at, KEYS, 0);
-        product(rows, KEYS, dim, grad + from, width, 1, columns_v, KEYS, of_scores + at, KEYS, 0);
-        for (int64_t r = first; r < b->rows; r++) {
-            add_bias(h, weights + r * KEYS, bias_at(h, b, r, key), key, now);
-            const vec peak = all(h->peak[own + r]), less = all(offset[r]);
-            for (int n = 0; n < KEYS; n += LANES) {
-                float *const weight = weights + r * KEYS + n, *const of_score = of_scores + r * KEYS + n;
-                const vec p = exp2_of(load(weight) - peak);
-                store(weight, p);
-                store(of_score, p * (load(of_score) + less));
+    transpose(grad, row, b->rows, dim, of_out);
+    memset(of_q, 0, MOST_ROWS * row * sizeof(float));
+    for (int64_t first = b->low; first < b->high; first += KEYS) {
+        const int64_t keys = b->high - first < KEYS ? b->high - first : KEYS, rows = count_seeing(h, b, first);
+        copy_rows(h->k + first * h->k_row, h->k_row, keys, dim, 1.0f, near, row);
+        product(keys, padded(rows), dim, near, row, 1, q, COLUMNS, weights, COLUMNS, 0);
+        product(keys, padded(rows), dim, h->v + first * h->v_row, h->v_row, 1, of_out, COLUMNS, of_scores, COLUMNS, 0);
+        for (int64_t j = 0; j < keys; j++) {
+            float *const weight = weights + j * COLUMNS, *const of_score = of_scores + j * COLUMNS;
+            for (int64_t c = 0; c < padded(rows); c += LANES) {
+                const vec p = exp2_of(with_bias(h, b, weight, first + j, c) - load(peak + c));
+                store(weight + c, p);
+                store(of_score + c, p * (load(of_score + c) + load(offset + c)));
             }
-            if (h->slopes_learn) {
-                const int64_t position = h->key_length - h->query_length + own + r;
-                add_moments(weights + r * KEYS, of_scores + r * KEYS, position, key, moments[r]);
-            }
+            if (h->slopes_learn)
+                add_moments(weight, of_score, rows, last + h->key_length - h->query_length, first + j, moments);
         }
-        const float *const by[2] = {of_scores + at, weights + at}, *const of[2] = {scaled + from, grad + from};
-        float *const to[2] = {h->of_k + key * h->of_k_row, h->of_v + key * h->of_v_row};
+        const float *const by[2] = {of_scores, weights}, *const of[2] = {scaled, grad};
+        float *const to[2] = {h->of_k + first * h->of_k_row, h->of_v + first * h->of_v_row};
         const int64_t to_row[2] = {h->of_k_row, h->of_v_row};
         for (int i = 0; i < 2; i++) {
-            product(now, width, rows, by[i], 1, KEYS, of[i], width, of_keys, width, 0);
-            for (int64_t r = 0; r < now; r++)
-                for (int64_t d = 0; d < dim; d++) to[i][r * to_row[i] + d] += of_keys[r * width + d];
+            product(keys, width, rows, by[i], COLUMNS, 1, of[i], row, of_keys, row, 0);
+            for (int64_t j = 0; j < keys; j++)
+                for (int64_t d = 0; d < dim; d++) to[i][j * to_row[i] + d] += of_keys[j * row + d];
         }
-        product(rows, width, now, of_scores + at, KEYS, 1, keys, width, of_q + from, width, 1);
+        product(rows, width, keys, of_scores, 1, COLUMNS, near, row, of_q, row, 1);
     }
-    for (int64_t r = 0; h->slopes_learn && r < b->rows; r++) add_to_slopes(h, own + r, moments[r]);
-    for (int64_t r = 0; r < b->rows; r++)
-        for (int64_t d = 0; d < dim; d++) h->of_q[(own + r) * h->of_q_row + d] = of_q[r * width + d] * (float)h->scale;
+    for (int64_t c = 0; h->slopes_learn && c < b->rows; c++) add_to_slopes(h, last - c, moments, c);
+    copy_rows(of_q, row, b->rows, dim, (float)h->scale, h->of_q + last * h->of_q_row, -h->of_q_row);
 }
 
 /* Write the gradient of the queries of some blocks, and add to those of keys and values; 0, or 1 likewise. */
 int64_t longreach_differentiate(struct head *h, const struct block *blocks, int64_t count) {
-    float *const memory = memory_of((4 * MOST_ROWS + 4 * KEYS) * padded(h->head_dim) + 2 * MOST_ROWS * KEYS);
+    const int64_t columns = 2 * h->head_dim + 2 * KEYS, rows = 3 * MOST_ROWS + 2 * KEYS;
+    float *const memory = memory_of(columns * COLUMNS + rows * apart(h));
     if (!memory) return 1;
     const unsigned before = flush_denormals();
     for (int64_t i = 0; i < count; i++) differentiate_block(h, blocks + i, memory);
