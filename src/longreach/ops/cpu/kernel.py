@@ -2,7 +2,7 @@
 
 With few queries this kernel, which `scaled_dot_product_attention` uses too, reads each key and each value once and
 copies none. It is called directly because only that returns the LSE. So is its backward pass, which makes weights from
-the LSE and serves where scores are small.
+the LSE and serves bfloat16.
 """
 
 import sys
