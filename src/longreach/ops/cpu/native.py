@@ -10,7 +10,6 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -139,15 +138,17 @@ class NativeForward(_Blocks):
         """First key and one past the last that any query of a block of BLOCK_M needs: each (B, H, blocks)."""
         shape = (*self.q.shape[:2], -(-self.q.shape[2] // BLOCK_M))
         # Rows that no block holds need no keys; visibility alone says where causal rows end.
-        low = np.full(shape, self.visibility.key_length, dtype=np.int32)
-        high = np.full(shape, self.visibility.key_length if self.visibility.causal else 0, dtype=np.int32)
+        low = self.q.new_full(shape, self.visibility.key_length, dtype=torch.int32)
+        high = torch.full_like(low, self.visibility.key_length if self.visibility.causal else 0)
+        lows, highs = low.tolist(), high.tolist()
         for sequence, head, blocks in self._needed:
+            of_low, of_high = lows[sequence][head], highs[sequence][head]
             for block in blocks:  # which documents may share
-                where = sequence, head, block.row // BLOCK_M
-                low[where] = min(low[where], block.needed_low)
+                i = block.row // BLOCK_M
+                of_low[i] = min(of_low[i], block.needed_low)
                 if not self.visibility.causal:
-                    high[where] = max(high[where], block.needed_high)
-        return torch.from_numpy(low), torch.from_numpy(high)
+                    of_high[i] = max(of_high[i], block.needed_high)
+        return low.new_tensor(lows).view(shape), high.new_tensor(highs).view(shape)
 
 
 class NativeGradients(_Blocks):
