@@ -81,8 +81,7 @@ def test_a_library_that_is_not_there_or_another_is_not_used(folder):
 def test_without_the_library_attention_is_the_same(tmp_path):
     """In a process that finds none, to which tests in this one have given it by then."""
     package = tmp_path / "longreach"
-    ignored = lambda folder, names: [name for name in names if name.endswith((".so", "__pycache__"))]  # noqa: E731
-    shutil.copytree(ROOT / "src/longreach", package, ignore=ignored)
+    shutil.copytree(ROOT / "src/longreach", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     code = """
 import torch
 from longreach import alibi_slopes, attention
