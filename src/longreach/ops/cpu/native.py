@@ -6,6 +6,7 @@ Python's lock is free. Output, LSE and gradients obey the same rule of rounding 
 
 import ctypes
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -63,19 +64,34 @@ def library() -> ctypes.CDLL | None:
     return found
 
 
+@dataclass
 class _Blocks:
     """Blocks of the queries of each head of each sequence, computed in float32 whatever the dtype of q."""
 
-    def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, left: Tensor, right: Tensor, scale: float, visibility: HostVisibility
-    ) -> None:
-        self.q, self.k, self.v = (_in_rows(x) for x in (q, k, v))
-        self.scale, self.visibility, self.group = scale, visibility, q.shape[1] // k.shape[1]
+    q: Tensor
+    """(B, H, Tq, D)."""
+    k: Tensor
+    """(B, Hkv, Tk, D)."""
+    v: Tensor
+    """(B, Hkv, Tk, D)."""
+    left: Tensor
+    """(H,) or (B, H) slopes of past keys."""
+    right: Tensor
+    """(H,) or (B, H) slopes of future keys."""
+    scale: float
+    """Factor of q . k."""
+    visibility: HostVisibility
+    """What hides keys."""
+
+    def __post_init__(self) -> None:
+        self.group = self.q.shape[1] // self.k.shape[1]
+        self.q, self.k, self.v = (_in_rows(x) for x in (self.q, self.k, self.v))
         # The last vector of a block of queries may be read past its end.
-        self._falloff = F.pad(falloff(left, right, visibility, torch.float32) * LOG2_E, (0, BLOCK_M))
-        self._hidden = None
-        if visibility.holes is not None:
-            self._hidden = self.q.new_zeros(visibility.holes.shape).masked_fill_(visibility.holes, float("-inf"))
+        bias = falloff(self.left, self.right, self.visibility, torch.float32) * LOG2_E
+        self._falloff = F.pad(bias, (0, BLOCK_M))
+        self._hidden, holes = None, self.visibility.holes
+        if holes is not None:
+            self._hidden = self.q.new_zeros(holes.shape).masked_fill_(holes, float("-inf"))
 
     def of_heads(self, heads: Sequence[int], ranges: Ranges) -> dict[tuple[int, int], list[Block]]:
         """By sequence and head, what covers the keys that they need."""
@@ -96,27 +112,19 @@ class _Blocks:
         return at
 
 
+@dataclass
 class NativeForward(_Blocks):
     """Output, largest scores and sums of weights, as `Products` has them, and what the backward pass needs."""
 
-    def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        left: Tensor,
-        right: Tensor,
-        scale: float,
-        visibility: HostVisibility,
-        limit: float,
-    ) -> None:
-        """`limit` is the share of a row's weights to leave out at either end; less than 0 asks for no such ranges."""
-        super().__init__(q, k, v, left, right, scale, visibility)
+    limit: float
+    """The share of a row's weights to leave out at either end; less than 0 asks for no such ranges."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self.out = torch.zeros_like(self.q)
         """(B, H, Tq, D) float32."""
-        self.peak = self.q.new_full(q.shape[:3], float("inf"))
-        self.total = self.q.new_zeros(q.shape[:3])
-        self._limit = limit
+        self.peak = self.q.new_full(self.q.shape[:3], float("inf"))
+        self.total = self.q.new_zeros(self.q.shape[:3])
         self._needed: list[tuple[int, int, Any]] = []
 
     def jobs(self, heads: Sequence[int], ranges: Ranges) -> list[Job]:
@@ -131,7 +139,7 @@ class NativeForward(_Blocks):
 
     def _attend(self, sequence: int, head: int, blocks: Sequence[Block]) -> None:
         at = self.head(sequence, head, out=self.out, peak=self.peak, total=self.total)
-        at.limit = self._limit
+        at.limit = self.limit
         self._needed.append((sequence, head, _call("longreach_attend", at, blocks)))
 
     def needed(self) -> tuple[Tensor, Tensor]:
@@ -151,31 +159,30 @@ class NativeForward(_Blocks):
         return low.new_tensor(lows).view(shape), high.new_tensor(highs).view(shape)
 
 
+@dataclass
 class NativeGradients(_Blocks):
     """The gradients of q, k and v, added to `totals`, and of the slopes."""
 
-    def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        left: Tensor,
-        right: Tensor,
-        scale: float,
-        visibility: HostVisibility,
-        out: Tensor,
-        peak: Tensor,
-        total: Tensor,
-        grad_out: Tensor,
-        grad_lse: Tensor,
-        totals: Totals,
-        slopes_learn: bool,
-    ) -> None:
-        super().__init__(q, k, v, left, right, scale, visibility)
-        rows = {"out": out, "grad_out": grad_out, "peak": peak, "total": total, "grad_lse": grad_lse}
-        self._forward = {name: _in_rows(x) for name, x in rows.items()} | {"of_q": totals.of_q}
-        self._totals, self._slopes_learn = totals, slopes_learn
-        self.of_left, self.of_right = (self.q.new_zeros(q.shape[:2]) for _ in range(2))
+    out: Tensor
+    """(B, H, Tq, D)."""
+    peak: Tensor
+    """(B, H, Tq)."""
+    total: Tensor
+    """(B, H, Tq)."""
+    grad_out: Tensor
+    """(B, H, Tq, D)."""
+    grad_lse: Tensor
+    """(B, H, Tq)."""
+    totals: Totals
+    """What they are added to."""
+    slopes_learn: bool
+    """Whether those of the slopes are wanted."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        names = "out", "grad_out", "peak", "total", "grad_lse"
+        self._rows = {name: _in_rows(getattr(self, name)) for name in names} | {"of_q": self.totals.of_q}
+        self.of_left, self.of_right = (self.q.new_zeros(self.q.shape[:2]) for _ in range(2))
 
     def jobs(self, heads: Sequence[int], ranges: Ranges) -> list[Job]:
         """The blocks of each key head, the most work first; its query heads in their order."""
@@ -188,10 +195,10 @@ class NativeGradients(_Blocks):
 
     def _add(self, sequence: int, members: list[tuple[int, list[Block]]]) -> None:
         for head, blocks in members:
-            at = self.head(sequence, head, **self._forward)
-            for name, total in (("of_k", self._totals.of_k), ("of_v", self._totals.of_v)):
+            at = self.head(sequence, head, **self._rows)
+            for name, total in (("of_k", self.totals.of_k), ("of_v", self.totals.of_v)):
                 _point(at, name, total[sequence, head // self.group])
-            at.slopes_learn = self._slopes_learn
+            at.slopes_learn = self.slopes_learn
             _call("longreach_differentiate", at, blocks)
             self.of_left[sequence, head], self.of_right[sequence, head] = at.of_left, at.of_right
 
