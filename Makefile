@@ -48,7 +48,7 @@ format: .venv/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-.venv/run: pyproject.toml requirements.txt hatch_build.py src/longreach/ops/cpu/tiles.c
+.venv/run: pyproject.toml requirements.txt hatch_build.py $(wildcard src/longreach/ops/cpu/*.[ch])
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt -e .
 	touch $@

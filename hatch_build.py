@@ -17,31 +17,34 @@ try:
 except ImportError:  # run by itself, without what builds packages
     BuildHookInterface = object  # type: ignore[assignment,misc]
 
-SOURCE = Path(__file__).parent / "src/longreach/ops/cpu/tiles.c"
+FOLDER = Path(__file__).parent / "src/longreach/ops/cpu"
 FLAGS = ("-std=gnu11", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", "-Wall", "-Wextra")
-VECTORS = {
-    "avx2": ("-mavx2", "-mfma"),
-    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"),
+AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512")
+LIBRARIES = {
+    "tiles-avx2": ("-mavx2", "-mfma"),
+    "tiles-avx512": AVX512,
+    "units-amx": (*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
 }
-"""What PyTorch calls the processor's vectors, in small letters -> flags of GCC and Clang."""
+"""Name, of the source and of what the processor must have -> flags of GCC and Clang."""
 
 
 def compile_tiles() -> list[Path]:
-    """Compile the source for each width of vectors; none where that is not possible, which is said."""
+    """Compile each library; none where that is not possible, which is said."""
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         return []
     compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")
     made = []
-    for vectors, flags in VECTORS.items():
-        library = SOURCE.with_name(f"tiles-{vectors}.so")
+    for name, flags in LIBRARIES.items():
+        library = FOLDER / f"{name}.so"
+        source = FOLDER / f"{name.partition('-')[0]}.c"
         unfinished = library.with_suffix(f".{os.getpid()}")
-        command = [compiler[0], *FLAGS, *flags, str(SOURCE), "-o", str(unfinished), "-lm"]
+        command = [compiler[0], *FLAGS, *flags, str(source), "-o", str(unfinished), "-lm"]
         try:
             subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
         except (OSError, subprocess.CalledProcessError) as error:
             unfinished.unlink(missing_ok=True)
             library.unlink(missing_ok=True)  # of another source
-            print(f"longreach: {SOURCE.name} is not compiled ({error}): PyTorch's products do it", file=sys.stderr)
+            print(f"longreach: {name} is not compiled ({error}): PyTorch computes instead", file=sys.stderr)
             continue
         unfinished.replace(library)  # never half of it, nor another one under who has it open
         made.append(library)

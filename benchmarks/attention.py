@@ -271,10 +271,17 @@ def workloads(device: str, lengths: list[int]) -> list[Workload]:
 
 
 def cpu_workloads(lengths: list[int]) -> list[Workload]:
+    """All that one sequence of 8 heads does.
+
+    A CPU that is held to fewer instructions trains in float32 alone: PyTorch, which is not aware of what oneDNN is held
+    to, has the products of half types in the backward pass done by its reference code.
+    """
     everything = []
     for length in lengths:
         everything += [Workload("forward", dtype, length) for dtype in ("float32", "bfloat16")]
         everything.append(Workload("training", "float32", length))
+        if length <= STD_LENGTH and not held_to():
+            everything.append(Workload("training", "bfloat16", length))
         everything += [Workload("decode", dtype, length) for dtype in ("float32", "bfloat16")]
         if length in BUSY_LENGTHS:
             everything += [Workload(mode, "float32", length, busy=True) for mode in ("forward", "training")]
@@ -299,11 +306,7 @@ def cuda_workloads(lengths: list[int]) -> list[Workload]:
 
 
 def crossover_workloads(device: str) -> list[Workload]:
-    """Lengths around the points where `choose_impl` changes over.
-
-    A CPU that is held to fewer instructions trains in float32 alone: PyTorch, which is not aware of what oneDNN is held
-    to, has the products of half types in the backward pass done by its reference code.
-    """
+    """Lengths around the points where `choose_impl` changes over."""
     shapes = [(1, 8, 64), (8, 8, 32)] if device == "cpu" else [(1, 16, 64), (8, 16, 128)]
     whole, cached = CROSSOVER_LENGTHS[device]
     return [
@@ -314,7 +317,7 @@ def crossover_workloads(device: str) -> list[Workload]:
             ("decode", cached),
         )
         for dtype in ("float32", "bfloat16")
-        if not (mode == "training" and dtype == "bfloat16" and held_to())
+        if not (mode == "training" and dtype == "bfloat16" and held_to())  # as in `cpu_workloads`
         for batch, heads, head_dim in shapes
         for length in lengths
     ]

@@ -143,21 +143,24 @@ def tables(records: list[Record]) -> str:
 
 
 def side_by_side(runs: dict[str, list[Record]]) -> str:
-    """What several machines measured alike: our time, and how many times faster that is than the fastest dense peer."""
+    """What several machines measured: our time, and how many times faster that is than the fastest dense peer."""
     lines = [f"| | length | std | {' | '.join(runs)} |", "|---" * (3 + len(runs)) + "|"]
-    first, *others = runs.values()
-    for record in first:
-        workload = record["workload"]
-        alike = [record, *(x for records in others for x in records if x["workload"] == workload)]
-        if len(alike) < len(runs):
-            continue
-        cells = []
-        for figures in (found["figures"] for found in alike):
-            ours = next(figure["seconds"] for figure in figures if figure["contender"] == OURS)
-            peers = [figure["seconds"] for figure in figures if is_dense_peer(figure["contender"])]
-            cells.append(f"{ours * 1e3:,.1f} ms" + (f", {min(peers) / ours:.2f}" if peers else ""))
+    found: dict[str, dict[str, Record]] = {}  # workload, as JSON -> machine -> record
+    for machine, records in runs.items():
+        for record in records:
+            found.setdefault(json.dumps(record["workload"]), {})[machine] = record
+    rows = [(json.loads(workload), of_machines) for workload, of_machines in found.items()]
+    for workload, of_machines in sorted(rows, key=lambda row: row[0]["length"]):
+        cells = [beside_peers(of_machines[machine]) if machine in of_machines else "-" for machine in runs]
         lines.append(f"| {named(workload)} | {workload['length']:,} | {workload['std']:g} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def beside_peers(record: Record) -> str:
+    """A cell of that table."""
+    ours = next(figure["seconds"] for figure in record["figures"] if figure["contender"] == OURS)
+    peers = [figure["seconds"] for figure in record["figures"] if is_dense_peer(figure["contender"])]
+    return f"{ours * 1e3:,.1f} ms" + (f", {min(peers) / ours:.2f}" if peers else "")
 
 
 def named(workload: Record) -> str:
@@ -203,7 +206,7 @@ def main() -> None:
         "--output", type=Path, help="the drawing; docs/attention-NAME.svg, or docs/attention.svg for cpu-2core"
     )
     parser.add_argument(
-        "--beside", nargs="+", help="other files: print a table of what all of them measured, and draw nothing"
+        "--beside", nargs="+", help="other files: print a table of what they measured, and draw nothing"
     )
     arguments = parser.parse_args()
     records = read(arguments.machine)

@@ -132,7 +132,7 @@ def test_gradients_are_checked_where_blocks_are_skipped(scripts, monkeypatch):
     attention.check_gradients.cache_clear()
 
 
-def test_what_runs_on_a_gpu_and_where_impl_changes_over(scripts):
+def test_what_runs_on_a_gpu_and_where_impl_changes_over(scripts, monkeypatch):
     peers, attention, _ = scripts
     work = attention.workloads("cuda", attention.LENGTHS["cuda"])
     assert len(work) == len(set(work))
@@ -148,6 +148,10 @@ def test_what_runs_on_a_gpu_and_where_impl_changes_over(scripts):
     }
     worst = {(w.mode, w.dtype) for w in cpu if w.std == attention.NOTHING_SKIPPED}
     assert worst == {("forward", "float32"), ("forward", "bfloat16"), ("training", "float32")}
+    half = [w for w in cpu if (w.mode, w.dtype) == ("training", "bfloat16")]
+    assert [w.length for w in half] == [1024, 2048, 8192]
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert attention.workloads("cpu", attention.LENGTHS["cpu"]) == [w for w in cpu if w not in half]
     assert peers.NO_NORMS in attention.chosen(peers.Workload("decode", "float32", 64), "cpu", set(), True)
     assert peers.NO_NORMS not in attention.chosen(peers.Workload("forward", "float32", 64), "cpu", set(), True)
 
@@ -319,6 +323,16 @@ def test_the_table_of_a_gpu_names_shapes_and_keeps_pruned_and_dense_apart(script
     assert failure.startswith("FlexAttention, FLASH failed (NotImplementedError: backward): ")
     assert failure.count("forward + backward") == 6
     assert failure.count("decode") == 2
+
+
+def test_what_only_some_machines_measured_is_a_row_of_all(scripts):
+    short, long = gpu_records(scripts)[0], gpu_records(scripts)[-1]
+    table = scripts[2].side_by_side({"one": [long], "other": [short, long]})
+    _, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    assert [row[1] for row in rows] == [f"{x['workload']['length']:,}" for x in (short, long)]
+    assert rows[0][3] == "-"
+    assert rows[0][4] == "0.0 ms, 4.00"
+    assert rows[1][3] == rows[1][4] != "-"
 
 
 def test_the_page_shows_the_committed_figures_in_the_same_form(scripts):

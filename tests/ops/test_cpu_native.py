@@ -14,68 +14,89 @@ from adversarial import Case, random_grads, run
 from flat import cpu_attention, reference_attention
 
 import longreach.ops.cpu.native as native
+from longreach.ops.processor import CPU
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
 def build(tmp_path, monkeypatch):
-    """hatch_build.py, which compiles a copy of the source."""
+    """hatch_build.py, which compiles copies of the sources."""
     spec = importlib.util.spec_from_file_location("hatch_build", ROOT / "hatch_build.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    source = tmp_path / "tiles.c"
-    source.write_bytes(module.SOURCE.read_bytes())
-    monkeypatch.setattr(module, "SOURCE", source)
+    for source in module.FOLDER.glob("*.[ch]"):
+        shutil.copy(source, tmp_path)
+    monkeypatch.setattr(module, "FOLDER", tmp_path)
     return module
 
 
-def test_the_source_compiles_without_a_warning(build, capfd):
+def test_the_sources_compile_without_a_warning(build, capfd):
+    before = set(build.FOLDER.iterdir())
     made = build.compile_tiles()
-    assert sorted(path.name for path in made) == ["tiles-avx2.so", "tiles-avx512.so"]
+    assert sorted(path.name for path in made) == ["tiles-avx2.so", "tiles-avx512.so", "units-amx.so"]
     assert capfd.readouterr().err == ""
-    assert sorted(path.name for path in build.SOURCE.parent.iterdir()) == [
-        "tiles-avx2.so",
-        "tiles-avx512.so",
-        "tiles.c",
-    ]
+    assert set(build.FOLDER.iterdir()) == before | set(made)
 
 
 @pytest.mark.parametrize("compiler", ["false", "no-such-compiler"])
 def test_without_a_compiler_nothing_is_built_and_nothing_fails(compiler, build, capfd, monkeypatch):
     """Nor is what another source was compiled to left there."""
     monkeypatch.setenv("CC", compiler)
-    build.SOURCE.with_name("tiles-avx2.so").write_bytes(b"of before")
+    before = set(build.FOLDER.iterdir())
+    (build.FOLDER / "tiles-avx2.so").write_bytes(b"of before")
     assert build.compile_tiles() == []
-    assert "tiles.c is not compiled" in capfd.readouterr().err
-    assert [path.name for path in build.SOURCE.parent.iterdir()] == ["tiles.c"]
+    assert "tiles-avx2 is not compiled" in capfd.readouterr().err
+    assert set(build.FOLDER.iterdir()) == before
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """A folder in which the library is looked for, instead of that of the package."""
-    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
-    native.library.cache_clear()
-    yield tmp_path
+def found_in(monkeypatch):
+    """What library is found in a folder, looked for there instead of in that of the package."""
+
+    def found_in(folder):
+        monkeypatch.setattr(native, "__file__", str(folder / "native.py"))
+        native.library.cache_clear()
+        return native.library(torch.float32)
+
+    yield found_in
     native.library.cache_clear()
 
 
-def test_a_library_that_is_not_there_or_another_is_not_used(folder):
-    name = f"tiles-{torch.backends.cpu.get_cpu_capability().lower()}.so"
-    assert native.library() is None
-    for content in (b"", b"no library"):
-        (folder / name).write_bytes(content)
-        native.library.cache_clear()
-        assert native.library() is None
-    source = folder / "other.c"
-    for size, rows in ((ctypes.sizeof(native._Head) + 8, 128), (ctypes.sizeof(native._Head), 64)):
-        functions = f"long longreach_size_of_head(void) {{ return {size}; }}"
-        source.write_text(f"{functions} long longreach_most_rows(void) {{ return {rows}; }}")
-        made = folder / f"other{rows}.so"
-        subprocess.run(["gcc", "-shared", "-fPIC", source, "-o", made], check=True)
-        made.replace(folder / name)
-        native.library.cache_clear()
-        assert native.library() is None
+NAME = f"tiles-{torch.backends.cpu.get_cpu_capability().lower()}.so"
+FACTS = {"size_of_head": ctypes.sizeof(native._Head), "most_rows": 128, "may_compute": 1}
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no library"])
+def test_what_is_no_library_is_not_used(content, found_in, tmp_path):
+    if content is not None:
+        (tmp_path / NAME).write_bytes(content)
+    assert found_in(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("facts", "is_used"),
+    [
+        (FACTS, True),
+        (FACTS | {"size_of_head": FACTS["size_of_head"] + 8}, False),
+        (FACTS | {"most_rows": 64}, False),
+        (FACTS | {"may_compute": 0}, False),
+        ({"size_of_head": FACTS["size_of_head"], "most_rows": 128}, False),
+    ],
+)
+def test_a_library_of_another_version_is_not_used(facts, is_used, found_in, tmp_path):
+    """Told by what it says of itself."""
+    functions = facts | {"attend": 0, "differentiate": 0}
+    source = tmp_path / "other.c"
+    source.write_text("".join(f"long longreach_{name}(void) {{ return {x}; }}" for name, x in functions.items()))
+    subprocess.run(["gcc", "-shared", "-fPIC", source, "-o", tmp_path / NAME], check=True)
+    assert (found_in(tmp_path) is not None) == is_used
+
+
+def test_units_are_for_bfloat16_where_there_are_some():
+    assert native.library(torch.float16) is None
+    assert native.library(torch.float64) is None
+    assert (native.library(torch.bfloat16) is not None) == (CPU == "AMX")
 
 
 def test_without_the_library_attention_is_the_same(tmp_path):
@@ -86,7 +107,7 @@ def test_without_the_library_attention_is_the_same(tmp_path):
 import torch
 from longreach import alibi_slopes, attention
 import longreach.ops.cpu.native as native, longreach.ops.cpu.passes as passes
-assert native.library() is None and not passes.NATIVE_IS_FASTER
+assert native.library(torch.float32) is None and not passes.NATIVE_IS_FASTER and not passes.HAS_UNITS
 torch.manual_seed(0)
 q, k, v = (x.requires_grad_() for x in torch.randn(3, 1, 4, 600, 32))
 expected, actual = (attention(q, k, v, slopes=alibi_slopes(4), impl=impl) for impl in ("reference", "cpu"))

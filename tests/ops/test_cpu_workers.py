@@ -9,6 +9,7 @@ import torch
 from adversarial import CASES, Case, random_grads, run
 from flat import cpu_attention, reference_attention
 
+import longreach.ops.cpu.native as native
 import longreach.ops.cpu.passes as passes
 import longreach.ops.cpu.workers as workers
 from longreach.ops.lse_bound import FEW_QUERIES
@@ -78,12 +79,14 @@ def test_shared_out_gradients_of_the_kernel_equal_the_definition(name, shared, m
         assert torch.equal(y, again)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", SHARED)
-def test_shared_out_native_code_is_what_one_thread_makes_of_it(name, shared, monkeypatch):
+def test_shared_out_native_code_is_what_one_thread_makes_of_it(name, dtype, shared, monkeypatch):
     """To the last bit, and so do two runs agree."""
     monkeypatch.setattr(passes, "NATIVE_IS_FASTER", True)
-    monkeypatch.setattr("longreach.ops.cpu.native.JOB_PAIRS", 1)
-    tensors, options = CASES[name].inputs(torch.float32)
+    for computed_in in native.JOB_PAIRS:
+        monkeypatch.setitem(native.JOB_PAIRS, computed_in, 1)
+    tensors, options = CASES[name].inputs(dtype)
     grads = random_grads(tensors)
     first, second = (run(cpu_attention, tensors, options, grads) for _ in range(2))
     assert len(shared) == 4

@@ -1,7 +1,8 @@
-"""Tiles by the C of `tiles.c`, where it was compiled when the package was installed (hatch_build.py).
+"""Tiles by C, where it was compiled when the package was installed (hatch_build.py).
 
-Each weight is made, used and forgotten in the first levels of cache, and a call computes many blocks of queries while
-Python's lock is free. Output, LSE and gradients obey the same rule of rounding as those of `products`.
+`tiles.c` computes in float32, `units.c` bfloat16 by the matrix units of AMX. Each weight is made, used and forgotten in
+the first levels of cache, and a call computes many blocks of queries while Python's lock is free. Output, LSE and
+gradients obey the same rule of rounding as those of `products`.
 """
 
 import ctypes
@@ -20,9 +21,10 @@ from longreach.ops.cpu.products import LOG2_E
 from longreach.ops.cpu.totals import Totals
 from longreach.ops.cpu.views import falloff
 from longreach.ops.cpu.workers import Job
+from longreach.ops.processor import CPU
 
-JOB_PAIRS = 2**18
-"""Pairs of a query and a key that a thread computes at a time, forward: about a millisecond."""
+JOB_PAIRS = {torch.float32: 2**18, torch.bfloat16: 2**20}
+"""Dtype -> pairs of a query and a key that a thread computes in it at a time, forward: about half a millisecond."""
 
 _POINTERS = "q k v falloff hidden out peak total grad_out grad_lse of_q of_k of_v"
 _NUMBERS = "q_row k_row v_row out_row grad_out_row of_q_row of_k_row of_v_row head_dim query_length key_length"
@@ -46,18 +48,19 @@ class _Block(ctypes.Structure):
 
 
 @cache
-def library() -> ctypes.CDLL | None:
-    """What was compiled for this processor's vectors; None where nothing was."""
-    vectors = torch.backends.cpu.get_cpu_capability().lower()
-    path = Path(__file__).with_name(f"tiles-{vectors}.so")
+def library(dtype: torch.dtype) -> ctypes.CDLL | None:
+    """What was compiled to compute in float32 by this processor's vectors, in bfloat16 by its units; None for none."""
+    name = f"tiles-{torch.backends.cpu.get_cpu_capability().lower()}" if dtype == torch.float32 else "units-amx"
+    if dtype not in JOB_PAIRS or (dtype == torch.bfloat16 and CPU != "AMX"):
+        return None
     try:
-        found = ctypes.CDLL(str(path))
-        facts = [found.longreach_size_of_head, found.longreach_most_rows]
+        found = ctypes.CDLL(str(Path(__file__).with_name(f"{name}.so")))
+        facts = [found.longreach_size_of_head, found.longreach_most_rows, found.longreach_may_compute]
     except (OSError, AttributeError):
         return None
     for fact in facts:
         fact.restype = ctypes.c_int64
-    if [fact() for fact in facts] != [ctypes.sizeof(_Head), BLOCK_M]:  # compiled from another version's source
+    if [fact() for fact in facts] != [ctypes.sizeof(_Head), BLOCK_M, True]:  # or compiled from another version's source
         return None
     for function in (found.longreach_attend, found.longreach_differentiate):
         function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64), ctypes.c_int64
@@ -66,7 +69,7 @@ def library() -> ctypes.CDLL | None:
 
 @dataclass
 class _Blocks:
-    """Blocks of the queries of each head of each sequence, computed in float32 whatever the dtype of q."""
+    """Blocks of the queries of each head of each sequence, computed in float32 unless there is more for the dtype."""
 
     q: Tensor
     """(B, H, Tq, D)."""
@@ -85,13 +88,18 @@ class _Blocks:
 
     def __post_init__(self) -> None:
         self.group = self.q.shape[1] // self.k.shape[1]
-        self.q, self.k, self.v = (_in_rows(x) for x in (self.q, self.k, self.v))
+        self.dtype = torch.float32 if library(self.q.dtype) is None else self.q.dtype
+        self.q, self.k, self.v = (_in_rows(x, self.dtype) for x in (self.q, self.k, self.v))
         # The last vector of a block of queries may be read past its end.
         bias = falloff(self.left, self.right, self.visibility, torch.float32) * LOG2_E
-        self._falloff = F.pad(bias, (0, BLOCK_M))
+        self._falloff = F.pad(bias, (0, BLOCK_M)).expand(len(self.q), -1, -1)
         self._hidden, holes = None, self.visibility.holes
         if holes is not None:
-            self._hidden = self.q.new_zeros(holes.shape).masked_fill_(holes, float("-inf"))
+            hidden = self.q.new_zeros(holes.shape, dtype=torch.float32).masked_fill_(holes, float("-inf"))
+            self._hidden = hidden[:, None]
+        seen = self.visibility
+        lengths = {"query_length": seen.query_length, "key_length": seen.key_length}
+        self._alike = _Head(head_dim=self.q.shape[3], **lengths, scale=self.scale, limit=-1.0, causal=seen.causal)
 
     def of_heads(self, heads: Sequence[int], ranges: Ranges) -> dict[tuple[int, int], list[Block]]:
         """By sequence and head, what covers the keys that they need."""
@@ -99,32 +107,37 @@ class _Blocks:
 
     def head(self, sequence: int, head: int, **others: Tensor) -> _Head:
         """What the C is told of one head; `others` are (B, H, ...)."""
-        seen = self.visibility
-        lengths = {"query_length": seen.query_length, "key_length": seen.key_length}
-        at = _Head(head_dim=self.q.shape[3], **lengths, scale=self.scale, limit=-1.0, causal=seen.causal)
-        for name, x in (("q", self.q), *others.items()):
-            _point(at, name, x[sequence, head])
+        at = _Head.from_buffer_copy(self._alike)
+        for name, x in (("q", self.q), ("falloff", self._falloff), *others.items()):
+            _point(at, name, x, sequence, head)
         for name, x in (("k", self.k), ("v", self.v)):
-            _point(at, name, x[sequence, head // self.group])
-        _point(at, "falloff", self._falloff[sequence if len(self._falloff) > 1 else 0, head])
+            _point(at, name, x, sequence, head // self.group)
         if self._hidden is not None:
-            _point(at, "hidden", self._hidden[sequence])
+            _point(at, "hidden", self._hidden, sequence, 0)
         return at
+
+    def call(self, name: str, at: _Head, blocks: Sequence[Block]) -> Any:
+        """Call a function of the library; the blocks as it leaves them."""
+        given = (_Block * len(blocks))(*(_Block(b.row, b.rows, b.low, b.high) for b in blocks))
+        if getattr(library(self.dtype), name)(ctypes.byref(at), given, len(given)):
+            raise MemoryError("no memory for a block of queries")
+        return given
 
 
 @dataclass
 class NativeForward(_Blocks):
     """Output, largest scores and sums of weights, as `Products` has them, and what the backward pass needs."""
 
+    out: Tensor
+    """(B, H, Tq, D), which is written to, zeros where no key is seen."""
     limit: float
     """The share of a row's weights to leave out at either end; less than 0 asks for no such ranges."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.out = torch.zeros_like(self.q)
-        """(B, H, Tq, D) float32."""
-        self.peak = self.q.new_full(self.q.shape[:3], float("inf"))
-        self.total = self.q.new_zeros(self.q.shape[:3])
+        self.out = _in_rows(self.out, self.dtype)  # itself or, to be copied from, another
+        self.peak = self.q.new_full(self.q.shape[:3], float("inf"), dtype=torch.float32)
+        self.total = torch.zeros_like(self.peak)
         self._needed: list[tuple[int, int, Any]] = []
 
     def jobs(self, heads: Sequence[int], ranges: Ranges) -> list[Job]:
@@ -132,7 +145,7 @@ class NativeForward(_Blocks):
         parts = [
             (sequence, head, part)
             for (sequence, head), blocks in self.of_heads(heads, ranges).items()
-            for part in _cut(blocks)
+            for part in _cut(blocks, JOB_PAIRS[self.dtype])
         ]
         parts.sort(key=lambda part: -_pairs(part[2]))
         return [partial(self._attend, *part) for part in parts]
@@ -140,7 +153,7 @@ class NativeForward(_Blocks):
     def _attend(self, sequence: int, head: int, blocks: Sequence[Block]) -> None:
         at = self.head(sequence, head, out=self.out, peak=self.peak, total=self.total)
         at.limit = self.limit
-        self._needed.append((sequence, head, _call("longreach_attend", at, blocks)))
+        self._needed.append((sequence, head, self.call("longreach_attend", at, blocks)))
 
     def needed(self) -> tuple[Tensor, Tensor]:
         """First key and one past the last that any query of a block of BLOCK_M needs: each (B, H, blocks)."""
@@ -180,9 +193,10 @@ class NativeGradients(_Blocks):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        names = "out", "grad_out", "peak", "total", "grad_lse"
-        self._rows = {name: _in_rows(getattr(self, name)) for name in names} | {"of_q": self.totals.of_q}
-        self.of_left, self.of_right = (self.q.new_zeros(self.q.shape[:2]) for _ in range(2))
+        self._rows = {name: _in_rows(getattr(self, name), self.dtype) for name in ("out", "grad_out")}
+        self._rows |= {name: _in_rows(getattr(self, name), torch.float32) for name in ("peak", "total", "grad_lse")}
+        self._rows["of_q"] = self.totals.of_q
+        self.of_left, self.of_right = (torch.zeros(self.q.shape[:2]) for _ in range(2))
 
     def jobs(self, heads: Sequence[int], ranges: Ranges) -> list[Job]:
         """The blocks of each key head, the most work first; its query heads in their order."""
@@ -197,44 +211,35 @@ class NativeGradients(_Blocks):
         for head, blocks in members:
             at = self.head(sequence, head, **self._rows)
             for name, total in (("of_k", self.totals.of_k), ("of_v", self.totals.of_v)):
-                _point(at, name, total[sequence, head // self.group])
+                _point(at, name, total, sequence, head // self.group)
             at.slopes_learn = self.slopes_learn
-            _call("longreach_differentiate", at, blocks)
+            self.call("longreach_differentiate", at, blocks)
             self.of_left[sequence, head], self.of_right[sequence, head] = at.of_left, at.of_right
 
 
-def _in_rows(x: Tensor) -> Tensor:
-    """In float32, the numbers of a row beside each other."""
-    x = x.to(torch.float32)
+def _in_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """In that dtype, the numbers of a row beside each other."""
+    x = x.to(dtype)
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _point(at: _Head, name: str, x: Tensor) -> None:
-    """Have a field point to what x, (rows, numbers) or (numbers,), has in memory."""
-    setattr(at, name, x.data_ptr())
-    if x.dim() == 2:
-        setattr(at, f"{name}_row", x.stride(0))
+def _point(at: _Head, name: str, x: Tensor, sequence: int, head: int) -> None:
+    """Have a field point to the part of x, (B, H, rows, numbers) or (B, H, numbers), that one head has."""
+    strides = x.stride()
+    setattr(at, name, x.data_ptr() + (sequence * strides[0] + head * strides[1]) * x.element_size())
+    if len(strides) == 4:
+        setattr(at, f"{name}_row", strides[2])
 
 
 def _pairs(blocks: Sequence[Block]) -> int:
     return sum(block.rows * (block.high - block.low) for block in blocks)
 
 
-def _cut(blocks: list[Block]) -> Iterator[list[Block]]:
-    """Cut into parts of at least JOB_PAIRS, but for the last."""
-    part: list[Block] = []
-    for block in blocks:
-        part.append(block)
-        if _pairs(part) >= JOB_PAIRS:
-            yield part
-            part = []
-    if part:
-        yield part
-
-
-def _call(name: str, at: _Head, blocks: Sequence[Block]) -> Any:
-    """Call a function of the library; the blocks as it leaves them."""
-    given = (_Block * len(blocks))(*(_Block(b.row, b.rows, b.low, b.high) for b in blocks))
-    if getattr(library(), name)(ctypes.byref(at), given, len(given)):
-        raise MemoryError("no memory for a block of queries")
-    return given
+def _cut(blocks: list[Block], least: int) -> Iterator[list[Block]]:
+    """Cut into parts of at least so many pairs, but for the last."""
+    first, pairs = 0, 0
+    for past, block in enumerate(blocks, start=1):
+        pairs += _pairs([block])
+        if pairs >= least or past == len(blocks):
+            yield blocks[first:past]
+            first, pairs = past, 0

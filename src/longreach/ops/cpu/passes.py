@@ -49,13 +49,16 @@ PRODUCTS_DIM = 64
 """D from which on they are, as what they take beside multiplying is the same for any: with 32 at 512 to 8,192 tokens
 they take 1.07 to 1.33 times as long."""
 
-DIFFERENTIATED = {torch.bfloat16} if CPU == "AMX" else set[torch.dtype]()
-"""What the kernel differentiates faster than products do, and as accurately: it has the LSE in one number. Its rounding
+HAS_UNITS = native.library(torch.bfloat16) is not None
+"""Whether native code multiplies bfloat16 by matrix units."""
+
+DIFFERENTIATED = {torch.bfloat16} if CPU == "AMX" and not HAS_UNITS else set[torch.dtype]()
+"""What the kernel differentiates faster than all else, and as accurately: it has the LSE in one number. Its rounding
 is nothing to that of weights in bfloat16, and too much in float32 where one key outweighs all others
 (docs/attention.md, "Rounding")."""
 
-NATIVE_IS_FASTER = native.library() is not None and not onednn.IS_FAST
-"""Whether there is native code, and none of it that is as fast: where oneDNN's products are, that was not measured."""
+NATIVE_IS_FASTER = native.library(torch.float32) is not None and not onednn.IS_FAST
+"""Whether there is native code, and nothing that is as fast: where oneDNN's products are, that was not measured."""
 
 SHARED_PAIRS = 2**20
 """Pairs of a query and a key of a head and document from which on heads are shared out among threads, at 1,024 tokens.
@@ -81,7 +84,7 @@ BOUND_BY_PRODUCTS = 8 * 2**20 if onednn.IS_FAST else 2**20
 narrow: on AVX-512, to bound what the kernel would takes 20 to 40% more time at 1,024 tokens, up to 8% at 2,048."""
 
 BOUND_BY_UNITS = 4
-"""How many times as many pairs of half types the kernel would compute by matrix units meanwhile."""
+"""How many times as many pairs matrix units would compute meanwhile, in bfloat16."""
 
 FOUND_ALONE = 4096
 """Queries up to which one thread finds the ranges of heads that are shared out, in the same region: some hundred small
@@ -139,7 +142,7 @@ def attend(
     said = torch.tensor(means, dtype=torch.int8)
     nothing = lse.new_empty(0), lse.new_empty(0), *(q.new_empty(0, dtype=torch.int32) for _ in range(2)), said
     per_call = BOUND_BY_PRODUCTS if means == Means.PRODUCTS else BOUND_BY_KERNEL
-    price = BOUND_BY_UNITS if CPU == "AMX" and q.dtype == torch.bfloat16 and means == Means.KERNEL else 1
+    price = BOUND_BY_UNITS if CPU == "AMX" and q.dtype == torch.bfloat16 and means != Means.PRODUCTS else 1
     worth = heads_worth_bounding(q, k, *slopes, seen, tolerance, key_norms, per_call, price)
     ranges: Ranges = {}
 
@@ -158,7 +161,7 @@ def attend(
         return Attended(out, lse, *(*_weighed_by_lse(lse, ranges, seen), said) if learns else nothing)
     if means == Means.NATIVE:
         limit = ends_to_leave_out(tolerance, seen) if learns else -1.0
-        native_tiles = NativeForward(*readable, *slopes, scale, seen, limit)
+        native_tiles = NativeForward(*readable, *slopes, scale, seen, out, limit)
         _share(native_tiles.jobs, q, k, seen, worth, bound, shared_pairs=SHARED_NATIVE_PAIRS)
         out.copy_(native_tiles.out)
         peak, total, needed = native_tiles.peak, native_tiles.total, native_tiles.needed
