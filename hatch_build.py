@@ -21,11 +21,11 @@ FOLDER = Path(__file__).parent / "src/longreach/ops/cpu"
 FLAGS = ("-std=gnu11", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", "-Wall", "-Wextra")
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512")
 LIBRARIES = {
-    "tiles-avx2": ("-mavx2", "-mfma"),
-    "tiles-avx512": AVX512,
-    "units-amx": (*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
+    "tiles-avx2": (("tiles.c", "decode.c"), ("-mavx2", "-mfma", "-mf16c")),
+    "tiles-avx512": (("tiles.c", "decode.c"), AVX512),
+    "units-amx": (("units.c",), (*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16")),
 }
-"""Name, of the source and of what the processor must have -> flags of GCC and Clang."""
+"""Name, which says what the processor must have -> sources, and flags of GCC and Clang."""
 
 
 def compile_tiles() -> list[Path]:
@@ -34,11 +34,10 @@ def compile_tiles() -> list[Path]:
         return []
     compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")
     made = []
-    for name, flags in LIBRARIES.items():
+    for name, (sources, flags) in LIBRARIES.items():
         library = FOLDER / f"{name}.so"
-        source = FOLDER / f"{name.partition('-')[0]}.c"
         unfinished = library.with_suffix(f".{os.getpid()}")
-        command = [compiler[0], *FLAGS, *flags, str(source), "-o", str(unfinished), "-lm"]
+        command = [compiler[0], *FLAGS, *flags, *(str(FOLDER / x) for x in sources), "-o", str(unfinished), "-lm"]
         try:
             subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
         except (OSError, subprocess.CalledProcessError) as error:

@@ -64,7 +64,7 @@ def found_in(monkeypatch):
 
 
 NAME = f"tiles-{torch.backends.cpu.get_cpu_capability().lower()}.so"
-FACTS = {"size_of_head": ctypes.sizeof(native._Head), "most_rows": 128, "may_compute": 1}
+FACTS = native._FACTS[torch.float32]
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no library"])
@@ -80,13 +80,13 @@ def test_what_is_no_library_is_not_used(content, found_in, tmp_path):
         (FACTS, True),
         (FACTS | {"size_of_head": FACTS["size_of_head"] + 8}, False),
         (FACTS | {"most_rows": 64}, False),
-        (FACTS | {"may_compute": 0}, False),
+        (FACTS | {"size_of_step": FACTS["size_of_step"] - 8}, False),
         ({"size_of_head": FACTS["size_of_head"], "most_rows": 128}, False),
     ],
 )
 def test_a_library_of_another_version_is_not_used(facts, is_used, found_in, tmp_path):
     """Told by what it says of itself."""
-    functions = facts | {"attend": 0, "differentiate": 0}
+    functions = facts | {"attend": 0, "differentiate": 0, "decode": 0}
     source = tmp_path / "other.c"
     source.write_text("".join(f"long longreach_{name}(void) {{ return {x}; }}" for name, x in functions.items()))
     subprocess.run(["gcc", "-shared", "-fPIC", source, "-o", tmp_path / NAME], check=True)

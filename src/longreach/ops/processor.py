@@ -19,6 +19,6 @@ CPU = _class()
 """The class of this CPU in `longreach.ops.crossovers`, by what tiles are computed with best.
 
 On "AVX-512", that is AMD's, oneDNN multiplies twice as fast as MKL, by which PyTorch's own kernel goes. On Intel's they
-are alike: with matrix units, "AMX", the kernel multiplies bfloat16 by these. All others count as "AVX2", where no half
-type is faster. On these two native code serves where it was compiled.
+are alike: with matrix units, "AMX", bfloat16 is multiplied by these. All others count as "AVX2", where no half type is
+faster. On these two native code serves where it was compiled.
 """

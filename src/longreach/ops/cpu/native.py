@@ -1,8 +1,8 @@
 """Tiles by C, where it was compiled when the package was installed (hatch_build.py).
 
-`tiles.c` computes in float32, `units.c` bfloat16 by the matrix units of AMX. Each weight is made, used and forgotten in
-the first levels of cache, and a call computes many blocks of queries while Python's lock is free. Output, LSE and
-gradients obey the same rule of rounding as those of `products`.
+`tiles.c` computes in float32, `units.c` bfloat16 by the matrix units of AMX, `decode.c` few queries. Each weight is
+made, used and forgotten in the first levels of cache, and a call computes many blocks of queries while Python's lock is
+free. Output, LSE and gradients obey the same rule of rounding as those of `products`.
 """
 
 import ctypes
@@ -20,7 +20,7 @@ from longreach.ops.cpu.plan import BLOCK_M, Block, HostVisibility, Ranges, block
 from longreach.ops.cpu.products import LOG2_E
 from longreach.ops.cpu.totals import Totals
 from longreach.ops.cpu.views import falloff
-from longreach.ops.cpu.workers import Job
+from longreach.ops.cpu.workers import Job, address_of_region, can_share_out
 from longreach.ops.processor import CPU
 
 JOB_PAIRS = {torch.float32: 2**18, torch.bfloat16: 2**20}
@@ -47,23 +47,51 @@ class _Block(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_int64) for name in ["row", "rows", "low", "high", "needed_low", "needed_high"])
 
 
+_STEP_POINTERS = "q k v out lse slopes norms hidden"
+_STEP_NUMBERS = (
+    "q_sequence q_head q_row k_sequence k_head k_row v_sequence v_head v_row slopes_sequence "
+    "dtype batch kv_heads group query_length key_length head_dim window"
+)
+
+
+class _Step(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in _STEP_POINTERS.split()),
+        *((name, ctypes.c_int64) for name in _STEP_NUMBERS.split()),
+        ("scale", ctypes.c_double),
+        ("tolerance", ctypes.c_double),
+        ("next", ctypes.c_int64),
+        ("failed", ctypes.c_int64),
+    )
+
+
+_FACTS = {
+    torch.float32: {"size_of_head": ctypes.sizeof(_Head), "most_rows": BLOCK_M, "size_of_step": ctypes.sizeof(_Step)},
+    torch.bfloat16: {"size_of_head": ctypes.sizeof(_Head), "most_rows": BLOCK_M, "may_compute": True},
+}
+"""What a library for a dtype says of itself unless it was compiled from another version's source."""
+
+
 @cache
 def library(dtype: torch.dtype) -> ctypes.CDLL | None:
     """What was compiled to compute in float32 by this processor's vectors, in bfloat16 by its units; None for none."""
     name = f"tiles-{torch.backends.cpu.get_cpu_capability().lower()}" if dtype == torch.float32 else "units-amx"
-    if dtype not in JOB_PAIRS or (dtype == torch.bfloat16 and CPU != "AMX"):
+    if dtype not in _FACTS or (dtype == torch.bfloat16 and CPU != "AMX"):
         return None
     try:
         found = ctypes.CDLL(str(Path(__file__).with_name(f"{name}.so")))
-        facts = [found.longreach_size_of_head, found.longreach_most_rows, found.longreach_may_compute]
+        for fact, expected in _FACTS[dtype].items():
+            function = getattr(found, f"longreach_{fact}")
+            function.restype = ctypes.c_int64
+            if function() != expected:
+                return None
     except (OSError, AttributeError):
-        return None
-    for fact in facts:
-        fact.restype = ctypes.c_int64
-    if [fact() for fact in facts] != [ctypes.sizeof(_Head), BLOCK_M, True]:  # or compiled from another version's source
         return None
     for function in (found.longreach_attend, found.longreach_differentiate):
         function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64), ctypes.c_int64
+    if dtype == torch.float32:
+        decode = found.longreach_decode
+        decode.argtypes, decode.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64), ctypes.c_int64
     return found
 
 
@@ -215,6 +243,65 @@ class NativeGradients(_Blocks):
             at.slopes_learn = self.slopes_learn
             self.call("longreach_differentiate", at, blocks)
             self.of_left[sequence, head], self.of_right[sequence, head] = at.of_left, at.of_right
+
+
+STEP_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""Dtype of q, k and v -> what decode.c calls it."""
+
+SHARED_NUMBERS = 2**18
+"""Numbers of keys from which on their heads are shared out among threads for few queries."""
+
+
+def decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slopes: Tensor,
+    visibility: HostVisibility,
+    key_norms: Tensor | None,
+    scale: float,
+    tolerance: float,
+) -> tuple[Tensor, Tensor]:
+    """Output and LSE of few queries, which are causal, of one document each sequence.
+
+    Keys are read from the nearest on, until the rest has no more than `tolerance` of the weights by the bound in
+    decode.c, where their norms are known; what is padding is not read.
+
+    Args:
+        q: (B, H, Tq, D) in one of STEP_DTYPES.
+        k: (B, Hkv, Tk, D).
+        v: (B, Hkv, Tk, D).
+        slopes: (H,) or (B, H).
+        visibility: what hides keys.
+        key_norms: (B, Hkv, ceil(Tk / KEY_BLOCK)), as in `longreach.attention`.
+        scale: factor of q . k.
+        tolerance: the share of weights that may be left out.
+    """
+    out = q.new_empty(q.shape, dtype=torch.float32)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    slopes = slopes.detach().to(torch.float32).contiguous()
+    norms = None if key_norms is None else key_norms.detach().to(torch.float32).contiguous()
+    # Where no padding is, it need not be looked at.
+    hidden = None if visibility.spans is None else visibility.key_padding_mask
+    hidden = None if hidden is None else hidden.contiguous()
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    (batch, num_heads, query_length, head_dim), (_, kv_heads, key_length, _) = q.shape, k.shape
+    step = _Step(  # in the order of its fields
+        *(None if x is None else x.data_ptr() for x in (q, k, v, out, lse, slopes, norms, hidden)),
+        *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], num_heads if slopes.dim() == 2 else 0),
+        *(STEP_DTYPES[q.dtype], batch, kv_heads, num_heads // kv_heads, query_length, key_length, head_dim),
+        visibility.window_size or key_length,
+        *(scale, tolerance),
+    )
+    heads = batch * kv_heads
+    threads = 1
+    if heads * key_length * head_dim >= SHARED_NUMBERS and can_share_out(heads):
+        threads = min(torch.get_num_threads(), heads)
+    found_library = library(torch.float32)
+    assert found_library is not None, "nobody asked whether there is one"
+    if found_library.longreach_decode(ctypes.byref(step), address_of_region(), threads):
+        raise MemoryError("no memory for a decoding step")
+    return out.to(q.dtype), lse
 
 
 def _in_rows(x: Tensor, dtype: torch.dtype) -> Tensor:

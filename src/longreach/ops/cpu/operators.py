@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longreach.ops.cpu.passes import Attended, attend, differentiate
+from longreach.ops.cpu.passes import Attended, attend, attend_few, differentiate
 from longreach.ops.cpu.plan import BLOCK_M
+from longreach.ops.lse_bound import FEW_QUERIES
 from longreach.ops.reach import default_tolerance
-from longreach.ops.transforms import differentiable, may_learn, without_autocast
+from longreach.ops.transforms import differentiable, is_watched, may_learn, without_autocast
 from longreach.ops.visibility import Visibility
 
 
@@ -38,6 +39,12 @@ def cpu_attention(
     learns = may_learn(q, k, v, left, right)
     masks = (visibility.key_padding_mask, visibility.cu_seqlens)
     bounds = (scale, visibility.causal, visibility.window_size, tolerance)
+    if not (learns or is_watched()) and q.shape[2] < FEW_QUERIES and type(q) is type(k) is type(v) is Tensor:
+        # To call an operator takes as long as a decoding step.
+        options: dict[str, Any] = {"scale": scale, "tolerance": tolerance}
+        found = attend_few(q, k, v, _slopes(q, left, right), visibility, key_norms, **options)
+        if found is not None:
+            return found
     function = _attend if learns else _forward
     out, lse, *_ = function(q, k, v, left, right, *masks, *bounds, key_norms, learns)
     return out, lse

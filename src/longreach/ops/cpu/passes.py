@@ -132,15 +132,17 @@ def attend(
     learns: bool,
 ) -> Attended:
     """The forward pass, arguments as in `longreach.attention`; `learns` is whether a backward pass may come."""
-    keep_memory_of_tiles()
     lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
-    # Results lie in memory as inputs do, so that what a model's projections made need not be put in order again.
-    out = torch.empty_like(q)
     seen = HostVisibility.read(visibility)
     few = seen.query_length < FEW_QUERIES
     means = _means(q, k, seen, learns)
     said = torch.tensor(means, dtype=torch.int8)
     nothing = lse.new_empty(0), lse.new_empty(0), *(q.new_empty(0, dtype=torch.int32) for _ in range(2)), said
+    if means == Means.NATIVE and few and not learns:
+        return Attended(*native.decode(q, k, v, slopes[0], seen, key_norms, scale, tolerance), *nothing)
+    keep_memory_of_tiles()
+    # Results lie in memory as inputs do, so that what a model's projections made need not be put in order again.
+    out = torch.empty_like(q)
     per_call = BOUND_BY_PRODUCTS if means == Means.PRODUCTS else BOUND_BY_KERNEL
     price = BOUND_BY_UNITS if CPU == "AMX" and q.dtype == torch.bfloat16 and means != Means.PRODUCTS else 1
     worth = heads_worth_bounding(q, k, *slopes, seen, tolerance, key_norms, per_call, price)
@@ -178,6 +180,24 @@ def attend(
         needed = found.by_block
     torch.add(total.log2(), peak.masked_fill(total == 0, 0.0), out=lse).mul_(1 / LOG2_E)
     return Attended(out, lse, *((peak, total, *needed(), said) if learns else nothing))
+
+
+def attend_few(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slopes: tuple[Tensor, Tensor],
+    visibility: Visibility,
+    key_norms: Tensor | None,
+    *,
+    scale: float,
+    tolerance: float,
+) -> tuple[Tensor, Tensor] | None:
+    """Output and LSE alone, in less time, of few queries whose gradient is not wanted; None where native code can't."""
+    seen = HostVisibility.read(visibility)
+    if seen.query_length >= FEW_QUERIES or _means(q, k, seen, learns=False) != Means.NATIVE:
+        return None
+    return native.decode(q, k, v, slopes[0], seen, key_norms, scale, tolerance)
 
 
 def differentiate(
@@ -239,7 +259,7 @@ def _means(q: Tensor, k: Tensor, visibility: HostVisibility, learns: bool) -> Me
     if learns and _kernel_differentiates(q, k, visibility):
         return Means.KERNEL
     if few and not learns:
-        return Means.KERNEL
+        return Means.NATIVE if NATIVE_IS_FASTER and _native_decodes(q, k, visibility) else Means.KERNEL
     if NATIVE_IS_FASTER and (learns or q.dtype not in DIFFERENTIATED) and _native_serves(q, k):
         return Means.NATIVE
     return Means.PRODUCTS if learns or _products_are_faster(q, k) else Means.KERNEL
@@ -250,6 +270,11 @@ def _native_serves(q: Tensor, k: Tensor) -> bool:
     if q.dtype == torch.float64 or not q.numel():
         return False
     return torch.get_num_threads() == 1 or can_share_out(q.shape[0] * k.shape[1])
+
+
+def _native_decodes(q: Tensor, k: Tensor, visibility: HostVisibility) -> bool:
+    """Likewise few queries."""
+    return visibility.causal and len(visibility.documents) == 2 and k.shape[2] > 0 and _native_serves(q, k)
 
 
 def _products_are_faster(q: Tensor, k: Tensor) -> bool:

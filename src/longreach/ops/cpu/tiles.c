@@ -11,9 +11,6 @@ enum { ROWS = 8 }; /* rows of a product whose sums are in registers */
 enum { ROWS = 6 };
 #endif
 
-/* Whether this processor may be told to: native.py asks only for what it has. */
-int64_t longreach_may_compute(void) { return 1; }
-
 /* c (rows x vecs vectors) = a b, or c + a b. Each number of a b is a chain of fused operations along the depth. */
 INLINE void small_product(const int rows, const int vecs, int64_t depth, const float *a, int64_t a_row, int64_t a_step,
                           const float *b, int64_t b_row, float *c, int64_t c_row, const int adds) {
@@ -94,9 +91,9 @@ static void attend_block(const struct head *h, struct block *b, float *memory) {
                 store(scores + j * COLUMNS + c, weight);
                 sum += weight;
             }
-            count(&r, c, most, sum, sums_here, peaks + at);
+            count_weights(&r, c, most, sum, sums_here, peaks + at);
         }
-        count_unseeing(rows, sums_here, peaks + at);
+        count_none(rows, sums_here, peaks + at);
         for (int64_t c = 0; c < rows; c++)
             if (r.factor[c] != 1.0f)
                 for (int64_t d = 0; d < width; d += LANES)

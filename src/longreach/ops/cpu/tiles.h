@@ -1,35 +1,12 @@
-/* What tiles.c and units.c have in common: vectors, what a head and a block of its queries are, and weights of scores.
+/* What tiles.c and units.c have in common: what a head and a block of its queries are, and weights of scores.
 
-   Rounding is that of products.py (docs/attention.md, "Rounding"): weights are powers of 2 of scores that hold log2 e,
-   relative to the largest score of their row, and every dot product is added up in one order, whatever rows are beside
-   it, so that what is equal cancels. native.py says what the arguments are; nothing here knows of Python, PyTorch or
-   threads. Who includes this says first what a `number` of q, k, v, out and the gradient of out is. */
+   Every dot product is added up in one order, whatever rows are beside it, so that what is equal cancels. Who includes
+   this says first what a `number` of q, k, v, out and the gradient of out is. */
 
-#include <float.h>
-#include <immintrin.h>
-#include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
+#include "vectors.h"
 
-#ifdef __AVX512F__
-enum { LANES = 16 }; /* numbers in a vector */
-#else
-enum { LANES = 8 };
-#endif
 enum { MOST_ROWS = 128, KEYS = 64 }; /* queries of a block, at most, and keys that are at hand at a time */
 enum { COLUMNS = MOST_ROWS + LANES }; /* how far apart rows of scores are: a power of 2 would be slow to read by columns */
-
-#define INLINE static inline __attribute__((always_inline))
-
-typedef float vec __attribute__((vector_size(4 * LANES)));
-typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
-typedef float anywhere __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-
-INLINE vec load(const float *at) { return *(const anywhere *)at; }
-INLINE void store(float *at, vec x) { *(anywhere *)at = x; }
-INLINE vec all(float x) { return x - (vec){0}; }
-INLINE int64_t padded(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
 
 /* One head of one sequence. Rows are `_row` numbers apart, the numbers of a row beside each other. */
 struct head {
@@ -63,54 +40,6 @@ struct running {
 /* What native.py must agree with. */
 int64_t longreach_size_of_head(void) { return sizeof(struct head); }
 int64_t longreach_most_rows(void) { return MOST_ROWS; }
-
-INLINE vec larger(vec a, vec b) {
-#ifdef __AVX512F__
-    return (vec)_mm512_max_ps((__m512)a, (__m512)b); /* b where one is NaN */
-#else
-    const ivec is = a > b;
-    return (vec)(((ivec)a & is) | ((ivec)b & ~is));
-#endif
-}
-
-/* 2^x within 1.4 units of 2^-24, and 0 below 2^-126: nothing denormal, which would be slow to multiply. */
-INLINE vec exp2_of(vec x) {
-    const vec shift = all(0x1.8p23f);
-#ifndef __AVX512F__
-    const ivec is_small = x < all(-126.0f);
-    x = (vec)((ivec)x & ~is_small); /* NaN stays */
-#endif
-    const vec shifted = x + shift; /* rounded to a whole number, in the last bits */
-    const vec whole = shifted - shift, f = x - whole;
-    vec p = all(0x1.41fbbcp-13f);
-    p = p * f + all(0x1.5f3e54p-10f);
-    p = p * f + all(0x1.3b2d4cp-7f);
-    p = p * f + all(0x1.c6aee8p-5f);
-    p = p * f + all(0x1.ebfbdcp-3f);
-    p = p * f + all(0x1.62e430p-1f);
-    p = p * f + all(1.0f);
-#ifdef __AVX512F__
-    return (vec)_mm512_scalef_ps((__m512)p, (__m512)whole); /* 0 for -inf too, though f is NaN then */
-#else
-    const vec power = (vec)(((ivec)shifted + 127) << 23);
-    return (vec)((ivec)(p * power) & ~is_small);
-#endif
-}
-
-/* Numbers below the normal ones, 1e-38, are 0 until this is undone: they would be slow to multiply. */
-static unsigned flush_denormals(void) {
-    const unsigned before = _mm_getcsr();
-    _mm_setcsr(before | 0x8040);
-    return before;
-}
-
-/* Memory of zeros: what pads rows is read, if not used. */
-static void *memory_of(int64_t bytes) {
-    const int64_t whole = (bytes + 63) / 64 * 64;
-    void *const memory = aligned_alloc(64, whole);
-    if (memory) memset(memory, 0, whole);
-    return memory;
-}
 
 INLINE int64_t steps_of(const struct block *b) { return (b->high - b->low + KEYS - 1) / KEYS; }
 
@@ -150,7 +79,7 @@ INLINE vec add_biases(const struct head *h, const struct block *b, int64_t first
 }
 
 /* Count the sum of weights of some keys, relative to `most`. It is left for `leave_out`, too, unless sums is NULL. */
-INLINE void count(struct running *r, int64_t c, vec most, vec sum, float *sums, float *peaks) {
+INLINE void count_weights(struct running *r, int64_t c, vec most, vec sum, float *sums, float *peaks) {
     const vec factor = exp2_of(load(r->peak + c) - most);
     store(r->factor + c, factor);
     store(r->peak + c, most);
@@ -159,7 +88,7 @@ INLINE void count(struct running *r, int64_t c, vec most, vec sum, float *sums, 
 }
 
 /* Likewise for queries that see none of these keys. */
-INLINE void count_unseeing(int64_t rows, float *sums, float *peaks) {
+INLINE void count_none(int64_t rows, float *sums, float *peaks) {
     for (int64_t c = padded(rows); sums && c < MOST_ROWS; c++) sums[c] = 0.0f, peaks[c] = -FLT_MAX;
 }
 

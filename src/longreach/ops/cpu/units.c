@@ -266,10 +266,10 @@ static void attend_block(const struct head *h, struct block *b, const struct mem
         for (int64_t c = 0; c < rows; c += LANES) {
             const float factor = (float)(h->scale * M_LOG2E);
             const vec most = add_biases(h, b, first, keys, c, factor, m->scores, load(r.peak + c));
-            count(&r, c, most, weigh(m, keys, c, most), sums_here, peaks + at);
+            count_weights(&r, c, most, weigh(m, keys, c, most), sums_here, peaks + at);
             lessen_sums(m, c, load(r.factor + c));
         }
-        count_unseeing(rows, sums_here, peaks + at);
+        count_none(rows, sums_here, peaks + at);
         product(dim, rows, KEYS, m->turned, KEYS, m->weights, COLUMNS, m->sums, COLUMNS, 1);
     }
     for (int64_t c = 0; c < b->rows; c += SIDE)

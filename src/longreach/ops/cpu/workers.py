@@ -72,6 +72,13 @@ def share_out(jobs: Sequence[Job], make: Callable[[], Sequence[Job]], count: int
 
 
 @cache
+def address_of_region() -> int | None:
+    """Where that function is, for native code to call; None without one."""
+    region: Any = _region()
+    return None if region is None else ctypes.cast(region, ctypes.c_void_p).value
+
+
+@cache
 def _region() -> Callable[..., None] | None:
     """What runs a function on each of so many threads of the OpenMP that PyTorch is linked with; None without one.
 

@@ -1,0 +1,176 @@
+"""Decoding steps by native code: few queries, which read keys until the rest is out of reach."""
+
+import pytest
+import torch
+from adversarial import Case, assert_within_the_rule, magnitudes, probabilities, random_grads
+from flat import cpu_attention, reference_attention
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import longreach.ops.cpu.native as native
+import longreach.ops.cpu.passes as passes
+import longreach.ops.cpu.workers as workers
+from longreach.ops.reach import KEY_BLOCK, default_tolerance, key_block_norms
+
+DTYPES = tuple(native.STEP_DTYPES)
+
+
+@pytest.fixture(autouse=True)
+def decoded(monkeypatch):
+    """How many calls native code decoded, on any processor that has some."""
+    assert native.library(torch.float32) is not None, "decode.c is not compiled: python hatch_build.py"
+    decode, calls = native.decode, []
+
+    def watched(*arguments, **options):
+        calls.append(1)
+        return decode(*arguments, **options)
+
+    monkeypatch.setattr(native, "decode", watched)
+    monkeypatch.setattr(passes, "NATIVE_IS_FASTER", True)
+    return calls
+
+
+def check(case, dtype, seed=0, *, with_norms=True, size=1.0):
+    """Output within the rule, and the LSE within what sums of float32 and the tolerance leave."""
+    tensors, options = case.inputs(dtype, seed)
+    tensors[0] *= size
+    norms = {"key_norms": key_block_norms(tensors[1], KEY_BLOCK)} if with_norms else {}
+    golden, golden_lse = reference_attention(*(x.double() for x in tensors), **options)
+    plain, _ = reference_attention(*tensors, **options)
+    out, lse = cpu_attention(*tensors, **options, **norms)
+    assert out.dtype == dtype
+    assert lse.dtype == torch.float32
+    terms = magnitudes(tensors, options, random_grads(tensors))
+    assert_within_the_rule([golden], [plain], [out], terms)
+    largest = golden_lse[golden_lse.isfinite()].abs().max() if golden_lse.isfinite().any() else 0.0
+    bound = default_tolerance(dtype) + 2**-20 * (1 + float(largest) + float(tensors[0].float().norm(dim=-1).max()))
+    torch.testing.assert_close(lse.double(), golden_lse, rtol=0, atol=bound)
+
+
+@settings(max_examples=150, deadline=None, derandomize=False)
+@given(data=st.data())
+def test_any_shape(data):
+    keys = data.draw(st.integers(1, 400), "keys")
+    batch = data.draw(st.integers(1, 2), "batch")
+    group = data.draw(st.integers(1, 3), "group")
+    kv_heads = data.draw(st.integers(1, 2), "kv heads")
+    padding = torch.zeros(batch, keys, dtype=torch.bool)
+    hides = data.draw(st.sampled_from(["nothing", "ends", "holes"]), "padding")
+    if hides == "ends":
+        padding[-1, : keys // 2] = padding[0, keys - keys // 3 :] = True
+    if hides == "holes":
+        padding[:] = torch.rand(batch, keys) < 0.4
+    heads = group * kv_heads
+    slopes = torch.rand(heads) if data.draw(st.booleans(), "alike") else torch.rand(batch, heads)
+    case = Case(
+        batch=batch,
+        heads=heads,
+        kv_heads=kv_heads,
+        queries=data.draw(st.integers(1, 15), "queries"),
+        keys=keys,
+        head_dim=data.draw(st.sampled_from([1, 7, 8, 16, 33, 64, 80, 128, 200]), "head_dim"),
+        slopes=slopes * data.draw(st.sampled_from([0.0, 0.05, 2.0]), "slopes"),
+        options={"window_size": data.draw(st.sampled_from([None, 1, 70]), "window")}
+        | ({} if hides == "nothing" else {"key_padding_mask": padding}),
+    )
+    size = data.draw(st.sampled_from([0.1, 1.0, 30.0]), "size")
+    dtype = data.draw(st.sampled_from(DTYPES), "dtype")
+    check(case, dtype, data.draw(st.integers(0, 99), "seed"), with_norms=data.draw(st.booleans(), "norms"), size=size)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", [700, 5000])
+def test_far_keys_are_not_read_and_nothing_is_missed(dtype, length, decoded):
+    """Those beyond the reach may be anything at all; their weights sum to no more than the tolerance."""
+    case = Case(queries=2, keys=length, heads=4, kv_heads=2, head_dim=64, slopes=torch.tensor([0.5, 0.25, 0.7, 0.3]))
+    (q, k, v), options = case.inputs(dtype)
+    norms = key_block_norms(k, KEY_BLOCK)
+    expected = cpu_attention(q, k, v, **options, key_norms=norms)
+    reads = 448  # 30 times 1 / 0.25 and what is left of 64
+    k[:, :, :-reads], v[:, :, :-reads] = float("nan"), float("nan")
+    for x, y in zip(cpu_attention(q, k, v, **options, key_norms=norms), expected, strict=True):
+        assert torch.equal(x, y)
+    assert len(decoded) == 2
+
+
+@pytest.mark.parametrize("far", [64, 1000, 1930])
+def test_far_keys_that_outweigh_near_ones_are_read(far):
+    def outweigh(q, k, v):
+        k[:, :, -far - 1] = q[:, :, -1] * 40
+
+    check(Case(queries=1, keys=2000, heads=2, kv_heads=2, slopes=torch.full((2,), 0.3), change=outweigh), torch.float32)
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 2**-24, 1e-3, 0.3])
+def test_what_is_left_out_is_tolerated(tolerance):
+    case = Case(queries=3, keys=3000, heads=4, kv_heads=4, slopes=torch.tensor([0.01, 0.05, 0.2, 1.0]))
+    (q, k, v), options = case.inputs(torch.float32)
+    weights = probabilities(q, k, **options).double()
+    # With values that are 1 for all keys, the output times what was summed is that share of the weights.
+    _, lse = cpu_attention(q, k, v, **options, tolerance=tolerance, key_norms=key_block_norms(k, KEY_BLOCK))
+    _, golden = reference_attention(q.double(), k.double(), v.double(), **options)
+    left_out = -torch.expm1(lse.double() - golden)
+    assert left_out.max() <= tolerance + 2**-19
+    if tolerance == 0.3:
+        assert left_out.max() > 2**-19  # it is made use of
+    assert weights.sum(dim=-1).sub(1).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("layout", ["model", "columns", "cache"])
+def test_inputs_that_lie_in_any_way(layout):
+    """Heads beside each other, rows that are no rows in memory, and a part of a larger cache."""
+    tensors, options = Case(batch=2, queries=3, keys=300, heads=4, kv_heads=2, head_dim=16).inputs(torch.float32)
+    expected = cpu_attention(*tensors, **options)
+    if layout == "model":
+        tensors = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors]
+    elif layout == "columns":
+        tensors = [x.transpose(2, 3).contiguous().transpose(2, 3) for x in tensors]
+    else:
+        tensors = [torch.cat([x, x], dim=2)[:, :, : x.shape[2]] for x in tensors]
+    for x, y in zip(cpu_attention(*tensors, **options), expected, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_what_is_padding_may_be_anything():
+    padding = torch.zeros(2, 300, dtype=torch.bool)
+    padding[0, 100:140] = padding[1, :] = True
+    (q, k, v), options = Case(batch=2, queries=2).inputs(torch.float32)
+    for x in (k, v):
+        x.masked_fill_(padding[:, None, :, None], float("nan"))
+    out, lse = cpu_attention(q, k, v, **options, key_padding_mask=padding)
+    assert out.isfinite().all()
+    assert (out[1] == 0).all()
+    assert (lse[1] == float("-inf")).all()
+
+
+@pytest.mark.parametrize("where", range(3))
+def test_what_is_no_number_is_none_in_the_output(where):
+    tensors, options = Case(queries=2).inputs(torch.float32)
+    tensors[where][0, 0, -1, 3] = float("nan")
+    out, _ = cpu_attention(*tensors, **options)
+    assert out[0, 0, 1].isnan().any()
+    assert out[:, 1:].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_threads_make_the_same_of_it(dtype, monkeypatch):
+    monkeypatch.setattr(native, "SHARED_NUMBERS", 1)
+    (q, k, v), options = Case(batch=3, heads=6, kv_heads=3, queries=2, keys=900).inputs(dtype)
+    alone = cpu_attention(q, k, v, **options)
+    torch.set_num_threads(2)
+    try:
+        assert workers.can_share_out(9)
+        for x, y in zip(cpu_attention(q, k, v, **options), alone, strict=True):
+            assert torch.equal(x, y)
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_what_it_does_not_serve_is_computed_otherwise(decoded):
+    """float64, both ways, packed documents, and where a gradient is wanted."""
+    tensors, options = Case(queries=3, keys=3).inputs(torch.float32)
+    cpu_attention(*(x.double() for x in tensors), **options)
+    cpu_attention(*tensors, **options, causal=False)
+    cpu_attention(*tensors, **options, cu_seqlens=torch.tensor([0, 1, 3]))
+    cpu_attention(*(x.requires_grad_() for x in tensors), **options)
+    assert not decoded
