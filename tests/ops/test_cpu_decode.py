@@ -78,6 +78,12 @@ def test_any_shape(data):
     check(case, dtype, data.draw(st.integers(0, 99), "seed"), with_norms=data.draw(st.booleans(), "norms"), size=size)
 
 
+@pytest.mark.parametrize("slope", [0.0, 2**-8])
+def test_sums_of_many_terms_are_rounded_no_more(slope):
+    """As they would be, if each value was added to the sum of all before."""
+    check(Case(queries=1, keys=5000, heads=8, kv_heads=8, head_dim=64, slopes=torch.full((8,), slope)), torch.float32)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("length", [700, 5000])
 def test_far_keys_are_not_read_and_nothing_is_missed(dtype, length, decoded):

@@ -1,6 +1,5 @@
 """The native code for the CPU: how it is compiled, found and done without."""
 
-import ctypes
 import importlib.util
 import os
 import shutil

@@ -85,12 +85,12 @@ static int is_done(const struct step *s, const struct row *r, int64_t last, cons
 INLINE void mix(const int vecs, int64_t keys, const float *weights, const float *v, int64_t v_row, float factor,
                 float *sums) {
     vec mixed[4];
-    for (int i = 0; i < vecs; i++) mixed[i] = load(sums + i * LANES) * all(factor);
+    for (int i = 0; i < vecs; i++) mixed[i] = (vec){0}; /* few terms a sum, so that it is rounded the less */
     for (int64_t j = 0; j < keys; j++) {
         if (weights[j] == 0.0f) continue;
         for (int i = 0; i < vecs; i++) mixed[i] += all(weights[j]) * load(v + j * v_row + i * LANES);
     }
-    for (int i = 0; i < vecs; i++) store(sums + i * LANES, mixed[i]);
+    for (int i = 0; i < vecs; i++) store(sums + i * LANES, load(sums + i * LANES) * all(factor) + mixed[i]);
 }
 
 /* Add some keys, and their values, to a row. */

@@ -291,7 +291,7 @@ def decode(
         *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], num_heads if slopes.dim() == 2 else 0),
         *(STEP_DTYPES[q.dtype], batch, kv_heads, num_heads // kv_heads, query_length, key_length, head_dim),
         visibility.window_size or key_length,
-        *(scale, tolerance),
+        *(scale, tolerance * (1 - 2**-8)),  # less what the bound itself is rounded by
     )
     heads = batch * kv_heads
     threads = 1
