@@ -10,7 +10,7 @@ import pytest
 import torch
 from which_tests import in_full, is_left_out, uses_transformers
 
-from longreach.ops.crossovers import CPU, CROSSOVERS
+from longreach.ops.crossovers import CROSSOVERS, ROW
 
 # Triton reads this once, when it is first imported, which torch's own modules may do at any time.
 if not torch.cuda.is_available():
@@ -84,7 +84,7 @@ def unrendered(monkeypatch):
 def choose_from(monkeypatch):
     """A function that has "auto" take the implementation that skips what is beyond reach from so many tokens on."""
 
-    def choose(tokens, processor=CPU):
+    def choose(tokens, processor=ROW):
         lengths = dict.fromkeys((2, 4), tokens)
         cached = dict.fromkeys((2, 4), 0)
         changed = replace(CROSSOVERS[processor], forward=lengths, training=lengths, decoding=lengths, cached=cached)

@@ -15,7 +15,7 @@ import longreach.ops.attention as module
 from longreach.ops import sdpa
 from longreach.ops.alibi import alibi_slopes
 from longreach.ops.attention import IMPLEMENTATIONS, attention, choose_impl
-from longreach.ops.crossovers import CPU, CROSSOVERS, Crossovers
+from longreach.ops.crossovers import CROSSOVERS, ROW, Crossovers
 from longreach.ops.reach import KEY_BLOCK, key_block_norms
 from longreach.ops.triton.operators import triton_was_measured
 
@@ -295,7 +295,7 @@ def crossovers(monkeypatch):
         tokens = {"forward": {2: 500, 4: 1000}, "training": {2: 1500, 4: 2000}, "decoding": {2: 4000, 4: 8000}}
         tokens["cached"] = {2: 4000 * 64, 4: 8000 * 64}
         monkeypatch.setitem(CROSSOVERS, name, Crossovers(f"{name}.json", impl, **tokens))
-    monkeypatch.setattr(module, "CPU", "AVX2")
+    monkeypatch.setattr(module, "ROW", "AVX2")
 
 
 @pytest.mark.parametrize(
@@ -364,7 +364,7 @@ def test_the_choice_says_why(crossovers, arguments, options, why):
 def test_auto_tells_training_from_inference(monkeypatch, choose_from):
     """By whether a gradient is wanted, of q, k, v or the slopes, or torch.func may want one."""
     choose_from(1)
-    monkeypatch.setitem(CROSSOVERS, CPU, replace(CROSSOVERS[CPU], training={4: 100}))
+    monkeypatch.setitem(CROSSOVERS, ROW, replace(CROSSOVERS[ROW], training={4: 100}))
     asked = []
 
     def note(name, function):

@@ -106,6 +106,9 @@ def test_without_the_library_attention_is_the_same(tmp_path):
 import torch
 from longreach import alibi_slopes, attention
 import longreach.ops.cpu.native as native, longreach.ops.cpu.passes as passes
+from longreach.ops.crossovers import CROSSOVERS, ROW
+from longreach.ops.processor import CPU
+assert ROW == (CPU if CPU == "AVX-512" else f"{CPU}, not compiled") and ROW in CROSSOVERS
 assert native.library(torch.float32) is None and not passes.NATIVE_IS_FASTER and not passes.HAS_UNITS
 torch.manual_seed(0)
 q, k, v = (x.requires_grad_() for x in torch.randn(3, 1, 4, 600, 32))

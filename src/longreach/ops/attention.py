@@ -21,9 +21,8 @@ from longreach.ops.arguments import (
     validated_visibility,
 )
 from longreach.ops.cpu.operators import cpu_attention
-from longreach.ops.crossovers import CROSSOVERS, processor_of
+from longreach.ops.crossovers import CROSSOVERS, ROW, processor_of
 from longreach.ops.lse_bound import FEW_QUERIES
-from longreach.ops.processor import CPU
 from longreach.ops.reach import KEY_BLOCK
 from longreach.ops.reference import reference_attention
 from longreach.ops.sdpa import sdpa_attention, surely
@@ -221,7 +220,7 @@ def choose_impl(
     if dense:
         return Choice("sdpa", "there is a dense bias or dropout, which nothing else takes")
     if processor is None and device == "cpu":
-        processor = CPU
+        processor = ROW
     if processor is None:
         return Choice(
             "sdpa", "PyTorch maintains it for this device, where no kernel of ours was measured on such inputs"

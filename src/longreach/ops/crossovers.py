@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from longreach.ops.cpu.native import library
 from longreach.ops.processor import CPU
 from longreach.ops.triton.operators import triton_was_measured
 
@@ -57,12 +58,28 @@ CROSSOVERS = {
         "cpu-2core-avx2-crossover.json",
         "cpu",
         forward={2: 256, 4: 256},
-        training={2: 1024, 4: 1024},  # not measured for half types, see the benchmark
+        training={2: 512, 4: 512},  # not measured for half types, see the benchmark
+        decoding={2: 1024, 4: 1024},
+        cached={2: 2**19, 4: 2**19},
+    ),
+    "AVX2, not compiled": Crossovers(
+        "cpu-2core-avx2-not-compiled-crossover.json",
+        "cpu",
+        forward={2: 256, 4: 256},
+        training={2: 1024, 4: 1024},  # likewise
         decoding={2: 4096, 4: 8192},
         cached={2: 2**23, 4: 2**24},
     ),
     "AMX": Crossovers(
         "cpu-2core-amx-crossover.json",
+        "cpu",
+        forward={2: 256, 4: 256},
+        training={2: 128, 4: 512},
+        decoding={2: 1024, 4: 1024},
+        cached={2: 2**19, 4: 2**19},
+    ),
+    "AMX, not compiled": Crossovers(
+        "cpu-2core-amx-not-compiled-crossover.json",
         "cpu",
         forward={2: 256, 4: 256},
         training={2: 1024, 4: 1024},
@@ -78,11 +95,14 @@ CROSSOVERS = {
         cached={2: 2**22, 4: 2**22},
     ),
 }
-"""Class of processor -> what was measured there."""
+"""Class of processor, and whether native code is missing that would be used there -> what was measured there."""
+
+ROW = CPU if CPU == "AVX-512" or library(torch.float32) is not None else f"{CPU}, not compiled"
+"""Which of them this CPU is."""
 
 
 def processor_of(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """The class in `CROSSOVERS` of a device; None where nothing was measured on such, or on such inputs."""
     if device.type == "cpu":
-        return CPU
+        return ROW
     return "Hopper" if triton_was_measured(device, dtype, head_dim) else None

@@ -126,12 +126,12 @@ static void add_keys(const struct step *s, struct row *r, const float *q, int64_
 }
 
 /* The queries that read one key head of one sequence. */
-static void decode_head(const struct step *s, int64_t sequence, int64_t kv_head, float *memory) {
+static void decode_head(const struct step *s, int64_t sequence, int64_t kv_head, void *memory) {
     const int64_t dim = s->head_dim, width = padded(dim), count = s->group * s->query_length, size = s->dtype ? 2 : 4;
     const int64_t blocks = (s->key_length + KEYS - 1) / KEYS;
-    float *const q = memory, *const sums = q + count * width, *const near = sums + count * width;
+    struct row *const rows = memory;
+    float *const q = (float *)(rows + count), *const sums = q + count * width, *const near = sums + count * width;
     float *const values = near + KEYS * width, *const longest = values + KEYS * width; /* of a block and those before */
-    struct row *const rows = (struct row *)(longest + blocks);
     const char *const k = (const char *)s->k + (sequence * s->k_sequence + kv_head * s->k_head) * size;
     const char *const v = (const char *)s->v + (sequence * s->v_sequence + kv_head * s->v_head) * size;
     const uint8_t *const hidden = s->hidden ? s->hidden + sequence * s->key_length : NULL;
@@ -188,7 +188,7 @@ static void decode_some(void *at) {
     struct step *const s = at;
     const int64_t count = s->group * s->query_length, blocks = (s->key_length + KEYS - 1) / KEYS;
     const int64_t numbers = 2 * (count + KEYS) * padded(s->head_dim) + blocks;
-    float *const memory = memory_of((numbers + numbers % 2) * sizeof(float) + count * sizeof(struct row));
+    void *const memory = memory_of(count * sizeof(struct row) + numbers * sizeof(float));
     if (!memory) {
         __atomic_store_n(&s->failed, 1, __ATOMIC_RELAXED);
         return;
