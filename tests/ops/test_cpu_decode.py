@@ -158,6 +158,16 @@ def test_what_is_no_number_is_none_in_the_output(where):
     assert out[:, 1:].isfinite().all()
 
 
+@pytest.mark.parametrize("key", [0, 100, 1500])
+def test_what_is_no_number_has_no_bound(key):
+    """However far it is."""
+    (q, k, v), options = Case(queries=1, keys=2000, slopes=torch.full((4,), 0.9)).inputs(torch.float32)
+    k[0, 0, key, 3] = float("nan")
+    out, _ = cpu_attention(q, k, v, **options, key_norms=key_block_norms(k, KEY_BLOCK))
+    assert out[0, 0].isnan().all()
+    assert out[:, 1:].isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_threads_make_the_same_of_it(dtype, monkeypatch):
     monkeypatch.setattr(native, "SHARED_NUMBERS", 1)

@@ -138,7 +138,8 @@ static void decode_head(const struct step *s, int64_t sequence, int64_t kv_head,
     const int is_direct = s->dtype == FLOAT32 && width == dim;
     for (int64_t i = 0; s->norms && i < blocks; i++) {
         const float norm = s->norms[(sequence * s->kv_heads + kv_head) * blocks + i];
-        longest[i] = i && !(norm > longest[i - 1]) ? longest[i - 1] : norm;
+        const int is_less = i && (norm <= longest[i - 1] || longest[i - 1] != longest[i - 1]); /* NaN stays */
+        longest[i] = is_less ? longest[i - 1] : norm;
     }
     for (int64_t n = 0; n < count; n++) {
         const int64_t head = kv_head * s->group + n / s->query_length, t = n % s->query_length;
