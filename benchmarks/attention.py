@@ -271,16 +271,12 @@ def workloads(device: str, lengths: list[int]) -> list[Workload]:
 
 
 def cpu_workloads(lengths: list[int]) -> list[Workload]:
-    """All that one sequence of 8 heads does.
-
-    A CPU that is held to fewer instructions trains in float32 alone: PyTorch, which is not aware of what oneDNN is held
-    to, has the products of half types in the backward pass done by its reference code.
-    """
+    """All that one sequence of 8 heads does."""
     everything = []
     for length in lengths:
         everything += [Workload("forward", dtype, length) for dtype in ("float32", "bfloat16")]
         everything.append(Workload("training", "float32", length))
-        if length <= STD_LENGTH and not held_to():
+        if length <= STD_LENGTH and trains("bfloat16"):
             everything.append(Workload("training", "bfloat16", length))
         everything += [Workload("decode", dtype, length) for dtype in ("float32", "bfloat16")]
         if length in BUSY_LENGTHS:
@@ -317,10 +313,19 @@ def crossover_workloads(device: str) -> list[Workload]:
             ("decode", cached),
         )
         for dtype in ("float32", "bfloat16")
-        if not (mode == "training" and dtype == "bfloat16" and held_to())  # as in `cpu_workloads`
+        if mode != "training" or trains(dtype)
         for batch, heads, head_dim in shapes
         for length in lengths
     ]
+
+
+def trains(dtype: str) -> bool:
+    """Whether peers can be asked to train in it: a CPU that is held to fewer instructions trains in float32 alone.
+
+    PyTorch, which is not aware of what oneDNN is held to, has the products of half types in the backward pass done by
+    its reference code.
+    """
+    return dtype == "float32" or not held_to()
 
 
 def held_to() -> dict[str, str]:

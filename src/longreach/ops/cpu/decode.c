@@ -69,6 +69,7 @@ static void widen(int64_t dtype, const void *x, int64_t x_row, int64_t rows, int
 struct row {
     int64_t position;
     float norm, slope, peak, total; /* |q| and the slope by base 2; see `running` in tiles.h */
+    double tolerated;               /* times the total, what the nearest of the keys that are left may weigh at most */
     int done;
 };
 
@@ -76,9 +77,9 @@ struct row {
 static int is_done(const struct step *s, const struct row *r, int64_t last, const float *longest) {
     const int64_t distance = r->position - last;
     if (distance >= s->window) return 1;
-    if (!longest || distance <= 0 || !(r->slope > 0.0f && r->total > 0.0f)) return 0;
+    if (!longest || distance <= 0 || !(r->tolerated >= 0.0 && r->total > 0.0f)) return 0;
     const double exponent = (double)r->norm * *longest - (double)r->slope * distance - r->peak;
-    return exp2(exponent) <= s->tolerance * r->total * -expm1(-M_LN2 * (double)r->slope);
+    return exp2(exponent) <= r->tolerated * r->total;
 }
 
 /* Add values, each times its weight, to some vectors of sums that are times a factor. Hidden ones are not read. */
@@ -144,6 +145,7 @@ static void decode_head(const struct step *s, int64_t sequence, int64_t kv_head,
     for (int64_t n = 0; n < count; n++) {
         const int64_t head = kv_head * s->group + n / s->query_length, t = n % s->query_length;
         const char *const at = (const char *)s->q + (sequence * s->q_sequence + head * s->q_head + t * s->q_row) * size;
+        const float slope = (float)(s->slopes[sequence * s->slopes_sequence + head] * M_LOG2E);
         widen(s->dtype, at, 0, 1, dim, q + n * width, width);
         vec squares = {0};
         for (int64_t d = 0; d < width; d += LANES) {
@@ -153,8 +155,9 @@ static void decode_head(const struct step *s, int64_t sequence, int64_t kv_head,
         rows[n] = (struct row){
             .position = s->key_length - s->query_length + t,
             .norm = sqrtf(sum_of(squares)) * (float)(s->scale * M_LOG2E * (1 + 0x1p-16)), /* whatever was rounded */
-            .slope = (float)(s->slopes[sequence * s->slopes_sequence + head] * M_LOG2E),
+            .slope = slope,
             .peak = -FLT_MAX,
+            .tolerated = slope > 0.0f ? s->tolerance * -expm1(-M_LN2 * (double)slope) : -1.0,
         };
     }
     for (int64_t i = blocks - 1; i >= 0; i--) {
