@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longreach.ops.alibi import alibi_distance, alibi_slopes, dense_bias
+from longreach.ops.alibi import alibi_bias, alibi_distance, alibi_slopes, dense_bias
 from longreach.ops.visibility import Visibility
 
 
@@ -233,6 +233,21 @@ def magnitudes(tensors, options, grads):
 
 
 MEASURES = (torch.Tensor.amax, torch.Tensor.mean)
+
+
+def shaken(function, tensors, options, golden):
+    """Largest and mean change of what a function finds where scores err as sums of D terms do, by sqrt(D) roundings."""
+    q, k, v = (x.double() for x in tensors)
+    group = q.shape[1] // k.shape[1]
+    terms = q.abs() @ k.abs().repeat_interleave(group, dim=1).transpose(-2, -1)  # times sqrt(D), and the scale D^-1/2
+    terms -= alibi_bias(options["slopes"], q.shape[2], k.shape[2])
+    changes = []
+    for seed in range(4):
+        signs = torch.randint(2, terms.shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+        errors = {"bias": signs * terms * torch.finfo(tensors[0].dtype).eps / 2}
+        found = function([q, k, v], options | errors)
+        changes.append([[measure((x - y).abs()) for measure in MEASURES] for x, y in zip(found, golden, strict=True)])
+    return torch.tensor(changes).amax(dim=0)
 
 
 def assert_within_the_rule(golden, plain, actual, magnitudes, by_scores=None):

@@ -5,13 +5,13 @@ import torch
 from adversarial import (
     CASES,
     LARGE_SCORES,
-    MEASURES,
     Case,
     assert_within_the_rule,
     magnitudes,
     probabilities,
     random_grads,
     run,
+    shaken,
 )
 from flat import cpu_attention, key_ranges, reference_attention
 from hypothesis import given, settings
@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 import longreach.ops.cpu.native as native
 import longreach.ops.cpu.passes as passes
 import longreach.ops.cpu.products as module
-from longreach.ops.alibi import alibi_bias, alibi_slopes
+from longreach.ops.alibi import alibi_slopes
 from longreach.ops.cpu.plan import (
     BLOCK_M,
     BLOCK_N,
@@ -224,20 +224,6 @@ def outputs(function, tensors, options, grads):
     return out, *gradients
 
 
-def shaken(tensors, options, grads, golden):
-    """Largest and mean change of the results where scores err as sums of D terms do, by sqrt(D) roundings."""
-    q, k = (x.double() for x in tensors[:2])
-    terms = q.abs() @ k.abs().transpose(-2, -1)  # times sqrt(D), and the scale D^-1/2
-    terms -= alibi_bias(options["slopes"], q.shape[2], k.shape[2])
-    changes = []
-    for seed in range(4):
-        signs = torch.randint(2, terms.shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-        errors = {"bias": signs * terms * torch.finfo(tensors[0].dtype).eps / 2}
-        found = outputs(reference_attention, [q, k, tensors[2].double()], options | errors, grads)
-        changes.append([[measure((x - y).abs()) for measure in MEASURES] for x, y in zip(found, golden, strict=True)])
-    return torch.tensor(changes).amax(dim=0)
-
-
 @pytest.mark.parametrize(
     ("is_native", "dtype"), [(False, torch.float32), (True, torch.float32), (True, torch.bfloat16)], ids=str
 )
@@ -260,12 +246,15 @@ def test_error_of_scores_of_any_size(is_native, dtype, data):
         st.sampled_from([1, 30, 1000]), "more"
     )
     grads = random_grads(tensors)
-    golden = outputs(reference_attention, [x.double() for x in tensors], options, grads)
-    plain = outputs(reference_attention, tensors, options, grads)
+
+    def by_definition(tensors, options):
+        return outputs(reference_attention, tensors, options, grads)
+
+    golden, plain = by_definition([x.double() for x in tensors], options), by_definition(tensors, options)
     with pytest.MonkeyPatch.context() as monkeypatch:
         use_native(monkeypatch, is_native)
         actual = outputs(cpu_attention, tensors, options, grads)
-    by_scores = shaken(tensors, options, grads, golden) if dtype == torch.float32 else None
+    by_scores = shaken(by_definition, tensors, options, golden) if dtype == torch.float32 else None
     assert_within_the_rule(golden, plain, actual, magnitudes(tensors, options, grads), by_scores)
 
 

@@ -19,6 +19,9 @@ _SHOWN = 100
 _LARGEST = 2**63
 """Numbers below fit the 64 bits of integers in tensors."""
 
+_FLOATS = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
+"""Dtypes of q, k and v."""
+
 _NUMBERS = (float, int, Real, torch.SymInt, torch.SymFloat)
 """What is a real number; what is most often given comes first, for whether it is a Real takes ten times as long."""
 
@@ -94,19 +97,21 @@ def is_number(value: object) -> bool:
 
 def validate_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
     """q (B, H, Tq, D), k and v (B, Hkv, Tk, D), alike in dtype and device."""
+    dtype, device = q.dtype, q.device
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4:
             raise ValueError(f"{name} of shape {tuple(x.shape)}: give (B, H, T, D)")
-        if x.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        if x.dtype not in _FLOATS:
             raise ValueError(f"{name} of {x.dtype}: give float64, float32, bfloat16 or float16")
-        if x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(f"{name} is {x.dtype} on {x.device}, q is {q.dtype} on {q.device}: give them alike")
+        if x.dtype != dtype or x.device != device:
+            raise ValueError(f"{name} is {x.dtype} on {x.device}, q is {dtype} on {device}: give them alike")
     batch, num_heads, _, head_dim = q.shape
-    num_kv_heads = k.shape[1]
-    if k.shape[0] != batch or k.shape[3] != head_dim:
-        raise ValueError(f"k of shape {tuple(k.shape)}: B and D must be those of q, {tuple(q.shape)}")
-    if v.shape != k.shape:
-        raise ValueError(f"v of shape {tuple(v.shape)}: give the shape of k, {tuple(k.shape)}")
+    of_k = k.shape
+    k_batch, num_kv_heads, _, k_head_dim = of_k
+    if k_batch != batch or k_head_dim != head_dim:
+        raise ValueError(f"k of shape {tuple(of_k)}: B and D must be those of q, {tuple(q.shape)}")
+    if v.shape != of_k:
+        raise ValueError(f"v of shape {tuple(v.shape)}: give the shape of k, {tuple(of_k)}")
     if num_heads == 0 or num_kv_heads == 0 or num_heads % num_kv_heads:
         raise ValueError(f"k has {num_kv_heads} heads, q has {num_heads}: Hkv must divide H")
     if head_dim == 0:
@@ -115,13 +120,15 @@ def validate_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 def validate_slopes(slopes: Tensor | tuple[Tensor, Tensor] | None, q: Tensor, least: float = 0.0) -> None:
     """(H,) or (B, H) floating point of at least `least`, or a pair of such."""
-    batch, num_heads = q.shape[:2]
+    if slopes is None:
+        return
+    batch, num_heads, *_ = q.shape
     if isinstance(slopes, tuple) and len(slopes) != 2:
         raise ValueError(f"slopes is a tuple of {len(slopes)}: give one tensor, or the pair (left, right)")
-    for side in () if slopes is None else slopes if isinstance(slopes, tuple) else (slopes,):
+    for side in slopes if isinstance(slopes, tuple) else (slopes,):
         if not isinstance(side, Tensor):
             raise ValueError(f"slopes of {type(side).__name__}: give one tensor, or the pair (left, right) of two")
-        if tuple(side.shape) not in ((num_heads,), (batch, num_heads)):
+        if side.shape not in ((num_heads,), (batch, num_heads)):
             expected = f"({num_heads},) or ({batch}, {num_heads})"
             raise ValueError(f"slopes of shape {tuple(side.shape)}: give (H,) or (B, H), here {expected}")
         _validate_float("slopes", side, q)
@@ -201,7 +208,7 @@ def validate_dropout(dropout_p: float) -> None:
 
 def can_be_read(x: Tensor) -> bool:
     """Whether values can be looked at: elsewhere the host would wait for the device, and what is traced has none."""
-    if torch.compiler.is_compiling() or x.device.type != "cpu":
+    if torch.compiler.is_compiling() or not x.is_cpu:
         return False
     return type(x) in (Tensor, torch.nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
@@ -209,10 +216,12 @@ def can_be_read(x: Tensor) -> bool:
 def validate_values(name: str, x: Tensor, least: float = -math.inf) -> None:
     """Finite and at least `least`, where values can be looked at."""
     if can_be_read(x):
-        for value in x.detach().flatten().tolist():  # few, for which operations on tensors would take longer
-            if not (math.isfinite(value) and value >= least):
-                mend = f"give finite numbers{'' if least < 0 else f' of at least {least:g}'}"
-                raise ValueError(f"{name} holds {value:g}: {mend}")
+        # Few, for which operations on tensors would take longer.
+        values = x.tolist() if x.dim() == 1 else x.flatten().tolist()
+        if not all(map(math.isfinite, values)) or min(values, default=least) < least:
+            wrong = next(value for value in values if not (math.isfinite(value) and value >= least))
+            mend = f"give finite numbers{'' if least < 0 else f' of at least {least:g}'}"
+            raise ValueError(f"{name} holds {wrong:g}: {mend}")
 
 
 def validate_borders(borders: Sequence[int], length: int) -> None:

@@ -20,13 +20,16 @@ from longreach.ops.arguments import (
     validate_types,
     validated_visibility,
 )
+from longreach.ops.cpu import native
+from longreach.ops.cpu.native import STEP_DTYPES
 from longreach.ops.cpu.operators import cpu_attention
+from longreach.ops.cpu.passes import decodes
 from longreach.ops.crossovers import CROSSOVERS, ROW, processor_of
 from longreach.ops.lse_bound import FEW_QUERIES
-from longreach.ops.reach import KEY_BLOCK
+from longreach.ops.reach import KEY_BLOCK, default_tolerance
 from longreach.ops.reference import reference_attention
 from longreach.ops.sdpa import sdpa_attention, surely
-from longreach.ops.transforms import autocasts, may_learn, without_autocast
+from longreach.ops.transforms import autocasts, is_watched, may_learn, without_autocast
 from longreach.ops.triton.operators import triton_attention
 
 IMPLEMENTATIONS = ("reference", "sdpa", "cpu", "triton", "flex")
@@ -137,6 +140,15 @@ def attention(
     Raises:
         ValueError: a wrong type, shape, dtype, device or value, or what the chosen implementation cannot do.
     """
+    if (
+        bias is window_size is key_padding_mask is cu_seqlens is tolerance is None
+        and causal is True
+        and return_lse is False
+        and type(dropout_p) is float
+        and dropout_p == 0.0
+        and (out := _plain_step(q, k, v, slopes, key_norms, scale, impl)) is not None
+    ):
+        return out
     validate_types(q=q, k=k, v=v)
     q, k, v = autocast(q, k, v)
     validate_tensors(q, k, v)
@@ -155,8 +167,8 @@ def attention(
     if impl == "auto":
         impl = choose_impl(
             q.device.type,
-            q.shape[2],
-            k.shape[2],
+            visibility.query_length,
+            visibility.key_length,
             dtype=q.dtype,
             reaching=slopes is not None or visibility.hides_past,
             dense=bias is not None or dropout_p > 0,
@@ -167,7 +179,7 @@ def attention(
             cache_width=k.shape[0] * k.shape[1] * k.shape[3],
         ).impl
     arguments: dict[str, Any] = {"slopes": slopes, "scale": scale}
-    with without_autocast(q.device.type):
+    with without_autocast(q.device):
         if impl == "sdpa":
             arguments |= {"bias": bias, "dropout_p": dropout_p, "tolerance": tolerance, "return_lse": return_lse}
             out, lse = sdpa_attention(q, k, v, visibility, **arguments)
@@ -244,6 +256,44 @@ def choose_impl(
     return Choice(measured.impl, f"it was faster {where}")
 
 
+def _plain_step(q: Any, k: Any, v: Any, slopes: Any, key_norms: Any, scale: Any, impl: Any) -> Tensor | None:
+    """The output of a decoding step by native code; None for all that is not surely valid, plain, and best done so.
+
+    Where a cache is short, a step takes less time than the checks of `attention` do. They look at what is refused here,
+    and they alone say what is wrong with it.
+    """
+    if not (type(q) is type(k) is type(v) is type(slopes) is type(key_norms) is Tensor):
+        return None
+    if is_watched() or may_learn(q, k, v, slopes) or not (isinstance(impl, str) and impl in ("auto", "cpu")):
+        return None
+    if not (q.is_cpu and k.is_cpu and v.is_cpu and slopes.is_cpu and key_norms.is_cpu):
+        return None
+    if not (q.layout is k.layout is v.layout is slopes.layout is key_norms.layout is torch.strided):
+        return None
+    dtype, q_shape, k_shape = q.dtype, q.shape, k.shape
+    if not (dtype in STEP_DTYPES and dtype == k.dtype == v.dtype and slopes.dtype == key_norms.dtype == torch.float32):
+        return None
+    if not (len(q_shape) == len(k_shape) == 4 and v.shape == k_shape):
+        return None
+    (batch, num_heads, query_length, head_dim), (k_batch, num_kv_heads, key_length, k_head_dim) = q_shape, k_shape
+    if not (batch == k_batch and head_dim == k_head_dim and query_length < FEW_QUERIES and decodes(q, k)):
+        return None
+    norms_shape = (batch, num_kv_heads, -(-key_length // KEY_BLOCK))
+    if num_heads % num_kv_heads or slopes.shape != (num_heads,) or key_norms.shape != norms_shape:
+        return None
+    values = slopes.tolist()
+    if not (min(values) >= 0.0 and math.isfinite(sum(values))):  # the sum of what is no number is none
+        return None
+    if impl == "auto":
+        measured = CROSSOVERS[ROW]
+        least = measured.least(dtype, decoding=True, learns=False)
+        if key_length < least or k.numel() < measured.least_cached(dtype):
+            return None
+    validate_scale(scale)
+    scale = head_dim**-0.5 if scale is None else scale
+    return native.decode(q, k, v, slopes, key_norms, scale=scale, tolerance=default_tolerance(dtype))
+
+
 def uses_key_norms(impl: str, q: Tensor, k: Tensor) -> bool:
     """Whether `attention` would make use of the `key_norms` of k, so that a cache should keep them."""
     query_length = q.shape[2]
@@ -278,17 +328,17 @@ def _reaching(impl: str, q: Tensor) -> Callable[..., tuple[Tensor, Any]]:
 
 def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Cast q, k and v, but neither slopes nor bias, as torch.autocast casts SDPA's arguments."""
-    device = q.device.type
-    if autocasts(device):
-        dtype = torch.get_autocast_dtype(device)
+    if autocasts(q.device):
+        dtype = torch.get_autocast_dtype(q.device.type)
         return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))  # type: ignore[return-value]
     return q, k, v
 
 
 def _validate_key_norms(key_norms: Tensor, k: Tensor, impl: str) -> None:
     validate_types(key_norms=key_norms)
-    expected = (*k.shape[:2], -(-k.shape[2] // KEY_BLOCK))
-    if tuple(key_norms.shape) != expected or not key_norms.is_floating_point():
+    batch, num_kv_heads, key_length, _ = k.shape
+    expected = (batch, num_kv_heads, -(-key_length // KEY_BLOCK))
+    if key_norms.shape != expected or not key_norms.is_floating_point():
         raise ValueError(
             f"key_norms of shape {tuple(key_norms.shape)} and {key_norms.dtype}: give a floating-point tensor "
             f"(B, Hkv, ceil(Tk / {KEY_BLOCK})) = {expected}"

@@ -369,7 +369,7 @@ def _tiled_backward(
     past, future = (None if x is None else x.to(torch.promote_types(x.dtype, wide)) for x in (left, right))
     whole = _Parts(q, k, v, past, future, None if bias is None else bias[(None,) * (4 - bias.dim())])
     totals = _Parts(*(None if x is None else torch.zeros_like(_wide(x.detach())) for x in whole))  # type: ignore[arg-type]
-    with _sown(seed, q.device), _differentiable(), without_autocast(q.device.type):
+    with _sown(seed, q.device), _differentiable(), without_autocast(q.device):
         for tile in _tiles(q, k, visibility, _pair(left, right), bias, scale, tolerance, return_lse):
             leaves = _Parts(*(None if x is None else x.detach().requires_grad_() for x in _parts(whole, tile)))  # type: ignore[arg-type]
             options: dict[str, Any] = {"scale": scale, "dropout_p": dropout_p, "return_lse": return_lse}

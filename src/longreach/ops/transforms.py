@@ -12,6 +12,8 @@ from torch.autograd import forward_ad
 from longreach.ops.reference import reference_attention
 from longreach.ops.visibility import Visibility
 
+_UNCHANGED = nullcontext()
+
 
 def by_slices(operator: Any) -> None:
     """Let an operator whose outputs are all tensors be mapped by vmap, as one call for each of the mapped slices."""
@@ -27,14 +29,16 @@ def by_slices(operator: Any) -> None:
     operator.register_vmap(mapped)
 
 
-def without_autocast(device: str) -> AbstractContextManager[Any]:
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Computation in the dtypes given. To turn off what is off takes longer than a decoding step's other checks."""
-    return torch.autocast(device, enabled=False) if autocasts(device) else nullcontext()
+    return torch.autocast(device.type, enabled=False) if autocasts(device) else _UNCHANGED
 
 
-def autocasts(device: str) -> bool:
+def autocasts(device: torch.device) -> bool:
     """Whether torch.autocast is at work on such devices."""
-    return is_autocast_available(device) and torch.is_autocast_enabled(device)  # "meta", for one, has none
+    if not torch._C._is_any_autocast_enabled():
+        return False
+    return is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)  # "meta", for one, has none
 
 
 def is_watched() -> bool:
@@ -43,7 +47,7 @@ def is_watched() -> bool:
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch.is_autocast_enabled("cpu")
+        or torch._C._is_any_autocast_enabled()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
     )

@@ -7,33 +7,88 @@
 #include "vectors.h"
 
 enum { KEYS = 64 }; /* keys that share a bound of their norms, and are at hand at a time */
+enum { PAIR = 2 * LANES }; /* numbers of a row that are read at a time; the last pair holds the last PAIR of a row */
 enum { FLOAT32, BFLOAT16, FLOAT16 };
 
-/* Everything of a call. Strides are in numbers, those of a row beside each other; query head n reads n / group. */
+enum { SEQUENCE, HEAD, ROW, NUMBER }; /* dimensions of tensors */
+
+/* Everything of a call. Strides are in numbers, those of a row beside each other. */
 struct step {
     const void *q, *k, *v;
-    float *out, *lse;      /* (B, H, Tq, D) and (B, H, Tq), dense */
-    const float *slopes;   /* (H,) or (B, H) */
+    void *out;             /* (B, H, Tq, D), dense, in the dtype of q */
+    float *lse;            /* (B, H, Tq), dense; NULL where it is not wanted */
+    const float *slopes;   /* (H,) or (B, H), dense */
     const float *norms;    /* (B, Hkv, Tk / KEYS), upper bounds, dense; NULL: read all keys */
     const uint8_t *hidden; /* (B, Tk), not 0 where a key is padding, dense; NULL without such */
-    int64_t q_sequence, q_head, q_row, k_sequence, k_head, k_row, v_sequence, v_head, v_row, slopes_sequence;
-    int64_t dtype, batch, kv_heads, group, query_length, key_length, head_dim;
+    int64_t q_shape[4], q_strides[4], k_shape[4], k_strides[4], v_strides[4];
+    int64_t slopes_sequence; /* how far the slopes of sequences are apart */
+    int64_t dtype;
     int64_t window; /* how many keys back a query sees, itself included */
     double scale, tolerance;
-    int64_t next, failed; /* the first key head that no thread has taken, and whether one had no memory; 0 at first */
 };
 
 int64_t longreach_size_of_step(void) { return sizeof(struct step); }
 
-INLINE vec widened(int64_t dtype, const uint16_t *x) {
+INLINE int64_t size_of(const int64_t dtype) { return dtype == FLOAT32 ? 4 : 2; }
+
+/* PAIR numbers in two vectors, each number at the same place whatever row it is of. */
+struct pair {
+    vec a, b;
+};
+
 #ifdef __AVX512F__
-    const __m256i halves = _mm256_loadu_si256((const __m256i *)x);
-    if (dtype == FLOAT16) return (vec)_mm512_cvtph_ps(halves);
-    return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
+INLINE vec widened(const void *x) { return (vec)_mm512_cvtph_ps(_mm256_loadu_si256(x)); }
+INLINE void narrow(void *to, vec x) { _mm256_storeu_si256(to, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT)); }
 #else
-    const __m128i halves = _mm_loadu_si128((const __m128i *)x);
-    if (dtype == FLOAT16) return (vec)_mm256_cvtph_ps(halves);
-    return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16);
+INLINE vec widened(const void *x) { return (vec)_mm256_cvtph_ps(_mm_loadu_si128(x)); }
+INLINE void narrow(void *to, vec x) { _mm_storeu_si128(to, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT)); }
+#endif
+
+INLINE struct pair read_pair(const int64_t dtype, const void *x) {
+    if (dtype == FLOAT32) return (struct pair){load(x), load((const float *)x + LANES)};
+    if (dtype == FLOAT16) return (struct pair){widened(x), widened((const uint16_t *)x + LANES)};
+    const ivec both = (ivec)load(x); /* of bfloat16 one vector has every other number, which saves putting in order */
+    return (struct pair){(vec)(both << 16), (vec)(both & -0x10000)};
+}
+
+/* The nearest bfloat16 in the upper half, and whatever in the lower. */
+INLINE ivec rounded(vec x) {
+    const ivec is_nan = x != x, bits = (ivec)x & ~is_nan;
+    return (bits + 0x7fff + ((bits >> 16) & 1)) | (is_nan & 0x7fc00000);
+}
+
+INLINE void write_pair(const int64_t dtype, void *to, struct pair x) {
+    if (dtype == FLOAT32) {
+        store(to, x.a);
+        store((float *)to + LANES, x.b);
+    } else if (dtype == FLOAT16) {
+        narrow(to, x.a);
+        narrow((uint16_t *)to + LANES, x.b);
+    } else {
+        store(to, (vec)(((rounded(x.a) >> 16) & 0xffff) | (rounded(x.b) & -0x10000)));
+    }
+}
+
+/* The sum of each of LANES vectors. */
+INLINE vec sums_of(const vec *x) {
+    vec four[LANES / 4];
+    for (int i = 0; i < LANES / 4; i++) { /* a quarter of a vector has one number of each of four */
+#ifdef __AVX512F__
+        const __m512 *const y = (const __m512 *)x + 4 * i;
+        const __m512 ab = _mm512_unpacklo_ps(y[0], y[1]) + _mm512_unpackhi_ps(y[0], y[1]);
+        const __m512 cd = _mm512_unpacklo_ps(y[2], y[3]) + _mm512_unpackhi_ps(y[2], y[3]);
+        four[i] = (vec)(_mm512_shuffle_ps(ab, cd, 0x44) + _mm512_shuffle_ps(ab, cd, 0xee));
+    }
+    const __m512 *const y = (const __m512 *)four;
+    const __m512 ab = _mm512_shuffle_f32x4(y[0], y[1], 0x88) + _mm512_shuffle_f32x4(y[0], y[1], 0xdd);
+    const __m512 cd = _mm512_shuffle_f32x4(y[2], y[3], 0x88) + _mm512_shuffle_f32x4(y[2], y[3], 0xdd);
+    return (vec)(_mm512_shuffle_f32x4(ab, cd, 0x88) + _mm512_shuffle_f32x4(ab, cd, 0xdd));
+#else
+        const __m256 *const y = (const __m256 *)x + 4 * i;
+        four[i] = (vec)_mm256_hadd_ps(_mm256_hadd_ps(y[0], y[1]), _mm256_hadd_ps(y[2], y[3]));
+    }
+    const __m256 *const y = (const __m256 *)four;
+    return (vec)(_mm256_permute2f128_ps(y[0], y[1], 0x20) + _mm256_permute2f128_ps(y[0], y[1], 0x31));
 #endif
 }
 
@@ -47,23 +102,18 @@ INLINE float sum_of(vec x) {
 #endif
 }
 
-/* Rows of any dtype in float32, padded by zeros. */
-static void widen(int64_t dtype, const void *x, int64_t x_row, int64_t rows, int64_t dim, float *to, int64_t to_row) {
-    for (int64_t r = 0; r < rows; r++, to += to_row) {
-        if (dtype == FLOAT32) {
-            memcpy(to, (const float *)x + r * x_row, dim * sizeof(float));
-            continue;
-        }
-        const uint16_t *const row = (const uint16_t *)x + r * x_row;
-        int64_t d = 0;
-        for (; d + LANES <= dim; d += LANES) store(to + d, widened(dtype, row + d));
-        if (d < dim) {
-            uint16_t last[LANES] = {0};
-            memcpy(last, row + d, (dim - d) * sizeof(uint16_t));
-            store(to + d, widened(dtype, last));
-        }
-    }
+INLINE float largest_of(vec x) {
+#ifdef __AVX512F__
+    return _mm512_reduce_max_ps((__m512)x);
+#else
+    const __m128 four = _mm_max_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+    const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_shuffle_ps(two, two, 1)));
+#endif
 }
+
+INLINE int64_t whole_pairs(int64_t count) { return (count + PAIR - 1) / PAIR * PAIR; }
+INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* One query of one head. */
 struct row {
@@ -82,37 +132,75 @@ static int is_done(const struct step *s, const struct row *r, int64_t last, cons
     return exp2(exponent) <= r->tolerated * r->total;
 }
 
-/* Add values, each times its weight, to some vectors of sums that are times a factor. Hidden ones are not read. */
-INLINE void mix(const int vecs, int64_t keys, const float *weights, const float *v, int64_t v_row, float factor,
-                float *sums) {
-    vec mixed[4];
-    for (int i = 0; i < vecs; i++) mixed[i] = (vec){0}; /* few terms a sum, so that it is rounded the less */
-    for (int64_t j = 0; j < keys; j++) {
-        if (weights[j] == 0.0f) continue;
-        for (int i = 0; i < vecs; i++) mixed[i] += all(weights[j]) * load(v + j * v_row + i * LANES);
+/* Some keys and their values: rows of `dim` numbers, a pair at least, so many bytes apart. */
+struct keys {
+    int64_t first, count, dim;
+    const char *k, *v;
+    int64_t k_row, v_row;
+};
+
+/* The products of a query with LANES keys from number j on; beyond the last that one is taken again. */
+INLINE vec products(const int64_t dtype, const float *q, const struct keys *near, int64_t j) {
+    const int64_t left = near->count - 1 - j;
+    vec sums[LANES];
+#pragma GCC unroll 16
+    for (int l = 0; l < LANES; l++) sums[l] = (vec){0};
+    for (int64_t d = 0; d < near->dim; d += PAIR) {
+        const struct pair x = {load(q + d), load(q + d + LANES)};
+        const char *at = near->k + j * near->k_row + smaller(d, near->dim - PAIR) * size_of(dtype);
+#pragma GCC unroll 16
+        for (int l = 0; l < LANES; l++) {
+            const struct pair y = read_pair(dtype, at);
+            sums[l] += x.a * y.a;
+            sums[l] += x.b * y.b;
+            at += l < left ? near->k_row : 0;
+        }
     }
-    for (int i = 0; i < vecs; i++) store(sums + i * LANES, load(sums + i * LANES) * all(factor) + mixed[i]);
+    return sums_of(sums);
+}
+
+/* Add values, each times its weight, to some pairs of sums that are times a factor. Hidden ones are not read. */
+INLINE void mix(const int64_t dtype, const int pairs, const struct keys *near, int64_t d, const float *weights,
+                float factor, float *sums) {
+    vec mixed[8]; /* few terms a sum, so that it is rounded the less */
+    for (int i = 0; i < 2 * pairs; i++) mixed[i] = (vec){0};
+    for (int64_t j = 0; j < near->count; j++) {
+        if (weights[j] == 0.0f) continue;
+        const char *const at = near->v + j * near->v_row + smaller(d, near->dim - pairs * PAIR) * size_of(dtype);
+        for (int i = 0; i < pairs; i++) {
+            const struct pair x = read_pair(dtype, at + i * PAIR * size_of(dtype));
+            mixed[2 * i] += all(weights[j]) * x.a;
+            mixed[2 * i + 1] += all(weights[j]) * x.b;
+        }
+    }
+    for (int i = 0; i < 2 * pairs; i++) {
+        float *const at = sums + d + i * LANES;
+        store(at, load(at) * all(factor) + mixed[i]);
+    }
 }
 
 /* Add some keys, and their values, to a row. */
-static void add_keys(const struct step *s, struct row *r, const float *q, int64_t first, int64_t keys, const float *k,
-                     int64_t k_row, const float *v, int64_t v_row, const uint8_t *hidden, float *sums) {
-    const int64_t width = padded(s->head_dim);
-    const float factor = (float)(s->scale * M_LOG2E);
-    float scores[KEYS];
-    for (int64_t j = 0; j < KEYS; j++) scores[j] = -INFINITY;
-    for (int64_t j = 0; j < keys; j++) {
-        const int64_t distance = r->position - first - j;
-        if (distance < 0 || distance >= s->window || (hidden && hidden[first + j])) continue;
-        vec sum = {0};
-        for (int64_t d = 0; d < width; d += LANES) sum += load(q + d) * load(k + j * k_row + d);
-        scores[j] = sum_of(sum) * factor - r->slope * (float)distance;
+INLINE void add_keys(const int64_t dtype, const struct step *s, struct row *r, const float *q, const struct keys *near,
+                     const uint8_t *hidden, float *sums) {
+    const int64_t farthest = r->position - near->first;
+    const vec factor = all((float)(s->scale * M_LOG2E)), slope = all(r->slope);
+    float scores[KEYS], back[LANES];
+    for (int l = 0; l < LANES; l++) back[l] = (float)l;
+    for (int64_t j = 0; j < KEYS; j += LANES) {
+        if (j >= near->count) {
+            store(scores + j, all(-INFINITY));
+            continue;
+        }
+        store(scores + j, products(dtype, q, near, j) * factor - slope * (all((float)(farthest - j)) - load(back)));
+        /* Whether all of them are there, and seen. */
+        if (!hidden && j + LANES <= near->count && farthest - j < s->window && farthest - j >= LANES - 1) continue;
+        for (int64_t l = j; l < j + LANES; l++)
+            if (l >= near->count || farthest - l < 0 || farthest - l >= s->window || (hidden && hidden[near->first + l]))
+                scores[l] = -INFINITY;
     }
     vec most = all(r->peak), sum = {0};
     for (int64_t j = 0; j < KEYS; j += LANES) most = larger(load(scores + j), most);
-    float mosts[LANES], peak = r->peak;
-    store(mosts, most);
-    for (int64_t l = 0; l < LANES; l++) peak = mosts[l] > peak ? mosts[l] : peak;
+    const float peak = largest_of(most);
     for (int64_t j = 0; j < KEYS; j += LANES) {
         const vec weights = exp2_of(load(scores + j) - all(peak));
         store(scores + j, weights);
@@ -122,38 +210,62 @@ static void add_keys(const struct step *s, struct row *r, const float *q, int64_
     r->peak = peak;
     r->total = r->total * less + sum_of(sum);
     int64_t d = 0;
-    for (; d + 4 * LANES <= width; d += 4 * LANES) mix(4, keys, scores, v + d, v_row, less, sums + d);
-    for (; d < width; d += LANES) mix(1, keys, scores, v + d, v_row, less, sums + d);
+    for (; d + 4 * PAIR <= near->dim; d += 4 * PAIR) mix(dtype, 4, near, d, scores, less, sums);
+    for (; d + 2 * PAIR <= near->dim; d += 2 * PAIR) mix(dtype, 2, near, d, scores, less, sums);
+    for (; d < near->dim; d += PAIR) mix(dtype, 1, near, d, scores, less, sums);
+}
+
+/* Numbers of a row as pairs: what the last one has of the pair before, or lacks, is zeros. */
+INLINE void copy_as_pairs(int64_t dim, int64_t size, const char *x, char *to) {
+    const int64_t last = whole_pairs(dim) - PAIR, rest = dim - last;
+    memcpy(to, x, last * size);
+    memset(to + last * size, 0, (PAIR - rest) * size);
+    memcpy(to + (whole_pairs(dim) - rest) * size, x + last * size, rest * size);
+}
+
+INLINE int64_t blocks_of(const struct step *s) { return (s->k_shape[ROW] + KEYS - 1) / KEYS; }
+
+/* Query heads read the key heads in order, as many each: how many queries read one. */
+INLINE int64_t rows_of(const struct step *s) { return s->q_shape[HEAD] / s->k_shape[HEAD] * s->q_shape[ROW]; }
+
+INLINE int64_t offset(const int64_t *strides, int64_t sequence, int64_t head, int64_t row) {
+    return sequence * strides[SEQUENCE] + head * strides[HEAD] + row * strides[ROW];
 }
 
 /* The queries that read one key head of one sequence. */
-static void decode_head(const struct step *s, int64_t sequence, int64_t kv_head, void *memory) {
-    const int64_t dim = s->head_dim, width = padded(dim), count = s->group * s->query_length, size = s->dtype ? 2 : 4;
-    const int64_t blocks = (s->key_length + KEYS - 1) / KEYS;
+INLINE void decode_head(const int64_t dtype, const struct step *s, int64_t sequence, int64_t kv_head, void *memory) {
+    const int64_t dim = s->q_shape[NUMBER], width = whole_pairs(dim), size = size_of(dtype);
+    const int64_t last = width - PAIR, rest = dim - last; /* where the last pair begins, and what is new in it */
+    const int64_t query_length = s->q_shape[ROW], key_length = s->k_shape[ROW], blocks = blocks_of(s);
+    const int64_t count = rows_of(s), group = count / query_length, kv_heads = s->k_shape[HEAD];
+    const int64_t k_row = s->k_strides[ROW] * size, v_row = s->v_strides[ROW] * size;
     struct row *const rows = memory;
-    float *const q = (float *)(rows + count), *const sums = q + count * width, *const near = sums + count * width;
-    float *const values = near + KEYS * width, *const longest = values + KEYS * width; /* of a block and those before */
-    const char *const k = (const char *)s->k + (sequence * s->k_sequence + kv_head * s->k_head) * size;
-    const char *const v = (const char *)s->v + (sequence * s->v_sequence + kv_head * s->v_head) * size;
-    const uint8_t *const hidden = s->hidden ? s->hidden + sequence * s->key_length : NULL;
-    const int is_direct = s->dtype == FLOAT32 && width == dim;
+    float *const q = (float *)(rows + count), *const sums = q + count * width;
+    float *const longest = sums + count * width; /* of a block and those before */
+    char *const copies = (char *)(longest + blocks);
+    const char *const k = (const char *)s->k + offset(s->k_strides, sequence, kv_head, 0) * size;
+    const char *const v = (const char *)s->v + offset(s->v_strides, sequence, kv_head, 0) * size;
+    const uint8_t *const hidden = s->hidden ? s->hidden + sequence * key_length : NULL;
     for (int64_t i = 0; s->norms && i < blocks; i++) {
-        const float norm = s->norms[(sequence * s->kv_heads + kv_head) * blocks + i];
+        const float norm = s->norms[(sequence * kv_heads + kv_head) * blocks + i];
         const int is_less = i && (norm <= longest[i - 1] || longest[i - 1] != longest[i - 1]); /* NaN stays */
         longest[i] = is_less ? longest[i - 1] : norm;
     }
     for (int64_t n = 0; n < count; n++) {
-        const int64_t head = kv_head * s->group + n / s->query_length, t = n % s->query_length;
-        const char *const at = (const char *)s->q + (sequence * s->q_sequence + head * s->q_head + t * s->q_row) * size;
+        const int64_t head = kv_head * group + n / query_length, t = n % query_length;
+        const char *const at = (const char *)s->q + offset(s->q_strides, sequence, head, t) * size;
         const float slope = (float)(s->slopes[sequence * s->slopes_sequence + head] * M_LOG2E);
-        widen(s->dtype, at, 0, 1, dim, q + n * width, width);
+        float *const own = q + n * width, *const own_sums = sums + n * width; /* whose place its numbers take first */
+        copy_as_pairs(dim, size, at, (char *)own_sums);
         vec squares = {0};
-        for (int64_t d = 0; d < width; d += LANES) {
-            store(sums + n * width + d, (vec){0});
-            squares += load(q + n * width + d) * load(q + n * width + d);
+        for (int64_t d = 0; d < width; d += PAIR) {
+            const struct pair x = read_pair(dtype, (char *)own_sums + d * size);
+            write_pair(FLOAT32, own + d, x);
+            squares += x.a * x.a + x.b * x.b;
         }
+        memset(own_sums, 0, width * sizeof(float));
         rows[n] = (struct row){
-            .position = s->key_length - s->query_length + t,
+            .position = key_length - query_length + t,
             .norm = sqrtf(sum_of(squares)) * (float)(s->scale * M_LOG2E * (1 + 0x1p-16)), /* whatever was rounded */
             .slope = slope,
             .peak = -FLT_MAX,
@@ -161,57 +273,79 @@ static void decode_head(const struct step *s, int64_t sequence, int64_t kv_head,
         };
     }
     for (int64_t i = blocks - 1; i >= 0; i--) {
-        const int64_t first = i * KEYS, keys = s->key_length - first < KEYS ? s->key_length - first : KEYS;
+        const int64_t first = i * KEYS, keys = smaller(key_length - first, KEYS);
         int64_t left = 0;
         for (int64_t n = 0; n < count; n++) {
             rows[n].done = rows[n].done || is_done(s, rows + n, first + keys - 1, s->norms ? longest + i : NULL);
             left += !rows[n].done;
         }
         if (!left) break;
-        const char *const some_k = k + first * s->k_row * size, *const some_v = v + first * s->v_row * size;
-        if (!is_direct) {
-            widen(s->dtype, some_k, s->k_row, keys, dim, near, width);
-            widen(s->dtype, some_v, s->v_row, keys, dim, values, width);
+        struct keys near = {first, keys, dim, k + first * k_row, v + first * v_row, k_row, v_row};
+        if (dim < PAIR) {
+            const int64_t row = PAIR * size;
+            for (int64_t j = 0; j < keys; j++) {
+                copy_as_pairs(dim, size, near.k + j * k_row, copies + j * row);
+                copy_as_pairs(dim, size, near.v + j * v_row, copies + (KEYS + j) * row);
+            }
+            near = (struct keys){first, keys, PAIR, copies, copies + KEYS * row, row, row};
         }
         for (int64_t n = 0; n < count; n++)
-            if (!rows[n].done)
-                add_keys(s, rows + n, q + n * width, first, keys, is_direct ? (const float *)some_k : near,
-                         is_direct ? s->k_row : width, is_direct ? (const float *)some_v : values,
-                         is_direct ? s->v_row : width, hidden, sums + n * width);
+            if (!rows[n].done) add_keys(dtype, s, rows + n, q + n * width, &near, hidden, sums + n * width);
     }
     for (int64_t n = 0; n < count; n++) {
-        const int64_t at = (sequence * s->kv_heads + kv_head) * count + n;
+        const int64_t at = (sequence * kv_heads + kv_head) * count + n;
         const float total = rows[n].total;
-        for (int64_t d = 0; d < dim; d++) s->out[at * dim + d] = total == 0.0f ? 0.0f : sums[n * width + d] / total;
-        s->lse[at] = total == 0.0f ? -INFINITY : (float)((rows[n].peak + log2((double)total)) * M_LN2);
+        float *const own = sums + n * width; /* whose place the output takes before it is copied */
+        for (int64_t d = 0; d < width; d += PAIR) {
+            const vec by = all(total == 0.0f ? 1.0f : total); /* sums are 0 where that is */
+            const struct pair x = {load(own + d) / by, load(own + d + LANES) / by};
+            write_pair(dtype, (char *)own + d * size, x);
+        }
+        char *const out = (char *)s->out + at * dim * size;
+        memcpy(out, own, last * size);
+        memcpy(out + last * size, (char *)own + (width - rest) * size, rest * size);
+        if (s->lse) s->lse[at] = total == 0.0f ? -INFINITY : (float)((rows[n].peak + log2((double)total)) * M_LN2);
     }
 }
 
-/* Decode key heads that no other thread has taken. */
+/* A step that threads share. */
+struct shared_step {
+    struct step step;
+    int64_t next, failed; /* how many key heads threads have taken, and whether one had no memory */
+};
+
+/* Decode key heads that no other thread has taken, the last one first: it sees farthest by the usual slopes. */
 static void decode_some(void *at) {
-    struct step *const s = at;
-    const int64_t count = s->group * s->query_length, blocks = (s->key_length + KEYS - 1) / KEYS;
-    const int64_t numbers = 2 * (count + KEYS) * padded(s->head_dim) + blocks;
+    struct shared_step *const shared = at;
+    const struct step *const s = &shared->step;
+    const int64_t dim = s->q_shape[NUMBER], count = rows_of(s), kv_heads = s->k_shape[HEAD];
+    const int64_t heads = s->k_shape[SEQUENCE] * kv_heads, copied = dim < PAIR ? 2 * KEYS * PAIR : 0;
+    const int64_t numbers = 2 * count * whole_pairs(dim) + blocks_of(s) + copied;
     void *const memory = memory_of(count * sizeof(struct row) + numbers * sizeof(float));
     if (!memory) {
-        __atomic_store_n(&s->failed, 1, __ATOMIC_RELAXED);
+        __atomic_store_n(&shared->failed, 1, __ATOMIC_RELAXED);
         return;
     }
     const unsigned before = flush_denormals();
     for (;;) {
-        const int64_t i = __atomic_fetch_add(&s->next, 1, __ATOMIC_RELAXED);
-        if (i >= s->batch * s->kv_heads) break;
-        decode_head(s, i / s->kv_heads, i % s->kv_heads, memory);
+        const int64_t i = heads - 1 - __atomic_fetch_add(&shared->next, 1, __ATOMIC_RELAXED);
+        if (i < 0) break;
+        const int64_t sequence = i / kv_heads, kv_head = i % kv_heads;
+        if (s->dtype == FLOAT32) decode_head(FLOAT32, s, sequence, kv_head, memory);
+        if (s->dtype == BFLOAT16) decode_head(BFLOAT16, s, sequence, kv_head, memory);
+        if (s->dtype == FLOAT16) decode_head(FLOAT16, s, sequence, kv_head, memory);
     }
     _mm_setcsr(before);
     free(memory);
 }
 
 /* Write output and LSE, by so many threads of a region of OpenMP; 0, or 1 where there is no memory for that. */
-int64_t longreach_decode(struct step *s, void region(void (*)(void *), void *, unsigned, unsigned), int64_t threads) {
+int64_t longreach_decode(const void *step, void region(void (*)(void *), void *, unsigned, unsigned), int64_t threads) {
+    struct shared_step shared = {.next = 0};
+    memcpy(&shared.step, step, sizeof(shared.step));
     if (threads > 1)
-        region(decode_some, s, (unsigned)threads, 0);
+        region(decode_some, &shared, (unsigned)threads, 0);
     else
-        decode_some(s);
-    return s->failed;
+        decode_some(&shared);
+    return shared.failed;
 }

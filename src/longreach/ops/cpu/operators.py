@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longreach.ops.cpu.passes import Attended, attend, attend_few, differentiate
+from longreach.ops.cpu import native
+from longreach.ops.cpu.passes import Attended, attend, decodes, differentiate
 from longreach.ops.cpu.plan import BLOCK_M
 from longreach.ops.lse_bound import FEW_QUERIES
 from longreach.ops.reach import default_tolerance
@@ -39,12 +40,18 @@ def cpu_attention(
     learns = may_learn(q, k, v, left, right)
     masks = (visibility.key_padding_mask, visibility.cu_seqlens)
     bounds = (scale, visibility.causal, visibility.window_size, tolerance)
-    if not (learns or is_watched()) and q.shape[2] < FEW_QUERIES and type(q) is type(k) is type(v) is Tensor:
-        # To call an operator takes as long as a decoding step.
-        options: dict[str, Any] = {"scale": scale, "tolerance": tolerance}
-        found = attend_few(q, k, v, _slopes(q, left, right), visibility, key_norms, **options)
-        if found is not None:
-            return found
+    if (
+        not (learns or is_watched())
+        and type(q) is type(k) is type(v) is Tensor
+        and visibility.query_length < FEW_QUERIES
+        and visibility.causal
+        and visibility.cu_seqlens is None
+        and decodes(q, k)
+    ):  # To call an operator takes as long as a decoding step.
+        lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+        options: dict[str, Any] = {"window_size": visibility.window_size, "key_padding_mask": masks[0]}
+        options |= {"scale": scale, "tolerance": tolerance, "lse": lse}
+        return native.decode(q, k, v, _slopes(q, left, right)[0], key_norms, **options), lse
     function = _attend if learns else _forward
     out, lse, *_ = function(q, k, v, left, right, *masks, *bounds, key_norms, learns)
     return out, lse
@@ -109,7 +116,7 @@ def _backward(
     visibility = Visibility(q.shape[2], k.shape[2], causal, window_size, key_padding_mask, cu_seqlens)
     attended = Attended(out, lse, peak, total, low, high, means)
     inputs = q, k, v, _slopes(q, left, right)
-    with without_autocast("cpu"):  # in force where the backward pass is called, unlike the forward pass
+    with without_autocast(q.device):  # in force where the backward pass is called, unlike the forward pass
         gradients = differentiate(
             grad_out, grad_lse, *inputs, visibility, attended, scale=scale, slopes_learn=slopes_learn
         )

@@ -139,7 +139,9 @@ def attend(
     said = torch.tensor(means, dtype=torch.int8)
     nothing = lse.new_empty(0), lse.new_empty(0), *(q.new_empty(0, dtype=torch.int32) for _ in range(2)), said
     if means == Means.NATIVE and few and not learns:
-        return Attended(*native.decode(q, k, v, slopes[0], seen, key_norms, scale, tolerance), *nothing)
+        hidden: dict[str, Any] = {"window_size": seen.window_size, "key_padding_mask": seen.key_padding_mask}
+        out = native.decode(q, k, v, slopes[0], key_norms, **hidden, scale=scale, tolerance=tolerance, lse=lse)
+        return Attended(out, lse, *nothing)
     keep_memory_of_tiles()
     # Results lie in memory as inputs do, so that what a model's projections made need not be put in order again.
     out = torch.empty_like(q)
@@ -180,24 +182,6 @@ def attend(
         needed = found.by_block
     torch.add(total.log2(), peak.masked_fill(total == 0, 0.0), out=lse).mul_(1 / LOG2_E)
     return Attended(out, lse, *((peak, total, *needed(), said) if learns else nothing))
-
-
-def attend_few(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    slopes: tuple[Tensor, Tensor],
-    visibility: Visibility,
-    key_norms: Tensor | None,
-    *,
-    scale: float,
-    tolerance: float,
-) -> tuple[Tensor, Tensor] | None:
-    """Output and LSE alone, in less time, of few queries whose gradient is not wanted; None where native code can't."""
-    seen = HostVisibility.read(visibility)
-    if seen.query_length >= FEW_QUERIES or _means(q, k, seen, learns=False) != Means.NATIVE:
-        return None
-    return native.decode(q, k, v, slopes[0], seen, key_norms, scale, tolerance)
 
 
 def differentiate(
@@ -253,13 +237,18 @@ def differentiate(
     )
 
 
+def decodes(q: Tensor, k: Tensor) -> bool:
+    """Whether `native.decode` serves for few queries, if they are causal, and is faster than all else."""
+    return NATIVE_IS_FASTER and k.numel() > 0 and _native_serves(q, k)
+
+
 def _means(q: Tensor, k: Tensor, visibility: HostVisibility, learns: bool) -> Means:
     """What computes tiles fastest, of what is accurate enough."""
     few = visibility.query_length < FEW_QUERIES
     if learns and _kernel_differentiates(q, k, visibility):
         return Means.KERNEL
     if few and not learns:
-        return Means.NATIVE if NATIVE_IS_FASTER and _native_decodes(q, k, visibility) else Means.KERNEL
+        return Means.NATIVE if visibility.causal and visibility.cu_seqlens is None and decodes(q, k) else Means.KERNEL
     if NATIVE_IS_FASTER and (learns or q.dtype not in DIFFERENTIATED) and _native_serves(q, k):
         return Means.NATIVE
     return Means.PRODUCTS if learns or _products_are_faster(q, k) else Means.KERNEL
@@ -270,11 +259,6 @@ def _native_serves(q: Tensor, k: Tensor) -> bool:
     if q.dtype == torch.float64 or not q.numel():
         return False
     return torch.get_num_threads() == 1 or can_share_out(q.shape[0] * k.shape[1])
-
-
-def _native_decodes(q: Tensor, k: Tensor, visibility: HostVisibility) -> bool:
-    """Likewise few queries."""
-    return visibility.causal and len(visibility.documents) == 2 and k.shape[2] > 0 and _native_serves(q, k)
 
 
 def _products_are_faster(q: Tensor, k: Tensor) -> bool:
