@@ -65,7 +65,7 @@ LENGTHS = {"cpu": [1024, 2048, 8192, 32768, 65536], "cuda": [2048, 8192, 32768]}
 """What is measured unless asked otherwise; on a GPU, all of it within ten minutes, compiling included."""
 
 CROSSOVER_LENGTHS = {
-    "cpu": ((64, 128, 256, 512, 1024), (1024, 2048, 4096, 8192, 16384, 32768)),
+    "cpu": ((64, 128, 256, 512, 1024), (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)),
     "cuda": ((256, 512, 1024, 2048, 4096), (4096, 16384, 65536)),
 }
 """Lengths of whole sequences, and of caches, that --crossover measures."""

@@ -212,16 +212,18 @@ def test_auto_changes_over_where_the_committed_run_says(scripts, processor, meas
     """From the first length on at which, as at all longer ones, ours is faster than "sdpa" by a tenth.
 
     That is the geometric mean of shapes. Where few queries decode it is from the first size of the cache on, and of
-    those that are as large from the first number of keys on.
+    those that are as large from the first number of keys on; and whether it is so without their norms, too.
     """
     peers = scripts[0]
     records = json.loads((BENCHMARKS / "results" / measured.run).read_text())["records"]
-    gains = {}
+    gains, unaided = {}, []
     for record in records:
         workload = peers.Workload(**record["workload"])
         seconds = {figure["contender"]: figure["seconds"] for figure in record["figures"]}
         found = gains.setdefault((workload.mode, getattr(torch, workload.dtype)), [])
         found.append((workload, seconds[peers.DENSE] / seconds[peers.OURS]))
+        if peers.NO_NORMS in seconds:
+            unaided.append((workload, seconds[peers.DENSE] / seconds[peers.NO_NORMS]))
     assert {mode for mode, _ in gains} == {"forward", "training", "decode"}
 
     def first(found, size):
@@ -238,6 +240,7 @@ def test_auto_changes_over_where_the_committed_run_says(scripts, processor, meas
     def length(workload):
         return workload.length
 
+    are_unaided = []
     for (mode, dtype), found in gains.items():
         least_cached = first(found, cached) if mode == "decode" else 0
         least = first([(workload, gain) for workload, gain in found if cached(workload) >= least_cached], length)
@@ -251,6 +254,11 @@ def test_auto_changes_over_where_the_committed_run_says(scripts, processor, meas
         if mode == "decode":
             size = min(dtype.itemsize, 4)
             assert (measured.cached[size], measured.decoding[size]) == (least_cached, least)
+            of_dtype = [
+                (w, gain) for w, gain in unaided if getattr(torch, w.dtype) == dtype and cached(w) >= least_cached
+            ]
+            are_unaided.append(first(of_dtype, length) <= least)
+    assert measured.unaided == all(are_unaided)
 
 
 def test_the_page_tells_where_auto_changes_over():

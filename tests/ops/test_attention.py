@@ -294,7 +294,7 @@ def crossovers(monkeypatch):
     for name, impl in (("AVX2", "cpu"), ("Hopper", "triton")):
         tokens = {"forward": {2: 500, 4: 1000}, "training": {2: 1500, 4: 2000}, "decoding": {2: 4000, 4: 8000}}
         tokens["cached"] = {2: 4000 * 64, 4: 8000 * 64}
-        monkeypatch.setitem(CROSSOVERS, name, Crossovers(f"{name}.json", impl, **tokens))
+        monkeypatch.setitem(CROSSOVERS, name, Crossovers(f"{name}.json", impl, **tokens, unaided=name == "Hopper"))
     monkeypatch.setattr(module, "ROW", "AVX2")
 
 
@@ -316,6 +316,9 @@ def crossovers(monkeypatch):
         (("cpu", 1, 7999), {"reaching": True, "has_key_norms": True}, "sdpa"),
         (("cpu", 1, 8000), {"reaching": True, "has_key_norms": True}, "cpu"),
         (("cpu", 15, 8000), {"reaching": True, "has_key_norms": True}, "cpu"),
+        (("cpu", 15, 8000), {"reaching": True, "has_key_norms": True, "causal": False}, "sdpa"),
+        (("cpu", 1, 8000), {"reaching": True, "has_key_norms": True, "causal": False}, "cpu"),
+        (("cpu", 1, 8000), {"reaching": True, "processor": "AMX"}, "cpu"),
         (("cpu", 1, 65536), {"reaching": True}, "sdpa"),
         (("cuda", 8192, 8192), {"reaching": True}, "sdpa"),
         (("cuda", 8192, 8192), {"reaching": True, "return_lse": True}, "sdpa"),
@@ -411,6 +414,7 @@ def test_explicit_impl_never_falls_back(qkv, monkeypatch):
     monkeypatch.setattr(module, "sdpa_attention", run_as("sdpa"))
     monkeypatch.setattr(module, "triton_attention", run_as("triton"))
     monkeypatch.setattr(module, "cpu_attention", run_as("cpu"))
+    monkeypatch.setattr(module.native, "decode", run_as("cpu"))
     monkeypatch.setattr("longreach.ops.flex.flex_alibi_attention", run_as("flex"))
     for name in IMPLEMENTATIONS:
         with pytest.raises(Ran, match=f"^{name}$"):

@@ -171,6 +171,7 @@ def attention(
             visibility.key_length,
             dtype=q.dtype,
             reaching=slopes is not None or visibility.hides_past,
+            causal=visibility.causal,
             dense=bias is not None or dropout_p > 0,
             return_lse=return_lse,
             has_key_norms=key_norms is not None,
@@ -202,6 +203,7 @@ def choose_impl(
     *,
     dtype: torch.dtype = torch.float32,
     reaching: bool,
+    causal: bool = True,
     dense: bool = False,
     return_lse: bool = False,
     has_key_norms: bool = False,
@@ -221,6 +223,7 @@ def choose_impl(
         key_length: Tk.
         dtype: of q.
         reaching: whether there are slopes, a window, padding or documents.
+        causal: whether a query sees only keys at or before its position.
         dense: whether there is a dense bias or dropout.
         return_lse: whether the LSE is wanted.
         has_key_norms: whether the norms of the keys are given.
@@ -243,8 +246,10 @@ def choose_impl(
     if return_lse and measured.impl == "cpu":
         return Choice("cpu", "the LSE is wanted, which SDPA does not return")
     decoding = surely(query_length < FEW_QUERIES)
-    if decoding and measured.impl == "cpu" and not has_key_norms:
+    if decoding and not (has_key_norms or measured.unaided):
         return Choice("sdpa", "few queries and no key_norms, and to find the norms is to read half of the cache")
+    if decoding and measured.impl == "cpu" and not (causal or surely(query_length == 1)):
+        return Choice("sdpa", "few queries that see keys after them, which was not measured")
     least = measured.least(dtype, decoding=decoding, learns=learns)
     where = f"at such lengths on {processor} (benchmarks/results/{measured.run})"
     if decoding:
@@ -262,24 +267,25 @@ def _plain_step(q: Any, k: Any, v: Any, slopes: Any, key_norms: Any, scale: Any,
     Where a cache is short, a step takes less time than the checks of `attention` do. They look at what is refused here,
     and they alone say what is wrong with it.
     """
-    if not (type(q) is type(k) is type(v) is type(slopes) is type(key_norms) is Tensor):
+    if not type(q) is type(k) is type(v) is type(slopes) is Tensor:
         return None
     if is_watched() or may_learn(q, k, v, slopes) or not (isinstance(impl, str) and impl in ("auto", "cpu")):
         return None
-    if not (q.is_cpu and k.is_cpu and v.is_cpu and slopes.is_cpu and key_norms.is_cpu):
+    if not (q.is_cpu and k.is_cpu and v.is_cpu and slopes.is_cpu):
         return None
-    if not (q.layout is k.layout is v.layout is slopes.layout is key_norms.layout is torch.strided):
+    if not (q.layout is k.layout is v.layout is slopes.layout is torch.strided):
         return None
     dtype, q_shape, k_shape = q.dtype, q.shape, k.shape
-    if not (dtype in STEP_DTYPES and dtype == k.dtype == v.dtype and slopes.dtype == key_norms.dtype == torch.float32):
+    if not (dtype in STEP_DTYPES and dtype == k.dtype == v.dtype and slopes.dtype == torch.float32):
         return None
     if not (len(q_shape) == len(k_shape) == 4 and v.shape == k_shape):
         return None
     (batch, num_heads, query_length, head_dim), (k_batch, num_kv_heads, key_length, k_head_dim) = q_shape, k_shape
     if not (batch == k_batch and head_dim == k_head_dim and query_length < FEW_QUERIES and decodes(q, k)):
         return None
-    norms_shape = (batch, num_kv_heads, -(-key_length // KEY_BLOCK))
-    if num_heads % num_kv_heads or slopes.shape != (num_heads,) or key_norms.shape != norms_shape:
+    if num_heads % num_kv_heads or slopes.shape != (num_heads,):
+        return None
+    if not (key_norms is None or _are_plain_norms(key_norms, batch, num_kv_heads, key_length)):
         return None
     values = slopes.tolist()
     if not (min(values) >= 0.0 and math.isfinite(sum(values))):  # the sum of what is no number is none
@@ -289,9 +295,21 @@ def _plain_step(q: Any, k: Any, v: Any, slopes: Any, key_norms: Any, scale: Any,
         least = measured.least(dtype, decoding=True, learns=False)
         if key_length < least or k.numel() < measured.least_cached(dtype):
             return None
+        if key_norms is None and not measured.unaided:
+            return None
     validate_scale(scale)
     scale = head_dim**-0.5 if scale is None else scale
     return native.decode(q, k, v, slopes, key_norms, scale=scale, tolerance=default_tolerance(dtype))
+
+
+def _are_plain_norms(key_norms: Any, batch: int, num_kv_heads: int, key_length: int) -> bool:
+    return (
+        type(key_norms) is Tensor
+        and key_norms.is_cpu
+        and key_norms.layout is torch.strided
+        and key_norms.dtype == torch.float32
+        and key_norms.shape == (batch, num_kv_heads, -(-key_length // KEY_BLOCK))
+    )
 
 
 def uses_key_norms(impl: str, q: Tensor, k: Tensor) -> bool:

@@ -30,10 +30,13 @@ class Crossovers:
     training: Tokens
     """Likewise where one is."""
     decoding: Tokens
-    """From how many keys on it is faster for few queries; on CPUs where the norms of keys are known."""
+    """From how many keys on it is faster for few queries, the norms of whose keys are known."""
     cached: Tokens
     """From how many numbers on, B Hkv Tk D, that these keys are it is faster for few queries: a lower limit beside that
     of keys. On CPUs this is what counts, for a step has its price whatever it reads."""
+
+    unaided: bool = False
+    """Whether it is so from there on, too, where the norms are not known."""
 
     def least(self, dtype: torch.dtype, *, decoding: bool, learns: bool) -> int:
         """The number of tokens that counts."""
@@ -61,6 +64,7 @@ CROSSOVERS = {
         training={2: 512, 4: 512},  # not measured for half types, see the benchmark
         decoding={2: 1024, 4: 1024},
         cached={2: 2**19, 4: 2**19},
+        unaided=True,
     ),
     "AVX2, not compiled": Crossovers(
         "cpu-2core-avx2-not-compiled-crossover.json",
@@ -77,6 +81,7 @@ CROSSOVERS = {
         training={2: 128, 4: 512},
         decoding={2: 1024, 4: 1024},
         cached={2: 2**19, 4: 2**19},
+        unaided=True,
     ),
     "AMX, not compiled": Crossovers(
         "cpu-2core-amx-not-compiled-crossover.json",
@@ -93,6 +98,7 @@ CROSSOVERS = {
         training={2: 1024, 4: 8192},
         decoding={2: 4096, 4: 16384},
         cached={2: 2**22, 4: 2**22},
+        unaided=True,
     ),
 }
 """Class of processor, and whether native code is missing that would be used there -> what was measured there."""

@@ -39,6 +39,11 @@ class Visibility:
         return self.key_length - self.query_length
 
     @property
+    def are_last(self) -> bool:
+        """Whether no query sees keys after it, all being of one document: that of a single one they surely are."""
+        return self.cu_seqlens is None and (self.causal or self.query_length == 1)
+
+    @property
     def hides_past(self) -> bool:
         """Whether keys before a query may be hidden from it."""
         return not (self.window_size is None and self.key_padding_mask is None and self.cu_seqlens is None)

@@ -232,12 +232,13 @@ INLINE int64_t offset(const int64_t *strides, int64_t sequence, int64_t head, in
     return sequence * strides[SEQUENCE] + head * strides[HEAD] + row * strides[ROW];
 }
 
-/* The queries that read one key head of one sequence. */
-INLINE void decode_head(const int64_t dtype, const struct step *s, int64_t sequence, int64_t kv_head, void *memory) {
+/* Some of the queries that read one key head of one sequence, from number `from` on. */
+INLINE void decode_rows(const int64_t dtype, const struct step *s, int64_t sequence, int64_t kv_head, int64_t from,
+                        int64_t count, void *memory) {
     const int64_t dim = s->q_shape[NUMBER], width = whole_pairs(dim), size = size_of(dtype);
     const int64_t last = width - PAIR, rest = dim - last; /* where the last pair begins, and what is new in it */
     const int64_t query_length = s->q_shape[ROW], key_length = s->k_shape[ROW], blocks = blocks_of(s);
-    const int64_t count = rows_of(s), group = count / query_length, kv_heads = s->k_shape[HEAD];
+    const int64_t kv_heads = s->k_shape[HEAD], first_head = kv_head * (s->q_shape[HEAD] / kv_heads);
     const int64_t k_row = s->k_strides[ROW] * size, v_row = s->v_strides[ROW] * size;
     struct row *const rows = memory;
     float *const q = (float *)(rows + count), *const sums = q + count * width;
@@ -252,7 +253,7 @@ INLINE void decode_head(const int64_t dtype, const struct step *s, int64_t seque
         longest[i] = is_less ? longest[i - 1] : norm;
     }
     for (int64_t n = 0; n < count; n++) {
-        const int64_t head = kv_head * group + n / query_length, t = n % query_length;
+        const int64_t head = first_head + (from + n) / query_length, t = (from + n) % query_length;
         const char *const at = (const char *)s->q + offset(s->q_strides, sequence, head, t) * size;
         const float slope = (float)(s->slopes[sequence * s->slopes_sequence + head] * M_LOG2E);
         float *const own = q + n * width, *const own_sums = sums + n * width; /* whose place its numbers take first */
@@ -293,7 +294,7 @@ INLINE void decode_head(const int64_t dtype, const struct step *s, int64_t seque
             if (!rows[n].done) add_keys(dtype, s, rows + n, q + n * width, &near, hidden, sums + n * width);
     }
     for (int64_t n = 0; n < count; n++) {
-        const int64_t at = (sequence * kv_heads + kv_head) * count + n;
+        const int64_t at = (sequence * s->q_shape[HEAD] + first_head) * query_length + from + n;
         const float total = rows[n].total;
         float *const own = sums + n * width; /* whose place the output takes before it is copied */
         for (int64_t d = 0; d < width; d += PAIR) {
@@ -311,29 +312,33 @@ INLINE void decode_head(const int64_t dtype, const struct step *s, int64_t seque
 /* A step that threads share. */
 struct shared_step {
     struct step step;
-    int64_t next, failed; /* how many key heads threads have taken, and whether one had no memory */
+    int64_t parts;        /* how many the queries of a key head are cut into, so that each thread has some */
+    int64_t next, failed; /* how many parts threads have taken, and whether one had no memory */
 };
 
-/* Decode key heads that no other thread has taken, the last one first: it sees farthest by the usual slopes. */
+/* Decode what no other thread has taken, the last heads first: they see farthest by the usual slopes. */
 static void decode_some(void *at) {
     struct shared_step *const shared = at;
     const struct step *const s = &shared->step;
-    const int64_t dim = s->q_shape[NUMBER], count = rows_of(s), kv_heads = s->k_shape[HEAD];
-    const int64_t heads = s->k_shape[SEQUENCE] * kv_heads, copied = dim < PAIR ? 2 * KEYS * PAIR : 0;
-    const int64_t numbers = 2 * count * whole_pairs(dim) + blocks_of(s) + copied;
-    void *const memory = memory_of(count * sizeof(struct row) + numbers * sizeof(float));
+    const int64_t dim = s->q_shape[NUMBER], rows = rows_of(s), kv_heads = s->k_shape[HEAD];
+    const int64_t most = (rows + shared->parts - 1) / shared->parts, copied = dim < PAIR ? 2 * KEYS * PAIR : 0;
+    const int64_t numbers = 2 * most * whole_pairs(dim) + blocks_of(s) + copied;
+    void *const memory = memory_of(most * sizeof(struct row) + numbers * sizeof(float));
     if (!memory) {
         __atomic_store_n(&shared->failed, 1, __ATOMIC_RELAXED);
         return;
     }
     const unsigned before = flush_denormals();
     for (;;) {
-        const int64_t i = heads - 1 - __atomic_fetch_add(&shared->next, 1, __ATOMIC_RELAXED);
+        const int64_t taken = __atomic_fetch_add(&shared->next, 1, __ATOMIC_RELAXED);
+        const int64_t i = s->k_shape[SEQUENCE] * kv_heads * shared->parts - 1 - taken;
         if (i < 0) break;
-        const int64_t sequence = i / kv_heads, kv_head = i % kv_heads;
-        if (s->dtype == FLOAT32) decode_head(FLOAT32, s, sequence, kv_head, memory);
-        if (s->dtype == BFLOAT16) decode_head(BFLOAT16, s, sequence, kv_head, memory);
-        if (s->dtype == FLOAT16) decode_head(FLOAT16, s, sequence, kv_head, memory);
+        const int64_t sequence = i / shared->parts / kv_heads, kv_head = i / shared->parts % kv_heads;
+        const int64_t from = i % shared->parts * most, count = smaller(rows - from, most);
+        if (count <= 0) continue;
+        if (s->dtype == FLOAT32) decode_rows(FLOAT32, s, sequence, kv_head, from, count, memory);
+        if (s->dtype == BFLOAT16) decode_rows(BFLOAT16, s, sequence, kv_head, from, count, memory);
+        if (s->dtype == FLOAT16) decode_rows(FLOAT16, s, sequence, kv_head, from, count, memory);
     }
     _mm_setcsr(before);
     free(memory);
@@ -343,6 +348,8 @@ static void decode_some(void *at) {
 int64_t longreach_decode(const void *step, void region(void (*)(void *), void *, unsigned, unsigned), int64_t threads) {
     struct shared_step shared = {.next = 0};
     memcpy(&shared.step, step, sizeof(shared.step));
+    const int64_t heads = shared.step.k_shape[SEQUENCE] * shared.step.k_shape[HEAD];
+    shared.parts = smaller((threads + heads - 1) / heads, rows_of(&shared.step));
     if (threads > 1)
         region(decode_some, &shared, (unsigned)threads, 0);
     else

@@ -251,10 +251,11 @@ def decode(
     tolerance: float,
     lse: Tensor | None = None,
 ) -> Tensor:
-    """The output of few queries, which are causal, of one document each sequence.
+    """The output of few queries that see no key after them, of one document each sequence.
 
     Keys are read from the nearest on, until the rest has no more than `tolerance` of the weights by the bound in
-    decode.c, where their norms are known; what is padding is not read. Heads are shared out among PyTorch's threads.
+    decode.c, where their norms are known; what is padding is not read. PyTorch's threads share out key heads or, where
+    these are fewer, the queries of each.
 
     Args:
         q: (B, H, Tq, D) in one of STEP_DTYPES.
@@ -281,8 +282,7 @@ def decode(
         *(q_shape[1] if slopes.dim() == 2 else 0, STEP_DTYPES[q.dtype], window_size or k_shape[2]),
         *(scale, tolerance * (1 - 2**-8)),  # less what the bound itself is rounded by
     )
-    heads = k_shape[0] * k_shape[1]
-    threads = min(torch.get_num_threads(), heads) if k.numel() >= SHARED_NUMBERS else 1
+    threads = min(torch.get_num_threads(), q_shape[0] * q_shape[1]) if k.numel() >= SHARED_NUMBERS else 1
     found_library = library(torch.float32)
     assert found_library is not None, "nobody asked whether there is one"
     if found_library.longreach_decode(step, address_of_region(), threads):

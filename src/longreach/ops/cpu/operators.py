@@ -44,8 +44,7 @@ def cpu_attention(
         not (learns or is_watched())
         and type(q) is type(k) is type(v) is Tensor
         and visibility.query_length < FEW_QUERIES
-        and visibility.causal
-        and visibility.cu_seqlens is None
+        and visibility.are_last
         and decodes(q, k)
     ):  # To call an operator takes as long as a decoding step.
         lse = q.new_empty(q.shape[:3], dtype=torch.float32)

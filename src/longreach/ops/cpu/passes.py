@@ -238,27 +238,27 @@ def differentiate(
 
 
 def decodes(q: Tensor, k: Tensor) -> bool:
-    """Whether `native.decode` serves for few queries, if they are causal, and is faster than all else."""
-    return NATIVE_IS_FASTER and k.numel() > 0 and _native_serves(q, k)
+    """Whether `native.decode` serves for few queries, of which none sees keys after it, and is faster than all else."""
+    return NATIVE_IS_FASTER and k.numel() > 0 and _native_serves(q, q.shape[0] * q.shape[1])
 
 
 def _means(q: Tensor, k: Tensor, visibility: HostVisibility, learns: bool) -> Means:
     """What computes tiles fastest, of what is accurate enough."""
-    few = visibility.query_length < FEW_QUERIES
+    few, heads = visibility.query_length < FEW_QUERIES, q.shape[0] * k.shape[1]
     if learns and _kernel_differentiates(q, k, visibility):
         return Means.KERNEL
     if few and not learns:
-        return Means.NATIVE if visibility.causal and visibility.cu_seqlens is None and decodes(q, k) else Means.KERNEL
-    if NATIVE_IS_FASTER and (learns or q.dtype not in DIFFERENTIATED) and _native_serves(q, k):
+        return Means.NATIVE if visibility.are_last and decodes(q, k) else Means.KERNEL
+    if NATIVE_IS_FASTER and (learns or q.dtype not in DIFFERENTIATED) and _native_serves(q, heads):
         return Means.NATIVE
     return Means.PRODUCTS if learns or _products_are_faster(q, k) else Means.KERNEL
 
 
-def _native_serves(q: Tensor, k: Tensor) -> bool:
+def _native_serves(q: Tensor, heads: int) -> bool:
     """Whether native code can have what computes here: it knows float32, and each thread has heads of its own."""
     if q.dtype == torch.float64 or not q.numel():
         return False
-    return torch.get_num_threads() == 1 or can_share_out(q.shape[0] * k.shape[1])
+    return can_share_out(heads) or torch.get_num_threads() == 1
 
 
 def _products_are_faster(q: Tensor, k: Tensor) -> bool:
