@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import longreach.ops.cpu.native as native
 import longreach.ops.cpu.passes as passes
 import longreach.ops.cpu.workers as workers
+from longreach import alibi_slopes
 from longreach.ops.reach import KEY_BLOCK, default_tolerance, key_block_norms
 
 DTYPES = tuple(native.STEP_DTYPES)
@@ -174,15 +175,19 @@ def test_what_is_no_number_has_no_bound(key):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_threads_make_the_same_of_it(dtype, monkeypatch):
+@pytest.mark.parametrize(("batch", "kv_heads", "queries", "threads"), [(3, 3, 2, 2), (1, 1, 1, 4), (1, 2, 3, 7)])
+def test_threads_make_the_same_of_it(dtype, batch, kv_heads, queries, threads, monkeypatch, decoded):
+    """Each with heads of its own or, where there are more threads than key heads, with queries of its own."""
     monkeypatch.setattr(native, "SHARED_NUMBERS", 1)
-    (q, k, v), options = Case(batch=3, heads=6, kv_heads=3, queries=2, keys=900).inputs(dtype)
+    case = Case(batch=batch, heads=6, kv_heads=kv_heads, queries=queries, keys=900, slopes=alibi_slopes(6))
+    (q, k, v), options = case.inputs(dtype)
     alone = cpu_attention(q, k, v, **options)
-    torch.set_num_threads(2)
+    torch.set_num_threads(threads)
     try:
-        assert workers.can_share_out(9)
+        assert workers.can_share_out(6 * batch)
         for x, y in zip(cpu_attention(q, k, v, **options), alone, strict=True):
             assert torch.equal(x, y)
+        assert len(decoded) == 2
     finally:
         torch.set_num_threads(1)
 
@@ -195,3 +200,11 @@ def test_what_it_does_not_serve_is_computed_otherwise(decoded):
     cpu_attention(*tensors, **options, cu_seqlens=torch.tensor([0, 1, 3]))
     cpu_attention(*(x.requires_grad_() for x in tensors), **options)
     assert not decoded
+
+
+def test_a_single_query_sees_no_key_after_it(decoded):
+    (q, k, v), options = Case(queries=1, keys=700).inputs(torch.float32)
+    expected = cpu_attention(q, k, v, **options)
+    for x, y in zip(cpu_attention(q, k, v, **options, causal=False), expected, strict=True):
+        assert torch.equal(x, y)
+    assert len(decoded) == 2

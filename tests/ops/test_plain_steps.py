@@ -43,9 +43,12 @@ def step(dtype=torch.float32, *, batch=1, heads=4, kv_heads=2, queries=1, keys=3
 @pytest.mark.parametrize("dtype", native.STEP_DTYPES)
 @pytest.mark.parametrize("scale", [None, 0.3, 1])
 @pytest.mark.parametrize("shape", [{}, {"batch": 3, "queries": 7, "kv_heads": 4}, {"queries": 5, "keys": 3}])
-def test_a_plain_step_is_what_all_checks_lead_to(dtype, scale, shape, steps):
+@pytest.mark.parametrize("with_norms", [True, False])
+def test_a_plain_step_is_what_all_checks_lead_to(dtype, scale, shape, with_norms, steps):
     """Which an option that says what is so anyway asks for; dense attention in float64 says the same."""
     given = step(dtype, **shape) | {"scale": scale}
+    if not with_norms:
+        given["key_norms"] = None
     out = attention(**given, impl="cpu")
     assert len(steps) == 1
     checked = attention(**given, impl="cpu", tolerance=default_tolerance(dtype))
@@ -78,14 +81,17 @@ def test_the_output_is_rounded_to_the_nearest(dtype):
 
 @pytest.mark.parametrize("dtype", native.STEP_DTYPES)
 @pytest.mark.parametrize("kv_heads", [1, 8])
-def test_auto_takes_what_choose_impl_says(dtype, kv_heads, steps):
+@pytest.mark.parametrize("with_norms", [True, False])
+def test_auto_takes_what_choose_impl_says(dtype, kv_heads, with_norms, steps):
     measured = CROSSOVERS[ROW]
     least = max(measured.decoding.values())
     for keys in (least // 2, least - 1, least, 2 * least):
         given = step(dtype, heads=8, kv_heads=kv_heads, keys=keys, head_dim=64)
+        if not with_norms:
+            given["key_norms"] = None
         steps.clear()
         attention(**given)
-        options = {"dtype": dtype, "reaching": True, "has_key_norms": True, "cache_width": kv_heads * 64}
+        options = {"dtype": dtype, "reaching": True, "has_key_norms": with_norms, "cache_width": kv_heads * 64}
         assert bool(steps) == (choose_impl("cpu", 1, keys, **options).impl == "cpu")
 
 

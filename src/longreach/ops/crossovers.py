@@ -62,8 +62,8 @@ CROSSOVERS = {
         "cpu",
         forward={2: 256, 4: 256},
         training={2: 512, 4: 512},  # not measured for half types, see the benchmark
-        decoding={2: 1024, 4: 1024},
-        cached={2: 2**19, 4: 2**19},
+        decoding={2: 256, 4: 256},
+        cached={2: 2**17, 4: 2**17},
         unaided=True,
     ),
     "AVX2, not compiled": Crossovers(
@@ -79,8 +79,8 @@ CROSSOVERS = {
         "cpu",
         forward={2: 256, 4: 256},
         training={2: 128, 4: 512},
-        decoding={2: 1024, 4: 1024},
-        cached={2: 2**19, 4: 2**19},
+        decoding={2: 256, 4: 256},
+        cached={2: 2**17, 4: 2**17},
         unaided=True,
     ),
     "AMX, not compiled": Crossovers(
