@@ -20,7 +20,7 @@ enum { LANES = 8 };
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
-typedef float anywhere __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef float anywhere __attribute__((vector_size(4 * LANES), aligned(2), may_alias)); /* numbers of half types, too */
 
 INLINE vec load(const float *at) { return *(const anywhere *)at; }
 INLINE void store(float *at, vec x) { *(anywhere *)at = x; }
