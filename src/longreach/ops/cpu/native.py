@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from longreach.ops.cpu.plan import BLOCK_M, Block, HostVisibility, Ranges, blocks_of_heads
@@ -105,8 +104,8 @@ class _Blocks:
         self.dtype = torch.float32 if library(self.q.dtype) is None else self.q.dtype
         self.q, self.k, self.v = (_in_rows(x.to(self.dtype)) for x in (self.q, self.k, self.v))
         # The last vector of a block of queries may be read past its end.
-        bias = falloff(self.left, self.right, self.visibility, torch.float32) * LOG2_E
-        self._falloff = F.pad(bias, (0, BLOCK_M)).expand(len(self.q), -1, -1)
+        bias = falloff(self.left, self.right, self.visibility, torch.float32, unused=BLOCK_M).mul_(LOG2_E)
+        self._falloff = bias.expand(len(self.q), -1, -1)
         self._hidden, holes = None, self.visibility.holes
         if holes is not None:
             hidden = self.q.new_zeros(holes.shape, dtype=torch.float32).masked_fill_(holes, float("-inf"))
@@ -156,13 +155,14 @@ class NativeForward(_Blocks):
 
     def jobs(self, heads: Sequence[int], ranges: Ranges) -> list[Job]:
         """All blocks of some heads, the most work first."""
+        least = JOB_PAIRS[self.dtype]
         parts = [
-            (sequence, head, part)
+            (pairs, sequence, head, part)
             for (sequence, head), blocks in self.of_heads(heads, ranges).items()
-            for part in _cut(blocks, JOB_PAIRS[self.dtype])
+            for pairs, part in _cut(blocks, least)
         ]
-        parts.sort(key=lambda part: -_pairs(part[2]))
-        return [partial(self._attend, *part) for part in parts]
+        parts.sort(key=lambda part: -part[0])
+        return [partial(self._attend, sequence, head, part) for _, sequence, head, part in parts]
 
     def _attend(self, sequence: int, head: int, blocks: Sequence[Block]) -> None:
         at = self.head(sequence, head, out=self.out, peak=self.peak, total=self.total)
@@ -313,11 +313,11 @@ def _pairs(blocks: Sequence[Block]) -> int:
     return sum(block.rows * (block.high - block.low) for block in blocks)
 
 
-def _cut(blocks: list[Block], least: int) -> Iterator[list[Block]]:
-    """Cut into parts of at least so many pairs, but for the last."""
+def _cut(blocks: list[Block], least: int) -> Iterator[tuple[int, list[Block]]]:
+    """Cut into parts of at least so many pairs, but for the last; how many each has, and the part."""
     first, pairs = 0, 0
     for past, block in enumerate(blocks, start=1):
-        pairs += _pairs([block])
+        pairs += block.rows * (block.high - block.low)
         if pairs >= least or past == len(blocks):
-            yield blocks[first:past]
+            yield pairs, blocks[first:past]
             first, pairs = past, 0

@@ -180,7 +180,8 @@ def attend(
 
         _compute(compute, q, k, seen, worth, bound, product_cost, shared_pairs=SHARED_PAIRS)
         needed = found.by_block
-    torch.add(total.log2(), peak.masked_fill(total == 0, 0.0), out=lse).mul_(1 / LOG2_E)
+    finite = peak.masked_fill(total == 0, 0.0) if seen.may_hide_all_keys else peak
+    torch.log2(total, out=lse).add_(finite).mul_(1 / LOG2_E)
     return Attended(out, lse, *((peak, total, *needed(), said) if learns else nothing))
 
 

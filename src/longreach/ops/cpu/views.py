@@ -12,10 +12,23 @@ from torch import Tensor
 from longreach.ops.cpu.plan import HostVisibility, Tile
 
 
-def falloff(left: Tensor, right: Tensor, visibility: HostVisibility, dtype: torch.dtype) -> Tensor:
-    """The bias at each distance of `_all_distances`, -inf where causality or the window hide: (1 or B, H, n)."""
+def falloff(left: Tensor, right: Tensor, visibility: HostVisibility, dtype: torch.dtype, *, unused: int = 0) -> Tensor:
+    """The bias at each distance of `_all_distances`, -inf where causality or the window hide: (1 or B, H, n + unused).
+
+    Made of few operations: each takes as long as the bias of a thousand tokens.
+    """
     left, right = (m.detach().to(dtype)[..., None] for m in (left, right))
-    bias = bias_at(_all_distances(visibility, dtype, left.device), left, right, visibility)  # [(B,) H, n]
+    key_length, count = visibility.key_length, _count_of_distances(visibility)
+    past = min(key_length, count)  # distances that are not negative come first
+    bias = left.new_full((*left.shape[:-1], count + unused), float("-inf"))
+    of_past = torch.arange(1 - key_length, 1 - key_length + past, dtype=dtype, device=left.device)
+    torch.mul(left, of_past, out=bias[..., :past])
+    if not visibility.causal:
+        of_future = torch.arange(-1, past - count - 1, -1, dtype=dtype, device=left.device)
+        torch.mul(right, of_future, out=bias[..., past:count])
+    if visibility.window_size is not None:
+        bias[..., : max(0, key_length - visibility.window_size)] = float("-inf")
+        bias[..., key_length - 1 + visibility.window_size :] = float("-inf")
     return bias if bias.dim() == 3 else bias[None]
 
 
@@ -79,8 +92,12 @@ def kv_heads_of(x: Tensor, num_heads: int, tile: Tile) -> slice:
 
 def _all_distances(visibility: HostVisibility, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Every distance from a query to a key: Tk - 1, Tk - 2, ..., 1 - Tq."""
-    count = max(0, visibility.key_length + visibility.query_length - 1)
+    count = _count_of_distances(visibility)
     return visibility.key_length - 1 - torch.arange(count, dtype=dtype, device=device)
+
+
+def _count_of_distances(visibility: HostVisibility) -> int:
+    return max(0, visibility.key_length + visibility.query_length - 1)
 
 
 def _diagonals(vector: Tensor, tile: Tile, visibility: HostVisibility) -> Tensor:
