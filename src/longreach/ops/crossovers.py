@@ -61,7 +61,7 @@ CROSSOVERS = {
         "cpu-2core-avx2-crossover.json",
         "cpu",
         forward={2: 256, 4: 256},
-        training={2: 512, 4: 512},  # not measured for half types, see the benchmark
+        training={2: 256, 4: 256},  # not measured for half types, see the benchmark
         decoding={2: 256, 4: 256},
         cached={2: 2**17, 4: 2**17},
         unaided=True,
