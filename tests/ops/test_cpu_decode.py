@@ -175,7 +175,9 @@ def test_what_is_no_number_has_no_bound(key):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("batch", "kv_heads", "queries", "threads"), [(3, 3, 2, 2), (1, 1, 1, 4), (1, 2, 3, 7)])
+@pytest.mark.parametrize(
+    ("batch", "kv_heads", "queries", "threads"), [(3, 3, 2, 2), (1, 1, 1, 4), (1, 2, 3, 7), (1, 6, 1, 16)]
+)
 def test_threads_make_the_same_of_it(dtype, batch, kv_heads, queries, threads, monkeypatch, decoded):
     """Each with heads of its own or, where there are more threads than key heads, with queries of its own."""
     monkeypatch.setattr(native, "SHARED_NUMBERS", 1)
@@ -184,7 +186,7 @@ def test_threads_make_the_same_of_it(dtype, batch, kv_heads, queries, threads, m
     alone = cpu_attention(q, k, v, **options)
     torch.set_num_threads(threads)
     try:
-        assert workers.can_share_out(6 * batch)
+        assert workers.address_of_region() is not None
         for x, y in zip(cpu_attention(q, k, v, **options), alone, strict=True):
             assert torch.equal(x, y)
         assert len(decoded) == 2

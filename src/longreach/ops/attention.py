@@ -21,7 +21,6 @@ from longreach.ops.arguments import (
     validated_visibility,
 )
 from longreach.ops.cpu import native
-from longreach.ops.cpu.native import STEP_DTYPES
 from longreach.ops.cpu.operators import cpu_attention
 from longreach.ops.cpu.passes import decodes
 from longreach.ops.crossovers import CROSSOVERS, ROW, processor_of
@@ -276,7 +275,7 @@ def _plain_step(q: Any, k: Any, v: Any, slopes: Any, key_norms: Any, scale: Any,
     if not (q.layout is k.layout is v.layout is slopes.layout is torch.strided):
         return None
     dtype, q_shape, k_shape = q.dtype, q.shape, k.shape
-    if not (dtype in STEP_DTYPES and dtype == k.dtype == v.dtype and slopes.dtype == torch.float32):
+    if not (dtype == k.dtype == v.dtype and slopes.dtype == torch.float32):
         return None
     if not (len(q_shape) == len(k_shape) == 4 and v.shape == k_shape):
         return None

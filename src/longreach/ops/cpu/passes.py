@@ -36,7 +36,7 @@ from longreach.ops.cpu.plan import (
 )
 from longreach.ops.cpu.products import LOG2_E, FoundRanges, ProductGradients, Products
 from longreach.ops.cpu.totals import Totals
-from longreach.ops.cpu.workers import Job, can_share_out, share_out
+from longreach.ops.cpu.workers import Job, address_of_region, can_share_out, share_out
 from longreach.ops.lse_bound import FEW_QUERIES
 from longreach.ops.processor import CPU
 from longreach.ops.visibility import Visibility
@@ -240,26 +240,28 @@ def differentiate(
 
 def decodes(q: Tensor, k: Tensor) -> bool:
     """Whether `native.decode` serves for few queries, of which none sees keys after it, and is faster than all else."""
-    return NATIVE_IS_FASTER and k.numel() > 0 and _native_serves(q, q.shape[0] * q.shape[1])
+    if not NATIVE_IS_FASTER or q.dtype not in native.STEP_DTYPES or not (q.numel() and k.numel()):
+        return False
+    return address_of_region() is not None or torch.get_num_threads() == 1
 
 
 def _means(q: Tensor, k: Tensor, visibility: HostVisibility, learns: bool) -> Means:
     """What computes tiles fastest, of what is accurate enough."""
-    few, heads = visibility.query_length < FEW_QUERIES, q.shape[0] * k.shape[1]
+    few = visibility.query_length < FEW_QUERIES
     if learns and _kernel_differentiates(q, k, visibility):
         return Means.KERNEL
     if few and not learns:
         return Means.NATIVE if visibility.are_last and decodes(q, k) else Means.KERNEL
-    if NATIVE_IS_FASTER and (learns or q.dtype not in DIFFERENTIATED) and _native_serves(q, heads):
+    if NATIVE_IS_FASTER and (learns or q.dtype not in DIFFERENTIATED) and _native_serves(q, k):
         return Means.NATIVE
     return Means.PRODUCTS if learns or _products_are_faster(q, k) else Means.KERNEL
 
 
-def _native_serves(q: Tensor, heads: int) -> bool:
+def _native_serves(q: Tensor, k: Tensor) -> bool:
     """Whether native code can have what computes here: it knows float32, and each thread has heads of its own."""
     if q.dtype == torch.float64 or not q.numel():
         return False
-    return can_share_out(heads) or torch.get_num_threads() == 1
+    return torch.get_num_threads() == 1 or can_share_out(q.shape[0] * k.shape[1])
 
 
 def _products_are_faster(q: Tensor, k: Tensor) -> bool:
