@@ -145,6 +145,21 @@ def test_a_pair_of_equal_slopes_is_one_slope(qkv):
     assert torch.equal(attention(*qkv, slopes=(slopes, slopes), causal=False), expected)
 
 
+@pytest.mark.parametrize("impl", ["auto", *ON_CPU])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("by_sequence", [0, 1])
+def test_one_slope_of_a_pair_may_be_of_each_sequence(impl, dtype, batch, by_sequence):
+    torch.manual_seed(0)
+    leaves = [x.requires_grad_() for x in torch.randn(3, batch, 4, 300, 16, dtype=dtype)]
+    pair = [torch.rand(4), torch.rand(4)]
+    pair[by_sequence] = torch.rand(batch, 4)
+    outs = [attention(*leaves, slopes=tuple(pair), causal=False, impl=name) for name in (impl, "reference")]
+    torch.testing.assert_close(*outs, rtol=1e-5, atol=1e-5)
+    ours, theirs = (torch.autograd.grad(out.square().sum(), leaves) for out in outs)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("slopes", [None, torch.ones(1)], ids=["plain", "slopes"])
 @pytest.mark.parametrize("impl", DENSE)
 def test_dropout_statistics(impl, slopes):
@@ -319,6 +334,8 @@ def crossovers(monkeypatch):
         (("cpu", 15, 8000), {"reaching": True, "has_key_norms": True, "causal": False}, "sdpa"),
         (("cpu", 1, 8000), {"reaching": True, "has_key_norms": True, "causal": False}, "cpu"),
         (("cpu", 1, 8000), {"reaching": True, "processor": "AMX"}, "cpu"),
+        (("cpu", 1, 8000), {"reaching": True, "processor": "AMX", "learns": True}, "sdpa"),
+        (("cpu", 1, 8000), {"reaching": True, "has_key_norms": True, "dtype": torch.float64}, "sdpa"),
         (("cpu", 1, 65536), {"reaching": True}, "sdpa"),
         (("cuda", 8192, 8192), {"reaching": True}, "sdpa"),
         (("cuda", 8192, 8192), {"reaching": True, "return_lse": True}, "sdpa"),

@@ -12,13 +12,12 @@ from longreach.ops import attention as module
 from longreach.ops.attention import choose_impl
 from longreach.ops.crossovers import CROSSOVERS, ROW
 from longreach.ops.reach import KEY_BLOCK, default_tolerance, key_block_norms
-from longreach.ops.reference import reference_attention
-from longreach.ops.visibility import Visibility
 
 
 @pytest.fixture(autouse=True)
 def steps(monkeypatch):
     """The steps that were plain, on any processor that has native code for them."""
+    assert native.library(torch.float32) is not None, "decode.c is not compiled: python hatch_build.py"
     plain_step, found = module._plain_step, []
 
     def watched(*arguments):
@@ -45,7 +44,7 @@ def step(dtype=torch.float32, *, batch=1, heads=4, kv_heads=2, queries=1, keys=3
 @pytest.mark.parametrize("shape", [{}, {"batch": 3, "queries": 7, "kv_heads": 4}, {"queries": 5, "keys": 3}])
 @pytest.mark.parametrize("with_norms", [True, False])
 def test_a_plain_step_is_what_all_checks_lead_to(dtype, scale, shape, with_norms, steps):
-    """Which an option that says what is so anyway asks for; dense attention in float64 says the same."""
+    """Which an option that says what is so anyway asks for."""
     given = step(dtype, **shape) | {"scale": scale}
     if not with_norms:
         given["key_norms"] = None
@@ -56,16 +55,10 @@ def test_a_plain_step_is_what_all_checks_lead_to(dtype, scale, shape, with_norms
     assert torch.equal(out, checked)
     assert out.dtype == dtype
     assert out.is_contiguous()
-    q, k, v = (given[name].double() for name in "qkv")
-    visibility = Visibility(q.shape[2], k.shape[2])
-    scale = q.shape[3] ** -0.5 if scale is None else scale
-    golden, _ = reference_attention(q, k, v, visibility, slopes=given["slopes"].double(), scale=scale)
-    eps = torch.finfo(dtype).eps
-    torch.testing.assert_close(out.double(), golden, rtol=eps, atol=32 * 2**-23 + default_tolerance(dtype) * 10)
 
 
 @pytest.mark.parametrize("dtype", native.STEP_DTYPES)
-def test_the_output_is_rounded_to_the_nearest(dtype):
+def test_the_output_is_rounded_to_the_nearest(dtype, steps):
     """With one key it is that one's value, or what a query that sees none has; halves of units go to what is even."""
     given = step(dtype, keys=1, head_dim=64)
     given["v"] = torch.tensor([math.nan, math.inf, -0.0, 1e-30, 3.0]).repeat(26)[:128].view(1, 2, 1, 64).to(dtype)
@@ -77,6 +70,7 @@ def test_the_output_is_rounded_to_the_nearest(dtype):
     given["v"] = (1 + unit * torch.arange(200).view(2, 100).T.reshape(1, 1, 2, 100)).to(dtype)
     expected = given["v"].double().mean(dim=2, keepdim=True).to(dtype)
     assert torch.equal(attention(**given, impl="cpu"), expected)
+    assert len(steps) == 2
 
 
 @pytest.mark.parametrize("dtype", native.STEP_DTYPES)

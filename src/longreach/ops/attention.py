@@ -249,6 +249,8 @@ def choose_impl(
         return Choice("sdpa", "few queries and no key_norms, and to find the norms is to read half of the cache")
     if decoding and measured.impl == "cpu" and not (causal or surely(query_length == 1)):
         return Choice("sdpa", "few queries that see keys after them, which was not measured")
+    if decoding and measured.impl == "cpu" and (learns or dtype == torch.float64):
+        return Choice("sdpa", "few queries in float64, or whose gradient is wanted, which was not measured")
     least = measured.least(dtype, decoding=decoding, learns=learns)
     where = f"at such lengths on {processor} (benchmarks/results/{measured.run})"
     if decoding:

@@ -17,7 +17,7 @@ def falloff(left: Tensor, right: Tensor, visibility: HostVisibility, dtype: torc
 
     Made of few operations: each takes as long as the bias of a thousand tokens.
     """
-    left, right = (m.detach().to(dtype)[..., None] for m in (left, right))
+    left, right = torch.broadcast_tensors(*(m.detach().to(dtype)[..., None] for m in (left, right)))
     key_length, count = visibility.key_length, _count_of_distances(visibility)
     past = min(key_length, count)  # distances that are not negative come first
     bias = left.new_full((*left.shape[:-1], count + unused), float("-inf"))
