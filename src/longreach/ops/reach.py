@@ -55,13 +55,6 @@ class Reach:
     """(B, H) float32: needed blocks as a share of the blocks that dense attention with this `causal` computes."""
 
 
-_TOLERANCES = {
-    dtype: torch.finfo(dtype).eps / 2 / (64 if dtype.itemsize == 2 else 1)
-    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-}
-"""What `default_tolerance` says."""
-
-
 def default_tolerance(dtype: torch.dtype) -> float:
     """Probability mass per row that may be dropped unless the caller says otherwise.
 
@@ -69,7 +62,8 @@ def default_tolerance(dtype: torch.dtype) -> float:
     at most 2u max|v|, as much as rounding each weight and each sum. For half types u / 64 (2^-14 for bfloat16, 2^-17
     for float16): there the weights are rounded to u and summed in float32, and the mass dropped is to stay far below.
     """
-    return _TOLERANCES[dtype]
+    unit_roundoff = torch.finfo(dtype).eps / 2
+    return unit_roundoff / 64 if dtype.itemsize == 2 else unit_roundoff
 
 
 def reach(
