@@ -21,8 +21,8 @@ FOLDER = Path(__file__).parent / "src/longreach/ops/cpu"
 FLAGS = ("-std=gnu11", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", "-Wall", "-Wextra")
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512")
 LIBRARIES = {
-    "tiles-avx2": (("tiles.c", "decode.c"), ("-mavx2", "-mfma", "-mf16c")),
-    "tiles-avx512": (("tiles.c", "decode.c"), AVX512),
+    "tiles-avx2": (("tiles.c", "decode.c", "near.c"), ("-mavx2", "-mfma", "-mf16c")),
+    "tiles-avx512": (("tiles.c", "decode.c", "near.c"), AVX512),
     "units-amx": (("units.c",), (*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16")),
 }
 """Name, which says what the processor must have -> sources, and flags of GCC and Clang."""

@@ -13,6 +13,8 @@ from adversarial import Case, random_grads, run
 from flat import cpu_attention, reference_attention
 
 import longreach.ops.cpu.native as native
+from longreach.ops.lse_bound import ROUNDING
+from longreach.ops.near_reach import largest_excess
 from longreach.ops.processor import CPU
 
 ROOT = Path(__file__).parents[2]
@@ -80,12 +82,13 @@ def test_what_is_no_library_is_not_used(content, found_in, tmp_path):
         (FACTS | {"size_of_head": FACTS["size_of_head"] + 8}, False),
         (FACTS | {"most_rows": 64}, False),
         (FACTS | {"size_of_step": FACTS["size_of_step"] - 8}, False),
+        (FACTS | {"size_of_near": FACTS["size_of_near"] - 8}, False),
         ({"size_of_head": FACTS["size_of_head"], "most_rows": 128}, False),
     ],
 )
 def test_a_library_of_another_version_is_not_used(facts, is_used, found_in, tmp_path):
     """Told by what it says of itself."""
-    functions = facts | {"attend": 0, "differentiate": 0, "decode": 0}
+    functions = facts | {"attend": 0, "differentiate": 0, "decode": 0, "near": 0}
     source = tmp_path / "other.c"
     source.write_text("".join(f"long longreach_{name}(void) {{ return {x}; }}" for name, x in functions.items()))
     subprocess.run(["gcc", "-shared", "-fPIC", source, "-o", tmp_path / NAME], check=True)
@@ -108,7 +111,7 @@ from longreach import alibi_slopes, attention
 import longreach.ops.cpu.native as native, longreach.ops.cpu.passes as passes
 from longreach.ops.crossovers import CROSSOVERS, ROW
 from longreach.ops.processor import CPU
-assert ROW == (CPU if CPU == "AVX-512" else f"{CPU}, not compiled") and ROW in CROSSOVERS
+assert ROW == f"{CPU}, not compiled" and ROW in CROSSOVERS
 assert native.library(torch.float32) is None and not passes.NATIVE_IS_FASTER and not passes.HAS_UNITS
 torch.manual_seed(0)
 q, k, v = (x.requires_grad_() for x in torch.randn(3, 1, 4, 600, 32))
@@ -153,3 +156,21 @@ def test_what_is_no_number_is_none_in_the_output(where, value):
     assert not expected.all()
     assert not (actual & ~expected)[:, :, 100:].any()
     assert actual[:, :, :64].all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [1e-4, 1.0, 100.0])
+@pytest.mark.parametrize(("queries", "keys", "head_dim"), [(1, 1, 1), (300, 300, 64), (130, 515, 33), (257, 260, 5)])
+def test_excess_is_above_any_score_less_that_of_the_own_key(queries, keys, head_dim, size, dtype):
+    generator = torch.Generator().manual_seed(queries)
+    q = (torch.randn(2, queries, 4, head_dim, generator=generator) * size).to(dtype).transpose(1, 2)
+    k = (torch.randn(2, 2, keys, 2 * head_dim, generator=generator) + 3).to(dtype)[..., :head_dim]
+    excess = native.largest_excess(q, k, 0.3, 128)
+    scores = q.double() @ k.double().repeat_interleave(2, dim=1).transpose(2, 3) * 0.3
+    own = scores.diagonal(offset=keys - queries, dim1=2, dim2=3)
+    above = scores.amax(dim=-1) - own  # (B, H, Tq)
+    blocks = above.split(128, dim=2)
+    assert excess.shape == (2, 4, len(blocks))
+    for block, bound in zip(blocks, excess.unbind(dim=2), strict=True):
+        assert (bound >= block.amax(dim=-1)).all()
+    torch.testing.assert_close(excess, largest_excess(q, k, 0.3, 128), rtol=8 * ROUNDING, atol=1e-6)

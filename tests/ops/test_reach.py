@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longreach.ops.alibi import alibi_slopes
+from longreach.ops.cpu import native
 from longreach.ops.reach import default_tolerance, key_block_norms, reach
 
 
@@ -22,6 +23,9 @@ def dropped_mass(tensors, options, starts, ends, block_m, block_n):
     return weights.masked_fill((key_block >= first) & (key_block < past), 0.0).sum(dim=-1)
 
 
+NEAR_RANGES = [near_ranges, partial(near_ranges, find_excess=native.largest_excess)]
+"""By tensor operations, and by native code."""
+
 NEAR = [name for name, case in CASES.items() if "padding" not in name and case.queries <= case.keys]
 
 
@@ -31,7 +35,7 @@ def test_dropped_mass_is_within_the_tolerance(name, tolerance):
     tensors, options = CASES[name].inputs(torch.float32)
     q, k, _ = tensors
     norms = key_block_norms(k, 16, options.get("key_padding_mask"))
-    functions = [key_ranges, partial(key_ranges, key_norms=norms), *([near_ranges] if name in NEAR else [])]
+    functions = [key_ranges, partial(key_ranges, key_norms=norms), *(NEAR_RANGES if name in NEAR else [])]
     for function in functions:
         starts, ends = function(q, k, scale=0.25, tolerance=tolerance, block_m=32, block_n=16, **options)
         assert starts.dtype == ends.dtype == torch.int32
@@ -62,15 +66,16 @@ def test_dropped_mass_for_any_shape(data):
     tensors, options = case.inputs(torch.float32, seed=data.draw(st.integers(0, 99), "seed"))
     tensors[0].mul_(data.draw(st.sampled_from([0.1, 1.0, 10.0]), "size"))
     norms = key_block_norms(tensors[1], block_n) if data.draw(st.booleans(), "norms known") else None
-    near = [near_ranges] if case.queries <= keys else []
+    near = NEAR_RANGES if case.queries <= keys else []
     for function in (partial(key_ranges, key_norms=norms), *near):
         blocks = {"block_m": block_m, "block_n": block_n}
         starts, ends = function(*tensors[:2], scale=0.25, tolerance=tolerance, **blocks, **options)
         assert dropped_mass(tensors, options, starts, ends, block_m, block_n).max().item() <= tolerance
 
 
+@pytest.mark.parametrize("near_ranges", NEAR_RANGES)
 @pytest.mark.parametrize("causal", [True, False])
-def test_near_ranges_are_little_wider(causal):
+def test_near_ranges_are_little_wider(causal, near_ranges):
     q, k = torch.randn(2, 1, 8, 2048, 64, generator=torch.Generator().manual_seed(2))
     options = {"scale": 0.125, "tolerance": 2**-24, "block_m": 128, "block_n": 64, "causal": causal}
     past = torch.arange(2, 33, 2) if causal else torch.tensor(32)  # of each block, by causality
@@ -83,7 +88,8 @@ def test_near_ranges_are_little_wider(causal):
     assert near[0] <= 1.25 * precise[0]
 
 
-def test_near_ranges_keep_what_is_no_number():
+@pytest.mark.parametrize("near_ranges", NEAR_RANGES)
+def test_near_ranges_keep_what_is_no_number(near_ranges):
     q, k = torch.randn(2, 1, 2, 512, 16)
     k[:, 0, 100] = float("nan")
     q[:, 1, 300] = float("inf")

@@ -103,7 +103,7 @@ CROSSOVERS = {
 }
 """Class of processor, and whether native code is missing that would be used there -> what was measured there."""
 
-ROW = CPU if CPU == "AVX-512" or library(torch.float32) is not None else f"{CPU}, not compiled"
+ROW = CPU if library(torch.float32) is not None else f"{CPU}, not compiled"
 """Which of them this CPU is."""
 
 

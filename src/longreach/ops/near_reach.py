@@ -5,6 +5,7 @@ distance is then a geometric sum, and need not be added up.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -12,6 +13,37 @@ from torch import Tensor
 from longreach.ops.lse_bound import ROUNDING, per_query_head
 from longreach.ops.reach import LSE_ROUNDING, block_max, log_geometric_sum, log_tolerance, lowered_slopes
 from longreach.ops.visibility import Visibility
+
+FindExcess = Callable[[Tensor, Tensor, float, int], Tensor]
+"""Arguments and result of `largest_excess`."""
+
+SCORE_SLACK = 2.0**-12
+"""What a lower bound of an LSE is lowered by, beside what grows with scores."""
+
+
+def largest_excess(q: Tensor, k: Tensor, scale: float, block_m: int) -> Tensor:
+    """By how much scores may exceed the LSE: the largest max_j s_ij - lse_i of each block of queries, (B, H, NQ).
+
+    Scores are bounded by scale |q_i| max_j |k_j - c| with c the mean of the keys, and lse_i by the score of the key at
+    the position of the query. It is rounded up, and NaN where anything is.
+    """
+    num_heads, dtype = q.shape[1], torch.promote_types(q.dtype, torch.float32)
+    q, keys = q.to(dtype), k.to(dtype)
+    norm = torch.linalg.vector_norm(q, dim=-1) * scale  # [B, H, Tq]
+    centre = keys.mean(dim=2, keepdim=True)
+    keys = keys - centre
+    radius = torch.linalg.vector_norm(keys, dim=-1).amax(dim=-1, keepdim=True)  # [B, Hkv, 1]
+    longest = radius + torch.linalg.vector_norm(centre, dim=-1)
+    radius, longest = (per_query_head(x, num_heads) for x in (radius * (1 + radius_rounding(q)), longest))
+    bound = norm * radius
+    nearest = per_query_head(keys[:, :, k.shape[2] - q.shape[2] :], num_heads)
+    lse = (q * nearest).sum(dim=-1) * scale - norm * longest * LSE_ROUNDING - SCORE_SLACK
+    return block_max(bound - lse + ROUNDING * (bound + lse.abs()), block_m, float("-inf"))
+
+
+def radius_rounding(q: Tensor) -> float:
+    """What the largest distance of a key from the centre, and its product with the norm of a query, may be off by."""
+    return (q.shape[3] + 16) * ROUNDING
 
 
 def near_ranges(
@@ -24,27 +56,17 @@ def near_ranges(
     tolerance: float,
     block_m: int,
     block_n: int,
+    find_excess: FindExcess | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Ranges like those of `key_ranges`, wider but by an eighth of the operations, where each query sees its own key.
 
     They hold what is within reach and leave it to the caller what masks hide. There is no padding, and no query
-    without a key at its position.
+    without a key at its position. `find_excess` is what computes `largest_excess` here, if something else does.
     """
-    num_heads, key_length = q.shape[1], k.shape[2]
+    key_length = k.shape[2]
     left, right = lowered_slopes(q, slopes)
     log_mass = log_tolerance(tolerance, left.dtype, key_length) - (0.0 if visibility.causal else math.log(2.0))
-    q = q.to(left.dtype)
-    norm = torch.linalg.vector_norm(q, dim=-1) * scale  # [B, H, Tq]
-    keys = k.to(left.dtype)
-    centre = keys.mean(dim=2, keepdim=True)
-    keys = keys - centre
-    radius = torch.linalg.vector_norm(keys, dim=-1).amax(dim=-1, keepdim=True)  # [B, Hkv, 1]
-    longest = radius + torch.linalg.vector_norm(centre, dim=-1)
-    radius, longest = (per_query_head(x, num_heads) for x in (radius * (1 + (q.shape[3] + 16) * ROUNDING), longest))
-    bound = norm * radius
-    nearest = per_query_head(keys[:, :, key_length - q.shape[2] :], num_heads)
-    lse = (q * nearest).sum(dim=-1) * scale - norm * longest * LSE_ROUNDING - 2.0**-12
-    excess = block_max(bound - lse + ROUNDING * (bound + lse.abs()), block_m, float("-inf"))  # [B, H, NQ]
+    excess = (find_excess or largest_excess)(q, k, scale, block_m)
     first = torch.arange(0, q.shape[2], block_m, device=q.device)
     last = (first + (block_m - 1)).clamp(max=q.shape[2] - 1)
 

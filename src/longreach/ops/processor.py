@@ -1,5 +1,6 @@
 """What the processor is that computes attention on the CPU."""
 
+import os
 from typing import Literal
 
 import torch
@@ -9,16 +10,14 @@ def _class() -> Literal["AMX", "AVX-512", "AVX2"]:
     capability = torch.backends.cpu.get_cpu_capability()  # what PyTorch was told to do with, if that is less
     if not capability.startswith("AVX512"):
         return "AVX2"
-    found = torch.cpu.get_capabilities()
-    if found.get("amx_bf16"):
-        return "AMX"
-    return "AVX2" if "Intel" in found.get("cpu_name", "") else "AVX-512"
+    told = os.environ.get("ONEDNN_MAX_CPU_ISA", "DEFAULT").upper()  # likewise oneDNN, which asks nobody else
+    may_use_units = told in ("DEFAULT", "ALL") or "AMX" in told
+    return "AMX" if may_use_units and torch.cpu.get_capabilities().get("amx_bf16") else "AVX-512"
 
 
 CPU = _class()
-"""The class of this CPU in `longreach.ops.crossovers`, by what tiles are computed with best.
+"""The class of this CPU in `longreach.ops.crossovers`, by the instructions that native code computes with.
 
-On "AVX-512", that is AMD's, oneDNN multiplies twice as fast as MKL, by which PyTorch's own kernel goes. On Intel's they
-are alike: with matrix units, "AMX", bfloat16 is multiplied by these. All others count as "AVX2", where no half type is
-faster. On these two native code serves where it was compiled.
+On "AMX" there are matrix units, which multiply bfloat16; on the others no half type is faster than float32. What is not
+x86 counts as "AVX2", without native code.
 """

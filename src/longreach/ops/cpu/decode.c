@@ -10,8 +10,6 @@ enum { KEYS = 64 }; /* keys that share a bound of their norms, and are at hand a
 enum { PAIR = 2 * LANES }; /* numbers of a row that are read at a time; the last pair holds the last PAIR of a row */
 enum { FLOAT32, BFLOAT16, FLOAT16 };
 
-enum { SEQUENCE, HEAD, ROW, NUMBER }; /* dimensions of tensors */
-
 /* Everything of a call. Strides are in numbers, those of a row beside each other. */
 struct step {
     const void *q, *k, *v;
@@ -89,16 +87,6 @@ INLINE vec sums_of(const vec *x) {
     }
     const __m256 *const y = (const __m256 *)four;
     return (vec)(_mm256_permute2f128_ps(y[0], y[1], 0x20) + _mm256_permute2f128_ps(y[0], y[1], 0x31));
-#endif
-}
-
-INLINE float sum_of(vec x) {
-#ifdef __AVX512F__
-    return _mm512_reduce_add_ps((__m512)x);
-#else
-    const __m128 four = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
-    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
 #endif
 }
 
@@ -223,13 +211,13 @@ INLINE void copy_as_pairs(int64_t dim, int64_t size, const char *x, char *to) {
     memcpy(to + (whole_pairs(dim) - rest) * size, x + last * size, rest * size);
 }
 
-INLINE int64_t blocks_of(const struct step *s) { return (s->k_shape[ROW] + KEYS - 1) / KEYS; }
+INLINE int64_t blocks_of(const struct step *s) { return (s->k_shape[TOKEN] + KEYS - 1) / KEYS; }
 
 /* Query heads read the key heads in order, as many each: how many queries read one. */
-INLINE int64_t rows_of(const struct step *s) { return s->q_shape[HEAD] / s->k_shape[HEAD] * s->q_shape[ROW]; }
+INLINE int64_t rows_of(const struct step *s) { return s->q_shape[HEAD] / s->k_shape[HEAD] * s->q_shape[TOKEN]; }
 
 INLINE int64_t offset(const int64_t *strides, int64_t sequence, int64_t head, int64_t row) {
-    return sequence * strides[SEQUENCE] + head * strides[HEAD] + row * strides[ROW];
+    return sequence * strides[SEQUENCE] + head * strides[HEAD] + row * strides[TOKEN];
 }
 
 /* Some of the queries that read one key head of one sequence, from number `from` on. */
@@ -237,9 +225,9 @@ INLINE void decode_rows(const int64_t dtype, const struct step *s, int64_t seque
                         int64_t count, void *memory) {
     const int64_t dim = s->q_shape[NUMBER], width = whole_pairs(dim), size = size_of(dtype);
     const int64_t last = width - PAIR, rest = dim - last; /* where the last pair begins, and what is new in it */
-    const int64_t query_length = s->q_shape[ROW], key_length = s->k_shape[ROW], blocks = blocks_of(s);
+    const int64_t query_length = s->q_shape[TOKEN], key_length = s->k_shape[TOKEN], blocks = blocks_of(s);
     const int64_t kv_heads = s->k_shape[HEAD], first_head = kv_head * (s->q_shape[HEAD] / kv_heads);
-    const int64_t k_row = s->k_strides[ROW] * size, v_row = s->v_strides[ROW] * size;
+    const int64_t k_row = s->k_strides[TOKEN] * size, v_row = s->v_strides[TOKEN] * size;
     struct row *const rows = memory;
     float *const q = (float *)(rows + count), *const sums = q + count * width;
     float *const longest = sums + count * width; /* of a block and those before */

@@ -1,8 +1,9 @@
 """Tiles by C, where it was compiled when the package was installed (hatch_build.py).
 
-`tiles.c` computes in float32, `units.c` bfloat16 by the matrix units of AMX, `decode.c` few queries. Each weight is
-made, used and forgotten in the first levels of cache, and a call computes many blocks of queries while Python's lock is
-free. Output, LSE and gradients obey the same rule of rounding as those of `products`.
+`tiles.c` computes in float32, `units.c` bfloat16 by the matrix units of AMX, `decode.c` few queries, and `near.c` finds
+what bounds the reach of many. Each weight is made, used and forgotten in the first levels of cache, and a call computes
+many blocks of queries while Python's lock is free. Output, LSE and gradients obey the same rule of rounding as those of
+`products`.
 """
 
 import ctypes
@@ -21,7 +22,10 @@ from longreach.ops.cpu.products import LOG2_E
 from longreach.ops.cpu.totals import Totals
 from longreach.ops.cpu.views import falloff
 from longreach.ops.cpu.workers import Job, address_of_region
+from longreach.ops.lse_bound import ROUNDING
+from longreach.ops.near_reach import SCORE_SLACK, radius_rounding
 from longreach.ops.processor import CPU
+from longreach.ops.reach import LSE_ROUNDING
 
 JOB_PAIRS = {torch.float32: 2**18, torch.bfloat16: 2**20}
 """Dtype -> pairs of a query and a key that a thread computes in it at a time, forward: about half a millisecond."""
@@ -50,8 +54,13 @@ class _Block(ctypes.Structure):
 _STEP = struct.Struct("8P23q2d")
 """`struct step` of decode.c: packed, it takes a third of the time of ctypes."""
 
+_NEAR = struct.Struct("3P18q5d")
+"""Likewise `struct near` of near.c."""
+
+_SIZES = {"size_of_head": ctypes.sizeof(_Head), "size_of_step": _STEP.size, "size_of_near": _NEAR.size}
+
 _FACTS = {
-    torch.float32: {"size_of_head": ctypes.sizeof(_Head), "most_rows": BLOCK_M, "size_of_step": _STEP.size},
+    torch.float32: {**_SIZES, "most_rows": BLOCK_M},
     torch.bfloat16: {"size_of_head": ctypes.sizeof(_Head), "most_rows": BLOCK_M, "may_compute": True},
 }
 """What a library for a dtype says of itself unless it was compiled from another version's source."""
@@ -75,8 +84,9 @@ def library(dtype: torch.dtype) -> ctypes.CDLL | None:
     for function in (found.longreach_attend, found.longreach_differentiate):
         function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64), ctypes.c_int64
     if dtype == torch.float32:
-        decode = found.longreach_decode
+        decode, near = found.longreach_decode, found.longreach_near
         decode.argtypes, decode.restype = (ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int64), ctypes.c_int64
+        near.argtypes, near.restype = (ctypes.c_char_p,), ctypes.c_int64
     return found
 
 
@@ -231,6 +241,27 @@ class NativeGradients(_Blocks):
             self.of_left[sequence, head], self.of_right[sequence, head] = at.of_left, at.of_right
 
 
+def largest_excess(q: Tensor, k: Tensor, scale: float, block_m: int) -> Tensor:
+    """`longreach.ops.near_reach.largest_excess`, in float32."""
+    dtype = q.dtype if q.dtype in (torch.float32, torch.bfloat16) else torch.float32
+    q, k = (_in_rows(x.to(dtype).resolve_neg()) for x in (q, k))
+    excess = q.new_empty(*q.shape[:2], -(-q.shape[2] // block_m), dtype=torch.float32)
+    call = _NEAR.pack(  # in the order of its fields
+        *(q.data_ptr(), k.data_ptr(), excess.data_ptr(), *q.shape, *q.stride(), *k.shape, *k.stride()),
+        *(dtype == torch.bfloat16, block_m, scale, radius_rounding(q), ROUNDING, LSE_ROUNDING, SCORE_SLACK),
+    )
+    if _compiled().longreach_near(call):
+        raise MemoryError("no memory for the mean of keys")
+    return excess
+
+
+def _compiled() -> ctypes.CDLL:
+    """The library for float32, which whoever calls this has asked for."""
+    found = library(torch.float32)
+    assert found is not None, "nobody asked whether there is one"
+    return found
+
+
 STEP_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Dtype of q, k and v -> what decode.c calls it."""
 
@@ -283,9 +314,7 @@ def decode(
         *(scale, tolerance * (1 - 2**-8)),  # less what the bound itself is rounded by
     )
     threads = min(torch.get_num_threads(), q_shape[0] * q_shape[1]) if k.numel() >= SHARED_NUMBERS else 1
-    found_library = library(torch.float32)
-    assert found_library is not None, "nobody asked whether there is one"
-    if found_library.longreach_decode(step, address_of_region(), threads):
+    if _compiled().longreach_decode(step, address_of_region(), threads):
         raise MemoryError("no memory for a decoding step")
     return out
 

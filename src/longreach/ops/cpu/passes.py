@@ -57,8 +57,8 @@ DIFFERENTIATED = {torch.bfloat16} if CPU == "AMX" and not HAS_UNITS else set[tor
 is nothing to that of weights in bfloat16, and too much in float32 where one key outweighs all others
 (docs/attention.md, "Rounding")."""
 
-NATIVE_IS_FASTER = native.library(torch.float32) is not None and not onednn.IS_FAST
-"""Whether there is native code, and nothing that is as fast: where oneDNN's products are, that was not measured."""
+NATIVE_IS_FASTER = native.library(torch.float32) is not None
+"""Whether there is native code, which nothing else was as fast as on any class of processors."""
 
 SHARED_PAIRS = 2**20
 """Pairs of a query and a key of a head and document from which on heads are shared out among threads, at 1,024 tokens.
@@ -151,7 +151,8 @@ def attend(
     ranges: Ranges = {}
 
     def bound() -> Ranges:
-        ranges.update(bounded_ranges(q, k, slopes, seen, key_norms, scale, tolerance, worth))
+        find_excess = native.largest_excess if means == Means.NATIVE else None
+        ranges.update(bounded_ranges(q, k, slopes, seen, key_norms, scale, tolerance, worth, find_excess))
         return ranges
 
     readable = _readable(q, k, v, seen)

@@ -14,9 +14,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from longreach.ops.cpu import onednn
 from longreach.ops.lse_bound import FEW_QUERIES
-from longreach.ops.near_reach import near_ranges
+from longreach.ops.near_reach import FindExcess, near_ranges
 from longreach.ops.reach import key_ranges
 from longreach.ops.visibility import Visibility
 
@@ -58,9 +57,8 @@ BOUND_COST = 120
 BOUND_READS = 25_000
 """Work of finding any ranges of few queries at all, in keys that could be read instead: some fifty small operations."""
 
-NEAR_KEYS = 0 if onednn.IS_FAST else 4096
-"""Keys up to which `near_ranges` does: more precise bounds take longer than they save. Where oneDNN is fast that was
-not measured."""
+NEAR_KEYS = 4096
+"""Keys up to which `near_ranges` does: more precise bounds take longer than they save."""
 
 Ranges = dict[int, tuple[list[list[int]], list[list[int]]]]
 """By head, first key and one past the last that it needs, for each sequence and each block."""
@@ -182,8 +180,9 @@ def bounded_ranges(
     scale: float,
     tolerance: float,
     heads: slice,
+    find_excess: FindExcess | None,
 ) -> Ranges:
-    """The keys within reach of some heads."""
+    """The keys within reach of some heads; `find_excess` as in `near_ranges`."""
     if heads.stop == heads.start:
         return {}
     left, right = slopes
@@ -193,7 +192,7 @@ def bounded_ranges(
     options: dict[str, Any] = {"scale": scale, "tolerance": tolerance, "block_m": BLOCK_M, "block_n": BLOCK_N}
     many = visibility.sees_own_keys and visibility.query_length >= FEW_QUERIES
     if many and key_norms is None and visibility.key_length <= NEAR_KEYS:
-        starts, ends = near_ranges(*inputs, **options)
+        starts, ends = near_ranges(*inputs, **options, find_excess=find_excess)
     else:
         norms = None if key_norms is None else key_norms[:, kv_heads]
         starts, ends = key_ranges(*inputs, **options, key_norms=norms)

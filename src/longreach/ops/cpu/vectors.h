@@ -16,6 +16,8 @@ enum { LANES = 16 }; /* numbers in a vector */
 enum { LANES = 8 };
 #endif
 
+enum { SEQUENCE, HEAD, TOKEN, NUMBER }; /* dimensions of tensors */
+
 #define INLINE static inline __attribute__((always_inline))
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
@@ -33,6 +35,16 @@ INLINE vec larger(vec a, vec b) {
 #else
     const ivec is = a > b;
     return (vec)(((ivec)a & is) | ((ivec)b & ~is));
+#endif
+}
+
+INLINE float sum_of(vec x) {
+#ifdef __AVX512F__
+    return _mm512_reduce_add_ps((__m512)x);
+#else
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
 #endif
 }
 
@@ -61,7 +73,7 @@ INLINE vec exp2_of(vec x) {
 }
 
 /* Numbers below the normal ones, 1e-38, are 0 until this is undone: they would be slow to multiply. */
-static unsigned flush_denormals(void) {
+INLINE unsigned flush_denormals(void) {
     const unsigned before = _mm_getcsr();
     _mm_setcsr(before | 0x8040);
     return before;
