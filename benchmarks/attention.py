@@ -3,6 +3,8 @@
     python benchmarks/attention.py --machine cpu-2core
     python benchmarks/attention.py --machine h200 --device cuda
     python benchmarks/attention.py --machine cpu-2core --crossover
+    ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 MKL_ENABLE_INSTRUCTIONS=AVX512_E3 \\
+        python benchmarks/attention.py --machine cpu-2core-avx512 --crossover
     ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \\
         python benchmarks/attention.py --machine cpu-2core-avx2 --crossover
 

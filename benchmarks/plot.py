@@ -2,7 +2,7 @@
 
     python benchmarks/plot.py cpu-2core
     python benchmarks/plot.py h200 --output h200.svg
-    python benchmarks/plot.py cpu-2core --beside cpu-2core-amx cpu-2core-avx2
+    python benchmarks/plot.py cpu-2core --beside cpu-2core-avx512 cpu-2core-amx cpu-2core-avx2
 
 Decoding is in the table alone: it is measured at few lengths.
 """

@@ -13,6 +13,7 @@ from adversarial import Case, random_grads, run
 from flat import cpu_attention, reference_attention
 
 import longreach.ops.cpu.native as native
+from longreach.ops.cpu import passes
 from longreach.ops.lse_bound import ROUNDING
 from longreach.ops.near_reach import largest_excess
 from longreach.ops.processor import CPU
@@ -108,10 +109,10 @@ def test_without_the_library_attention_is_the_same(tmp_path):
     code = """
 import torch
 from longreach import alibi_slopes, attention
-import longreach.ops.cpu.native as native, longreach.ops.cpu.passes as passes
+import longreach.ops.cpu.native as native, longreach.ops.cpu.onednn as onednn, longreach.ops.cpu.passes as passes
 from longreach.ops.crossovers import CROSSOVERS, ROW
 from longreach.ops.processor import CPU
-assert ROW == f"{CPU}, not compiled" and ROW in CROSSOVERS
+assert ROW == f"{CPU}, {'oneDNN' if onednn.IS_FAST else 'not compiled'}" and ROW in CROSSOVERS
 assert native.library(torch.float32) is None and not passes.NATIVE_IS_FASTER and not passes.HAS_UNITS
 torch.manual_seed(0)
 q, k, v = (x.requires_grad_() for x in torch.randn(3, 1, 4, 600, 32))
@@ -174,3 +175,14 @@ def test_excess_is_above_any_score_less_that_of_the_own_key(queries, keys, head_
     for block, bound in zip(blocks, excess.unbind(dim=2), strict=True):
         assert (bound >= block.amax(dim=-1)).all()
     torch.testing.assert_close(excess, largest_excess(q, k, 0.3, 128), rtol=8 * ROUNDING, atol=1e-6)
+
+
+def test_native_code_bounds_what_it_computes(monkeypatch):
+    """And nothing bounds in float32 what is computed in float64."""
+    asked, largest = [], native.largest_excess
+    monkeypatch.setattr(native, "largest_excess", lambda q, *rest: asked.append(q.dtype) or largest(q, *rest))
+    monkeypatch.setattr(passes, "NATIVE_IS_FASTER", True)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        q, k, v = torch.randn(3, 1, 4, 2048, 32).to(dtype)
+        cpu_attention(q, k, v, slopes=torch.full((4,), 0.5))
+    assert asked == [torch.float32, torch.bfloat16]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from longreach.ops.cpu import onednn
 from longreach.ops.cpu.native import library
 from longreach.ops.processor import CPU
 from longreach.ops.triton.operators import triton_was_measured
@@ -50,6 +51,23 @@ class Crossovers:
 
 CROSSOVERS = {
     "AVX-512": Crossovers(
+        "cpu-2core-avx512-crossover.json",
+        "cpu",
+        forward={2: 256, 4: 256},
+        training={2: 512, 4: 512},  # not measured for half types, see the benchmark
+        decoding={2: 256, 4: 256},
+        cached={2: 2**17, 4: 2**17},
+        unaided=True,
+    ),
+    "AVX-512, not compiled": Crossovers(
+        "cpu-2core-avx512-not-compiled-crossover.json",
+        "cpu",
+        forward={2: 256, 4: 256},
+        training={2: 1024, 4: 1024},  # likewise
+        decoding={2: 4096, 4: 8192},
+        cached={2: 2**23, 4: 2**24},
+    ),
+    "AVX-512, oneDNN": Crossovers(
         "cpu-2core-crossover.json",
         "cpu",
         forward={2: 512, 4: 512},
@@ -61,7 +79,7 @@ CROSSOVERS = {
         "cpu-2core-avx2-crossover.json",
         "cpu",
         forward={2: 256, 4: 256},
-        training={2: 256, 4: 256},  # not measured for half types, see the benchmark
+        training={2: 256, 4: 256},  # likewise
         decoding={2: 256, 4: 256},
         cached={2: 2**17, 4: 2**17},
         unaided=True,
@@ -101,9 +119,16 @@ CROSSOVERS = {
         unaided=True,
     ),
 }
-"""Class of processor, and whether native code is missing that would be used there -> what was measured there."""
+"""Class of processor, and what computes there instead of native code -> what was measured there."""
 
-ROW = CPU if library(torch.float32) is not None else f"{CPU}, not compiled"
+
+def _row() -> str:
+    if onednn.IS_FAST:
+        return f"{CPU}, oneDNN"
+    return CPU if library(torch.float32) is not None else f"{CPU}, not compiled"
+
+
+ROW = _row()
 """Which of them this CPU is."""
 
 

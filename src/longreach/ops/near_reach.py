@@ -25,7 +25,7 @@ def largest_excess(q: Tensor, k: Tensor, scale: float, block_m: int) -> Tensor:
     """By how much scores may exceed the LSE: the largest max_j s_ij - lse_i of each block of queries, (B, H, NQ).
 
     Scores are bounded by scale |q_i| max_j |k_j - c| with c the mean of the keys, and lse_i by the score of the key at
-    the position of the query. It is rounded up, and NaN where anything is.
+    the position of the query, Tq <= Tk. It is rounded up, and NaN where anything is.
     """
     num_heads, dtype = q.shape[1], torch.promote_types(q.dtype, torch.float32)
     q, keys = q.to(dtype), k.to(dtype)

@@ -10,9 +10,9 @@ def _class() -> Literal["AMX", "AVX-512", "AVX2"]:
     capability = torch.backends.cpu.get_cpu_capability()  # what PyTorch was told to do with, if that is less
     if not capability.startswith("AVX512"):
         return "AVX2"
-    told = os.environ.get("ONEDNN_MAX_CPU_ISA", "DEFAULT").upper()  # likewise oneDNN, which asks nobody else
-    may_use_units = told in ("DEFAULT", "ALL") or "AMX" in told
-    return "AMX" if may_use_units and torch.cpu.get_capabilities().get("amx_bf16") else "AVX-512"
+    told = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()  # likewise oneDNN, which asks nobody else
+    is_held = told.startswith("AVX") and "AMX" not in told  # what is no name of its holds it to nothing
+    return "AMX" if torch.cpu.get_capabilities().get("amx_bf16") and not is_held else "AVX-512"
 
 
 CPU = _class()

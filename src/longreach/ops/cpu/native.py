@@ -242,7 +242,7 @@ class NativeGradients(_Blocks):
 
 
 def largest_excess(q: Tensor, k: Tensor, scale: float, block_m: int) -> Tensor:
-    """`longreach.ops.near_reach.largest_excess`, in float32."""
+    """`longreach.ops.near_reach.largest_excess`, in float32; Tq <= Tk, each query having a key at its position."""
     dtype = q.dtype if q.dtype in (torch.float32, torch.bfloat16) else torch.float32
     q, k = (_in_rows(x.to(dtype).resolve_neg()) for x in (q, k))
     excess = q.new_empty(*q.shape[:2], -(-q.shape[2] // block_m), dtype=torch.float32)

@@ -1,5 +1,6 @@
 /* By how much the largest scores that queries could have exceed lower bounds of their LSE: `largest_excess` of
-   near_reach.py, each number of keys and queries read where it lies. Whatever the centre is, the bound holds. */
+   near_reach.py, each number of keys and queries read where it lies. Whatever the centre is, the bound holds. Queries are
+   no more than keys. */
 
 #include "vectors.h"
 
@@ -61,7 +62,7 @@ INLINE void of_key_head(const int is_bfloat16, const struct near *n, int64_t seq
         }
         radius = larger_of(radius, sum_of(sum));
     }
-    radius = sqrt(radius);
+    radius = sqrt(radius + dim * FLT_MIN); /* squares below that are none */
     const double wide = radius * (1 + n->of_radius), longest = radius + sqrt(sum_of(squares));
     for (int64_t head = kv_head * group; head < (kv_head + 1) * group; head++) {
         const char *const q = (const char *)n->q + (sequence * n->q_strides[SEQUENCE] + head * n->q_strides[HEAD]) * size;
@@ -76,7 +77,7 @@ INLINE void of_key_head(const int is_bfloat16, const struct near *n, int64_t seq
                     square += x * x;
                     product += x * (numbers(is_bfloat16, k + (keys - queries + r) * k_row, d, dim) - load(centre + d));
                 }
-                const double norm = sqrt(sum_of(square)) * n->scale, bound = norm * wide;
+                const double norm = sqrt(sum_of(square) + dim * FLT_MIN) * n->scale, bound = norm * wide;
                 const double lse = sum_of(product) * n->scale - norm * longest * n->of_score - n->of_lse;
                 most = larger_of(most, bound - lse + n->of_all * (bound + fabs(lse)));
             }
@@ -91,12 +92,14 @@ int64_t longreach_near(const void *call) {
     memcpy(&n, call, sizeof(n));
     float *const centre = memory_of(padded(n.k_shape[NUMBER]) * sizeof(float));
     if (!centre) return 1;
+    const unsigned before = flush_denormals();
     for (int64_t sequence = 0; sequence < n.k_shape[SEQUENCE]; sequence++)
         for (int64_t head = 0; head < n.k_shape[HEAD]; head++)
             if (n.is_bfloat16)
                 of_key_head(1, &n, sequence, head, centre);
             else
                 of_key_head(0, &n, sequence, head, centre);
+    _mm_setcsr(before);
     free(centre);
     return 0;
 }

@@ -12,8 +12,8 @@ def _is_fast() -> bool:
 
 
 IS_FAST = _is_fast()
-"""Whether they can be had where they are fast: twice as fast as MKL's on AVX-512 that MKL does not favour, AMD's. On
-AVX2, and on Intel's, the two are alike."""
+"""Whether they can be had where they are fast: twice as fast as MKL's on AVX-512 that MKL does not favour, that of AMD
+or whoever is not Intel. On AVX2, and on Intel's, the two are alike."""
 
 
 def product(a: Tensor, b: Tensor, added: Tensor | None = None) -> Tensor:

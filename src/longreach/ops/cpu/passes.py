@@ -57,8 +57,8 @@ DIFFERENTIATED = {torch.bfloat16} if CPU == "AMX" and not HAS_UNITS else set[tor
 is nothing to that of weights in bfloat16, and too much in float32 where one key outweighs all others
 (docs/attention.md, "Rounding")."""
 
-NATIVE_IS_FASTER = native.library(torch.float32) is not None
-"""Whether there is native code, which nothing else was as fast as on any class of processors."""
+NATIVE_IS_FASTER = native.library(torch.float32) is not None and not onednn.IS_FAST
+"""Whether there is native code, and nothing that is as fast: where oneDNN's products are, that was not measured."""
 
 SHARED_PAIRS = 2**20
 """Pairs of a query and a key of a head and document from which on heads are shared out among threads, at 1,024 tokens.
@@ -81,7 +81,7 @@ compute in float32 instead: on a Xeon it gains nothing at 1,024 tokens, 18% at 2
 
 BOUND_BY_PRODUCTS = 8 * 2**20 if onednn.IS_FAST else 2**20
 """That work in pairs of matrix products, which oneDNN's are done with sooner, and which lose speed where tiles are
-narrow: on AVX-512, to bound what the kernel would takes 20 to 40% more time at 1,024 tokens, up to 8% at 2,048."""
+narrow: by oneDNN's, to bound what the kernel would takes 20 to 40% more time at 1,024 tokens, up to 8% at 2,048."""
 
 BOUND_BY_UNITS = 4
 """How many times as many pairs matrix units would compute meanwhile, in bfloat16."""

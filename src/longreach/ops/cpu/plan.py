@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from longreach.ops.cpu import onednn
 from longreach.ops.lse_bound import FEW_QUERIES
 from longreach.ops.near_reach import FindExcess, near_ranges
 from longreach.ops.reach import key_ranges
@@ -57,8 +58,9 @@ BOUND_COST = 120
 BOUND_READS = 25_000
 """Work of finding any ranges of few queries at all, in keys that could be read instead: some fifty small operations."""
 
-NEAR_KEYS = 4096
-"""Keys up to which `near_ranges` does: more precise bounds take longer than they save."""
+NEAR_KEYS = 0 if onednn.IS_FAST else 4096
+"""Keys up to which `near_ranges` does: more precise bounds take longer than they save. Where oneDNN is fast that was
+not measured."""
 
 Ranges = dict[int, tuple[list[list[int]], list[list[int]]]]
 """By head, first key and one past the last that it needs, for each sequence and each block."""
