@@ -31,6 +31,8 @@ def test_class_of_processors(capability, found, kind, monkeypatch):
     ("told", "kind"),
     [
         ("AVX512_CORE", "AVX-512"),
+        ("SSE41", "AVX-512"),
+        ("no such name", "AMX"),
         ("avx512_core_bf16", "AVX-512"),
         ("AVX512_CORE_AMX", "AMX"),
         ("AVX10_1_512_AMX_FP16", "AMX"),

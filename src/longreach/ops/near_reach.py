@@ -56,17 +56,17 @@ def near_ranges(
     tolerance: float,
     block_m: int,
     block_n: int,
-    find_excess: FindExcess | None = None,
+    find_excess: FindExcess = largest_excess,
 ) -> tuple[Tensor, Tensor]:
     """Ranges like those of `key_ranges`, wider but by an eighth of the operations, where each query sees its own key.
 
     They hold what is within reach and leave it to the caller what masks hide. There is no padding, and no query
-    without a key at its position. `find_excess` is what computes `largest_excess` here, if something else does.
+    without a key at its position. `find_excess` is `largest_excess`, or what computes the same in another way.
     """
     key_length = k.shape[2]
     left, right = lowered_slopes(q, slopes)
     log_mass = log_tolerance(tolerance, left.dtype, key_length) - (0.0 if visibility.causal else math.log(2.0))
-    excess = (find_excess or largest_excess)(q, k, scale, block_m)
+    excess = find_excess(q, k, scale, block_m)
     first = torch.arange(0, q.shape[2], block_m, device=q.device)
     last = (first + (block_m - 1)).clamp(max=q.shape[2] - 1)
 

@@ -11,13 +11,13 @@ def _class() -> Literal["AMX", "AVX-512", "AVX2"]:
     if not capability.startswith("AVX512"):
         return "AVX2"
     told = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()  # likewise oneDNN, which asks nobody else
-    is_held = told.startswith("AVX") and "AMX" not in told  # what is no name of its holds it to nothing
+    is_held = told.startswith(("AVX", "SSE")) and "AMX" not in told  # what is no name of its holds it to nothing
     return "AMX" if torch.cpu.get_capabilities().get("amx_bf16") and not is_held else "AVX-512"
 
 
 CPU = _class()
 """The class of this CPU in `longreach.ops.crossovers`, by the instructions that native code computes with.
 
-On "AMX" there are matrix units, which multiply bfloat16; on the others no half type is faster than float32. What is not
-x86 counts as "AVX2", without native code.
+On "AMX" there are matrix units, which multiply bfloat16; on the others it computes in float32. What is not x86 counts
+as "AVX2", without native code.
 """

@@ -38,6 +38,7 @@ from longreach.ops.cpu.products import LOG2_E, FoundRanges, ProductGradients, Pr
 from longreach.ops.cpu.totals import Totals
 from longreach.ops.cpu.workers import Job, address_of_region, can_share_out, share_out
 from longreach.ops.lse_bound import FEW_QUERIES
+from longreach.ops.near_reach import largest_excess
 from longreach.ops.processor import CPU
 from longreach.ops.visibility import Visibility
 
@@ -151,7 +152,7 @@ def attend(
     ranges: Ranges = {}
 
     def bound() -> Ranges:
-        find_excess = native.largest_excess if means == Means.NATIVE else None
+        find_excess = native.largest_excess if means == Means.NATIVE else largest_excess
         ranges.update(bounded_ranges(q, k, slopes, seen, key_norms, scale, tolerance, worth, find_excess))
         return ranges
 

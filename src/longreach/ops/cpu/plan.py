@@ -182,7 +182,7 @@ def bounded_ranges(
     scale: float,
     tolerance: float,
     heads: slice,
-    find_excess: FindExcess | None,
+    find_excess: FindExcess,
 ) -> Ranges:
     """The keys within reach of some heads; `find_excess` as in `near_ranges`."""
     if heads.stop == heads.start:
