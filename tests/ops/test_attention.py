@@ -431,7 +431,7 @@ def test_explicit_impl_never_falls_back(qkv, monkeypatch):
     monkeypatch.setattr(module, "sdpa_attention", run_as("sdpa"))
     monkeypatch.setattr(module, "triton_attention", run_as("triton"))
     monkeypatch.setattr(module, "cpu_attention", run_as("cpu"))
-    monkeypatch.setattr(module.native, "decode", run_as("cpu"))
+    monkeypatch.setattr(module.native, "run_step", run_as("cpu"))
     monkeypatch.setattr("longreach.ops.flex.flex_alibi_attention", run_as("flex"))
     for name in IMPLEMENTATIONS:
         with pytest.raises(Ran, match=f"^{name}$"):

@@ -59,6 +59,7 @@ def use_native(monkeypatch, is_faster):
     """Compute by native code where it can, or nowhere."""
     assert native.library(torch.float32) is not None, "tiles.c is not compiled: python hatch_build.py"
     monkeypatch.setattr(passes, "NATIVE_IS_FASTER", is_faster)
+    monkeypatch.setattr(passes, "HAS_NATIVE", is_faster)
 
 
 def run_without_slopes(function, tensors, options, grads):

@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import longreach.ops.cpu.native as native
-import longreach.ops.cpu.passes as passes
 import longreach.ops.cpu.workers as workers
 from longreach import alibi_slopes
 from longreach.ops.reach import KEY_BLOCK, default_tolerance, key_block_norms
@@ -27,7 +26,6 @@ def decoded(monkeypatch):
         return decode(*arguments, **options)
 
     monkeypatch.setattr(native, "decode", watched)
-    monkeypatch.setattr(passes, "NATIVE_IS_FASTER", True)
     return calls
 
 

@@ -1,5 +1,6 @@
 """The native code for the CPU: how it is compiled, found and done without."""
 
+import ctypes
 import importlib.util
 import os
 import shutil
@@ -96,6 +97,21 @@ def test_a_library_of_another_version_is_not_used(facts, is_used, found_in, tmp_
     assert (found_in(tmp_path) is not None) == is_used
 
 
+@pytest.mark.parametrize(("major", "is_used"), [(1, True), (2, False), (None, False)])
+def test_a_pytorch_of_another_dlpack_is_not_asked(major, is_used, found_in, monkeypatch):
+    """Then nothing could describe tensors to C, and there is no native code."""
+    make = ctypes.pythonapi.PyCapsule_New
+    make.argtypes, make.restype = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p), ctypes.py_object
+    exchange = native._Exchange(major=major or 0, describe=1)
+    capsule = None if major is None else make(ctypes.addressof(exchange), b"dlpack_exchange_api", None)
+    monkeypatch.setattr(torch.Tensor, "__dlpack_c_exchange_api__", capsule)
+    native._describer.cache_clear()
+    try:
+        assert (found_in(Path(native.__file__).parent) is not None) == is_used
+    finally:
+        native._describer.cache_clear()
+
+
 def test_units_are_for_bfloat16_where_there_are_some():
     assert native.library(torch.float16) is None
     assert native.library(torch.float64) is None
@@ -112,8 +128,9 @@ from longreach import alibi_slopes, attention
 import longreach.ops.cpu.native as native, longreach.ops.cpu.onednn as onednn, longreach.ops.cpu.passes as passes
 from longreach.ops.crossovers import CROSSOVERS, ROW
 from longreach.ops.processor import CPU
-assert ROW == f"{CPU}, {'oneDNN' if onednn.IS_FAST else 'not compiled'}" and ROW in CROSSOVERS
-assert native.library(torch.float32) is None and not passes.NATIVE_IS_FASTER and not passes.HAS_UNITS
+assert ROW == f"{CPU}{', oneDNN' if onednn.IS_FAST else ''}, not compiled" and ROW in CROSSOVERS
+assert native.library(torch.float32) is None
+assert not (passes.HAS_NATIVE or passes.NATIVE_IS_FASTER or passes.HAS_UNITS)
 torch.manual_seed(0)
 q, k, v = (x.requires_grad_() for x in torch.randn(3, 1, 4, 600, 32))
 expected, actual = (attention(q, k, v, slopes=alibi_slopes(4), impl=impl) for impl in ("reference", "cpu"))

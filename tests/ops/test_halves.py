@@ -45,7 +45,7 @@ def converted(monkeypatch):
 
     monkeypatch.setattr(halves, "attend", watched)
     monkeypatch.setattr(halves, "IS_FASTER", True)
-    monkeypatch.setattr(passes, "NATIVE_IS_FASTER", False)  # which converts them by itself
+    monkeypatch.setattr(passes, "HAS_NATIVE", False)  # which converts them by itself
     return shapes
 
 

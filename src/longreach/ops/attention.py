@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from types import NoneType
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -22,7 +23,7 @@ from longreach.ops.arguments import (
 )
 from longreach.ops.cpu import native
 from longreach.ops.cpu.operators import cpu_attention
-from longreach.ops.cpu.passes import decodes
+from longreach.ops.cpu.passes import can_decode
 from longreach.ops.crossovers import CROSSOVERS, ROW, processor_of
 from longreach.ops.lse_bound import FEW_QUERIES
 from longreach.ops.reach import KEY_BLOCK, default_tolerance
@@ -33,6 +34,10 @@ from longreach.ops.triton.operators import triton_attention
 
 IMPLEMENTATIONS = ("reference", "sdpa", "cpu", "triton", "flex")
 """What `impl` may name besides "auto"."""
+
+
+STEP_TOLERANCES = tuple(default_tolerance(dtype) for dtype in native.STEP_DTYPES)
+"""The default of each, which to compute takes as long as a step's other arithmetic."""
 
 
 class Choice(NamedTuple):
@@ -252,7 +257,7 @@ def choose_impl(
     if decoding and measured.impl == "cpu" and (learns or dtype == torch.float64):
         return Choice("sdpa", "few queries in float64, or whose gradient is wanted, which was not measured")
     least = measured.least(dtype, decoding=decoding, learns=learns)
-    where = f"at such lengths on {processor} (benchmarks/results/{measured.run})"
+    where = f"at such lengths on {processor} (benchmarks/results/{measured.file(decoding=decoding)})"
     if decoding:
         slower = surely(key_length < least) or surely(key_length * cache_width < measured.least_cached(dtype))
     else:
@@ -268,49 +273,25 @@ def _plain_step(q: Any, k: Any, v: Any, slopes: Any, key_norms: Any, scale: Any,
     Where a cache is short, a step takes less time than the checks of `attention` do. They look at what is refused here,
     and they alone say what is wrong with it.
     """
-    if not type(q) is type(k) is type(v) is type(slopes) is Tensor:
+    if not type(q) is type(k) is type(v) is type(slopes) is Tensor or type(key_norms) not in (Tensor, NoneType):
         return None
     if is_watched() or may_learn(q, k, v, slopes) or not (isinstance(impl, str) and impl in ("auto", "cpu")):
         return None
-    if not (q.is_cpu and k.is_cpu and v.is_cpu and slopes.is_cpu):
+    if not can_decode() or (step := native.plain_step(q, k, v, slopes, key_norms)) is None:
         return None
-    if not (q.layout is k.layout is v.layout is slopes.layout is torch.strided):
-        return None
-    dtype, q_shape, k_shape = q.dtype, q.shape, k.shape
-    if not (dtype == k.dtype == v.dtype and slopes.dtype == torch.float32):
-        return None
-    if not (len(q_shape) == len(k_shape) == 4 and v.shape == k_shape):
-        return None
-    (batch, num_heads, query_length, head_dim), (k_batch, num_kv_heads, key_length, k_head_dim) = q_shape, k_shape
-    if not (batch == k_batch and head_dim == k_head_dim and query_length < FEW_QUERIES and decodes(q, k)):
-        return None
-    if num_heads % num_kv_heads or slopes.shape != (num_heads,):
-        return None
-    if not (key_norms is None or _are_plain_norms(key_norms, batch, num_kv_heads, key_length)):
-        return None
-    values = slopes.tolist()
-    if not (min(values) >= 0.0 and math.isfinite(sum(values))):  # the sum of what is no number is none
+    if step.query_length >= FEW_QUERIES:
         return None
     if impl == "auto":
-        measured = CROSSOVERS[ROW]
-        least = measured.least(dtype, decoding=True, learns=False)
-        if key_length < least or k.numel() < measured.least_cached(dtype):
+        measured, size = CROSSOVERS[ROW], native.STEP_DTYPES[step.dtype].itemsize
+        if step.key_length < measured.decoding[size] or step.cached < measured.cached[size]:
             return None
         if key_norms is None and not measured.unaided:
             return None
-    validate_scale(scale)
-    scale = head_dim**-0.5 if scale is None else scale
-    return native.decode(q, k, v, slopes, key_norms, scale=scale, tolerance=default_tolerance(dtype))
-
-
-def _are_plain_norms(key_norms: Any, batch: int, num_kv_heads: int, key_length: int) -> bool:
-    return (
-        type(key_norms) is Tensor
-        and key_norms.is_cpu
-        and key_norms.layout is torch.strided
-        and key_norms.dtype == torch.float32
-        and key_norms.shape == (batch, num_kv_heads, -(-key_length // KEY_BLOCK))
-    )
+    if scale is None:
+        scale = step.head_dim**-0.5
+    else:
+        validate_scale(scale)
+    return native.run_step(step, q, None, scale, STEP_TOLERANCES[step.dtype])
 
 
 def uses_key_norms(impl: str, q: Tensor, k: Tensor) -> bool:

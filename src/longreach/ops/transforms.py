@@ -5,9 +5,16 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
+from torch._C import (
+    _are_functorch_transforms_active,
+    _is_any_autocast_enabled,
+    _is_tracing,
+    _len_torch_dispatch_stack,
+)
 from torch.amp import is_autocast_available
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from longreach.ops.reference import reference_attention
 from longreach.ops.visibility import Visibility
@@ -36,7 +43,7 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 
 def autocasts(device: torch.device) -> bool:
     """Whether torch.autocast is at work on such devices."""
-    if not torch._C._is_any_autocast_enabled():
+    if not _is_any_autocast_enabled():
         return False
     return is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)  # "meta", for one, has none
 
@@ -44,20 +51,20 @@ def autocasts(device: torch.device) -> bool:
 def is_watched() -> bool:
     """Whether a compiler, a tracer, a counter, autocast, torch.func or forward mode looks at every operator."""
     return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._is_any_autocast_enabled()
-        or torch._C._are_functorch_transforms_active()
+        is_dynamo_compiling()
+        or _is_tracing()
+        or _len_torch_dispatch_stack() > 0
+        or _is_any_autocast_enabled()
+        or _are_functorch_transforms_active()
         or forward_ad._current_level >= 0
     )
 
 
 def may_learn(*tensors: Tensor | None) -> bool:
     """Whether a gradient may be wanted of any: wrappers of torch.func hide it; torch.compile sees through them."""
-    if not torch.is_grad_enabled():
+    if not is_grad_enabled():
         return False
-    transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    transformed = not is_compiling() and _are_functorch_transforms_active()
     return transformed or any(x is not None and x.requires_grad for x in tensors)
 
 
@@ -151,6 +158,6 @@ def differentiable(operator: Any, backward_operator: Any, lse_unit: float = 1.0)
 
     def call(*arguments: Any) -> tuple[Tensor, ...]:
         # torch.compile takes the operator for what it is, and torch.func needs a Function with a setup_context.
-        return (operator if torch.compiler.is_compiling() else Attention.apply)(*arguments)
+        return (operator if is_compiling() else Attention.apply)(*arguments)
 
     return call

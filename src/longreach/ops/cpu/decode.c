@@ -4,28 +4,9 @@
    largest norm among them and m the slope. Where that is no more than the tolerance times what was summed before, they
    are not read. Keys and values of half types are read as they are and computed in float32. */
 
-#include "vectors.h"
+#include "step.h"
 
-enum { KEYS = 64 }; /* keys that share a bound of their norms, and are at hand at a time */
 enum { PAIR = 2 * LANES }; /* numbers of a row that are read at a time; the last pair holds the last PAIR of a row */
-enum { FLOAT32, BFLOAT16, FLOAT16 };
-
-/* Everything of a call. Strides are in numbers, those of a row beside each other. */
-struct step {
-    const void *q, *k, *v;
-    void *out;             /* (B, H, Tq, D), dense, in the dtype of q */
-    float *lse;            /* (B, H, Tq), dense; NULL where it is not wanted */
-    const float *slopes;   /* (H,) or (B, H), dense */
-    const float *norms;    /* (B, Hkv, Tk / KEYS), upper bounds, dense; NULL: read all keys */
-    const uint8_t *hidden; /* (B, Tk), not 0 where a key is padding, dense; NULL without such */
-    int64_t q_shape[4], q_strides[4], k_shape[4], k_strides[4], v_strides[4];
-    int64_t slopes_sequence; /* how far the slopes of sequences are apart */
-    int64_t dtype;
-    int64_t window; /* how many keys back a query sees, itself included */
-    double scale, tolerance;
-};
-
-int64_t longreach_size_of_step(void) { return sizeof(struct step); }
 
 INLINE int64_t size_of(const int64_t dtype) { return dtype == FLOAT32 ? 4 : 2; }
 
@@ -127,7 +108,13 @@ struct keys {
     int64_t k_row, v_row;
 };
 
-/* The products of a query with LANES keys from number j on; beyond the last that one is taken again. */
+/* Have a pair of numbers brought near before it is read; there may be none. */
+INLINE void fetch_pair(const int64_t dtype, const char *at) {
+    for (int64_t i = 0; i < PAIR * size_of(dtype); i += 64) _mm_prefetch(at + i, _MM_HINT_T0);
+}
+
+/* The products of a query with LANES keys from number j on; beyond the last that one is taken again. Their values, which
+   are read next, are fetched meanwhile. */
 INLINE vec products(const int64_t dtype, const float *q, const struct keys *near, int64_t j) {
     const int64_t left = near->count - 1 - j;
     vec sums[LANES];
@@ -135,28 +122,34 @@ INLINE vec products(const int64_t dtype, const float *q, const struct keys *near
     for (int l = 0; l < LANES; l++) sums[l] = (vec){0};
     for (int64_t d = 0; d < near->dim; d += PAIR) {
         const struct pair x = {load(q + d), load(q + d + LANES)};
-        const char *at = near->k + j * near->k_row + smaller(d, near->dim - PAIR) * size_of(dtype);
+        const int64_t first = smaller(d, near->dim - PAIR) * size_of(dtype);
+        const char *at = near->k + j * near->k_row + first, *next = near->v + j * near->v_row + first;
 #pragma GCC unroll 16
         for (int l = 0; l < LANES; l++) {
             const struct pair y = read_pair(dtype, at);
             sums[l] += x.a * y.a;
             sums[l] += x.b * y.b;
             at += l < left ? near->k_row : 0;
+            fetch_pair(dtype, next);
+            next += l < left ? near->v_row : 0;
         }
     }
     return sums_of(sums);
 }
 
-/* Add values, each times its weight, to some pairs of sums that are times a factor. Hidden ones are not read. */
+/* Add values, each times its weight, to some pairs of sums that are times a factor. Hidden ones are not read. The keys
+   before these, which are read next, are fetched meanwhile. */
 INLINE void mix(const int64_t dtype, const int pairs, const struct keys *near, int64_t d, const float *weights,
                 float factor, float *sums) {
     vec mixed[8]; /* few terms a sum, so that it is rounded the less */
     for (int i = 0; i < 2 * pairs; i++) mixed[i] = (vec){0};
     for (int64_t j = 0; j < near->count; j++) {
         if (weights[j] == 0.0f) continue;
-        const char *const at = near->v + j * near->v_row + smaller(d, near->dim - pairs * PAIR) * size_of(dtype);
+        const int64_t first = smaller(d, near->dim - pairs * PAIR) * size_of(dtype);
+        const char *const at = near->v + j * near->v_row + first, *const next = near->k + (j - KEYS) * near->k_row + first;
         for (int i = 0; i < pairs; i++) {
             const struct pair x = read_pair(dtype, at + i * PAIR * size_of(dtype));
+            fetch_pair(dtype, next + i * PAIR * size_of(dtype));
             mixed[2 * i] += all(weights[j]) * x.a;
             mixed[2 * i + 1] += all(weights[j]) * x.b;
         }
@@ -211,41 +204,38 @@ INLINE void copy_as_pairs(int64_t dim, int64_t size, const char *x, char *to) {
     memcpy(to + (whole_pairs(dim) - rest) * size, x + last * size, rest * size);
 }
 
-INLINE int64_t blocks_of(const struct step *s) { return (s->k_shape[TOKEN] + KEYS - 1) / KEYS; }
-
 /* Query heads read the key heads in order, as many each: how many queries read one. */
-INLINE int64_t rows_of(const struct step *s) { return s->q_shape[HEAD] / s->k_shape[HEAD] * s->q_shape[TOKEN]; }
+INLINE int64_t rows_of(const struct step *s) { return s->q.shape[HEAD] / s->k.shape[HEAD] * s->q.shape[TOKEN]; }
 
-INLINE int64_t offset(const int64_t *strides, int64_t sequence, int64_t head, int64_t row) {
-    return sequence * strides[SEQUENCE] + head * strides[HEAD] + row * strides[TOKEN];
+INLINE const char *row_of(const struct rows *x, int64_t size, int64_t sequence, int64_t head, int64_t row) {
+    return x->data + (sequence * x->strides[SEQUENCE] + head * x->strides[HEAD] + row * x->strides[TOKEN]) * size;
 }
 
 /* Some of the queries that read one key head of one sequence, from number `from` on. */
 INLINE void decode_rows(const int64_t dtype, const struct step *s, int64_t sequence, int64_t kv_head, int64_t from,
                         int64_t count, void *memory) {
-    const int64_t dim = s->q_shape[NUMBER], width = whole_pairs(dim), size = size_of(dtype);
+    const int64_t dim = s->q.shape[NUMBER], width = whole_pairs(dim), size = size_of(dtype);
     const int64_t last = width - PAIR, rest = dim - last; /* where the last pair begins, and what is new in it */
-    const int64_t query_length = s->q_shape[TOKEN], key_length = s->k_shape[TOKEN], blocks = blocks_of(s);
-    const int64_t kv_heads = s->k_shape[HEAD], first_head = kv_head * (s->q_shape[HEAD] / kv_heads);
-    const int64_t k_row = s->k_strides[TOKEN] * size, v_row = s->v_strides[TOKEN] * size;
+    const int64_t query_length = s->q.shape[TOKEN], key_length = s->k.shape[TOKEN], blocks = blocks_of(s);
+    const int64_t kv_heads = s->k.shape[HEAD], first_head = kv_head * (s->q.shape[HEAD] / kv_heads);
+    const int64_t k_row = s->k.strides[TOKEN] * size, v_row = s->v.strides[TOKEN] * size;
     struct row *const rows = memory;
     float *const q = (float *)(rows + count), *const sums = q + count * width;
     float *const longest = sums + count * width; /* of a block and those before */
     char *const copies = (char *)(longest + blocks);
-    const char *const k = (const char *)s->k + offset(s->k_strides, sequence, kv_head, 0) * size;
-    const char *const v = (const char *)s->v + offset(s->v_strides, sequence, kv_head, 0) * size;
+    const char *const k = row_of(&s->k, size, sequence, kv_head, 0), *const v = row_of(&s->v, size, sequence, kv_head, 0);
     const uint8_t *const hidden = s->hidden ? s->hidden + sequence * key_length : NULL;
+    const int64_t *const of_norms = s->norms_strides;
     for (int64_t i = 0; s->norms && i < blocks; i++) {
-        const float norm = s->norms[(sequence * kv_heads + kv_head) * blocks + i];
+        const float norm = s->norms[sequence * of_norms[0] + kv_head * of_norms[1] + i * of_norms[2]];
         const int is_less = i && (norm <= longest[i - 1] || longest[i - 1] != longest[i - 1]); /* NaN stays */
         longest[i] = is_less ? longest[i - 1] : norm;
     }
     for (int64_t n = 0; n < count; n++) {
         const int64_t head = first_head + (from + n) / query_length, t = (from + n) % query_length;
-        const char *const at = (const char *)s->q + offset(s->q_strides, sequence, head, t) * size;
         const float slope = (float)(s->slopes[sequence * s->slopes_sequence + head] * M_LOG2E);
         float *const own = q + n * width, *const own_sums = sums + n * width; /* whose place its numbers take first */
-        copy_as_pairs(dim, size, at, (char *)own_sums);
+        copy_as_pairs(dim, size, row_of(&s->q, size, sequence, head, t), (char *)own_sums);
         vec squares = {0};
         for (int64_t d = 0; d < width; d += PAIR) {
             const struct pair x = read_pair(dtype, (char *)own_sums + d * size);
@@ -282,7 +272,7 @@ INLINE void decode_rows(const int64_t dtype, const struct step *s, int64_t seque
             if (!rows[n].done) add_keys(dtype, s, rows + n, q + n * width, &near, hidden, sums + n * width);
     }
     for (int64_t n = 0; n < count; n++) {
-        const int64_t at = (sequence * s->q_shape[HEAD] + first_head) * query_length + from + n;
+        const int64_t at = (sequence * s->q.shape[HEAD] + first_head) * query_length + from + n;
         const float total = rows[n].total;
         float *const own = sums + n * width; /* whose place the output takes before it is copied */
         for (int64_t d = 0; d < width; d += PAIR) {
@@ -290,7 +280,7 @@ INLINE void decode_rows(const int64_t dtype, const struct step *s, int64_t seque
             const struct pair x = {load(own + d) / by, load(own + d + LANES) / by};
             write_pair(dtype, (char *)own + d * size, x);
         }
-        char *const out = (char *)s->out + at * dim * size;
+        char *const out = s->out + at * dim * size;
         memcpy(out, own, last * size);
         memcpy(out + last * size, (char *)own + (width - rest) * size, rest * size);
         if (s->lse) s->lse[at] = total == 0.0f ? -INFINITY : (float)((rows[n].peak + log2((double)total)) * M_LN2);
@@ -308,7 +298,7 @@ struct shared_step {
 static void decode_some(void *at) {
     struct shared_step *const shared = at;
     const struct step *const s = &shared->step;
-    const int64_t dim = s->q_shape[NUMBER], rows = rows_of(s), kv_heads = s->k_shape[HEAD];
+    const int64_t dim = s->q.shape[NUMBER], rows = rows_of(s), kv_heads = s->k.shape[HEAD];
     const int64_t most = (rows + shared->parts - 1) / shared->parts, copied = dim < PAIR ? 2 * KEYS * PAIR : 0;
     const int64_t numbers = 2 * most * whole_pairs(dim) + blocks_of(s) + copied;
     void *const memory = memory_of(most * sizeof(struct row) + numbers * sizeof(float));
@@ -319,7 +309,7 @@ static void decode_some(void *at) {
     const unsigned before = flush_denormals();
     for (;;) {
         const int64_t taken = __atomic_fetch_add(&shared->next, 1, __ATOMIC_RELAXED);
-        const int64_t i = s->k_shape[SEQUENCE] * kv_heads * shared->parts - 1 - taken;
+        const int64_t i = s->k.shape[SEQUENCE] * kv_heads * shared->parts - 1 - taken;
         if (i < 0) break;
         const int64_t sequence = i / shared->parts / kv_heads, kv_head = i / shared->parts % kv_heads;
         const int64_t from = i % shared->parts * most, count = smaller(rows - from, most);
@@ -332,12 +322,19 @@ static void decode_some(void *at) {
     free(memory);
 }
 
-/* Write output and LSE, by so many threads of a region of OpenMP; 0, or 1 where there is no memory for that. */
-int64_t longreach_decode(const void *step, void region(void (*)(void *), void *, unsigned, unsigned), int64_t threads) {
-    struct shared_step shared = {.next = 0};
-    memcpy(&shared.step, step, sizeof(shared.step));
-    const int64_t heads = shared.step.k_shape[SEQUENCE] * shared.step.k_shape[HEAD];
-    shared.parts = smaller((threads + heads - 1) / heads, rows_of(&shared.step));
+/* Write output and LSE of what was read, by no more than so many threads of a region of OpenMP; 0, or 1 where there is
+   no memory for that. */
+int64_t longreach_decode(const struct step *given, void *out, int64_t window, double scale, double tolerance,
+                         void region(void (*)(void *), void *, unsigned, unsigned), int64_t threads) {
+    struct shared_step shared = {.step = *given};
+    struct step *const s = &shared.step;
+    s->out = out;
+    s->window = window;
+    s->scale = scale;
+    s->tolerance = tolerance * (1 - 0x1p-8); /* less what the bound itself is rounded by */
+    const int64_t heads = s->k.shape[SEQUENCE] * s->k.shape[HEAD];
+    threads = smaller(threads, heads * rows_of(s));
+    shared.parts = smaller((threads + heads - 1) / heads, rows_of(s));
     if (threads > 1)
         region(decode_some, &shared, (unsigned)threads, 0);
     else

@@ -8,7 +8,7 @@ many blocks of queries while Python's lock is free. Output, LSE and gradients ob
 
 import ctypes
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -51,13 +51,21 @@ class _Block(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_int64) for name in ["row", "rows", "low", "high", "needed_low", "needed_high"])
 
 
-_STEP = struct.Struct("8P23q2d")
-"""`struct step` of decode.c: packed, it takes a third of the time of ctypes."""
-
 _NEAR = struct.Struct("3P18q5d")
-"""Likewise `struct near` of near.c."""
+"""`struct near` of near.c: packed, it takes a third of the time of ctypes."""
 
-_SIZES = {"size_of_head": ctypes.sizeof(_Head), "size_of_step": _STEP.size, "size_of_near": _NEAR.size}
+
+class _Step(ctypes.Structure):
+    """`struct step` of step.h, most of which C alone reads and writes."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("dtype", "query_length", "key_length", "head_dim", "cached")),
+        ("others", ctypes.c_int64 * 39),
+    )
+
+
+_SIZES = {name: ctypes.sizeof(x) for name, x in (("size_of_head", _Head), ("size_of_step", _Step))}
+_SIZES["size_of_near"] = _NEAR.size
 
 _FACTS = {
     torch.float32: {**_SIZES, "most_rows": BLOCK_M},
@@ -66,11 +74,33 @@ _FACTS = {
 """What a library for a dtype says of itself unless it was compiled from another version's source."""
 
 
+class _Exchange(ctypes.Structure):
+    """DLPackExchangeAPI of DLPack 1, functions of PyTorch: the last but one describes a tensor to C."""
+
+    _fields_ = (
+        *(("major", ctypes.c_uint32), ("minor", ctypes.c_uint32), ("older", ctypes.c_void_p)),
+        *((name, ctypes.c_void_p) for name in ("allocate", "export", "take_in", "describe", "stream")),
+    )
+
+
+@cache
+def _describer() -> int | None:
+    """Where that function is; None without one."""
+    capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    if capsule is None:
+        return None
+    pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
+    pointer_of.argtypes, pointer_of.restype = (ctypes.py_object, ctypes.c_char_p), ctypes.c_void_p
+    exchange = _Exchange.from_address(pointer_of(capsule, b"dlpack_exchange_api"))
+    described: int | None = exchange.describe if exchange.major == 1 else None
+    return described
+
+
 @cache
 def library(dtype: torch.dtype) -> ctypes.CDLL | None:
     """What was compiled to compute in float32 by this processor's vectors, in bfloat16 by its units; None for none."""
     name = f"tiles-{torch.backends.cpu.get_cpu_capability().lower()}" if dtype == torch.float32 else "units-amx"
-    if dtype not in _FACTS or (dtype == torch.bfloat16 and CPU != "AMX"):
+    if dtype not in _FACTS or (dtype == torch.bfloat16 and CPU != "AMX") or _describer() is None:
         return None
     try:
         found = ctypes.CDLL(str(Path(__file__).with_name(f"{name}.so")))
@@ -84,9 +114,10 @@ def library(dtype: torch.dtype) -> ctypes.CDLL | None:
     for function in (found.longreach_attend, found.longreach_differentiate):
         function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64), ctypes.c_int64
     if dtype == torch.float32:
-        decode, near = found.longreach_decode, found.longreach_near
-        decode.argtypes, decode.restype = (ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int64), ctypes.c_int64
-        near.argtypes, near.restype = (ctypes.c_char_p,), ctypes.c_int64
+        decode, near, number, pointer = found.longreach_decode, found.longreach_near, ctypes.c_int64, ctypes.c_void_p
+        of_decode = (ctypes.POINTER(_Step), pointer, number, ctypes.c_double, ctypes.c_double, pointer, number)
+        decode.argtypes, decode.restype = of_decode, number
+        near.argtypes, near.restype = (ctypes.c_char_p,), number
     return found
 
 
@@ -262,11 +293,55 @@ def _compiled() -> ctypes.CDLL:
     return found
 
 
-STEP_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""Dtype of q, k and v -> what decode.c calls it."""
+@cache
+def _reader() -> Callable[..., int]:
+    """`longreach_read_step`, with what describes tensors to it.
+
+    Python's lock is held while it is called, as who looks at objects of Python has to.
+    """
+    read = ctypes.PyDLL(_compiled()._name).longreach_read_step
+    read.argtypes, read.restype = (ctypes.c_void_p, ctypes.POINTER(_Step), *(ctypes.c_void_p,) * 7), ctypes.c_int64
+    return partial(read, _describer())
+
+
+STEP_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes of q, k and v in a decoding step."""
 
 SHARED_NUMBERS = 2**18
 """Numbers of keys from which on their heads are shared out among threads for few queries."""
+
+_READABLE, _PLAIN = 1, 2
+"""What `longreach_read_step` says of tensors that it has read."""
+
+
+def plain_step(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, key_norms: Tensor | None) -> Any:
+    """What `run_step` takes, where tensors of whatever kind are those of a step as they are; else None.
+
+    Args:
+        q: (B, H, Tq, D) in one of STEP_DTYPES, its last stride 1; on the CPU, not empty, as all of them.
+        k: (B, Hkv, Tk, D), likewise.
+        v: (B, Hkv, Tk, D), likewise.
+        slopes: (H,) in float32, dense, finite and not negative.
+        key_norms: (B, Hkv, ceil(Tk / KEY_BLOCK)) in float32.
+    """
+    if q.is_neg() or k.is_neg() or v.is_neg() or slopes.is_neg() or (key_norms is not None and key_norms.is_neg()):
+        return None
+    step, norms = _Step(), None if key_norms is None else id(key_norms)
+    try:
+        read = _reader()(step, id(q), id(k), id(v), id(slopes), norms, None, None)
+    except RuntimeError:  # one lies on no device, or has another layout
+        return None
+    return step if read == _PLAIN else None
+
+
+def run_step(step: Any, q: Tensor, window_size: int | None, scale: float, tolerance: float) -> Tensor:
+    """The output of a step that was read, of which this is q; the rest as for `decode`."""
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    threads = torch.get_num_threads() if step.cached >= SHARED_NUMBERS else 1
+    window = step.key_length if window_size is None else window_size
+    if _compiled().longreach_decode(step, out.data_ptr(), window, scale, tolerance, address_of_region(), threads):
+        raise MemoryError("no memory for a decoding step")
+    return out
 
 
 def decode(
@@ -301,22 +376,13 @@ def decode(
         lse: (B, H, Tq) float32 and dense, which the LSE is written to; None where it is not wanted.
     """
     q, k, v = _in_rows(q.resolve_neg()), _in_rows(k.resolve_neg()), _in_rows(v.resolve_neg())
-    q_shape, k_shape = q.shape, k.shape
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
     slopes = _dense(slopes)
     norms = None if key_norms is None else _dense(key_norms)
     hidden = None if key_padding_mask is None else key_padding_mask.contiguous()
-    step = _STEP.pack(  # in the order of its fields
-        *(q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), 0 if lse is None else lse.data_ptr()),
-        *(slopes.data_ptr(), 0 if norms is None else norms.data_ptr(), 0 if hidden is None else hidden.data_ptr()),
-        *(*q_shape, *q.stride(), *k_shape, *k.stride(), *v.stride()),
-        *(q_shape[1] if slopes.dim() == 2 else 0, STEP_DTYPES[q.dtype], window_size or k_shape[2]),
-        *(scale, tolerance * (1 - 2**-8)),  # less what the bound itself is rounded by
-    )
-    threads = min(torch.get_num_threads(), q_shape[0] * q_shape[1]) if k.numel() >= SHARED_NUMBERS else 1
-    if _compiled().longreach_decode(step, address_of_region(), threads):
-        raise MemoryError("no memory for a decoding step")
-    return out
+    step = _Step()
+    read = _reader()(step, *(None if x is None else id(x) for x in (q, k, v, slopes, norms, hidden, lse)))
+    assert read in (_READABLE, _PLAIN), "these are not tensors of one step"
+    return run_step(step, q, window_size, scale, tolerance)
 
 
 def _dense(x: Tensor) -> Tensor:

@@ -58,8 +58,11 @@ DIFFERENTIATED = {torch.bfloat16} if CPU == "AMX" and not HAS_UNITS else set[tor
 is nothing to that of weights in bfloat16, and too much in float32 where one key outweighs all others
 (docs/attention.md, "Rounding")."""
 
-NATIVE_IS_FASTER = native.library(torch.float32) is not None and not onednn.IS_FAST
-"""Whether there is native code, and nothing that is as fast: where oneDNN's products are, that was not measured."""
+HAS_NATIVE = native.library(torch.float32) is not None
+"""Whether there is native code, which decodes faster than all else."""
+
+NATIVE_IS_FASTER = HAS_NATIVE and not onednn.IS_FAST
+"""Whether nothing computes tiles as fast as it does: where oneDNN's products are fast, that was not measured."""
 
 SHARED_PAIRS = 2**20
 """Pairs of a query and a key of a head and document from which on heads are shared out among threads, at 1,024 tokens.
@@ -242,9 +245,12 @@ def differentiate(
 
 def decodes(q: Tensor, k: Tensor) -> bool:
     """Whether `native.decode` serves for few queries, of which none sees keys after it, and is faster than all else."""
-    if not NATIVE_IS_FASTER or q.dtype not in native.STEP_DTYPES or not (q.numel() and k.numel()):
-        return False
-    return address_of_region() is not None or torch.get_num_threads() == 1
+    return can_decode() and q.dtype in native.STEP_DTYPES and q.numel() > 0 and k.numel() > 0
+
+
+def can_decode() -> bool:
+    """Whether it does for tensors that it takes."""
+    return HAS_NATIVE and (address_of_region() is not None or torch.get_num_threads() == 1)
 
 
 def _means(q: Tensor, k: Tensor, visibility: HostVisibility, learns: bool) -> Means:

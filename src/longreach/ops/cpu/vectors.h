@@ -1,7 +1,8 @@
 /* Vectors of floats, of the width that the compiler was told, and what else all of the C of attention has in common.
 
    Weights are powers of 2 of scores that hold log2 e, relative to the largest score of their row (docs/attention.md,
-   "Rounding"). Nothing here knows of Python, PyTorch or threads: native.py says what the arguments are. */
+   "Rounding"). Nothing here knows of PyTorch or its threads: native.py says what the arguments are, and where step.h asks
+   for objects of Python, what describes them. */
 
 #include <float.h>
 #include <immintrin.h>
