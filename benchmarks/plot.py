@@ -160,7 +160,8 @@ def beside_peers(record: Record) -> str:
     """A cell of that table."""
     ours = next(figure["seconds"] for figure in record["figures"] if figure["contender"] == OURS)
     peers = [figure["seconds"] for figure in record["figures"] if is_dense_peer(figure["contender"])]
-    return f"{ours * 1e3:,.1f} ms" + (f", {min(peers) / ours:.2f}" if peers else "")
+    places = 1 if ours >= 1e-3 else 2
+    return f"{ours * 1e3:,.{places}f} ms" + (f", {min(peers) / ours:.2f}" if peers else "")
 
 
 def named(workload: Record) -> str:
