@@ -195,7 +195,8 @@ def attention(
             if bias is not None or dropout_p:
                 name = "bias" if bias is not None else f"dropout_p={dropout_p}"
                 raise ValueError(f'{name} with impl="{impl}", which has neither: use impl="sdpa" or "auto"')
-            arguments |= {"return_lse": return_lse} if impl == "flex" else {"key_norms": key_norms}
+            arguments |= {"return_lse": return_lse} if impl != "triton" else {}
+            arguments |= {"key_norms": key_norms} if impl != "flex" else {}
             out, lse = _reaching(impl, q)(q, k, v, visibility, **arguments, tolerance=tolerance)
     return (out, lse) if return_lse else out  # type: ignore[return-value]  # an LSE that is wanted is there
 
@@ -275,11 +276,11 @@ def _plain_step(q: Any, k: Any, v: Any, slopes: Any, key_norms: Any, scale: Any,
     """
     if not type(q) is type(k) is type(v) is type(slopes) is Tensor or type(key_norms) not in (Tensor, NoneType):
         return None
-    if is_watched() or may_learn(q, k, v, slopes) or not (isinstance(impl, str) and impl in ("auto", "cpu")):
+    if is_watched() or q.dim() != 4 or q.size(2) >= FEW_QUERIES:  # sizes of what is traced are not to be asked for
+        return None
+    if may_learn(q, k, v, slopes) or not (isinstance(impl, str) and impl in ("auto", "cpu")):
         return None
     if not can_decode() or (step := native.plain_step(q, k, v, slopes, key_norms)) is None:
-        return None
-    if step.query_length >= FEW_QUERIES:
         return None
     if impl == "auto":
         measured, size = CROSSOVERS[ROW], native.STEP_DTYPES[step.dtype].itemsize

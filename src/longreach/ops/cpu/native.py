@@ -59,7 +59,7 @@ class _Step(ctypes.Structure):
     """`struct step` of step.h, most of which C alone reads and writes."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("dtype", "query_length", "key_length", "head_dim", "cached")),
+        *((name, ctypes.c_int64) for name in ("dtype", "key_length", "head_dim", "cached")),
         ("others", ctypes.c_int64 * 39),
     )
 

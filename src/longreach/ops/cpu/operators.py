@@ -8,10 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longreach.ops.cpu import native
-from longreach.ops.cpu.passes import Attended, attend, decodes, differentiate
+from longreach.ops.cpu.passes import Kept, attend, differentiate
 from longreach.ops.cpu.plan import BLOCK_M
-from longreach.ops.lse_bound import FEW_QUERIES
 from longreach.ops.reach import default_tolerance
 from longreach.ops.transforms import differentiable, is_watched, may_learn, without_autocast
 from longreach.ops.visibility import Visibility
@@ -27,8 +25,9 @@ def cpu_attention(
     scale: float | None = None,
     tolerance: float | None = None,
     key_norms: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Output and LSE of `longreach.attention`, which documents and validates the arguments, by `passes`.
+    return_lse: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Output and, where wanted, LSE of `longreach.attention`, which documents and validates the arguments, by `passes`.
 
     Differentiable in q, k, v and the slopes. Reads only the keys that `longreach.reach` says each block of queries
     needs, so that time grows linearly with length once length passes the reach. Padding at the ends costs nothing,
@@ -40,17 +39,10 @@ def cpu_attention(
     learns = may_learn(q, k, v, left, right)
     masks = (visibility.key_padding_mask, visibility.cu_seqlens)
     bounds = (scale, visibility.causal, visibility.window_size, tolerance)
-    if (
-        not (learns or is_watched())
-        and type(q) is type(k) is type(v) is Tensor
-        and visibility.query_length < FEW_QUERIES
-        and visibility.are_last
-        and decodes(q, k)
-    ):  # To call an operator takes as long as a decoding step.
-        lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-        options: dict[str, Any] = {"window_size": visibility.window_size, "key_padding_mask": masks[0]}
-        options |= {"scale": scale, "tolerance": tolerance, "lse": lse}
-        return native.decode(q, k, v, _slopes(q, left, right)[0], key_norms, **options), lse
+    if not (learns or is_watched()) and type(q) is type(k) is type(v) is Tensor:
+        # To call an operator takes as long as several decoding steps.
+        options: dict[str, Any] = {"scale": scale, "tolerance": tolerance, "learns": False, "return_lse": return_lse}
+        return attend(q, k, v, _slopes(q, left, right), visibility, key_norms, **options)[:2]
     function = _attend if learns else _forward
     out, lse, *_ = function(q, k, v, left, right, *masks, *bounds, key_norms, learns)
     return out, lse
@@ -73,8 +65,13 @@ def _forward(
     learns: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     visibility = Visibility(q.shape[2], k.shape[2], causal, window_size, key_padding_mask, cu_seqlens)
-    options: dict[str, Any] = {"scale": scale, "tolerance": tolerance, "learns": learns}
-    return attend(q, k, v, _slopes(q, left, right), visibility, key_norms, **options)
+    options: dict[str, Any] = {"scale": scale, "tolerance": tolerance, "learns": learns, "return_lse": True}
+    out, lse, kept = attend(q, k, v, _slopes(q, left, right), visibility, key_norms, **options)
+    assert lse is not None, "it was asked for"
+    if kept is None:
+        empty, no_blocks = lse.new_empty(0), q.new_empty(0, dtype=torch.int32)
+        return out, lse, empty, empty.clone(), no_blocks, no_blocks.clone(), q.new_zeros((), dtype=torch.int8)
+    return out, lse, *kept
 
 
 @_forward.register_fake
@@ -113,7 +110,7 @@ def _backward(
     slopes_learn: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     visibility = Visibility(q.shape[2], k.shape[2], causal, window_size, key_padding_mask, cu_seqlens)
-    attended = Attended(out, lse, peak, total, low, high, means)
+    attended = out, lse, Kept(peak, total, low, high, means)
     inputs = q, k, v, _slopes(q, left, right)
     with without_autocast(q.device):  # in force where the backward pass is called, unlike the forward pass
         gradients = differentiate(

@@ -103,24 +103,20 @@ class Means(IntEnum):
     NATIVE = 2
 
 
-class Attended(NamedTuple):
-    """What the forward pass returns, and leaves to the backward pass."""
+class Kept(NamedTuple):
+    """What the forward pass leaves to the backward pass, beside output and LSE."""
 
-    out: Tensor
-    """(B, H, Tq, D) in the dtype of q."""
-    lse: Tensor
-    """(B, H, Tq) float32, or float64 where q is."""
     peak: Tensor
-    """Likewise: the score by base 2 that the weights of a row are relative to, its largest one or, by the kernel, the
-    LSE; inf for rows that see no key; empty where no gradient is wanted."""
+    """(B, H, Tq) in the dtype of the LSE: the score by base 2 that the weights of a row are relative to, its largest
+    one or, by the kernel, the LSE; inf for rows that see no key."""
     total: Tensor
     """Likewise: the sum of weights relative to that, 0 for rows that see no key."""
     low: Tensor
-    """(B, H, ceil(Tq / BLOCK_M)) int32: the first key that the backward pass needs; empty likewise."""
+    """(B, H, ceil(Tq / BLOCK_M)) int32: the first key that the backward pass needs."""
     high: Tensor
     """Likewise: one past the last."""
     means: Tensor
-    """() int8: the `Means` that computed it, and that will differentiate it if a gradient was wanted."""
+    """() int8: the `Means` that computed it, and that will differentiate it."""
 
 
 def attend(
@@ -134,18 +130,22 @@ def attend(
     scale: float,
     tolerance: float,
     learns: bool,
-) -> Attended:
-    """The forward pass, arguments as in `longreach.attention`; `learns` is whether a backward pass may come."""
-    lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None, Kept | None]:
+    """The forward pass, arguments as in `longreach.attention`: output, LSE, and what a backward pass needs.
+
+    `learns` is whether one may come. The LSE (B, H, Tq) is float32, or float64 where q is; None if nobody asked for it.
+    """
     seen = HostVisibility.read(visibility)
     few = seen.query_length < FEW_QUERIES
     means = _means(q, k, seen, learns)
-    said = torch.tensor(means, dtype=torch.int8)
-    nothing = lse.new_empty(0), lse.new_empty(0), *(q.new_empty(0, dtype=torch.int32) for _ in range(2)), said
+    lse = None
+    if return_lse or learns or means == Means.KERNEL:
+        lse = q.new_empty(q.shape[:3], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
     if means == Means.NATIVE and few and not learns:
         hidden: dict[str, Any] = {"window_size": seen.window_size, "key_padding_mask": seen.key_padding_mask}
         out = native.decode(q, k, v, slopes[0], key_norms, **hidden, scale=scale, tolerance=tolerance, lse=lse)
-        return Attended(out, lse, *nothing)
+        return out, lse, None
     keep_memory_of_tiles()
     # Results lie in memory as inputs do, so that what a model's projections made need not be put in order again.
     out = torch.empty_like(q)
@@ -162,12 +162,14 @@ def attend(
     readable = _readable(q, k, v, seen)
     if seen.may_hide_all_keys:
         out.zero_()
-        lse.fill_(float("-inf"))
     if means == Means.KERNEL:
+        assert lse is not None, "it has none of its own"
+        if seen.may_hide_all_keys:
+            lse.fill_(float("-inf"))
         kernel = (FewQueries if few else ManyQueries)(*readable, *slopes, out, lse, scale, seen)
         cost = reading_cost if few else kernel_cost
         _compute(kernel.attend, q, k, seen, worth, bound, cost, shared_pairs=SHARED_PAIRS)
-        return Attended(out, lse, *(*_weighed_by_lse(lse, ranges, seen), said) if learns else nothing)
+        return out, lse, Kept(*_weighed_by_lse(lse, ranges, seen), _said(means)) if learns else None
     if means == Means.NATIVE:
         limit = ends_to_leave_out(tolerance, seen) if learns else -1.0
         native_tiles = NativeForward(*readable, *slopes, scale, seen, out, limit)
@@ -175,7 +177,8 @@ def attend(
         out.copy_(native_tiles.out)
         peak, total, needed = native_tiles.peak, native_tiles.total, native_tiles.needed
     else:
-        peak, total = torch.full_like(lse, float("inf")), torch.zeros_like(lse)
+        peak = q.new_full(q.shape[:3], float("inf"), dtype=torch.promote_types(q.dtype, torch.float32))
+        total = torch.zeros_like(peak)
         products = Products(*readable, *slopes, scale, seen)
         found = FoundRanges(q, seen, tolerance)
 
@@ -185,9 +188,14 @@ def attend(
 
         _compute(compute, q, k, seen, worth, bound, product_cost, shared_pairs=SHARED_PAIRS)
         needed = found.by_block
-    finite = peak.masked_fill(total == 0, 0.0) if seen.may_hide_all_keys else peak
-    torch.log2(total, out=lse).add_(finite).mul_(1 / LOG2_E)
-    return Attended(out, lse, *((peak, total, *needed(), said) if learns else nothing))
+    if lse is not None:
+        finite = peak.masked_fill(total == 0, 0.0) if seen.may_hide_all_keys else peak
+        torch.log2(total, out=lse).add_(finite).mul_(1 / LOG2_E)
+    return out, lse, Kept(peak, total, *needed(), _said(means)) if learns else None
+
+
+def _said(means: Means) -> Tensor:
+    return torch.tensor(means, dtype=torch.int8)
 
 
 def differentiate(
@@ -198,29 +206,30 @@ def differentiate(
     v: Tensor,
     slopes: tuple[Tensor, Tensor],
     visibility: Visibility,
-    attended: Attended,
+    attended: tuple[Tensor, Tensor, Kept],
     *,
     scale: float,
     slopes_learn: bool,
 ) -> tuple[Tensor, ...]:
-    """The gradients of q, k, v and both slopes, of those zeros unless `slopes_learn`."""
+    """The gradients of q, k, v and both slopes, of those zeros unless `slopes_learn`; `attend` returned `attended`."""
+    out, lse, kept = attended
     seen = HostVisibility.read(visibility)
-    ends_of_head = (x.transpose(0, 1).tolist() for x in (attended.low, attended.high))
+    ends_of_head = (x.transpose(0, 1).tolist() for x in (kept.low, kept.high))
     ranges = dict(enumerate(zip(*ends_of_head, strict=True)))
     everything = slice(0, q.shape[1])
     options: dict[str, Any] = {"bounded": everything, "bound": lambda: ranges, "adds_to_keys": True}
     compute_all: Callable[..., None] = partial(_compute, q=q, k=k, visibility=seen, **options)
     readable = _readable(q, k, v, seen)
     totals = Totals(*readable)
-    of_slopes = [attended.lse.new_zeros(q.shape[:2]) for _ in slopes]
-    means = Means(int(attended.means))
+    of_slopes = [lse.new_zeros(q.shape[:2]) for _ in slopes]
+    means = Means(int(kept.means))
     # The kernel knows no gradient of the LSE, nor of the bias.
     if means == Means.KERNEL and not slopes_learn and not grad_lse.any():
-        by_kernel = KernelGradients(*readable, *slopes, attended.out, attended.lse, scale, seen, grad_out, totals)
+        by_kernel = KernelGradients(*readable, *slopes, out, lse, scale, seen, grad_out, totals)
         compute_all(by_kernel.add, cost=kernel_cost, shared_pairs=SHARED_GRADIENT_PAIRS)
     else:
         given = *readable, *slopes, scale, seen
-        learned = attended.out, attended.peak, attended.total, grad_out, grad_lse, totals, slopes_learn
+        learned = out, kept.peak, kept.total, grad_out, grad_lse, totals, slopes_learn
         if means == Means.NATIVE:
             native_tiles = NativeGradients(*given, *learned)
             _share(native_tiles.jobs, q, k, seen, everything, lambda: ranges, shared_pairs=SHARED_NATIVE_PAIRS)
@@ -286,7 +295,7 @@ def _kernel_differentiates(q: Tensor, k: Tensor, visibility: HostVisibility) -> 
 
 
 def _weighed_by_lse(lse: Tensor, ranges: Ranges, visibility: HostVisibility) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `Attended` has beside output and LSE, by the LSE and the ranges of the forward pass."""
+    """What `Kept` has beside the means, by the LSE and the ranges of the forward pass."""
     shape = (*lse.shape[:2], -(-visibility.query_length // BLOCK_M))
     low = lse.new_zeros(shape, dtype=torch.int32)
     high = torch.full_like(low, visibility.key_length)

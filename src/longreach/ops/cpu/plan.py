@@ -163,14 +163,22 @@ def heads_worth_bounding(
         per_head += price * 20 * key_length
     worth, saved = [], 0.0
     if query_length and key_length and q.shape[0]:
-        slopes = torch.minimum(left, right).detach().view(-1, q.shape[1]).amin(dim=0).tolist()
-        for head, slope in enumerate(slopes):
+        for head, slope in enumerate(_least_slopes(left, right, q.shape[1])):
             if slope > 0 and (gain := (dense - expected_reach(slope, tolerance)) * per_key - per_head) > 0:
                 worth.append(head // group)
                 saved += q.shape[0] * gain
     if saved < per_call:
         return slice(0, 0)
     return slice(min(worth) * group, (max(worth) + 1) * group)
+
+
+def _least_slopes(left: Tensor, right: Tensor, num_heads: int) -> list[float]:
+    """Of each head, over both sides and all sequences."""
+    if left is right and left.dim() == 1:
+        least: list[float] = left.tolist()  # operations would take longer
+        return least
+    least = torch.minimum(left, right).detach().view(-1, num_heads).amin(dim=0).tolist()
+    return least
 
 
 def bounded_ranges(

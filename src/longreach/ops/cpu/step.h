@@ -32,7 +32,7 @@ struct rows {
 /* Everything of a call. Python reads the first fields. */
 struct step {
     int64_t dtype; /* of q, k, v and the output */
-    int64_t query_length, key_length, head_dim, cached; /* how many numbers all keys are */
+    int64_t key_length, head_dim, cached; /* how many numbers all keys are */
     struct rows q, k, v;
     const float *slopes; /* (H,) or (B, H), dense */
     int64_t slopes_sequence; /* how far the slopes of sequences are apart */
@@ -132,7 +132,7 @@ int64_t longreach_read_step(describer *describe, struct step *s, void *q, void *
         if (!holds(x + LSE, FLOATS, 32) || !has_shape(x + LSE, 3, s->q.shape) || !is_dense(x + LSE)) return UNREADABLE;
         s->lse = (float *)x[LSE].data;
     }
-    s->query_length = s->q.shape[TOKEN], s->key_length = keys, s->head_dim = s->q.shape[NUMBER];
+    s->key_length = keys, s->head_dim = s->q.shape[NUMBER];
     s->cached = batch * kv_heads * keys * s->head_dim;
     for (int64_t i = 0; i < heads; i++)
         if (!(s->slopes[i] >= 0.0f && s->slopes[i] <= FLT_MAX)) return READABLE;
