@@ -290,8 +290,9 @@ INLINE void decode_rows(const int64_t dtype, const struct step *s, int64_t seque
 /* A step that threads share. */
 struct shared_step {
     struct step step;
-    int64_t parts;        /* how many the queries of a key head are cut into, so that each thread has some */
-    int64_t next, failed; /* how many parts threads have taken, and whether one had no memory */
+    int64_t parts;       /* how many the queries of a key head are cut into, so that each thread has some */
+    int64_t next;        /* how many parts threads have taken */
+    _Atomic int failed;  /* whether one had no memory */
 };
 
 /* Decode what no other thread has taken, the last heads first: they see farthest by the usual slopes. */
@@ -303,13 +304,12 @@ static void decode_some(void *at) {
     const int64_t numbers = 2 * most * whole_pairs(dim) + blocks_of(s) + copied;
     void *const memory = memory_of(most * sizeof(struct row) + numbers * sizeof(float));
     if (!memory) {
-        __atomic_store_n(&shared->failed, 1, __ATOMIC_RELAXED);
+        shared->failed = 1;
         return;
     }
     const unsigned before = flush_denormals();
     for (;;) {
-        const int64_t taken = __atomic_fetch_add(&shared->next, 1, __ATOMIC_RELAXED);
-        const int64_t i = s->k.shape[SEQUENCE] * kv_heads * shared->parts - 1 - taken;
+        const int64_t i = s->k.shape[SEQUENCE] * kv_heads * shared->parts - 1 - take_next(&shared->next);
         if (i < 0) break;
         const int64_t sequence = i / shared->parts / kv_heads, kv_head = i / shared->parts % kv_heads;
         const int64_t from = i % shared->parts * most, count = smaller(rows - from, most);
@@ -325,7 +325,7 @@ static void decode_some(void *at) {
 /* Write output and LSE of what was read, by no more than so many threads of a region of OpenMP; 0, or 1 where there is
    no memory for that. */
 int64_t longreach_decode(const struct step *given, void *out, int64_t window, double scale, double tolerance,
-                         void region(void (*)(void *), void *, unsigned, unsigned), int64_t threads) {
+                         region *region, int64_t threads) {
     struct shared_step shared = {.step = *given};
     struct step *const s = &shared.step;
     s->out = out;
@@ -335,9 +335,6 @@ int64_t longreach_decode(const struct step *given, void *out, int64_t window, do
     const int64_t heads = s->k.shape[SEQUENCE] * s->k.shape[HEAD];
     threads = smaller(threads, heads * rows_of(s));
     shared.parts = smaller((threads + heads - 1) / heads, rows_of(s));
-    if (threads > 1)
-        region(decode_some, &shared, (unsigned)threads, 0);
-    else
-        decode_some(&shared);
+    share_out(decode_some, &shared, region, threads);
     return shared.failed;
 }

@@ -8,9 +8,10 @@ many blocks of queries while Python's lock is free. Output, LSE and gradients ob
 
 import ctypes
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -21,38 +22,28 @@ from longreach.ops.cpu.plan import BLOCK_M, Block, HostVisibility, Ranges, block
 from longreach.ops.cpu.products import LOG2_E
 from longreach.ops.cpu.totals import Totals
 from longreach.ops.cpu.views import falloff
-from longreach.ops.cpu.workers import Job, address_of_region
+from longreach.ops.cpu.workers import address_of_region
 from longreach.ops.lse_bound import ROUNDING
 from longreach.ops.near_reach import SCORE_SLACK, radius_rounding
 from longreach.ops.processor import CPU
 from longreach.ops.reach import LSE_ROUNDING
 
-JOB_PAIRS = {torch.float32: 2**18, torch.bfloat16: 2**20}
-"""Dtype -> pairs of a query and a key that a thread computes in it at a time, forward: about half a millisecond."""
+_POINTERS = ["q", "k", "v", "falloff", "hidden", "out", "peak", "total", "grad_out", "grad_lse", "of_q", "of_k", "of_v"]
+_ROWS = ["q", "k", "v", "out", "grad_out", "of_q", "of_k", "of_v"]
+_OF_KEY_HEADS = ["k", "v", "of_k", "of_v"]
+"""Fields of `struct head` of tiles.h: tensors, those whose rows lie apart, and those that query heads share."""
 
-_POINTERS = "q k v falloff hidden out peak total grad_out grad_lse of_q of_k of_v"
-_NUMBERS = "q_row k_row v_row out_row grad_out_row of_q_row of_k_row of_v_row head_dim query_length key_length"
+_HEAD = struct.Struct("13P11q2d2q2d")
+"""All of it: packed, it takes a third of the time of ctypes."""
 
+_OF_SLOPES = struct.Struct(f"{_HEAD.size - 16}x2d")
+"""Its last fields, gradients of the slopes."""
 
-class _Head(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in _POINTERS.split()),
-        *((name, ctypes.c_int64) for name in _NUMBERS.split()),
-        ("scale", ctypes.c_double),
-        ("limit", ctypes.c_double),
-        ("causal", ctypes.c_int64),
-        ("slopes_learn", ctypes.c_int64),
-        ("of_left", ctypes.c_double),
-        ("of_right", ctypes.c_double),
-    )
-
-
-class _Block(ctypes.Structure):
-    _fields_ = tuple((name, ctypes.c_int64) for name in ["row", "rows", "low", "high", "needed_low", "needed_high"])
-
+_BLOCK_FIELDS = ("head", "row", "rows", "low", "high", "needed_low", "needed_high")
+"""`struct block` of tiles.h, all int64."""
 
 _NEAR = struct.Struct("3P18q5d")
-"""`struct near` of near.c: packed, it takes a third of the time of ctypes."""
+"""Likewise `struct near` of near.c."""
 
 
 class _Step(ctypes.Structure):
@@ -64,12 +55,11 @@ class _Step(ctypes.Structure):
     )
 
 
-_SIZES = {name: ctypes.sizeof(x) for name, x in (("size_of_head", _Head), ("size_of_step", _Step))}
-_SIZES["size_of_near"] = _NEAR.size
+_OF_TILES = {"size_of_head": _HEAD.size, "size_of_block": 8 * len(_BLOCK_FIELDS), "most_rows": BLOCK_M}
 
 _FACTS = {
-    torch.float32: {**_SIZES, "most_rows": BLOCK_M},
-    torch.bfloat16: {"size_of_head": ctypes.sizeof(_Head), "most_rows": BLOCK_M, "may_compute": True},
+    torch.float32: _OF_TILES | {"size_of_step": ctypes.sizeof(_Step), "size_of_near": _NEAR.size},
+    torch.bfloat16: _OF_TILES | {"may_compute": True},
 }
 """What a library for a dtype says of itself unless it was compiled from another version's source."""
 
@@ -111,10 +101,11 @@ def library(dtype: torch.dtype) -> ctypes.CDLL | None:
                 return None
     except (OSError, AttributeError):
         return None
+    number, pointer = ctypes.c_int64, ctypes.c_void_p
     for function in (found.longreach_attend, found.longreach_differentiate):
-        function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64), ctypes.c_int64
+        function.argtypes, function.restype = (pointer, pointer, pointer, number, pointer, number), number
     if dtype == torch.float32:
-        decode, near, number, pointer = found.longreach_decode, found.longreach_near, ctypes.c_int64, ctypes.c_void_p
+        decode, near = found.longreach_decode, found.longreach_near
         of_decode = (ctypes.POINTER(_Step), pointer, number, ctypes.c_double, ctypes.c_double, pointer, number)
         decode.argtypes, decode.restype = of_decode, number
         near.argtypes, near.restype = (ctypes.c_char_p,), number
@@ -150,32 +141,50 @@ class _Blocks:
         self._hidden, holes = None, self.visibility.holes
         if holes is not None:
             hidden = self.q.new_zeros(holes.shape, dtype=torch.float32).masked_fill_(holes, float("-inf"))
-            self._hidden = hidden[:, None]
+            self._hidden = hidden[:, None].expand(-1, self.q.shape[1], -1)
+
+    def of_heads(self, ranges: Ranges) -> dict[tuple[int, int], list[Block]]:
+        """By sequence and head, what covers the keys that they need: those in their range, or all that are visible."""
+        return blocks_of_heads(len(self.q), range(self.q.shape[1]), self.visibility, ranges)
+
+    def _heads(self, others: dict[str, Tensor], *, limit: float = -1.0, slopes_learn: bool = False) -> bytearray:
+        """What the C is told of each head of each sequence; `others` are (B, H or Hkv, ...)."""
+        given = {"q": self.q, "k": self.k, "v": self.v, "falloff": self._falloff, "hidden": self._hidden, **others}
+        places = [_place(given.get(name), self.group if name in _OF_KEY_HEADS else 1) for name in _POINTERS]
+        rows = [0 if (x := given.get(name)) is None else x.stride(2) for name in _ROWS]
         seen = self.visibility
-        lengths = {"query_length": seen.query_length, "key_length": seen.key_length}
-        self._alike = _Head(head_dim=self.q.shape[3], **lengths, scale=self.scale, limit=-1.0, causal=seen.causal)
+        lengths = self.q.shape[3], seen.query_length, seen.key_length
+        numbers = (*rows, *lengths, self.scale, limit, seen.causal, slopes_learn, 0.0, 0.0)
+        heads = bytearray()
+        for sequence in range(self.q.shape[0]):
+            for head in range(self.q.shape[1]):
+                at = [
+                    first + sequence * of_sequence + head // group * of_head
+                    for first, of_sequence, of_head, group in places
+                ]
+                heads += _HEAD.pack(*at, *numbers)
+        return heads
 
-    def of_heads(self, heads: Sequence[int], ranges: Ranges) -> dict[tuple[int, int], list[Block]]:
-        """By sequence and head, what covers the keys that they need."""
-        return blocks_of_heads(len(self.q), heads, self.visibility, ranges)
+    def _compute(
+        self, function: str, heads: bytearray, blocks: Sequence[tuple[int, Block]], ends: Sequence[int], threads: int
+    ) -> list[int]:
+        """Have threads take parts, which end after so many blocks; the fields of all blocks as that leaves them.
 
-    def head(self, sequence: int, head: int, **others: Tensor) -> _Head:
-        """What the C is told of one head; `others` are (B, H, ...)."""
-        at = _Head.from_buffer_copy(self._alike)
-        for name, x in (("q", self.q), ("falloff", self._falloff), *others.items()):
-            _point(at, name, x, sequence, head)
-        for name, x in (("k", self.k), ("v", self.v)):
-            _point(at, name, x, sequence, head // self.group)
-        if self._hidden is not None:
-            _point(at, "hidden", self._hidden, sequence, 0)
-        return at
-
-    def call(self, name: str, at: _Head, blocks: Sequence[Block]) -> Any:
-        """Call a function of the library; the blocks as it leaves them."""
-        given = (_Block * len(blocks))(*(_Block(b.row, b.rows, b.low, b.high) for b in blocks))
-        if getattr(library(self.dtype), name)(ctypes.byref(at), given, len(given)):
+        Args:
+            function: name in the library.
+            heads: what `_heads` gave, whose last fields it writes to.
+            blocks: number among these, and block.
+            ends: of each part, in the order in which they are taken.
+            threads: how many.
+        """
+        fields = [field for head, block in blocks for field in (head, *block, 0, 0)]
+        given = (ctypes.c_int64 * len(fields))(*fields)
+        call = getattr(library(self.dtype), function)
+        at = (ctypes.c_char * len(heads)).from_buffer(heads)
+        threads = min(threads, len(ends))
+        if call(at, given, (ctypes.c_int64 * len(ends))(*ends), len(ends), address_of_region(), threads):
             raise MemoryError("no memory for a block of queries")
-        return given
+        return given[:]
 
 
 @dataclass
@@ -192,39 +201,32 @@ class NativeForward(_Blocks):
         self.out = _in_rows(self.out.to(self.dtype))  # itself or, to be copied from, another
         self.peak = self.q.new_full(self.q.shape[:3], float("inf"), dtype=torch.float32)
         self.total = torch.zeros_like(self.peak)
-        self._needed: list[tuple[int, int, Any]] = []
 
-    def jobs(self, heads: Sequence[int], ranges: Ranges) -> list[Job]:
-        """All blocks of some heads, the most work first."""
-        least = JOB_PAIRS[self.dtype]
-        parts = [
-            (pairs, sequence, head, part)
-            for (sequence, head), blocks in self.of_heads(heads, ranges).items()
-            for pairs, part in _cut(blocks, least)
+    def compute(self, ranges: Ranges, threads: int) -> None:
+        """All blocks, those of a head one after another, the last queries first: by causality they see most keys."""
+        heads = self._heads({"out": self.out, "peak": self.peak, "total": self.total}, limit=self.limit)
+        self._blocks = [
+            (sequence * self.q.shape[1] + head, block)
+            for (sequence, head), blocks in self.of_heads(ranges).items()
+            for block in reversed(blocks)
         ]
-        parts.sort(key=lambda part: -part[0])
-        return [partial(self._attend, sequence, head, part) for _, sequence, head, part in parts]
-
-    def _attend(self, sequence: int, head: int, blocks: Sequence[Block]) -> None:
-        at = self.head(sequence, head, out=self.out, peak=self.peak, total=self.total)
-        at.limit = self.limit
-        self._needed.append((sequence, head, self.call("longreach_attend", at, blocks)))
+        ends = range(1, len(self._blocks) + 1)
+        self._fields = self._compute("longreach_attend", heads, self._blocks, ends, threads)
 
     def needed(self) -> tuple[Tensor, Tensor]:
         """First key and one past the last that any query of a block of BLOCK_M needs: each (B, H, blocks)."""
-        shape = (*self.q.shape[:2], -(-self.q.shape[2] // BLOCK_M))
+        num_blocks, key_length = -(-self.q.shape[2] // BLOCK_M), self.visibility.key_length
         # Rows that no block holds need no keys; visibility alone says where causal rows end.
-        low = self.q.new_full(shape, self.visibility.key_length, dtype=torch.int32)
-        high = torch.full_like(low, self.visibility.key_length if self.visibility.causal else 0)
-        lows, highs = low.tolist(), high.tolist()
-        for sequence, head, blocks in self._needed:
-            of_low, of_high = lows[sequence][head], highs[sequence][head]
-            for block in blocks:  # which documents may share
-                i = block.row // BLOCK_M
-                of_low[i] = min(of_low[i], block.needed_low)
-                if not self.visibility.causal:
-                    of_high[i] = max(of_high[i], block.needed_high)
-        return low.new_tensor(lows).view(shape), high.new_tensor(highs).view(shape)
+        low = [key_length] * (self.q.shape[0] * self.q.shape[1] * num_blocks)
+        high = [key_length if self.visibility.causal else 0] * len(low)
+        count = len(_BLOCK_FIELDS)
+        needed = (self._fields[_BLOCK_FIELDS.index(name) :: count] for name in ("needed_low", "needed_high"))
+        for (head, block), first, past in zip(self._blocks, *needed, strict=True):  # which documents may share
+            i = head * num_blocks + block.row // BLOCK_M
+            low[i], high[i] = min(low[i], first), max(high[i], past)
+        shape = (*self.q.shape[:2], num_blocks)
+        of_low, of_high = (self.q.new_tensor(x, dtype=torch.int32).view(shape) for x in (low, high))
+        return of_low, of_high
 
 
 @dataclass
@@ -250,26 +252,20 @@ class NativeGradients(_Blocks):
         super().__post_init__()
         self._rows = {name: _in_rows(getattr(self, name).to(self.dtype)) for name in ("out", "grad_out")}
         self._rows |= {name: _in_rows(getattr(self, name).to(torch.float32)) for name in ("peak", "total", "grad_lse")}
-        self._rows["of_q"] = self.totals.of_q
-        self.of_left, self.of_right = (torch.zeros(self.q.shape[:2]) for _ in range(2))
+        self._rows |= {"of_q": self.totals.of_q, "of_k": self.totals.of_k, "of_v": self.totals.of_v}
 
-    def jobs(self, heads: Sequence[int], ranges: Ranges) -> list[Job]:
+    def compute(self, ranges: Ranges, threads: int) -> None:
         """The blocks of each key head, the most work first; its query heads in their order."""
-        of_key_head: dict[tuple[int, int], list[tuple[int, list[Block]]]] = {}
-        for (sequence, head), blocks in self.of_heads(heads, ranges).items():
-            of_key_head.setdefault((sequence, head // self.group), []).append((head, blocks))
-        parts = [(sequence, members) for (sequence, _), members in of_key_head.items()]
-        parts.sort(key=lambda part: -sum(_pairs(blocks) for _, blocks in part[1]))
-        return [partial(self._add, *part) for part in parts]
-
-    def _add(self, sequence: int, members: list[tuple[int, list[Block]]]) -> None:
-        for head, blocks in members:
-            at = self.head(sequence, head, **self._rows)
-            for name, total in (("of_k", self.totals.of_k), ("of_v", self.totals.of_v)):
-                _point(at, name, total, sequence, head // self.group)
-            at.slopes_learn = self.slopes_learn
-            self.call("longreach_differentiate", at, blocks)
-            self.of_left[sequence, head], self.of_right[sequence, head] = at.of_left, at.of_right
+        of_key_heads: dict[tuple[int, int], list[tuple[int, Block]]] = {}
+        for (sequence, head), blocks in self.of_heads(ranges).items():
+            part = of_key_heads.setdefault((sequence, head // self.group), [])
+            part += [(sequence * self.q.shape[1] + head, block) for block in blocks]
+        parts = sorted(of_key_heads.values(), key=lambda part: -sum(block.pairs for _, block in part))
+        heads = self._heads(self._rows, slopes_learn=self.slopes_learn)
+        ends = list(accumulate(map(len, parts)))
+        self._compute("longreach_differentiate", heads, list(chain(*parts)), ends, threads)
+        sums = zip(*_OF_SLOPES.iter_unpack(heads), strict=True)
+        self.of_left, self.of_right = (self.peak.new_tensor(x).view(self.q.shape[:2]) for x in sums)
 
 
 def largest_excess(q: Tensor, k: Tensor, scale: float, block_m: int) -> Tensor:
@@ -396,23 +392,9 @@ def _in_rows(x: Tensor) -> Tensor:
     return x if x.stride()[-1] == 1 else x.contiguous()
 
 
-def _point(at: _Head, name: str, x: Tensor, sequence: int, head: int) -> None:
-    """Have a field point to the part of x, (B, H, rows, numbers) or (B, H, numbers), that one head has."""
-    strides = x.stride()
-    setattr(at, name, x.data_ptr() + (sequence * strides[0] + head * strides[1]) * x.element_size())
-    if len(strides) == 4:
-        setattr(at, f"{name}_row", strides[2])
-
-
-def _pairs(blocks: Sequence[Block]) -> int:
-    return sum(block.rows * (block.high - block.low) for block in blocks)
-
-
-def _cut(blocks: list[Block], least: int) -> Iterator[tuple[int, list[Block]]]:
-    """Cut into parts of at least so many pairs, but for the last; how many each has, and the part."""
-    first, pairs = 0, 0
-    for past, block in enumerate(blocks, start=1):
-        pairs += block.rows * (block.high - block.low)
-        if pairs >= least or past == len(blocks):
-            yield pairs, blocks[first:past]
-            first, pairs = past, 0
+def _place(x: Tensor | None, group: int) -> tuple[int, int, int, int]:
+    """Where a tensor (B, heads, ...) begins, how far sequences and heads lie apart, and how many heads share one."""
+    if x is None:
+        return 0, 0, 0, 1
+    of_sequence, of_head, *_ = x.stride()
+    return x.data_ptr(), of_sequence * x.element_size(), of_head * x.element_size(), group

@@ -169,11 +169,12 @@ def attend(
         kernel = (FewQueries if few else ManyQueries)(*readable, *slopes, out, lse, scale, seen)
         cost = reading_cost if few else kernel_cost
         _compute(kernel.attend, q, k, seen, worth, bound, cost, shared_pairs=SHARED_PAIRS)
-        return out, lse, Kept(*_weighed_by_lse(lse, ranges, seen), _said(means)) if learns else None
+        said = q.new_tensor(means, dtype=torch.int8)
+        return out, lse, Kept(*_weighed_by_lse(lse, ranges, seen), said) if learns else None
     if means == Means.NATIVE:
         limit = ends_to_leave_out(tolerance, seen) if learns else -1.0
         native_tiles = NativeForward(*readable, *slopes, scale, seen, out, limit)
-        _share(native_tiles.jobs, q, k, seen, worth, bound, shared_pairs=SHARED_NATIVE_PAIRS)
+        native_tiles.compute(bound(), _native_threads(q, k, seen))
         out.copy_(native_tiles.out)
         peak, total, needed = native_tiles.peak, native_tiles.total, native_tiles.needed
     else:
@@ -191,11 +192,7 @@ def attend(
     if lse is not None:
         finite = peak.masked_fill(total == 0, 0.0) if seen.may_hide_all_keys else peak
         torch.log2(total, out=lse).add_(finite).mul_(1 / LOG2_E)
-    return out, lse, Kept(peak, total, *needed(), _said(means)) if learns else None
-
-
-def _said(means: Means) -> Tensor:
-    return torch.tensor(means, dtype=torch.int8)
+    return out, lse, Kept(peak, total, *needed(), q.new_tensor(means, dtype=torch.int8)) if learns else None
 
 
 def differentiate(
@@ -232,7 +229,7 @@ def differentiate(
         learned = out, kept.peak, kept.total, grad_out, grad_lse, totals, slopes_learn
         if means == Means.NATIVE:
             native_tiles = NativeGradients(*given, *learned)
-            _share(native_tiles.jobs, q, k, seen, everything, lambda: ranges, shared_pairs=SHARED_NATIVE_PAIRS)
+            native_tiles.compute(ranges, _native_threads(q, k, seen))
             of_slopes = [native_tiles.of_left, native_tiles.of_right]
         else:
             by_products = ProductGradients(Products(*given), *learned)
@@ -279,6 +276,11 @@ def _native_serves(q: Tensor, k: Tensor) -> bool:
     if q.dtype == torch.float64 or not q.numel():
         return False
     return torch.get_num_threads() == 1 or can_share_out(q.shape[0] * k.shape[1])
+
+
+def _native_threads(q: Tensor, k: Tensor, visibility: HostVisibility) -> int:
+    """How many threads compute, which need no lock of Python's."""
+    return torch.get_num_threads() if _can_be_apart(q, k, visibility, SHARED_NATIVE_PAIRS) else 1
 
 
 def _products_are_faster(q: Tensor, k: Tensor) -> bool:

@@ -242,8 +242,7 @@ def product_cost(lanes: int, rows: int, width: int) -> float:
     return lanes * (pairs + LANE_COST) if pairs >= WIDE_PAIRS else CALL_COST + lanes * pairs * NARROW_COST
 
 
-@dataclass(frozen=True)
-class Block:
+class Block(NamedTuple):
     """Some queries of one head and the keys they need."""
 
     row: int
@@ -254,6 +253,11 @@ class Block:
     """First key."""
     high: int
     """One past the last key."""
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of a query and a key."""
+        return self.rows * (self.high - self.low)
 
 
 def plan(

@@ -66,7 +66,7 @@ static void transpose(const float *x, int64_t x_row, int64_t rows, int64_t dim, 
 /* How far apart rows of head_dim numbers are. */
 INLINE int64_t apart(const struct head *h) { return padded(h->head_dim) + LANES; }
 
-static void attend_block(const struct head *h, struct block *b, float *memory) {
+static void attend_block(struct head *h, struct block *b, void *memory) {
     const int64_t dim = h->head_dim, width = padded(dim), row = apart(h), last = b->row + b->rows - 1;
     float *const q = memory, *const out = q + dim * COLUMNS, *const scores = out + MOST_ROWS * row;
     float *const values = scores + KEYS * COLUMNS, *const sums = values + KEYS * row;
@@ -108,20 +108,26 @@ static void attend_block(const struct head *h, struct block *b, float *memory) {
     finish(h, b, sums, peaks, &r);
 }
 
-/* Write output, peak and total of the queries of some blocks; 0, or 1 where there is no memory for that. */
-int64_t longreach_attend(const struct head *h, struct block *blocks, int64_t count) {
-    const int64_t sums = 2 * MOST_ROWS * most_steps(blocks, count);
-    float *const memory =
-        memory_of(((h->head_dim + KEYS) * COLUMNS + (MOST_ROWS + KEYS) * apart(h) + sums) * sizeof(float));
-    if (!memory) return 1;
+/* Compute parts, each block in memory of so many numbers. */
+INLINE void compute_some(struct work *work, void block(struct head *, struct block *, void *), int64_t numbers) {
+    void *const memory = memory_of(numbers * sizeof(float));
+    if (!memory) {
+        work->failed = 1;
+        return;
+    }
     const unsigned before = flush_denormals();
-    for (int64_t i = 0; i < count; i++) attend_block(h, blocks + i, memory);
+    compute_parts(work, block, memory);
     _mm_setcsr(before);
     free(memory);
-    return 0;
 }
 
-static void differentiate_block(struct head *h, const struct block *b, float *memory) {
+static void attend_some(void *work) {
+    const struct head *const h = ((struct work *)work)->heads; /* as wide as all others */
+    const int64_t sums = 2 * MOST_ROWS * ((struct work *)work)->most;
+    compute_some(work, attend_block, (h->head_dim + KEYS) * COLUMNS + (MOST_ROWS + KEYS) * apart(h) + sums);
+}
+
+static void differentiate_block(struct head *h, struct block *b, void *memory) {
     const int64_t dim = h->head_dim, width = padded(dim), row = apart(h), last = b->row + b->rows - 1;
     float *const q = memory, *const of_out = q + dim * COLUMNS; /* as columns */
     float *const scaled = of_out + dim * COLUMNS, *const grad = scaled + MOST_ROWS * row; /* the same as rows */
@@ -177,14 +183,8 @@ static void differentiate_block(struct head *h, const struct block *b, float *me
     copy_rows(of_q, row, b->rows, dim, (float)h->scale, h->of_q + last * h->of_q_row, -h->of_q_row);
 }
 
-/* Write the gradient of the queries of some blocks, and add to those of keys and values; 0, or 1 likewise. */
-int64_t longreach_differentiate(struct head *h, const struct block *blocks, int64_t count) {
+static void differentiate_some(void *work) {
+    const struct head *const h = ((struct work *)work)->heads;
     const int64_t columns = 2 * h->head_dim + 2 * KEYS, rows = 3 * MOST_ROWS + 2 * KEYS;
-    float *const memory = memory_of((columns * COLUMNS + rows * apart(h)) * sizeof(float));
-    if (!memory) return 1;
-    const unsigned before = flush_denormals();
-    for (int64_t i = 0; i < count; i++) differentiate_block(h, blocks + i, memory);
-    _mm_setcsr(before);
-    free(memory);
-    return 0;
+    compute_some(work, differentiate_block, columns * COLUMNS + rows * apart(h));
 }

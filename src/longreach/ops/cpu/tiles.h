@@ -28,8 +28,19 @@ struct head {
 
 /* Some queries and the keys that they need. */
 struct block {
+    int64_t head; /* number of it among all of all sequences */
     int64_t row, rows, low, high;
     int64_t needed_low, needed_high; /* what is left of these keys after `limit` */
+};
+
+/* What threads take parts of: some blocks, which one thread computes in their order. */
+struct work {
+    struct head *heads;
+    struct block *blocks;
+    const int64_t *ends;    /* of each part, the number of blocks up to its last */
+    int64_t parts, most;    /* how many, and the most steps of KEYS keys that any block takes */
+    int64_t next;           /* how many parts are taken */
+    _Atomic int failed;     /* whether a thread had no memory */
 };
 
 /* By query of a block, the largest score and the sum of weights so far, and what sums of before are to be times. */
@@ -39,16 +50,41 @@ struct running {
 
 /* What native.py must agree with. */
 int64_t longreach_size_of_head(void) { return sizeof(struct head); }
+int64_t longreach_size_of_block(void) { return sizeof(struct block); }
 int64_t longreach_most_rows(void) { return MOST_ROWS; }
 
 INLINE int64_t steps_of(const struct block *b) { return (b->high - b->low + KEYS - 1) / KEYS; }
 
-/* The most steps of KEYS keys that any block takes. */
-static int64_t most_steps(const struct block *blocks, int64_t count) {
-    int64_t most = 0;
-    for (int64_t i = 0; i < count; i++)
-        if (steps_of(blocks + i) > most) most = steps_of(blocks + i);
-    return most;
+/* Have threads compute all parts by a function that takes some of them; 0, or 1 where there is no memory for that. */
+static int64_t compute(void some(void *), struct head *heads, struct block *blocks, const int64_t *ends, int64_t parts,
+                       region *region, int64_t threads) {
+    struct work work = {.heads = heads, .blocks = blocks, .ends = ends, .parts = parts};
+    for (int64_t i = 0; parts && i < ends[parts - 1]; i++)
+        if (steps_of(blocks + i) > work.most) work.most = steps_of(blocks + i);
+    share_out(some, &work, region, threads);
+    return work.failed;
+}
+
+static void attend_some(void *work), differentiate_some(void *work);
+
+/* Write output, peak and total of the queries of blocks; 0 or 1 likewise. */
+int64_t longreach_attend(struct head *heads, struct block *blocks, const int64_t *ends, int64_t parts, region *region,
+                         int64_t threads) {
+    return compute(attend_some, heads, blocks, ends, parts, region, threads);
+}
+
+/* Write the gradient of the queries of blocks, and add to those of keys and values; 0 or 1 likewise. The blocks of all
+   query heads that read one key head are one part. */
+int64_t longreach_differentiate(struct head *heads, struct block *blocks, const int64_t *ends, int64_t parts,
+                                region *region, int64_t threads) {
+    return compute(differentiate_some, heads, blocks, ends, parts, region, threads);
+}
+
+/* Compute the blocks of the parts that nobody has taken, given memory for one. */
+INLINE void compute_parts(struct work *work, void block(struct head *, struct block *, void *), void *memory) {
+    for (int64_t i; (i = take_next(&work->next)) < work->parts;)
+        for (int64_t n = i ? work->ends[i - 1] : 0; n < work->ends[i]; n++)
+            block(work->heads + work->blocks[n].head, work->blocks + n, memory);
 }
 
 /* Queries lie in reverse, so that the biases of a key lie in the order of the queries. How many of a block see it. */

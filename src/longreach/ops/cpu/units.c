@@ -249,7 +249,8 @@ INLINE vec weigh(const struct memory *m, int64_t keys, int64_t c, vec most) {
     return sum;
 }
 
-static void attend_block(const struct head *h, struct block *b, const struct memory *m) {
+static void attend_block(struct head *h, struct block *b, void *memory) {
+    const struct memory *const m = memory;
     const int64_t dim = padded(h->head_dim), steps = steps_of(b), last = b->row + b->rows - 1;
     float *const sums = m->of_steps, *const peaks = sums + steps * MOST_ROWS;
     struct running r;
@@ -285,21 +286,25 @@ static void attend_block(const struct head *h, struct block *b, const struct mem
     finish(h, b, sums, peaks, &r);
 }
 
-/* Write output, peak and total of the queries of some blocks; 0, or 1 where there is no memory for that. */
-int64_t longreach_attend(const struct head *h, struct block *blocks, int64_t count) {
-    const int64_t steps = most_steps(blocks, count);
+/* Compute parts by matrix units. */
+INLINE void compute_some(struct work *work, void block(struct head *, struct block *, void *), int differentiates) {
+    const int64_t head_dim = work->heads->head_dim; /* of all heads */
     struct memory m;
-    void *const memory = memory_of(lay_out(&m, NULL, h->head_dim, steps, 0));
-    if (!memory) return 1;
-    lay_out(&m, memory, h->head_dim, steps, 0);
+    void *const memory = memory_of(lay_out(&m, NULL, head_dim, work->most, differentiates));
+    if (!memory) {
+        work->failed = 1;
+        return;
+    }
+    lay_out(&m, memory, head_dim, work->most, differentiates);
     const unsigned before = flush_denormals();
     open_units();
-    for (int64_t i = 0; i < count; i++) attend_block(h, blocks + i, &m);
+    compute_parts(work, block, &m);
     _tile_release();
     _mm_setcsr(before);
     free(memory);
-    return 0;
 }
+
+static void attend_some(void *work) { compute_some(work, attend_block, 0); }
 
 /* dO_i . o_i of each query, as the units add up dO_i . v_j: the diagonal of their product. */
 static void multiply_outs(const struct head *h, const struct block *b, const struct memory *m, float *deltas) {
@@ -342,7 +347,8 @@ static void add_to_keys(const struct head *h, const struct memory *m, const numb
         for (int64_t d = 0; d < h->head_dim; d++) to[j * to_row + d] += factor * m->of_keys[j * m->dim + d];
 }
 
-static void differentiate_block(struct head *h, const struct block *b, const struct memory *m) {
+static void differentiate_block(struct head *h, struct block *b, void *memory) {
+    const struct memory *const m = memory;
     const int64_t dim = padded(h->head_dim), last = b->row + b->rows - 1;
     float peak[MOST_ROWS], share[MOST_ROWS], offset[MOST_ROWS], deltas[MOST_ROWS];
     double moments[5][MOST_ROWS] = {{0}};
@@ -385,17 +391,4 @@ static void differentiate_block(struct head *h, const struct block *b, const str
         }
 }
 
-/* Write the gradient of the queries of some blocks, and add to those of keys and values; 0, or 1 likewise. */
-int64_t longreach_differentiate(struct head *h, const struct block *blocks, int64_t count) {
-    struct memory m;
-    void *const memory = memory_of(lay_out(&m, NULL, h->head_dim, 0, 1));
-    if (!memory) return 1;
-    lay_out(&m, memory, h->head_dim, 0, 1);
-    const unsigned before = flush_denormals();
-    open_units();
-    for (int64_t i = 0; i < count; i++) differentiate_block(h, blocks + i, &m);
-    _tile_release();
-    _mm_setcsr(before);
-    free(memory);
-    return 0;
-}
+static void differentiate_some(void *work) { compute_some(work, differentiate_block, 1); }

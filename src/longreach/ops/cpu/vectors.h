@@ -1,8 +1,8 @@
 /* Vectors of floats, of the width that the compiler was told, and what else all of the C of attention has in common.
 
    Weights are powers of 2 of scores that hold log2 e, relative to the largest score of their row (docs/attention.md,
-   "Rounding"). Nothing here knows of PyTorch or its threads: native.py says what the arguments are, and where step.h asks
-   for objects of Python, what describes them. */
+   "Rounding"). Nothing here knows of PyTorch: native.py says what the arguments are, which region threads are of and,
+   where step.h asks for objects of Python, what describes them. */
 
 #include <float.h>
 #include <immintrin.h>
@@ -79,6 +79,20 @@ INLINE unsigned flush_denormals(void) {
     _mm_setcsr(before | 0x8040);
     return before;
 }
+
+/* A parallel region of OpenMP, in which so many threads call a function with a pointer. */
+typedef void region(void (*)(void *), void *, unsigned, unsigned);
+
+/* Have so many threads, of which the caller is one, take what there is to do at `work` until nothing is left. */
+INLINE void share_out(void some(void *), void *work, region *region, int64_t threads) {
+    if (threads > 1)
+        region(some, work, (unsigned)threads, 0);
+    else
+        some(work);
+}
+
+/* The number of what a thread takes next. */
+INLINE int64_t take_next(int64_t *next) { return __atomic_fetch_add(next, 1, __ATOMIC_RELAXED); }
 
 /* Memory of zeros: what pads rows is read, if not used. */
 static void *memory_of(int64_t bytes) {
