@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+import longreach.ops.cpu.native as native
 from longreach.ops.cpu.operators import cpu_attention as cpu
 from longreach.ops.flex import flex_alibi_attention as flex
 from longreach.ops.near_reach import near_ranges as near
@@ -55,3 +56,9 @@ def key_ranges(q: Tensor, k: Tensor, slopes: Any = None, **options: Any) -> tupl
 def near_ranges(q: Tensor, k: Tensor, slopes: Any = None, **options: Any) -> tuple[Tensor, Tensor]:
     """`longreach.ops.near_reach.near_ranges` likewise."""
     return flat(near)(q, k, slopes, **options)
+
+
+def native_near_ranges(q: Tensor, k: Tensor, slopes: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    """`longreach.ops.cpu.native.near_ranges` likewise."""
+    pair = slopes if isinstance(slopes, tuple) else (slopes, slopes)
+    return flat(native.near_ranges)(q, k, pair, **options)

@@ -183,7 +183,7 @@ def test_excess_is_above_any_score_less_that_of_the_own_key(queries, keys, head_
     generator = torch.Generator().manual_seed(queries)
     q = (torch.randn(2, queries, 4, head_dim, generator=generator) * size).to(dtype).transpose(1, 2)
     k = (torch.randn(2, 2, keys, 2 * head_dim, generator=generator) + 3).to(dtype)[..., :head_dim]
-    excess = native.largest_excess(q, k, 0.3, 128)
+    excess, *_ = native.near_reach_of(q, k, (torch.ones(4), torch.ones(4)), True, 0.3, 2**-24, 128, 64)
     scores = q.double() @ k.double().repeat_interleave(2, dim=1).transpose(2, 3) * 0.3
     own = scores.diagonal(offset=keys - queries, dim1=2, dim2=3)
     above = scores.amax(dim=-1) - own  # (B, H, Tq)
@@ -196,8 +196,13 @@ def test_excess_is_above_any_score_less_that_of_the_own_key(queries, keys, head_
 
 def test_native_code_bounds_what_it_computes(monkeypatch):
     """And nothing bounds in float32 what is computed in float64."""
-    asked, largest = [], native.largest_excess
-    monkeypatch.setattr(native, "largest_excess", lambda q, *rest: asked.append(q.dtype) or largest(q, *rest))
+    asked, near_ranges = [], native.near_ranges
+
+    def watched(q, *arguments, **options):
+        asked.append(q.dtype)
+        return near_ranges(q, *arguments, **options)
+
+    monkeypatch.setattr(native, "near_ranges", watched)
     monkeypatch.setattr(passes, "NATIVE_IS_FASTER", True)
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         q, k, v = torch.randn(3, 1, 4, 2048, 32).to(dtype)

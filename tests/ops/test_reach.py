@@ -4,12 +4,11 @@ from functools import partial
 import pytest
 import torch
 from adversarial import CASES, Case, probabilities
-from flat import key_ranges, near_ranges
+from flat import key_ranges, native_near_ranges, near_ranges
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longreach.ops.alibi import alibi_slopes
-from longreach.ops.cpu import native
 from longreach.ops.reach import default_tolerance, key_block_norms, reach
 
 
@@ -23,7 +22,7 @@ def dropped_mass(tensors, options, starts, ends, block_m, block_n):
     return weights.masked_fill((key_block >= first) & (key_block < past), 0.0).sum(dim=-1)
 
 
-NEAR_RANGES = [near_ranges, partial(near_ranges, find_excess=native.largest_excess)]
+NEAR_RANGES = [near_ranges, native_near_ranges]
 """By tensor operations, and by native code."""
 
 NEAR = [name for name, case in CASES.items() if "padding" not in name and case.queries <= case.keys]

@@ -5,7 +5,6 @@ distance is then a geometric sum, and need not be added up.
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -13,9 +12,6 @@ from torch import Tensor
 from longreach.ops.lse_bound import ROUNDING, per_query_head
 from longreach.ops.reach import LSE_ROUNDING, block_max, log_geometric_sum, log_tolerance, lowered_slopes
 from longreach.ops.visibility import Visibility
-
-FindExcess = Callable[[Tensor, Tensor, float, int], Tensor]
-"""Arguments and result of `largest_excess`."""
 
 SCORE_SLACK = 2.0**-12
 """What a lower bound of an LSE is lowered by, beside what grows with scores."""
@@ -46,6 +42,11 @@ def radius_rounding(q: Tensor) -> float:
     return (q.shape[3] + 16) * ROUNDING
 
 
+def log_mass(tolerance: float, key_length: int, causal: bool, dtype: torch.dtype = torch.float32) -> float:
+    """Log of the mass that may be dropped at either end, where weights are computed in a dtype."""
+    return log_tolerance(tolerance, dtype, key_length) - (0.0 if causal else math.log(2.0))
+
+
 def near_ranges(
     q: Tensor,
     k: Tensor,
@@ -56,23 +57,22 @@ def near_ranges(
     tolerance: float,
     block_m: int,
     block_n: int,
-    find_excess: FindExcess = largest_excess,
 ) -> tuple[Tensor, Tensor]:
     """Ranges like those of `key_ranges`, wider but by an eighth of the operations, where each query sees its own key.
 
     They hold what is within reach and leave it to the caller what masks hide. There is no padding, and no query
-    without a key at its position. `find_excess` is `largest_excess`, or what computes the same in another way.
+    without a key at its position.
     """
     key_length = k.shape[2]
     left, right = lowered_slopes(q, slopes)
-    log_mass = log_tolerance(tolerance, left.dtype, key_length) - (0.0 if visibility.causal else math.log(2.0))
-    excess = find_excess(q, k, scale, block_m)
+    log_dropped = log_mass(tolerance, key_length, visibility.causal, left.dtype)
+    excess = largest_excess(q, k, scale, block_m)
     first = torch.arange(0, q.shape[2], block_m, device=q.device)
     last = (first + (block_m - 1)).clamp(max=q.shape[2] - 1)
 
     def needed(slope: Tensor) -> Tensor:
         """At how many positions before or after those of a block the last key lies that it needs: (B, H, NQ)."""
-        log_weight = log_geometric_sum(slope, key_length) - log_mass
+        log_weight = log_geometric_sum(slope, key_length) - log_dropped
         distance = ((excess + log_weight[..., None]) / slope[..., None]).ceil() - 1
         # What is not a number, or no finite one, is not below anything.
         return torch.where(distance < key_length, distance.clamp(min=0), key_length).to(torch.int64)

@@ -24,9 +24,10 @@ from longreach.ops.cpu.totals import Totals
 from longreach.ops.cpu.views import falloff
 from longreach.ops.cpu.workers import address_of_region
 from longreach.ops.lse_bound import ROUNDING
-from longreach.ops.near_reach import SCORE_SLACK, radius_rounding
+from longreach.ops.near_reach import SCORE_SLACK, log_mass, radius_rounding
 from longreach.ops.processor import CPU
 from longreach.ops.reach import LSE_ROUNDING
+from longreach.ops.visibility import Visibility
 
 _POINTERS = ["q", "k", "v", "falloff", "hidden", "out", "peak", "total", "grad_out", "grad_lse", "of_q", "of_k", "of_v"]
 _ROWS = ["q", "k", "v", "out", "grad_out", "of_q", "of_k", "of_v"]
@@ -42,7 +43,7 @@ _OF_SLOPES = struct.Struct(f"{_HEAD.size - 16}x2d")
 _BLOCK_FIELDS = ("head", "row", "rows", "low", "high", "needed_low", "needed_high")
 """`struct block` of tiles.h, all int64."""
 
-_NEAR = struct.Struct("3P18q5d")
+_NEAR = struct.Struct("7P22q6d")
 """Likewise `struct near` of near.c."""
 
 
@@ -108,7 +109,7 @@ def library(dtype: torch.dtype) -> ctypes.CDLL | None:
         decode, near = found.longreach_decode, found.longreach_near
         of_decode = (ctypes.POINTER(_Step), pointer, number, ctypes.c_double, ctypes.c_double, pointer, number)
         decode.argtypes, decode.restype = of_decode, number
-        near.argtypes, near.restype = (ctypes.c_char_p,), number
+        near.argtypes, near.restype = (ctypes.c_char_p, pointer, number), number
     return found
 
 
@@ -199,8 +200,10 @@ class NativeForward(_Blocks):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.out = _in_rows(self.out.to(self.dtype))  # itself or, to be copied from, another
-        self.peak = self.q.new_full(self.q.shape[:3], float("inf"), dtype=torch.float32)
-        self.total = torch.zeros_like(self.peak)
+        self.peak, self.total = (self.q.new_empty(self.q.shape[:3], dtype=torch.float32) for _ in range(2))
+        if not self.visibility.sees_own_keys:  # so that there may be rows that no block holds
+            self.peak.fill_(float("inf"))
+            self.total.zero_()
 
     def compute(self, ranges: Ranges, threads: int) -> None:
         """All blocks, those of a head one after another, the last queries first: by causality they see most keys."""
@@ -268,18 +271,49 @@ class NativeGradients(_Blocks):
         self.of_left, self.of_right = (self.peak.new_tensor(x).view(self.q.shape[:2]) for x in sums)
 
 
-def largest_excess(q: Tensor, k: Tensor, scale: float, block_m: int) -> Tensor:
-    """`longreach.ops.near_reach.largest_excess`, in float32; Tq <= Tk, each query having a key at its position."""
+def near_ranges(
+    q: Tensor,
+    k: Tensor,
+    slopes: tuple[Tensor, Tensor],
+    visibility: Visibility,
+    *,
+    scale: float,
+    tolerance: float,
+    block_m: int,
+    block_n: int,
+) -> tuple[Tensor, Tensor]:
+    """`longreach.ops.near_reach.near_ranges`, in float32."""
+    _, starts, ends = near_reach_of(q, k, slopes, visibility.causal, scale, tolerance, block_m, block_n)
+    return starts, ends
+
+
+def near_reach_of(
+    q: Tensor,
+    k: Tensor,
+    slopes: tuple[Tensor, Tensor],
+    causal: bool,
+    scale: float,
+    tolerance: float,
+    block_m: int,
+    block_n: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `largest_excess` of `near_reach` finds, and what `near_ranges` there makes of it; each (B, H, NQ)."""
     dtype = q.dtype if q.dtype in (torch.float32, torch.bfloat16) else torch.float32
     q, k = (_in_rows(x.to(dtype).resolve_neg()) for x in (q, k))
+    left, right = map(_dense, slopes)
     excess = q.new_empty(*q.shape[:2], -(-q.shape[2] // block_m), dtype=torch.float32)
+    starts, ends = (torch.empty_like(excess, dtype=torch.int32) for _ in range(2))
     call = _NEAR.pack(  # in the order of its fields
-        *(q.data_ptr(), k.data_ptr(), excess.data_ptr(), *q.shape, *q.stride(), *k.shape, *k.stride()),
-        *(dtype == torch.bfloat16, block_m, scale, radius_rounding(q), ROUNDING, LSE_ROUNDING, SCORE_SLACK),
+        *(x.data_ptr() for x in (q, k, left, right, excess, starts, ends)),
+        *(*q.shape, *q.stride(), *k.shape, *k.stride()),
+        *(q.shape[1] * (x.dim() - 1) for x in (left, right)),
+        *(dtype == torch.bfloat16, causal, block_m, block_n, scale, log_mass(tolerance, k.shape[2], causal)),
+        *(radius_rounding(q), ROUNDING, LSE_ROUNDING, SCORE_SLACK),
     )
-    if _compiled().longreach_near(call):
+    threads = min(torch.get_num_threads(), k.shape[0] * k.shape[1]) if address_of_region() is not None else 1
+    if _compiled().longreach_near(call, address_of_region(), threads):
         raise MemoryError("no memory for the mean of keys")
-    return excess
+    return excess, starts, ends
 
 
 def _compiled() -> ctypes.CDLL:

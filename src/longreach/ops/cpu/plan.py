@@ -16,7 +16,6 @@ from torch import Tensor
 
 from longreach.ops.cpu import onednn
 from longreach.ops.lse_bound import FEW_QUERIES
-from longreach.ops.near_reach import FindExcess, near_ranges
 from longreach.ops.reach import key_ranges
 from longreach.ops.visibility import Visibility
 
@@ -181,6 +180,12 @@ def _least_slopes(left: Tensor, right: Tensor, num_heads: int) -> list[float]:
     return least
 
 
+def is_near(visibility: HostVisibility, key_norms: Tensor | None) -> bool:
+    """Whether reach is bounded by the few operations of `near_ranges`."""
+    many = visibility.sees_own_keys and visibility.query_length >= FEW_QUERIES
+    return many and key_norms is None and visibility.key_length <= NEAR_KEYS
+
+
 def bounded_ranges(
     q: Tensor,
     k: Tensor,
@@ -190,9 +195,9 @@ def bounded_ranges(
     scale: float,
     tolerance: float,
     heads: slice,
-    find_excess: FindExcess,
+    find_near: Callable[..., tuple[Tensor, Tensor]],
 ) -> Ranges:
-    """The keys within reach of some heads; `find_excess` as in `near_ranges`."""
+    """The keys within reach of some heads; `find_near` is `near_ranges`, or does as that does."""
     if heads.stop == heads.start:
         return {}
     left, right = slopes
@@ -200,9 +205,8 @@ def bounded_ranges(
     kv_heads = slice(heads.start // group, heads.stop // group)
     inputs = q[:, heads], k[:, kv_heads], (left[..., heads], right[..., heads]), visibility
     options: dict[str, Any] = {"scale": scale, "tolerance": tolerance, "block_m": BLOCK_M, "block_n": BLOCK_N}
-    many = visibility.sees_own_keys and visibility.query_length >= FEW_QUERIES
-    if many and key_norms is None and visibility.key_length <= NEAR_KEYS:
-        starts, ends = near_ranges(*inputs, **options, find_excess=find_excess)
+    if is_near(visibility, key_norms):
+        starts, ends = find_near(*inputs, **options)
     else:
         norms = None if key_norms is None else key_norms[:, kv_heads]
         starts, ends = key_ranges(*inputs, **options, key_norms=norms)
@@ -362,28 +366,21 @@ def _blocks_of(
     starts: Sequence[int], part: _Part, visibility: HostVisibility, bounds: tuple[list[int], list[int]] | None
 ) -> list[Block]:
     """Blocks of queries that begin there, those that need a key."""
-    blocks = [_block(*rows, part.keys, visibility, bounds) for rows in pairwise([*starts, part.rows[1]])]
-    return [block for block in blocks if block.low < block.high]
-
-
-def _block(
-    row: int,
-    past_row: int,
-    keys: tuple[int, int],
-    visibility: HostVisibility,
-    bounds: tuple[list[int], list[int]] | None,
-) -> Block:
-    low, high = keys
-    first, last = row + visibility.offset, past_row - 1 + visibility.offset
-    if visibility.causal:
-        high = min(high, last + 1)
-    if visibility.window_size is not None:
-        low, high = max(low, first - visibility.window_size + 1), min(high, last + visibility.window_size)
-    if bounds is not None:
-        starts, ends = (side[row // BLOCK_M : (past_row - 1) // BLOCK_M + 1] for side in bounds)
-        low, high = max(low, min(starts)), min(high, max(ends))
-    low = max(keys[0], min(low, high + (low - high) // ALIGNED * ALIGNED))
-    return Block(row, past_row - row, low, high)
+    offset, causal, window_size = visibility.offset, visibility.causal, visibility.window_size
+    found = []
+    for row, past_row in pairwise([*starts, part.rows[1]]):
+        low, high = part.keys
+        if causal:
+            high = min(high, past_row + offset)
+        if window_size is not None:
+            low, high = max(low, row + offset - window_size + 1), min(high, past_row - 1 + offset + window_size)
+        if bounds is not None:
+            of_block = slice(row // BLOCK_M, (past_row - 1) // BLOCK_M + 1)
+            low, high = max(low, min(bounds[0][of_block])), min(high, max(bounds[1][of_block]))
+        low = max(part.keys[0], min(low, high + (low - high) // ALIGNED * ALIGNED))
+        if low < high:
+            found.append(Block(row, past_row - row, low, high))
+    return found
 
 
 def _tiles(
