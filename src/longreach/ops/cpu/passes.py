@@ -370,28 +370,9 @@ def _compute(
         parts.sort(key=lambda part: -sum(tile.pairs for tile in part))  # the most work first
         return [partial(each, part) for part in parts]
 
-    if apart:
-        _share(jobs, q, k, visibility, bounded, bound, shared_pairs=shared_pairs)
-    else:
-        each(tiles(heads, bound()))
-
-
-def _share(
-    jobs: Callable[[Sequence[int], Ranges], list[Job]],
-    q: Tensor,
-    k: Tensor,
-    visibility: HostVisibility,
-    bounded: slice,
-    bound: Callable[[], Ranges],
-    *,
-    shared_pairs: int,
-) -> None:
-    """Do the jobs of all heads, given the ranges of bounded ones, by several threads from so many pairs on."""
-    heads = range(q.shape[1])
     count = q.shape[0] * k.shape[1]
-    if not _can_be_apart(q, k, visibility, shared_pairs):
-        for job in jobs(heads, bound()):
-            job()
+    if not apart:
+        each(tiles(heads, bound()))
     elif q.shape[2] > FOUND_ALONE:
         share_out(jobs(heads, bound()), list, count)
     else:

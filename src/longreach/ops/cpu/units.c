@@ -288,14 +288,14 @@ static void attend_block(struct head *h, struct block *b, void *memory) {
 
 /* Compute parts by matrix units. */
 INLINE void compute_some(struct work *work, void block(struct head *, struct block *, void *), int differentiates) {
-    const int64_t head_dim = work->heads->head_dim; /* of all heads */
+    const int64_t head_dim = work->heads->head_dim, steps = differentiates ? 0 : work->most; /* of all heads */
     struct memory m;
-    void *const memory = memory_of(lay_out(&m, NULL, head_dim, work->most, differentiates));
+    void *const memory = memory_of(lay_out(&m, NULL, head_dim, steps, differentiates));
     if (!memory) {
         work->failed = 1;
         return;
     }
-    lay_out(&m, memory, head_dim, work->most, differentiates);
+    lay_out(&m, memory, head_dim, steps, differentiates);
     const unsigned before = flush_denormals();
     open_units();
     compute_parts(work, block, &m);
