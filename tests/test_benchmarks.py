@@ -142,6 +142,8 @@ def test_what_runs_on_a_gpu_and_where_impl_changes_over(scripts, monkeypatch):
     assert peers.PRUNED in peers.contenders("cuda")
     assert not peers.is_dense_peer(peers.PRUNED)
     cpu = attention.workloads("cpu", attention.LENGTHS["cpu"])
+    assert {w.mode for w in cpu if w.length == 4096} == {"decode"}
+    assert {w.mode for w in attention.workloads("cpu", [4096])} == {"forward", "training", "decode"}
     assert len(cpu) == len(set(cpu))
     assert {(w.mode, w.length) for w in cpu if w.busy} == {
         (mode, length) for mode in ("forward", "training") for length in (1024, 2048, 8192)
@@ -215,10 +217,11 @@ def test_auto_changes_over_where_the_committed_run_says(scripts, processor, meas
     those that are as large from the first number of keys on; and whether it is so without their norms, too.
     """
     peers = scripts[0]
+    decodes = CROSSOVERS[measured.decodes_as or processor]
     records = [
         record
-        for decoding in (False, True)
-        for record in json.loads((BENCHMARKS / "results" / measured.file(decoding=decoding)).read_text())["records"]
+        for decoding, run in ((False, measured.run), (True, decodes.run))
+        for record in json.loads((BENCHMARKS / "results" / run).read_text())["records"]
         if (record["workload"]["mode"] == "decode") == decoding
     ]
     gains, unaided = {}, []
@@ -273,7 +276,7 @@ def test_the_page_tells_where_auto_changes_over():
             f"{tokens[4]:,}" if tokens[2] == tokens[4] else f"{tokens[4]:,}, half types {tokens[2]:,}"
             for tokens in (measured.forward, measured.training, measured.decoding, measured.cached)
         ]
-        runs = sorted({measured.run, measured.file(decoding=True)}, key=len)
+        runs = dict.fromkeys((measured.run, CROSSOVERS[measured.decodes_as or processor].run))
         assert f"| {processor} | {' | '.join(columns)} | {', '.join(f'`{run}`' for run in runs)} |" in page
 
 

@@ -12,7 +12,7 @@ import longreach.ops.cpu.workers as workers
 from longreach import alibi_slopes
 from longreach.ops.reach import KEY_BLOCK, default_tolerance, key_block_norms
 
-DTYPES = tuple(native.STEP_DTYPES)
+DTYPES = native.STEP_DTYPES
 
 
 @pytest.fixture(autouse=True)

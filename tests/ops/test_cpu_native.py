@@ -14,6 +14,7 @@ from adversarial import Case, random_grads, run
 from flat import cpu_attention, reference_attention
 
 import longreach.ops.cpu.native as native
+from longreach import alibi_slopes
 from longreach.ops.cpu import passes
 from longreach.ops.lse_bound import ROUNDING
 from longreach.ops.near_reach import largest_excess
@@ -83,6 +84,7 @@ def test_what_is_no_library_is_not_used(content, found_in, tmp_path):
         (FACTS, True),
         (FACTS | {"size_of_head": FACTS["size_of_head"] + 8}, False),
         (FACTS | {"most_rows": 64}, False),
+        (FACTS | {"size_of_block": FACTS["size_of_block"] - 8}, False),
         (FACTS | {"size_of_step": FACTS["size_of_step"] - 8}, False),
         (FACTS | {"size_of_near": FACTS["size_of_near"] - 8}, False),
         ({"size_of_head": FACTS["size_of_head"], "most_rows": 128}, False),
@@ -97,13 +99,19 @@ def test_a_library_of_another_version_is_not_used(facts, is_used, found_in, tmp_
     assert (found_in(tmp_path) is not None) == is_used
 
 
-@pytest.mark.parametrize(("major", "is_used"), [(1, True), (2, False), (None, False)])
-def test_a_pytorch_of_another_dlpack_is_not_asked(major, is_used, found_in, monkeypatch):
+EXCHANGE = b"dlpack_exchange_api"
+
+
+@pytest.mark.parametrize(
+    ("major", "name", "is_used"),
+    [(1, EXCHANGE, True), (2, EXCHANGE, False), (1, b"another", False), (None, None, False)],
+)
+def test_a_pytorch_of_another_dlpack_is_not_asked(major, name, is_used, found_in, monkeypatch):
     """Then nothing could describe tensors to C, and there is no native code."""
     make = ctypes.pythonapi.PyCapsule_New
     make.argtypes, make.restype = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p), ctypes.py_object
     exchange = native._Exchange(major=major or 0, describe=1)
-    capsule = None if major is None else make(ctypes.addressof(exchange), b"dlpack_exchange_api", None)
+    capsule = None if major is None else make(ctypes.addressof(exchange), name, None)
     monkeypatch.setattr(torch.Tensor, "__dlpack_c_exchange_api__", capsule)
     native._describer.cache_clear()
     try:
@@ -194,6 +202,19 @@ def test_excess_is_above_any_score_less_that_of_the_own_key(queries, keys, head_
     torch.testing.assert_close(excess, largest_excess(q, k, 0.3, 128), rtol=8 * ROUNDING, atol=1e-6)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_threads_bound_the_same(causal):
+    q, k = torch.randn(2, 6, 700, 40), torch.randn(2, 3, 700, 40)
+    slopes = alibi_slopes(6), alibi_slopes(6).flip(0).expand(2, 6)
+    alone = native.near_reach_of(q, k, slopes, causal, 0.2, 2**-24, 128, 64)
+    torch.set_num_threads(4)
+    try:
+        for x, y in zip(native.near_reach_of(q, k, slopes, causal, 0.2, 2**-24, 128, 64), alone, strict=True):
+            assert torch.equal(x, y)
+    finally:
+        torch.set_num_threads(1)
+
+
 def test_native_code_bounds_what_it_computes(monkeypatch):
     """And nothing bounds in float32 what is computed in float64."""
     asked, near_ranges = [], native.near_ranges
@@ -208,3 +229,34 @@ def test_native_code_bounds_what_it_computes(monkeypatch):
         q, k, v = torch.randn(3, 1, 4, 2048, 32).to(dtype)
         cpu_attention(q, k, v, slopes=torch.full((4,), 0.5))
     assert asked == [torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize("borders", [[0, 100, 500], [-5, 100, 300], [0, 100, 200], [50, 100, 300], [0, 200, 100, 300]])
+@pytest.mark.parametrize("causal", [True, False])
+def test_borders_that_nobody_looked_at_lead_nowhere_else(borders, causal, monkeypatch):
+    """As in a compiled program: what they hold is wrong, but written and read is what the tensors have."""
+    monkeypatch.setattr(passes, "NATIVE_IS_FASTER", True)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        room = torch.full((3, 4, 900, 16), 3.0)
+        q, k, v = room[1:2, :, 300:600].expand(3, 1, 4, 300, 16).unbind()
+        (q,) = (x.clone().requires_grad_() for x in (q,))
+        out, lse = cpu_attention(q, k, v, slopes=torch.full((4,), 0.5), causal=causal, cu_seqlens=torch.tensor(borders))
+        torch.autograd.grad(out.sum(), q)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert out.shape == q.shape
+    assert not lse.isnan().any()
+    assert (room == 3.0).all()
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_tiles_of_what_is_negated_later(name, monkeypatch):
+    monkeypatch.setattr(passes, "NATIVE_IS_FASTER", True)
+    given = dict(zip("qkv", torch.randn(3, 1, 4, 300, 16), strict=True))
+    expected, _ = cpu_attention(*given.values(), slopes=torch.full((4,), 0.5))
+    given[name] = torch._neg_view(-given[name])
+    assert given[name].is_neg()
+    actual, _ = cpu_attention(*given.values(), slopes=torch.full((4,), 0.5))
+    assert torch.equal(actual, expected)

@@ -6,6 +6,12 @@ from flat import cpu_attention
 from torch import Tensor
 from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from longreach import attention
+from longreach.ops.cpu import operators, passes
+from longreach.ops.visibility import Visibility
 
 OPERATORS = torch.ops.longreach
 
@@ -39,6 +45,50 @@ def test_operators_of_the_cpu_keep_the_rules_of_torch_library(with_slopes: bool,
         )
         results = torch.library.opcheck(OPERATORS.cpu_backward.default, arguments)
         assert set(results.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("queries", [1, 5, 40])
+@pytest.mark.parametrize("impl", ["native", "other"])
+def test_outputs_lie_as_fake_tensors_promise(queries, impl, monkeypatch):
+    """Of few queries, too, and where no gradient is wanted."""
+    monkeypatch.setattr(passes, "HAS_NATIVE", impl == "native")
+    monkeypatch.setattr(passes, "NATIVE_IS_FASTER", impl == "native")
+    q, k, v = (torch.randn(2, length, 4, 16).transpose(1, 2) for length in (queries, 40, 40))
+    arguments = (q, k, v, torch.rand(4), torch.rand(4), None, None, 0.25, True, None, 2.0**-24, None, False)
+    assert set(torch.library.opcheck(OPERATORS.cpu_forward.default, arguments).values()) == {"SUCCESS"}
+    with FakeTensorMode() as mode:
+        promised = OPERATORS.cpu_forward(*(mode.from_tensor(x) if isinstance(x, Tensor) else x for x in arguments))
+    for actual, fake in zip(OPERATORS.cpu_forward(*arguments), promised, strict=True):
+        assert (actual.shape, actual.dtype) == (fake.shape, fake.dtype)
+        for size, stride, expected in zip(actual.shape, actual.stride(), fake.stride(), strict=True):
+            assert stride == expected or size == 1
+
+
+@pytest.mark.parametrize("queries", [5, 300])
+@pytest.mark.parametrize("pre_dispatch", [True, False])
+def test_a_trace_of_real_tensors_holds_the_operator(queries, pre_dispatch):
+    q, k, v = torch.randn(1, 4, queries, 16), *torch.randn(2, 1, 4, 300, 16)
+    slopes = torch.full((4,), 0.5)
+    traced = make_fx(lambda q: attention(q, k, v, slopes=slopes, impl="cpu"), pre_dispatch=pre_dispatch)(q)
+    assert OPERATORS.cpu_forward.default in [node.target for node in traced.graph.nodes]
+    torch.testing.assert_close(traced(-q), attention(-q, k, v, slopes=slopes, impl="cpu"))
+
+
+@pytest.mark.parametrize("means", passes.Means)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_a_gradient_no_operator_is_called_and_no_lse_made(means, dtype, monkeypatch):
+    monkeypatch.setattr(passes, "_means", lambda *_: means)
+    called = []
+    monkeypatch.setattr(operators, "_forward", lambda *_: called.append(True))
+    q, k, v = torch.randn(3, 1, 4, 300, 16).to(dtype)
+    slopes = torch.full((4,), 0.5)
+    seen = Visibility(300, 300)
+    out, lse = operators.cpu_attention(q, k, v, seen, slopes=slopes)
+    alone, none = operators.cpu_attention(q, k, v, seen, slopes=slopes, return_lse=False)
+    assert torch.equal(out, alone)
+    assert lse.shape == (1, 4, 300)
+    assert (none is None) == (means != passes.Means.KERNEL)  # which makes it whether or not
+    assert not called
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")

@@ -78,7 +78,8 @@ def test_steps_are_read_in_any_order_in_memory(name, dtype, steps):
     given = step(dtype, batch=2, queries=3)
     expected = attention(**given, impl="cpu")
     x = given[name]
-    orders = [torch.stack((x, x), dim=n).select(n, 1) for n in range(x.dim() + 1)]
+    beside = torch.full_like(x, math.nan)
+    orders = [torch.stack((beside, x), dim=n).select(n, 1) for n in range(x.dim() + 1)]
     orders += [x.transpose(a, b).contiguous().transpose(a, b) for a in range(x.dim()) for b in range(a)]
     for ordered in orders:
         assert torch.equal(attention(**given | {name: ordered}, impl="cpu"), expected)

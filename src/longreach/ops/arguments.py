@@ -165,7 +165,7 @@ def validated_visibility(
                 f"key_padding_mask of shape {tuple(key_padding_mask.shape)} and {key_padding_mask.dtype}: "
                 f"give (B, Tk) = ({batch}, {key_length}) bool, True where a key is padding"
             )
-        _validate_device("key_padding_mask", key_padding_mask, q)
+        validate_same_device("key_padding_mask", key_padding_mask, q)
     if cu_seqlens is not None:
         if query_length != key_length:
             raise ValueError(f"cu_seqlens with Tq={query_length} and Tk={key_length}: packed documents need Tq = Tk")
@@ -182,7 +182,7 @@ def validate_documents(cu_seqlens: Tensor, q: Tensor, length: int | None = None)
         raise ValueError(
             f"cu_seqlens of shape {tuple(cu_seqlens.shape)} and {cu_seqlens.dtype}: give (N + 1,) int32 or int64"
         )
-    _validate_device("cu_seqlens", cu_seqlens, q)
+    validate_same_device("cu_seqlens", cu_seqlens, q)
     if length is not None and can_be_read(cu_seqlens):
         validate_borders(cu_seqlens.tolist(), length)
 
@@ -238,9 +238,10 @@ def validate_borders(borders: Sequence[int], length: int) -> None:
 def _validate_float(name: str, x: Tensor, q: Tensor) -> None:
     if not x.is_floating_point():
         raise ValueError(f"{name} of {x.dtype}: give floating point, float32 unless there is a reason")
-    _validate_device(name, x, q)
+    validate_same_device(name, x, q)
 
 
-def _validate_device(name: str, x: Tensor, q: Tensor) -> None:
+def validate_same_device(name: str, x: Tensor, q: Tensor) -> None:
+    """Where q is."""
     if x.device != q.device:
         raise ValueError(f"{name} is on {x.device}, q is on {q.device}: move it there")

@@ -14,6 +14,7 @@ from longreach.ops.arguments import (
     validate_choice,
     validate_dropout,
     validate_flags,
+    validate_same_device,
     validate_scale,
     validate_slopes,
     validate_tensors,
@@ -258,7 +259,8 @@ def choose_impl(
     if decoding and measured.impl == "cpu" and (learns or dtype == torch.float64):
         return Choice("sdpa", "few queries in float64, or whose gradient is wanted, which was not measured")
     least = measured.least(dtype, decoding=decoding, learns=learns)
-    where = f"at such lengths on {processor} (benchmarks/results/{measured.file(decoding=decoding)})"
+    asked = (decoding and measured.decodes_as) or processor
+    where = f"at such lengths on {asked} (benchmarks/results/{CROSSOVERS[asked].run})"
     if decoding:
         slower = surely(key_length < least) or surely(key_length * cache_width < measured.least_cached(dtype))
     else:
@@ -276,7 +278,9 @@ def _plain_step(q: Any, k: Any, v: Any, slopes: Any, key_norms: Any, scale: Any,
     """
     if not type(q) is type(k) is type(v) is type(slopes) is Tensor or type(key_norms) not in (Tensor, NoneType):
         return None
-    if is_watched() or q.dim() != 4 or q.size(2) >= FEW_QUERIES:  # sizes of what is traced are not to be asked for
+    if (
+        is_watched() or not q.is_cpu or q.dim() != 4 or q.size(2) >= FEW_QUERIES
+    ):  # sizes of what is traced are not to be asked for
         return None
     if may_learn(q, k, v, slopes) or not (isinstance(impl, str) and impl in ("auto", "cpu")):
         return None
@@ -344,5 +348,6 @@ def _validate_key_norms(key_norms: Tensor, k: Tensor, impl: str) -> None:
             f"key_norms of shape {tuple(key_norms.shape)} and {key_norms.dtype}: give a floating-point tensor "
             f"(B, Hkv, ceil(Tk / {KEY_BLOCK})) = {expected}"
         )
+    validate_same_device("key_norms", key_norms, k)
     if impl not in ("auto", "cpu", "triton"):
         raise ValueError(f'key_norms with impl="{impl}", which makes no use of them: use "cpu", "triton" or "auto"')

@@ -2,7 +2,8 @@
 
 Each row is read off a run of `benchmarks/attention.py --crossover` that is committed under benchmarks/results: from the
 first length on at which, as at all longer ones, ours was faster by a tenth in the geometric mean of shapes, or where it
-never was, from twice the longest on. A test holds rows to their runs.
+never was, from twice the longest on. Where a row decodes as another class, that part of it is of the run of that one. A
+test holds rows to their runs.
 """
 
 from dataclasses import dataclass
@@ -38,12 +39,8 @@ class Crossovers:
 
     unaided: bool = False
     """Whether it is so from there on, too, where the norms are not known."""
-    decoding_run: str = ""
-    """Name of the file that says so of few queries, where that is another."""
-
-    def file(self, *, decoding: bool) -> str:
-        """Name of the file that says so."""
-        return (decoding and self.decoding_run) or self.run
+    decodes_as: str = ""
+    """The class whose few queries were measured, where that is another."""
 
     def least(self, dtype: torch.dtype, *, decoding: bool, learns: bool) -> int:
         """The number of tokens that counts."""
@@ -81,7 +78,7 @@ CROSSOVERS = {
         decoding={2: 256, 4: 256},
         cached={2: 2**17, 4: 2**17},
         unaided=True,
-        decoding_run="cpu-2core-avx512-crossover.json",  # native code by the same vectors; there are no products in it
+        decodes_as="AVX-512",  # by the same native code, in which there are no products
     ),
     "AVX-512, oneDNN, not compiled": Crossovers(
         "cpu-2core-crossover.json",

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, is_grad_enabled
 from torch._C import (
+    DispatchKey,
     _are_functorch_transforms_active,
+    _dispatch_tls_is_dispatch_key_included,
     _is_any_autocast_enabled,
     _is_tracing,
     _len_torch_dispatch_stack,
@@ -54,6 +56,7 @@ def is_watched() -> bool:
         is_dynamo_compiling()
         or _is_tracing()
         or _len_torch_dispatch_stack() > 0
+        or _dispatch_tls_is_dispatch_key_included(DispatchKey.PreDispatch)
         or _is_any_autocast_enabled()
         or _are_functorch_transforms_active()
         or forward_ad._current_level >= 0

@@ -104,7 +104,7 @@ static int is_done(const struct step *s, const struct row *r, int64_t last, cons
 /* Some keys and their values: rows of `dim` numbers, a pair at least, so many bytes apart. */
 struct keys {
     int64_t first, count, dim;
-    const char *k, *v;
+    const char *k, *v, *next; /* next: KEYS rows of k that are read after these; NULL without such */
     int64_t k_row, v_row;
 };
 
@@ -138,7 +138,7 @@ INLINE vec products(const int64_t dtype, const float *q, const struct keys *near
 }
 
 /* Add values, each times its weight, to some pairs of sums that are times a factor. Hidden ones are not read. The keys
-   before these, which are read next, are fetched meanwhile. */
+   that are read next are fetched meanwhile. */
 INLINE void mix(const int64_t dtype, const int pairs, const struct keys *near, int64_t d, const float *weights,
                 float factor, float *sums) {
     vec mixed[8]; /* few terms a sum, so that it is rounded the less */
@@ -146,7 +146,8 @@ INLINE void mix(const int64_t dtype, const int pairs, const struct keys *near, i
     for (int64_t j = 0; j < near->count; j++) {
         if (weights[j] == 0.0f) continue;
         const int64_t first = smaller(d, near->dim - pairs * PAIR) * size_of(dtype);
-        const char *const at = near->v + j * near->v_row + first, *const next = near->k + (j - KEYS) * near->k_row + first;
+        const char *const at = near->v + j * near->v_row + first;
+        const char *const next = near->next ? near->next + j * near->k_row + first : at;
         for (int i = 0; i < pairs; i++) {
             const struct pair x = read_pair(dtype, at + i * PAIR * size_of(dtype));
             fetch_pair(dtype, next + i * PAIR * size_of(dtype));
@@ -259,14 +260,15 @@ INLINE void decode_rows(const int64_t dtype, const struct step *s, int64_t seque
             left += !rows[n].done;
         }
         if (!left) break;
-        struct keys near = {first, keys, dim, k + first * k_row, v + first * v_row, k_row, v_row};
+        const char *const at = k + first * k_row;
+        struct keys near = {first, keys, dim, at, v + first * v_row, i ? at - KEYS * k_row : NULL, k_row, v_row};
         if (dim < PAIR) {
             const int64_t row = PAIR * size;
             for (int64_t j = 0; j < keys; j++) {
                 copy_as_pairs(dim, size, near.k + j * k_row, copies + j * row);
                 copy_as_pairs(dim, size, near.v + j * v_row, copies + (KEYS + j) * row);
             }
-            near = (struct keys){first, keys, PAIR, copies, copies + KEYS * row, row, row};
+            near = (struct keys){first, keys, PAIR, copies, copies + KEYS * row, NULL, row, row};
         }
         for (int64_t n = 0; n < count; n++)
             if (!rows[n].done) add_keys(dtype, s, rows + n, q + n * width, &near, hidden, sums + n * width);

@@ -82,7 +82,10 @@ def _describer() -> int | None:
         return None
     pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
     pointer_of.argtypes, pointer_of.restype = (ctypes.py_object, ctypes.c_char_p), ctypes.c_void_p
-    exchange = _Exchange.from_address(pointer_of(capsule, b"dlpack_exchange_api"))
+    try:
+        exchange = _Exchange.from_address(pointer_of(capsule, b"dlpack_exchange_api"))
+    except ValueError:  # it is no capsule of that name
+        return None
     described: int | None = exchange.describe if exchange.major == 1 else None
     return described
 
@@ -168,7 +171,7 @@ class _Blocks:
 
     def _compute(
         self, function: str, heads: bytearray, blocks: Sequence[tuple[int, Block]], ends: Sequence[int], threads: int
-    ) -> list[int]:
+    ) -> Any:
         """Have threads take parts, which end after so many blocks; the fields of all blocks as that leaves them.
 
         Args:
@@ -185,7 +188,7 @@ class _Blocks:
         threads = min(threads, len(ends))
         if call(at, given, (ctypes.c_int64 * len(ends))(*ends), len(ends), address_of_region(), threads):
             raise MemoryError("no memory for a block of queries")
-        return given[:]
+        return given
 
 
 @dataclass
@@ -199,7 +202,10 @@ class NativeForward(_Blocks):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.out = _in_rows(self.out.to(self.dtype))  # itself or, to be copied from, another
+        if self.out.dtype != self.dtype or self.out.stride(-1) != 1:  # what is to be copied from
+            self.out = self.q.new_empty(self.out.shape)
+            if self.visibility.may_hide_all_keys:
+                self.out.zero_()
         self.peak, self.total = (self.q.new_empty(self.q.shape[:3], dtype=torch.float32) for _ in range(2))
         if not self.visibility.sees_own_keys:  # so that there may be rows that no block holds
             self.peak.fill_(float("inf"))
@@ -299,7 +305,7 @@ def near_reach_of(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What `largest_excess` of `near_reach` finds, and what `near_ranges` there makes of it; each (B, H, NQ)."""
     dtype = q.dtype if q.dtype in (torch.float32, torch.bfloat16) else torch.float32
-    q, k = (_in_rows(x.to(dtype).resolve_neg()) for x in (q, k))
+    q, k = (_in_rows(x.to(dtype)) for x in (q, k))
     left, right = map(_dense, slopes)
     excess = q.new_empty(*q.shape[:2], -(-q.shape[2] // block_m), dtype=torch.float32)
     starts, ends = (torch.empty_like(excess, dtype=torch.int32) for _ in range(2))
@@ -405,13 +411,14 @@ def decode(
         tolerance: the share of weights that may be left out.
         lse: (B, H, Tq) float32 and dense, which the LSE is written to; None where it is not wanted.
     """
-    q, k, v = _in_rows(q.resolve_neg()), _in_rows(k.resolve_neg()), _in_rows(v.resolve_neg())
+    q, k, v = _in_rows(q), _in_rows(k), _in_rows(v)
     slopes = _dense(slopes)
     norms = None if key_norms is None else _dense(key_norms)
     hidden = None if key_padding_mask is None else key_padding_mask.contiguous()
     step = _Step()
     read = _reader()(step, *(None if x is None else id(x) for x in (q, k, v, slopes, norms, hidden, lse)))
-    assert read in (_READABLE, _PLAIN), "these are not tensors of one step"
+    if read not in (_READABLE, _PLAIN):
+        raise RuntimeError("these are not tensors of one step")
     return run_step(step, q, window_size, scale, tolerance)
 
 

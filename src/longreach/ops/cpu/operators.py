@@ -1,6 +1,7 @@
-"""Attention on the CPU as operators of torch.library: one path for eager, compiled, exported and transformed programs.
+"""Attention on the CPU as operators of torch.library: one path for compiled, exported and transformed programs.
 
-They are opaque to tracing, for `passes` plans its work from values, and come with shapes and derivatives.
+So do eager ones where a gradient may be wanted; else they call what the operator does. Operators are opaque to tracing,
+for `passes` plans its work from values, and come with shapes and derivatives.
 """
 
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longreach.ops.cpu.passes import Kept, attend, differentiate
+from longreach.ops.cpu.passes import Kept, attend, differentiate, laid_out_as
 from longreach.ops.cpu.plan import BLOCK_M
 from longreach.ops.reach import default_tolerance
 from longreach.ops.transforms import differentiable, is_watched, may_learn, without_autocast
@@ -68,6 +69,7 @@ def _forward(
     options: dict[str, Any] = {"scale": scale, "tolerance": tolerance, "learns": learns, "return_lse": True}
     out, lse, kept = attend(q, k, v, _slopes(q, left, right), visibility, key_norms, **options)
     assert lse is not None, "it was asked for"
+    out = laid_out_as(q, out)  # as is promised below
     if kept is None:
         empty, no_blocks = lse.new_empty(0), q.new_empty(0, dtype=torch.int32)
         return out, lse, empty, empty.clone(), no_blocks, no_blocks.clone(), q.new_zeros((), dtype=torch.int8)

@@ -60,7 +60,7 @@ is nothing to that of weights in bfloat16, and too much in float32 where one key
 (docs/attention.md, "Rounding")."""
 
 HAS_NATIVE = native.library(torch.float32) is not None
-"""Whether there is native code, which decodes faster than all else."""
+"""Whether there is native code, which decodes, too: no products in it could be done faster by others."""
 
 NATIVE_IS_FASTER = HAS_NATIVE and not onednn.IS_FAST
 """Whether nothing computes tiles as fast as it does: where oneDNN's products are fast, that was not measured."""
@@ -140,8 +140,10 @@ def attend(
 ) -> tuple[Tensor, Tensor | None, Kept | None]:
     """The forward pass, arguments as in `longreach.attention`: output, LSE, and what a backward pass needs.
 
-    `learns` is whether one may come. The LSE (B, H, Tq) is float32, or float64 where q is; None if nobody asked for it.
+    `learns` is whether one may come. The LSE (B, H, Tq) is float32, or float64 where q is; it may be None unless it was
+    asked for.
     """
+    q, k, v = q.resolve_neg(), k.resolve_neg(), v.resolve_neg()
     seen = HostVisibility.read(visibility)
     few = seen.query_length < FEW_QUERIES
     means = _means(q, k, seen, learns)
@@ -249,7 +251,7 @@ def differentiate(
             compute_all(compute, cost=product_cost, shared_pairs=SHARED_PAIRS)
             of_slopes = [by_products.of_left, by_products.of_right]
     return (
-        *(_laid_out_as(x, total) for x, total in ((q, totals.of_q), (k, totals.of_k), (v, totals.of_v))),
+        *(laid_out_as(x, total) for x, total in ((q, totals.of_q), (k, totals.of_k), (v, totals.of_v))),
         *(
             (sums.sum(dim=0) if slope.dim() == 1 else sums).to(slope.dtype)
             for sums, slope in zip(of_slopes, slopes, strict=True)
@@ -322,7 +324,7 @@ def _readable(q: Tensor, k: Tensor, v: Tensor, visibility: HostVisibility) -> tu
     return q, k, v
 
 
-def _laid_out_as(x: Tensor, total: Tensor) -> Tensor:
+def laid_out_as(x: Tensor, total: Tensor) -> Tensor:
     """A sum in the dtype of x, and in memory as what is made like x."""
     like = torch.empty_like(x)
     return total if total.dtype == x.dtype and total.stride() == like.stride() else like.copy_(total)

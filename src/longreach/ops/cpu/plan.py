@@ -121,12 +121,13 @@ class HostVisibility(Visibility):
     @property
     def may_hide_all_keys(self) -> bool:
         """Whether there may be a query that sees no key, and no tile for it."""
-        return self.spans is not None or self.query_length > self.key_length
+        return not self.sees_own_keys
 
     @property
     def sees_own_keys(self) -> bool:
         """Whether each query surely sees the key at its position."""
-        return self.spans is None and self.query_length <= self.key_length
+        are_in_documents = self.documents[0] <= 0 and self.documents[-1] >= self.key_length
+        return self.spans is None and self.query_length <= self.key_length and are_in_documents
 
     @property
     def may_leave_rows_empty(self) -> bool:
@@ -334,7 +335,9 @@ def _parts(batch: int, visibility: HostVisibility, ranges: Ranges, *, apart: boo
         }
         for document in zip(visibility.documents[:-1], visibility.documents[1:], strict=True):
             keys = max(span[0], document[0]), min(span[1], document[1])
-            rows = (0, visibility.query_length) if len(visibility.documents) == 2 else document
+            rows = 0, visibility.query_length
+            if len(visibility.documents) > 2:  # whose borders nobody has looked at where a program is compiled
+                rows = max(document[0], 0), min(document[1], visibility.query_length)
             if visibility.causal:
                 rows = max(rows[0], keys[0] - visibility.offset), rows[1]
             if keys[0] < keys[1] and rows[0] < rows[1]:
