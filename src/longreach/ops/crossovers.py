@@ -56,8 +56,8 @@ CROSSOVERS = {
     "AVX-512": Crossovers(
         "cpu-2core-avx512-crossover.json",
         "cpu",
-        forward={2: 256, 4: 256},
-        training={2: 512, 4: 512},  # not measured for half types, see the benchmark
+        forward={2: 128, 4: 128},
+        training={2: 256, 4: 256},  # not measured for half types, see the benchmark
         decoding={2: 256, 4: 256},
         cached={2: 2**17, 4: 2**17},
         unaided=True,
@@ -91,7 +91,7 @@ CROSSOVERS = {
     "AVX2": Crossovers(
         "cpu-2core-avx2-crossover.json",
         "cpu",
-        forward={2: 256, 4: 256},
+        forward={2: 128, 4: 128},
         training={2: 256, 4: 256},  # likewise
         decoding={2: 256, 4: 256},
         cached={2: 2**17, 4: 2**17},
@@ -108,8 +108,8 @@ CROSSOVERS = {
     "AMX": Crossovers(
         "cpu-2core-amx-crossover.json",
         "cpu",
-        forward={2: 256, 4: 256},
-        training={2: 128, 4: 512},
+        forward={2: 128, 4: 128},
+        training={2: 64, 4: 256},
         decoding={2: 256, 4: 256},
         cached={2: 2**17, 4: 2**17},
         unaided=True,
