@@ -21,12 +21,12 @@ import longreach.ops.cpu.native as native
 import longreach.ops.cpu.passes as passes
 import longreach.ops.cpu.products as module
 from longreach.ops.alibi import alibi_slopes
+from longreach.ops.cpu.bounding import heads_worth_bounding
 from longreach.ops.cpu.plan import (
     BLOCK_M,
     BLOCK_N,
     HostVisibility,
     blocks_of_heads,
-    heads_worth_bounding,
     kernel_cost,
     plan,
     product_cost,
@@ -44,7 +44,7 @@ def bounded(request, monkeypatch):
     """Run with either ranges and without them, whatever the cost model thinks of such small inputs."""
     dense = request.param == "dense"
     monkeypatch.setattr(passes, "heads_worth_bounding", lambda q, *_, **__: slice(0, 0 if dense else q.shape[1]))
-    monkeypatch.setattr("longreach.ops.cpu.plan.NEAR_KEYS", 4096 if request.param == "near" else 0)
+    monkeypatch.setattr("longreach.ops.cpu.bounding.NEAR_KEYS", 4096 if request.param == "near" else 0)
 
 
 @pytest.fixture(params=["products", "kernel"])

@@ -16,7 +16,7 @@ from longreach.ops.arguments import (
     validate_types,
     validate_values,
 )
-from longreach.ops.cpu.plan import expected_reach
+from longreach.ops.cpu.bounding import expected_reach
 from longreach.ops.reach import KEY_BLOCK
 
 

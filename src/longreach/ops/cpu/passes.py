@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from longreach.ops.cpu import native, onednn
+from longreach.ops.cpu.bounding import bounded_ranges, ends_to_leave_out, heads_worth_bounding, is_near
 from longreach.ops.cpu.kernel import FewQueries, KernelGradients, ManyQueries
 from longreach.ops.cpu.memory import keep_memory_of_tiles
 from longreach.ops.cpu.native import NativeForward, NativeGradients
@@ -24,11 +25,7 @@ from longreach.ops.cpu.plan import (
     HostVisibility,
     Ranges,
     Tile,
-    bounded_ranges,
     by_key_head,
-    ends_to_leave_out,
-    heads_worth_bounding,
-    is_near,
     kernel_cost,
     pieces,
     plan,

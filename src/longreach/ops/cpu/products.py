@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longreach.ops.cpu import onednn
-from longreach.ops.cpu.plan import ALIGNED, BLOCK_M, BLOCK_N, HostVisibility, Tile, ends_to_leave_out, strips
+from longreach.ops.cpu.bounding import ends_to_leave_out
+from longreach.ops.cpu.plan import ALIGNED, BLOCK_M, BLOCK_N, HostVisibility, Tile, strips
 from longreach.ops.cpu.totals import Totals
 from longreach.ops.cpu.views import bias_of, distances, falloff, keys_of, lanes_of, rows_of
 
