@@ -25,9 +25,7 @@ import contextlib
 import ctypes
 import functools
 import gc
-import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -37,6 +35,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import runs
 import torch
 from peers import (
     CEILING,
@@ -54,14 +53,11 @@ from peers import (
 )
 from torch import Tensor
 
-from longreach.files import write_atomically
 from longreach.ops.alibi import alibi_slopes
 from longreach.ops.attention import attention
 from longreach.ops.reach import reach
 from longreach.ops.reference import reference_attention
 from longreach.ops.visibility import Visibility
-
-RESULTS = Path(__file__).parent / "results"
 
 LENGTHS = {"cpu": [1024, 2048, 8192, 32768, 65536], "cuda": [2048, 8192, 32768]}
 """What is measured unless asked otherwise; on a GPU, all of it within ten minutes, compiling included."""
@@ -77,9 +73,6 @@ CROSSOVER_LENGTHS = {
 
 DENSE_LIMIT = 32768
 """Above this length dense attention takes minutes a call on a CPU: what counts there is how our own time grows."""
-
-HOLDS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
-"""Environment variables that hold PyTorch, oneDNN and MKL to fewer instructions than a CPU has."""
 
 BUSY_LENGTHS = (1024, 2048, 8192)
 """Where a CPU is also measured beside one busy process."""
@@ -331,12 +324,7 @@ def trains(dtype: str) -> bool:
     PyTorch, which is not aware of what oneDNN is held to, has the products of half types in the backward pass done by
     its reference code.
     """
-    return dtype == "float32" or not held_to()
-
-
-def held_to() -> dict[str, str]:
-    """Those of HOLDS that are set."""
-    return {name: os.environ[name] for name in HOLDS if name in os.environ}
+    return dtype == "float32" or not runs.held_to()
 
 
 def chosen(workload: Workload, device: str, skip: set[str], crossover: bool) -> dict[str, Maker]:
@@ -372,6 +360,7 @@ def run(
     """Measure one workload after the other; what is known by then is written after each."""
     start, last = time.perf_counter(), None
     known = [Workload(**record["workload"]) for record in document["records"]]
+    places = {workload: place for place, workload in enumerate(work)}  # what was not asked for comes first
     for workload in work:
         if workload in known:
             continue
@@ -383,7 +372,8 @@ def run(
         report(workload, figures, failed, time.perf_counter() - start)
         record = {"workload": asdict(workload), "figures": [asdict(figure) for figure in figures], "failed": failed}
         document["records"].append(record)
-        write_atomically(path, (json.dumps(document, indent=1) + "\n").encode())
+        document["records"].sort(key=lambda record: places.get(Workload(**record["workload"]), -1))
+        runs.write(path, document)
     print(f"wrote {path} after {time.perf_counter() - start:.0f} s")
 
 
@@ -424,44 +414,13 @@ def main() -> None:
     lengths = arguments.lengths or LENGTHS[device]
     if arguments.quick:
         lengths, rounds, skip = [1024, 4096], 3, skip | {FLEX, FLEX_FLASH}
-    path = RESULTS / f"{arguments.machine}{'-crossover' if arguments.crossover else ''}.json"
-    path.parent.mkdir(exist_ok=True)
-    document: dict[str, Any] = {"benchmark": "attention", "machine": machine(arguments.machine, device), "records": []}
-    if arguments.resume and path.exists():
-        document["records"] = measured(path, document["machine"])
+    path = runs.RESULTS / f"{arguments.machine}{'-crossover' if arguments.crossover else ''}.json"
+    here = runs.machine(arguments.machine, device)
+    known = runs.read(path, here) if arguments.resume else {}
+    document = {"benchmark": "attention", "machine": here, "records": known.get("records", [])}
     work = crossover_workloads(device) if arguments.crossover else workloads(device, lengths)
     choose = functools.partial(chosen, device=device, skip=skip, crossover=arguments.crossover)
     run(document, path, work, device, rounds, choose)
-
-
-def measured(path: Path, here: dict[str, Any]) -> list[dict[str, Any]]:
-    """The records of a file, if they are of this machine and these versions, of whatever day."""
-    known = json.loads(path.read_text())
-    for key, value in here.items():
-        if key != "date" and known["machine"].get(key) != value:
-            was = known["machine"].get(key)
-            raise SystemExit(f"--resume: {path} has {key} {was!r}, here it is {value!r}: give another --machine")
-    records: list[dict[str, Any]] = known["records"]
-    return records
-
-
-def machine(name: str, device: str) -> dict[str, Any]:
-    """Where and with what the figures came about."""
-    return {
-        "name": name,
-        "processor": torch.cuda.get_device_name() if device == "cuda" else _processor(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "held_to": held_to(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

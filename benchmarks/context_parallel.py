@@ -26,6 +26,7 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+import runs
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
@@ -229,13 +230,13 @@ def main() -> None:
     parser.add_argument("--machine", required=True, help="a name for the results")
     parser.add_argument("--part", required=True, choices=LENGTHS)
     options = parser.parse_args()
-    path = Path(__file__).parent / "results" / f"context-parallel-{options.machine}.json"
-    results = json.loads(path.read_text()) if path.exists() else {"benchmark": "context_parallel"}
-    results["machine"] = {"name": options.machine, "torch": torch.__version__, "cores": os.cpu_count()}
+    path = runs.RESULTS / f"context-parallel-{options.machine}.json"
+    here = runs.machine(options.machine, "cpu") | {"cores": os.cpu_count(), "threads": 1}  # of each process
+    known = runs.read(path, here)
     with TemporaryDirectory() as folder:
         multiprocessing.spawn(work, (folder, options.part), RANKS)
-        results[options.part] = json.loads(Path(folder, "found.json").read_text())
-    path.write_text(json.dumps(results, indent=1) + "\n")
+        found = json.loads(Path(folder, "found.json").read_text())
+    runs.write(path, known | {"benchmark": "context_parallel", "machine": here, options.part: found})
 
 
 if __name__ == "__main__":

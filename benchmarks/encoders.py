@@ -2,6 +2,7 @@
 
     python benchmarks/encoders.py times --machine cpu-2core [--reference FOLDER]
     python benchmarks/encoders.py memory --machine cpu-2core
+    python benchmarks/encoders.py table --machine cpu-2core
 
 Base shape (width 768, 12 heads, MLP of 3072), random weights, float32. Two contenders stand beside `load_encoder`:
 
@@ -21,7 +22,6 @@ using it once.
 import argparse
 import copy
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -32,6 +32,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import runs
 import torch
 import torch.nn.functional as F
 from attention import peak_memory, timed
@@ -41,7 +42,6 @@ import longreach
 from longreach.encoders.layouts.blocks import Linear
 from longreach.encoders.model import EncoderModel, PublishedConfig
 from longreach.encoders.packing import Heads
-from longreach.files import write_atomically
 
 TABLE = 8192
 """Tokens that Jina's table of biases is for."""
@@ -53,6 +53,9 @@ CASES: dict[str, tuple[tuple[int, ...], int, float]] = {
     "batch": (tuple(torch.linspace(20, 2000, 32).int().tolist()), 1, 2.0),
 }
 """Name -> lengths of its texts, layers, and least ratio of the reference's seconds to ours."""
+
+NAMES = ("padded", "mosaic")
+"""Who ours is compared with."""
 
 MEMORY_RATIO = 10.0
 """Least ratio of the reference's peak to ours at 8,192 tokens."""
@@ -144,17 +147,17 @@ def measure(case: str, names: list[str], reference: Path | None, rounds: int, sm
         lengths, layers = tuple(max(2, length // 32) for length in lengths), 1
     model = build(layers, small)
     ids, mask = texts(lengths)
-    runs = {name: contender(name, model, reference) for name in names}
-    right = runs["ours"](ids, mask)
+    callables = {name: contender(name, model, reference) for name in names}
+    right = callables["ours"](ids, mask)
     difference = 0.0
     for name in names[1:]:
-        found = runs[name](ids, mask)
+        found = callables[name](ids, mask)
         difference = max(difference, ((found - right).abs() * mask[..., None]).max().item())
         if not difference <= ALLOWED:
             raise SystemExit(f"{case}: outputs of {name} differ by {difference:.1e}")
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(rounds):
-        for name, run in runs.items():
+        for name, run in callables.items():
             seconds[name].append(timed(lambda run=run: run(ids, mask), "cpu"))
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     for name in names[1:]:
@@ -200,13 +203,33 @@ def measure_memory(names: list[str], reference: Path | None) -> dict[str, int]:
     return peaks | {"weights": weights}
 
 
+def table(records: dict[str, Any]) -> str:
+    """What docs/encoders.md shows: how many times as fast as others ours is, and the memory that it takes."""
+    lines = ["| | Jina's form | MosaicBERT's code |", "|---|---|---|"]
+    for case, (lengths, _, _) in CASES.items():
+        what = f"{len(lengths)} texts of {lengths[0]:,} to {lengths[-1]:,} tokens"
+        what = what if lengths[1:] else f"one text of {lengths[0]:,} tokens"
+        seconds = next(record["seconds"] for key, record in records.items() if key.split()[0] == case)
+        ratios = (f"{seconds[name] / seconds['ours']:.2f}x" if name in seconds else "not run" for name in NAMES)
+        lines.append(f"| {what} | {' | '.join(ratios)} |")
+    memory = next(record for key, record in records.items() if key.split()[0] == "memory")
+    ours, theirs, loading = memory["ours"] / 2**20, memory["padded"] / 2**30, memory["loading"] / memory["weights"]
+    lines += [
+        "",
+        f"Beyond its weights, one text of 8,192 tokens takes {ours:,.0f} MiB at the peak, Jina's form with its table "
+        f"{theirs:.1f} GiB. A base model that was loaded and used takes {loading:.2f} times its "
+        "weights: those of words that did not come up are left in their file.",
+    ]
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("times", "memory", "memory-of"))
+    parser.add_argument("part", choices=("times", "memory", "table", "memory-of"))
     parser.add_argument("--machine", default="cpu-2core", help="name of the file under benchmarks/results")
     parser.add_argument("--reference", type=Path, help="folder of MosaicBERT's own code")
     parser.add_argument("--cases", nargs="+", choices=tuple(CASES), default=list(CASES))
-    parser.add_argument("--contenders", nargs="+", choices=("padded", "mosaic"), default=["padded"])
+    parser.add_argument("--contenders", nargs="+", choices=NAMES, default=["padded"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="a tiny model and short texts; no file")
     parser.add_argument("--name", help=argparse.SUPPRESS)
@@ -217,18 +240,12 @@ def main() -> None:
         print(memory_of(arguments.name, arguments.reference))
         return
     names = ["ours", *arguments.contenders]
-    path = Path(__file__).parent / "results" / f"encoders-{arguments.machine}.json"
-    head = {
-        "benchmark": "encoders",
-        "machine": {
-            "name": arguments.machine,
-            "device": platform.machine(),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-        },
-    }
-    known = json.loads(path.read_text()) if path.exists() else {}
-    records = known.get("records", {}) if {key: known.get(key) for key in head} == head else {}
+    path = runs.RESULTS / f"encoders-{arguments.machine}.json"
+    if arguments.part == "table":
+        print(table(json.loads(path.read_text())["records"]))
+        return
+    here = runs.machine(arguments.machine, "cpu")
+    records = {} if arguments.quick else runs.read(path, here).get("records", {})
     asked = arguments.cases if arguments.part == "times" else ["memory"]
     for case in asked:
         if case == "memory":
@@ -238,7 +255,7 @@ def main() -> None:
         key = f"{case} {' '.join(names[1:])}"
         records[key] = found | {"date": time.strftime("%Y-%m-%d")}
         if not arguments.quick:
-            write_atomically(path, (json.dumps(head | {"records": records}, indent=1) + "\n").encode())
+            runs.write(path, {"benchmark": "encoders", "machine": here, "records": records})
 
 
 if __name__ == "__main__":

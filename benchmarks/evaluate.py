@@ -10,15 +10,14 @@ model has 4 layers, 8 heads, d_model 256 and random weights.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+import runs
 import torch
 
 from longreach.cost import Cost
@@ -118,15 +117,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2**20, help="tokens to score in long windows")
     arguments = parser.parse_args()
     torch.set_flush_denormal(True)
+    here = runs.machine(arguments.machine, "cpu")
+    path = runs.RESULTS / f"evaluate-{arguments.machine}.json"
+    known = runs.read(path, here)
     if arguments.part == "sliding-window":
         figures: Any = [sliding_window_cost(length, 256, arguments.rounds) for length in (128, 512)]
     else:
         figures = long_window_memory(arguments.tokens)
-    path = Path(__file__).parent / "results" / f"evaluate-{arguments.machine}.json"
-    results = json.loads(path.read_text()) if path.exists() else {"benchmark": "evaluate"}
-    results["machine"] = {"name": arguments.machine, "torch": torch.__version__}
-    results[arguments.part] = {"threads": torch.get_num_threads(), "figures": figures}
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    runs.write(path, known | {"benchmark": "evaluate", "machine": here, arguments.part: figures})
     print(f"wrote {path}")
 
 

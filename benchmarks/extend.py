@@ -1,6 +1,7 @@
 """Time extended models beside the stock code of transformers, on the same weights, and write the figures as JSON.
 
     python benchmarks/extend.py --machine cpu-2core
+    python benchmarks/extend.py --machine cpu-2core --table
     python benchmarks/extend.py --quick
 
 The model has 12 layers, 12 heads, d_model 768 and a small vocabulary, so that the output embeddings do not drown the
@@ -10,29 +11,28 @@ are flushed for both. MPT is configured for the longest length, where its stock 
 timed, logits are compared, and a difference beyond what rounding explains ends the run. The memory of prefill is the
 peak of a fresh process for each contender, less what it held before. Each case is written once it is measured, in place
 of what the file said of it, so that `--families bloom --modes decode --lengths 8192` measures one anew.
+`--table` prints what docs/extension.md shows of the file.
 """
 
 import argparse
 import copy
 import functools
 import json
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
+import runs
 import torch
 import transformers
 from attention import peak_memory, timed
 from transformers import BloomConfig, BloomForCausalLM, DynamicCache, MptConfig, MptForCausalLM
 
 import longreach
-from longreach.files import write_atomically
 from longreach.pretrained.caches import growing_cache
 
 VOCAB_SIZE = 1024
@@ -236,6 +236,7 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", choices=("prefill", "decode"), default=["prefill", "decode"])
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 2048, 8192])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--table", action="store_true", help="measure nothing, print the table of what was")
     parser.add_argument("--quick", action="store_true", help="a tiny model and short lengths; no file")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)  # what this script asks of a process of its own
     arguments = parser.parse_args()
@@ -246,18 +247,15 @@ def main() -> None:
         shape, case = Shape(**asked["shape"]), Case(**asked["case"])
         print(memory_of(case, asked["contender"], shape, asked["device"]))
         return
+    path = runs.RESULTS / f"extend-{arguments.machine}.json"
+    if arguments.table:
+        print(table(json.loads(path.read_text())["records"]))
+        return
     shape, lengths, rounds = Shape(), arguments.lengths, arguments.rounds
     if arguments.quick:
         shape, lengths, rounds = Shape(num_layers=2, num_heads=4, d_model=128), [256], 2
-    machine = {
-        "name": arguments.machine,
-        "device": torch.cuda.get_device_name() if arguments.device == "cuda" else platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
-    path = Path(__file__).parent / "results" / f"extend-{arguments.machine}.json"
+    here = runs.machine(arguments.machine, arguments.device, transformers=transformers.__version__)
+    records = [] if arguments.quick else runs.read(path, here).get("records", [])
     for family in arguments.families:
         models = contenders(family, shape, max(lengths), arguments.device)
         for length in lengths:
@@ -266,18 +264,33 @@ def main() -> None:
                 times = 10 * rounds if mode == "decode" else min(rounds, 2) if length > 2048 else rounds
                 record = measure(models, Case(family, mode, length), shape, arguments.device, times)
                 report(record, () if arguments.quick else AIMS)
+                records = sorted([one for one in records if one["case"] != record["case"]] + [record], key=place)
                 if not arguments.quick:
-                    keep(record, path, {"benchmark": "extend", "machine": machine, "shape": asdict(shape)})
+                    head = {"benchmark": "extend", "machine": here, "shape": asdict(shape)}
+                    runs.write(path, head | {"records": records})
 
 
-def keep(record: dict[str, Any], path: Path, head: dict[str, Any]) -> None:
-    """Write a case to a file, in place of what it says of it; figures of another machine or other versions go."""
-    known = json.loads(path.read_text()) if path.exists() else {}
-    others = known.pop("records", [])
-    others = [other for other in others if other["case"] != record["case"]] if known == head else []
-    records = sorted([*others, record], key=lambda one: (one["case"]["family"], one["case"]["length"]))
-    write_atomically(path, (json.dumps(head | {"records": records}, indent=1) + "\n").encode())
-    print(f"    wrote {path}")
+def table(records: list[dict[str, Any]]) -> str:
+    """How many times as fast extended models are, and in brackets how many times less memory their prefill adds."""
+    cells: dict[tuple[str, str], list[str]] = {}
+    for record in sorted(records, key=place):
+        case, (stock, ours) = Case(**record["case"]), record["figures"]
+        cell = f"{stock['seconds'] / ours['seconds']:.2f}x"
+        if ours["extra_bytes"] is not None:
+            cell += f" ({stock['extra_bytes'] / ours['extra_bytes']:.1f}x)"
+        cells.setdefault((case.family, case.mode), []).append(cell)
+    lengths = sorted({record["case"]["length"] for record in records})
+    lines = [f"| tokens | {' | '.join(f'{length:,}' for length in lengths)} |", f"|---|{'---|' * len(lengths)}"]
+    for family in ("bloom", "mpt"):
+        for mode in ("prefill", "decode"):
+            lines.append(f"| {family.upper()}, {mode} | {' | '.join(cells[family, mode])} |")
+    return "\n".join(lines)
+
+
+def place(record: dict[str, Any]) -> tuple[str, int, str]:
+    """What the records of a file are in order of."""
+    case = record["case"]
+    return case["family"], case["length"], case["mode"]
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Draw a figure and print the tables of docs/attention.md from a file that benchmarks/attention.py wrote.
 
-    python benchmarks/plot.py cpu-2core
+    python benchmarks/plot.py cpu-2core-amx
     python benchmarks/plot.py h200 --output h200.svg
-    python benchmarks/plot.py cpu-2core --beside cpu-2core-avx512 cpu-2core-amx cpu-2core-avx2
+    python benchmarks/plot.py cpu-2core-amx --beside cpu-2core-avx512 cpu-2core-avx2 cpu-2core-epyc
 
 Decoding is in the table alone: it is measured at few lengths.
 """
@@ -19,7 +19,7 @@ from peers import CEILING, DENSE, FLEX, FLEX_FLASH, HALF, OURS, PRUNED, is_dense
 from longreach.report.drawing import to_svg
 
 HERE = Path(__file__).parent
-DOCUMENTED = "cpu-2core"
+DOCUMENTED = "cpu-2core-amx"
 """The machine that docs/attention.md shows, as docs/attention.svg."""
 
 COLOURS = {
@@ -123,8 +123,6 @@ def tables(records: list[Record]) -> str:
     head += ["fastest dense peer" if pruned else "fastest peer", "times faster", "times faster than no bias"]
     head += [f"times faster than {PRUNED}"] if pruned else []
     head.append("extra memory")
-    slowest = max(figure["seconds"] for record in records for figure in record["figures"])
-    places = 1 if slowest >= 1 else 3  # on a GPU all take milliseconds
     lines = [f"| {' | '.join(head)} |".replace("|  |", "| |"), "|---" * len(head) + "|"]
     for record in records:
         workload, figures = record["workload"], {figure["contender"]: figure for figure in record["figures"]}
@@ -133,13 +131,17 @@ def tables(records: list[Record]) -> str:
         peer = min(peers, key=lambda figure: figure["seconds"], default=None)
         row = [named(workload)]
         row += [str(workload["heads"]), str(workload["head_dim"])] if with_shapes else []
-        row += [f"{workload['length']:,}", f"{workload['std']:g}", f"{ours * 1e3:,.{places}f} ms"]
-        row.append("-" if peer is None else f"{peer['contender']}, {peer['seconds'] * 1e3:,.{places}f} ms")
+        row += [f"{workload['length']:,}", f"{workload['std']:g}", milliseconds(ours)]
+        row.append("-" if peer is None else f"{peer['contender']}, {milliseconds(peer['seconds'])}")
         for figure in (peer, figures.get(CEILING), *([figures.get(PRUNED)] if pruned else [])):
             row.append("-" if figure is None else f"{figure['seconds'] / ours:.2f}")
         row.append(f"{figures[OURS]['extra_bytes'] / 2**20:.0f} MiB")
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines + growth(records) + failures(records))
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:,.{1 if seconds >= 1e-2 else 2 if seconds >= 1e-3 else 3}f} ms"
 
 
 def side_by_side(runs: dict[str, list[Record]]) -> str:
@@ -160,8 +162,7 @@ def beside_peers(record: Record) -> str:
     """A cell of that table."""
     ours = next(figure["seconds"] for figure in record["figures"] if figure["contender"] == OURS)
     peers = [figure["seconds"] for figure in record["figures"] if is_dense_peer(figure["contender"])]
-    places = 1 if ours >= 1e-3 else 2
-    return f"{ours * 1e3:,.{places}f} ms" + (f", {min(peers) / ours:.2f}" if peers else "")
+    return milliseconds(ours) + (f", {min(peers) / ours:.2f}" if peers else "")
 
 
 def named(workload: Record) -> str:
@@ -204,7 +205,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("machine", help="name of a file under benchmarks/results")
     parser.add_argument(
-        "--output", type=Path, help="the drawing; docs/attention-NAME.svg, or docs/attention.svg for cpu-2core"
+        "--output", type=Path, help="the drawing; docs/attention-NAME.svg, or docs/attention.svg for cpu-2core-amx"
     )
     parser.add_argument(
         "--beside", nargs="+", help="other files: print a table of what they measured, and draw nothing"

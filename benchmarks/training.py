@@ -31,15 +31,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import runs
 import torch
 import torch.nn.functional as F
-from attention import machine
 from torch import Tensor, nn
 
 from longreach.data.batches import Batches, BatchSource
 from longreach.data.sequences import Blocks, Sequences
 from longreach.data.tokens import TokenStore, TokenStream
-from longreach.files import write_atomically
 from longreach.models.config import ARCHITECTURES, Architecture, ModelConfig
 from longreach.models.decoder import Decoder
 from longreach.ops.alibi import alibi_bias, alibi_slopes
@@ -460,16 +459,16 @@ def main() -> None:
     parser.add_argument("--machine", default="cpu-2core", help="name of the file under benchmarks/results")
     parser.add_argument("--quick", action="store_true", help="a model of a few weights, and nothing written")
     arguments = parser.parse_args()
-    path = Path(__file__).parent / "results" / f"training-{arguments.machine}.json"
-    results = json.loads(path.read_text()) if path.exists() else {}
+    path = runs.RESULTS / f"training-{arguments.machine}.json"
     if arguments.part == "table":
-        print(table(results))
+        print(table(json.loads(path.read_text())))
         return
+    here = runs.machine(arguments.machine, "cuda" if arguments.part == "utilisation" else "cpu")
+    results = {} if arguments.quick else runs.read(path, here) | {"machine": here}
     for part in parts if arguments.part == "all" else (arguments.part,):
         results[part] = measure(part, arguments.quick)
         if not arguments.quick:
-            results["machine"] = machine(arguments.machine, "cuda" if part == "utilisation" else "cpu")
-            write_atomically(path, (json.dumps(results, indent=1) + "\n").encode())
+            runs.write(path, results)
     print(table(results))
 
 

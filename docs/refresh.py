@@ -1,6 +1,6 @@
-"""Fill the tables and figures of README.md and of docs/ (attention, parallel, context) from what was measured.
+"""Fill the tables and figures of README.md and of docs/ from what was measured.
 
-make demo && python benchmarks/attention.py --machine cpu-2core && python docs/refresh.py runs/demo cpu-2core h200
+make demo && python docs/refresh.py runs/demo
 """
 
 import json
@@ -16,6 +16,15 @@ from longreach.report.subjects.perplexity import main_grid
 from longreach.results import Results
 
 ROOT = Path(__file__).parents[1]
+
+CPU, GPU = "cpu-2core-amx", "h200"
+"""The machines that pages are about: names of files under benchmarks/results."""
+
+OTHER_CPUS = ("cpu-2core-avx512", "cpu-2core-avx2", "cpu-2core-epyc")
+"""Those that attention was measured on besides."""
+
+TRAINING = (CPU, "cpu-2core-epyc")
+"""Those that training was measured on."""
 
 
 def fill(page: Path, mark: str, content: str) -> None:
@@ -71,9 +80,13 @@ def context_parallel(path: Path) -> str:
     return "\n".join(lines)
 
 
-def main(demo: str, *machines: str) -> None:
-    measured = context_parallel(ROOT / "benchmarks" / "results" / "context-parallel-cpu-2core.json")
-    fill(ROOT / "docs" / "parallel.md", "bytes of context parallelism", measured)
+def printed(script: str, *arguments: str) -> str:
+    """What a script of benchmarks/ prints: tables of committed runs."""
+    command = [sys.executable, ROOT / "benchmarks" / f"{script}.py", *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def main(demo: str) -> None:
     results = Results.read(Path(demo) / "results.json")
     (train_length,) = results.train_lengths()
     fill(ROOT / "README.md", "demo table", to_markdown(main_grid(results, train_length)).strip())
@@ -83,19 +96,17 @@ def main(demo: str, *machines: str) -> None:
     shutil.copy(Path(demo) / "figures" / "perplexity.svg", ROOT / "docs" / "demo.svg")
     notebook = [sys.executable, ROOT / "docs" / "notebook.py"]
     subprocess.run(notebook, check=True, cwd=Path(demo).resolve().parents[1])  # it reads runs/demo
-    for machine in machines:
-        plot = [sys.executable, ROOT / "benchmarks" / "plot.py", machine]
-        table = subprocess.run(plot, check=True, capture_output=True, text=True).stdout.strip()
-        fill(ROOT / "docs" / "attention.md", f"benchmark table of {machine}", table)
-        if (ROOT / "benchmarks" / "results" / f"training-{machine}.json").exists():
-            fill_training(machine)
-
-
-def fill_training(machine: str) -> None:
-    """Fill the table of docs/parallel.md from what benchmarks/training.py measured."""
-    command = [sys.executable, ROOT / "benchmarks" / "training.py", "table", "--machine", machine]
-    table = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-    fill(ROOT / "docs" / "parallel.md", f"training table of {machine}", table)
+    of_attention = ROOT / "docs" / "attention.md"
+    for machine in (CPU, GPU):
+        fill(of_attention, f"benchmark table of {machine}", printed("plot", machine))
+    fill(of_attention, "benchmark table of all CPUs", printed("plot", CPU, "--beside", *OTHER_CPUS))
+    parallel = ROOT / "docs" / "parallel.md"
+    measured = context_parallel(ROOT / "benchmarks" / "results" / f"context-parallel-{CPU}.json")
+    fill(parallel, "bytes of context parallelism", measured)
+    for machine in TRAINING:
+        fill(parallel, f"training table of {machine}", printed("training", "table", "--machine", machine))
+    fill(ROOT / "docs" / "extension.md", "speed of extended models", printed("extend", "--machine", CPU, "--table"))
+    fill(ROOT / "docs" / "encoders.md", "speed of encoders", printed("encoders", "table", "--machine", CPU))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""benchmarks/attention.py when a peer fails, and benchmarks/plot.py on the records of a GPU."""
+"""benchmarks/: a peer that fails, runs that go on, what pages show of them, and drawings of the records of a GPU."""
 
 import functools
 import importlib
@@ -19,8 +19,8 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 @pytest.fixture(scope="module")
 def scripts():
-    """peers, attention and plot as modules, their folder no longer on the path: it has names of installed packages."""
-    names = ("peers", "attention", "plot")
+    """Scripts as modules, their folder no longer on the path: it has names of installed packages."""
+    names = ("peers", "attention", "plot", "runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(BENCHMARKS)
         modules = [importlib.import_module(name) for name in names]
@@ -32,7 +32,7 @@ def scripts():
 @pytest.fixture
 def run(scripts, monkeypatch, tmp_path):
     """Runs makers on one or more workloads, and reads what was written."""
-    peers, attention, _ = scripts
+    peers, attention, _, _ = scripts
     monkeypatch.setattr(attention, "check_gradients", lambda *arguments: None)  # has a test of its own
     path = tmp_path / "machine.json"
 
@@ -100,12 +100,12 @@ def test_longreach_that_fails_ends_the_run_and_keeps_what_was_measured(scripts, 
 
 
 def test_a_run_that_was_stopped_resumes(scripts, run, capsys):
-    peers, attention, _ = scripts
+    peers, attention, _, runs = scripts
     work = [peers.Workload("forward", "float32", length, heads=2, head_dim=16) for length in (32, 48)]
     first = run({peers.OURS: peers.ours}, work[0])
-    head = attention.machine("here", "cpu")
+    head = runs.machine("here", "cpu")
     run.path.write_text(json.dumps({"machine": head | {"date": "2026-01-01"}, "records": first}))
-    known = attention.measured(run.path, head)
+    known = runs.read(run.path, head)["records"]
     capsys.readouterr()
     attention.run({"records": known}, run.path, work, "cpu", 2, lambda workload: {peers.OURS: peers.ours})
     assert "T=32 " not in capsys.readouterr().out
@@ -113,8 +113,9 @@ def test_a_run_that_was_stopped_resumes(scripts, run, capsys):
     assert [record["workload"]["length"] for record in records] == [32, 48]
     assert records[0] == first[0]
     run.path.write_text(json.dumps({"machine": head | {"torch": "2.0"}, "records": first}))
-    with pytest.raises(SystemExit, match=r"--resume: .*machine\.json has torch '2\.0', here it is '2\."):
-        attention.measured(run.path, head)
+    with pytest.raises(SystemExit, match=r"machine\.json has torch '2\.0', here it is '2\..*: give another --machine"):
+        runs.read(run.path, head)
+    assert runs.read(run.path.with_name("another.json"), head) == {}
 
 
 def test_gradients_are_checked_where_blocks_are_skipped(scripts, monkeypatch):
@@ -133,7 +134,7 @@ def test_gradients_are_checked_where_blocks_are_skipped(scripts, monkeypatch):
 
 
 def test_what_runs_on_a_gpu_and_where_impl_changes_over(scripts, monkeypatch):
-    peers, attention, _ = scripts
+    peers, attention, _, _ = scripts
     work = attention.workloads("cuda", attention.LENGTHS["cuda"])
     assert len(work) == len(set(work))
     assert {w.length for w in work if w.mode != "decode"} == {2048, 8192, 32768}
@@ -159,7 +160,7 @@ def test_what_runs_on_a_gpu_and_where_impl_changes_over(scripts, monkeypatch):
 
 
 def test_a_process_is_busy_while_others_are_timed(scripts, run, monkeypatch):
-    peers, attention, plot = scripts
+    peers, attention, plot, _ = scripts
     started = []
 
     class Process:
@@ -183,7 +184,7 @@ def test_a_process_is_busy_while_others_are_timed(scripts, run, monkeypatch):
 
 
 def test_growth_is_measured_in_turn_where_dense_attention_takes_minutes(scripts, run):
-    peers, attention, plot = scripts
+    peers, attention, plot, _ = scripts
     long = peers.Workload("training", "float32", 2 * attention.DENSE_LIMIT)
     makers = attention.chosen(long, "cpu", set(), False)
     assert set(makers) == {peers.OURS, peers.HALF}
@@ -301,7 +302,7 @@ def test_runs_are_of_the_processors_that_they_stand_for():
 
 def gpu_records(scripts):
     """Every workload of a GPU, the contenders' times told apart by shape, and one failure."""
-    peers, attention, _ = scripts
+    peers, attention, _, _ = scripts
     records = []
     for workload in attention.workloads("cuda", attention.LENGTHS["cuda"]):
         scale = 1e-9 * workload.length * workload.heads * (2 if workload.mode == "training" else 1)
@@ -352,17 +353,17 @@ def test_what_only_some_machines_measured_is_a_row_of_all(scripts):
     _, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
     assert [row[1] for row in rows] == [f"{x['workload']['length']:,}" for x in (short, long)]
     assert rows[0][3] == "-"
-    assert rows[0][4] == "0.03 ms, 4.00"
+    assert rows[0][4] == "0.033 ms, 4.00"
     assert rows[1][3] == rows[1][4] != "-"
 
 
 def test_the_page_shows_the_committed_figures_in_the_same_form(scripts):
-    records = json.loads((BENCHMARKS / "results" / "cpu-2core.json").read_text())["records"]
+    records = json.loads((BENCHMARKS / "results" / "cpu-2core-amx.json").read_text())["records"]
     head = "| | length | std | longreach | fastest peer | times faster | times faster than no bias | extra memory |"
     assert scripts[2].tables(records).splitlines()[0] == head
     page = (BENCHMARKS.parent / "docs" / "attention.md").read_text(encoding="utf-8")
     assert scripts[2].tables(records) in page
-    names = ("cpu-2core", "cpu-2core-avx512", "cpu-2core-amx", "cpu-2core-avx2")
+    names = ("cpu-2core-amx", "cpu-2core-avx512", "cpu-2core-avx2", "cpu-2core-epyc")
     runs = {name: scripts[2].read(name) for name in names}
     assert scripts[2].side_by_side(runs) in page
 
@@ -375,7 +376,7 @@ def test_the_drawing_is_named_after_the_machine(scripts, monkeypatch, tmp_path, 
     written = json.dumps({"records": gpu_records(scripts)})
     for machine, options, drawing in (
         ("h200", [], "docs/attention-h200.svg"),
-        ("cpu-2core", [], "docs/attention.svg"),
+        ("cpu-2core-amx", [], "docs/attention.svg"),
         ("h200", ["--output", str(tmp_path / "other.svg")], "other.svg"),
     ):
         (tmp_path / "benchmarks" / "results" / f"{machine}.json").write_text(written)
@@ -426,5 +427,5 @@ def test_training_loops_are_timed_after_they_train_alike(training, monkeypatch, 
 
 
 def test_the_page_shows_the_training_figures_that_are_committed(training):
-    results = json.loads((BENCHMARKS / "results" / "training-cpu-2core.json").read_text())
+    results = json.loads((BENCHMARKS / "results" / "training-cpu-2core-epyc.json").read_text())
     assert training.table(results) in (BENCHMARKS.parent / "docs" / "parallel.md").read_text(encoding="utf-8")

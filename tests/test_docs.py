@@ -73,10 +73,10 @@ def page_of(folder, monkeypatch):
 def test_pages_are_filled_from_what_was_measured_and_the_notebook_runs(page_of, folder, monkeypatch):
     refresh = script("refresh")
     monkeypatch.setattr(refresh, "ROOT", folder)
-    refresh.main("runs/demo", "cpu-2core")
+    refresh.main("runs/demo")
     assert re.search(r"<!-- demo table -->\n\| method \| 16<br>1x", page_of("README.md"))
     assert "From 16 to 64 tokens (4x)" in page_of("README.md")
-    for page in ("attention.md", "parallel.md"):  # of the committed runs
+    for page in ("attention.md", "encoders.md", "extension.md", "parallel.md"):  # of the committed runs
         assert page_of(f"docs/{page}") == (DOCS / page).read_text(encoding="utf-8")
     page = page_of("docs/context.md")
     assert "trained at 16 tokens, tested at 16, 64: alibi, learned" in page

@@ -71,7 +71,7 @@ CROSSOVERS = {
         cached={2: 2**23, 4: 2**24},
     ),
     "AVX-512, oneDNN": Crossovers(
-        "cpu-2core-crossover.json",
+        "cpu-2core-epyc-crossover.json",
         "cpu",
         forward={2: 512, 4: 512},
         training={2: 1024, 4: 1024},
@@ -81,7 +81,7 @@ CROSSOVERS = {
         decodes_as="AVX-512",  # by the same native code, in which there are no products
     ),
     "AVX-512, oneDNN, not compiled": Crossovers(
-        "cpu-2core-crossover.json",
+        "cpu-2core-epyc-crossover.json",
         "cpu",
         forward={2: 512, 4: 512},
         training={2: 1024, 4: 1024},
