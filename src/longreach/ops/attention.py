@@ -278,9 +278,8 @@ def _plain_step(q: Any, k: Any, v: Any, slopes: Any, key_norms: Any, scale: Any,
     """
     if not type(q) is type(k) is type(v) is type(slopes) is Tensor or type(key_norms) not in (Tensor, NoneType):
         return None
-    if (
-        is_watched() or not q.is_cpu or q.dim() != 4 or q.size(2) >= FEW_QUERIES
-    ):  # sizes of what is traced are not to be asked for
+    # Whether anyone watches comes first: sizes of what is traced are not to be asked for.
+    if is_watched() or not q.is_cpu or q.dim() != 4 or q.size(2) >= FEW_QUERIES:
         return None
     if may_learn(q, k, v, slopes) or not (isinstance(impl, str) and impl in ("auto", "cpu")):
         return None
