@@ -35,7 +35,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import runs
 import torch
 from peers import (
     CEILING,
@@ -53,6 +52,7 @@ from peers import (
 )
 from torch import Tensor
 
+import runs
 from longreach.ops.alibi import alibi_slopes
 from longreach.ops.attention import attention
 from longreach.ops.reach import reach
@@ -416,7 +416,7 @@ def main() -> None:
         lengths, rounds, skip = [1024, 4096], 3, skip | {FLEX, FLEX_FLASH}
     path = runs.RESULTS / f"{arguments.machine}{'-crossover' if arguments.crossover else ''}.json"
     here = runs.machine(arguments.machine, device)
-    known = runs.read(path, here) if arguments.resume else {}
+    known = runs.continued(path, here) if arguments.resume else {}
     document = {"benchmark": "attention", "machine": here, "records": known.get("records", [])}
     work = crossover_workloads(device) if arguments.crossover else workloads(device, lengths)
     choose = functools.partial(chosen, device=device, skip=skip, crossover=arguments.crossover)

@@ -26,13 +26,13 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
-import runs
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from torch import Tensor
 from torch.autograd.profiler import profile
 
+import runs
 from longreach.measure.score import score
 from longreach.models.config import ModelConfig
 from longreach.models.decoder import Decoder
@@ -232,7 +232,7 @@ def main() -> None:
     options = parser.parse_args()
     path = runs.RESULTS / f"context-parallel-{options.machine}.json"
     here = runs.machine(options.machine, "cpu") | {"cores": os.cpu_count(), "threads": 1}  # of each process
-    known = runs.read(path, here)
+    known = runs.continued(path, here)
     with TemporaryDirectory() as folder:
         multiprocessing.spawn(work, (folder, options.part), RANKS)
         found = json.loads(Path(folder, "found.json").read_text())

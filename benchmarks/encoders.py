@@ -21,7 +21,6 @@ using it once.
 
 import argparse
 import copy
-import json
 import statistics
 import subprocess
 import sys
@@ -32,13 +31,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import runs
 import torch
 import torch.nn.functional as F
 from attention import peak_memory, timed
 from torch import Tensor, nn
 
 import longreach
+import runs
 from longreach.encoders.layouts.blocks import Linear
 from longreach.encoders.model import EncoderModel, PublishedConfig
 from longreach.encoders.packing import Heads
@@ -243,10 +242,10 @@ def main() -> None:
     names = ["ours", *arguments.contenders]
     path = runs.RESULTS / f"encoders-{arguments.machine}.json"
     if arguments.part == "table":
-        print(table(json.loads(path.read_text())["records"]))
+        print(table(runs.read(path)["records"]))
         return
     here = runs.machine(arguments.machine, "cpu")
-    records = {} if arguments.quick else runs.read(path, here).get("records", {})
+    records = {} if arguments.quick else runs.continued(path, here).get("records", {})
     asked = arguments.cases if arguments.part == "times" else ["memory"]
     for case in asked:
         if case == "memory":

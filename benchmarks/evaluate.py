@@ -17,9 +17,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import runs
 import torch
 
+import runs
 from longreach.cost import Cost
 from longreach.measure.plan import EvaluateConfig
 from longreach.measure.score import Scores, score
@@ -119,7 +119,7 @@ def main() -> None:
     torch.set_flush_denormal(True)
     here = runs.machine(arguments.machine, "cpu")
     path = runs.RESULTS / f"evaluate-{arguments.machine}.json"
-    known = runs.read(path, here)
+    known = runs.continued(path, here)
     if arguments.part == "sliding-window":
         figures: Any = [sliding_window_cost(length, 256, arguments.rounds) for length in (128, 512)]
     else:

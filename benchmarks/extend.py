@@ -26,13 +26,13 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import runs
 import torch
 import transformers
 from attention import peak_memory, timed
 from transformers import BloomConfig, BloomForCausalLM, DynamicCache, MptConfig, MptForCausalLM
 
 import longreach
+import runs
 from longreach.pretrained.caches import growing_cache
 
 VOCAB_SIZE = 1024
@@ -249,13 +249,13 @@ def main() -> None:
         return
     path = runs.RESULTS / f"extend-{arguments.machine}.json"
     if arguments.table:
-        print(table(json.loads(path.read_text())["records"]))
+        print(table(runs.read(path)["records"]))
         return
     shape, lengths, rounds = Shape(), arguments.lengths, arguments.rounds
     if arguments.quick:
         shape, lengths, rounds = Shape(num_layers=2, num_heads=4, d_model=128), [256], 2
     here = runs.machine(arguments.machine, arguments.device, transformers=transformers.__version__)
-    records = [] if arguments.quick else runs.read(path, here).get("records", [])
+    records = [] if arguments.quick else runs.continued(path, here).get("records", [])
     for family in arguments.families:
         models = contenders(family, shape, max(lengths), arguments.device)
         for length in lengths:

@@ -16,6 +16,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from peers import CEILING, DENSE, FLEX, FLEX_FLASH, HALF, OURS, PRUNED, is_dense_peer
 
+import runs
 from longreach.report.drawing import to_svg
 
 HERE = Path(__file__).parent
@@ -197,7 +198,7 @@ def failures(records: list[Record]) -> list[str]:
 
 
 def read(machine: str) -> list[Record]:
-    records: list[Record] = json.loads((HERE / "results" / f"{machine}.json").read_text())["records"]
+    records: list[Record] = runs.read(HERE / "results" / f"{machine}.json")["records"]
     return records
 
 

@@ -42,11 +42,19 @@ def _processor() -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def read(path: Path, here: dict[str, Any]) -> dict[str, Any]:
+def read(path: Path) -> dict[str, Any]:
+    """What a file says, of whatever machine."""
+    if not path.exists():
+        raise SystemExit(f"{path} is not there: --machine is the name of a run that was made")
+    document: dict[str, Any] = json.loads(path.read_text())
+    return document
+
+
+def continued(path: Path, here: dict[str, Any]) -> dict[str, Any]:
     """What a file says, if it is of this machine and these versions, of whatever day; nothing where there is none."""
     if not path.exists():
         return {}
-    known: dict[str, Any] = json.loads(path.read_text())
+    known = read(path)
     for key, value in here.items():
         if key != "date" and (was := known["machine"].get(key)) != value:
             raise SystemExit(f"{path} has {key} {was!r}, here it is {value!r}: give another --machine")

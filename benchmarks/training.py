@@ -31,11 +31,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import runs
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import runs
 from longreach.data.batches import Batches, BatchSource
 from longreach.data.sequences import Blocks, Sequences
 from longreach.data.tokens import TokenStore, TokenStream
@@ -461,10 +461,10 @@ def main() -> None:
     arguments = parser.parse_args()
     path = runs.RESULTS / f"training-{arguments.machine}.json"
     if arguments.part == "table":
-        print(table(json.loads(path.read_text())))
+        print(table(runs.read(path)))
         return
     here = runs.machine(arguments.machine, "cuda" if arguments.part == "utilisation" else "cpu")
-    results = {} if arguments.quick else runs.read(path, here) | {"machine": here}
+    results = {} if arguments.quick else runs.continued(path, here) | {"machine": here}
     for part in parts if arguments.part == "all" else (arguments.part,):
         results[part] = measure(part, arguments.quick)
         if not arguments.quick:

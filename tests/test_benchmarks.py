@@ -105,7 +105,7 @@ def test_a_run_that_was_stopped_resumes(scripts, run, capsys):
     first = run({peers.OURS: peers.ours}, work[0])
     head = runs.machine("here", "cpu")
     run.path.write_text(json.dumps({"machine": head | {"date": "2026-01-01"}, "records": first}))
-    known = runs.read(run.path, head)["records"]
+    known = runs.continued(run.path, head)["records"]
     capsys.readouterr()
     attention.run({"records": known}, run.path, work, "cpu", 2, lambda workload: {peers.OURS: peers.ours})
     assert "T=32 " not in capsys.readouterr().out
@@ -114,8 +114,10 @@ def test_a_run_that_was_stopped_resumes(scripts, run, capsys):
     assert records[0] == first[0]
     run.path.write_text(json.dumps({"machine": head | {"torch": "2.0"}, "records": first}))
     with pytest.raises(SystemExit, match=r"machine\.json has torch '2\.0', here it is '2\..*: give another --machine"):
-        runs.read(run.path, head)
-    assert runs.read(run.path.with_name("another.json"), head) == {}
+        runs.continued(run.path, head)
+    assert runs.continued(run.path.with_name("another.json"), head) == {}
+    with pytest.raises(SystemExit, match=r"another\.json is not there: --machine is the name of a run"):
+        runs.read(run.path.with_name("another.json"))
 
 
 def test_gradients_are_checked_where_blocks_are_skipped(scripts, monkeypatch):

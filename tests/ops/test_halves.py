@@ -33,6 +33,10 @@ CASES = {
     "slopes for each sequence": Case(batch=2, queries=1, slopes=torch.rand(2, 4, generator=torch.Generator())),
 }
 
+EXP_OF_HALVES = 1.0704e-4
+"""By how much of itself an exponential is off at most that PyTorch's kernel takes of half types, and the LSE as much:
+2^f is 1 + f less a cubic of f there, which is off most at 0, by its constant term."""
+
 
 @pytest.fixture
 def converted(monkeypatch):
@@ -63,6 +67,7 @@ def test_error_of_few_queries(name, dtype, impl, part, converted, monkeypatch):
         if impl == "cpu":
             out, lse = attention(*tensors, **options, impl=impl, return_lse=True)
             allowed = -math.log1p(-default_tolerance(dtype))  # by what may be dropped
+            allowed += 0.0 if converted else EXP_OF_HALVES
             torch.testing.assert_close(lse.double(), golden_lse, rtol=2**-20, atol=allowed)
         else:
             out = attention(*tensors, **options, impl=impl)
