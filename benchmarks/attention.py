@@ -35,6 +35,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import runs
 import torch
 from peers import (
     CEILING,
@@ -52,7 +53,6 @@ from peers import (
 )
 from torch import Tensor
 
-import runs
 from longreach.ops.alibi import alibi_slopes
 from longreach.ops.attention import attention
 from longreach.ops.reach import reach

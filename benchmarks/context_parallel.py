@@ -26,13 +26,13 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+import runs
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from torch import Tensor
 from torch.autograd.profiler import profile
 
-import runs
 from longreach.measure.score import score
 from longreach.models.config import ModelConfig
 from longreach.models.decoder import Decoder

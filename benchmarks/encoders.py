@@ -31,13 +31,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import runs
 import torch
 import torch.nn.functional as F
 from attention import peak_memory, timed
 from torch import Tensor, nn
 
 import longreach
-import runs
 from longreach.encoders.layouts.blocks import Linear
 from longreach.encoders.model import EncoderModel, PublishedConfig
 from longreach.encoders.packing import Heads

@@ -17,9 +17,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import runs
 import torch
 
-import runs
 from longreach.cost import Cost
 from longreach.measure.plan import EvaluateConfig
 from longreach.measure.score import Scores, score

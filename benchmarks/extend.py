@@ -26,13 +26,13 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import runs
 import torch
 import transformers
 from attention import peak_memory, timed
 from transformers import BloomConfig, BloomForCausalLM, DynamicCache, MptConfig, MptForCausalLM
 
 import longreach
-import runs
 from longreach.pretrained.caches import growing_cache
 
 VOCAB_SIZE = 1024

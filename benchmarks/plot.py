@@ -13,10 +13,10 @@ import math
 from pathlib import Path
 from typing import Any
 
+import runs
 from matplotlib.figure import Figure
 from peers import CEILING, DENSE, FLEX, FLEX_FLASH, HALF, OURS, PRUNED, is_dense_peer
 
-import runs
 from longreach.report.drawing import to_svg
 
 HERE = Path(__file__).parent

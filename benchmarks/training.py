@@ -31,11 +31,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import runs
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import runs
 from longreach.data.batches import Batches, BatchSource
 from longreach.data.sequences import Blocks, Sequences
 from longreach.data.tokens import TokenStore, TokenStream
