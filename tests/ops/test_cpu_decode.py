@@ -162,6 +162,23 @@ def test_what_is_no_number_is_none_in_the_output(where):
     assert out[:, 1:].isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [7, 16, 33, 40, 64, 80, 100])
+def test_a_score_of_minus_infinity_hides_its_key_alone(head_dim, dtype):
+    """Wherever in the key it comes from: some numbers of a row are read twice."""
+    case = Case(queries=1, keys=100, heads=head_dim, kv_heads=head_dim, head_dim=head_dim)
+    (q, k, v), options = case.inputs(dtype)
+    q.abs_()
+    for number in range(head_dim):
+        k[:, number, 90, number] = float("-inf")
+    out, lse = cpu_attention(q, k, v, **options)
+    hidden = torch.zeros(len(q), 100, dtype=torch.bool)
+    hidden[:, 90] = True
+    expected, expected_lse = cpu_attention(q, k, v, **options, key_padding_mask=hidden)
+    assert torch.equal(out, expected)
+    assert torch.equal(lse, expected_lse)
+
+
 @pytest.mark.parametrize("key", [0, 100, 1500])
 def test_what_is_no_number_has_no_bound(key):
     """However far it is."""
