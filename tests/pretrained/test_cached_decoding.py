@@ -246,6 +246,34 @@ def test_a_cache_of_another_length_is_refused():
         model(ids[:, :1], past_key_values=cache)
 
 
+def test_a_cache_of_another_rule_for_padded_rows_is_refused(model):
+    """A stated length is that of every row, generate's is less a row's padding: without padding they are one."""
+    longreach.extend(model, scaling="linear", train_length=8)
+    ids, mask, step = tokens(2, 20), torch.ones(2, 26, dtype=torch.long), tokens(2, 1)
+    mask[0, :6] = 0
+    options = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True}
+
+    def filled():
+        with fixed_length(model, 26):
+            return model(ids[:, :19], attention_mask=mask[:, :19], use_cache=True).past_key_values
+
+    with pytest.raises(ValueError, match=r"computed for L'=26, this call has L'=26 less a row's padding: give extend"):
+        model.generate(ids, attention_mask=mask[:, :20], past_key_values=filled(), **options)
+    with fixed_length(model, 26):
+        model.generate(ids, attention_mask=mask[:, :20], past_key_values=filled(), **options)
+    cache = model.generate(ids, attention_mask=mask[:, :20], **options).past_key_values  # of 25
+    with (
+        fixed_length(model, 26),
+        pytest.raises(ValueError, match=r"computed for L'=26 less a row's padding, this call has L'=26: give extend"),
+    ):
+        model(step, attention_mask=mask, past_key_values=cache)
+    mask[:] = 1
+    model.generate(ids, past_key_values=filled(), **options)
+    longreach.extend(model, scaling="linear", train_length=32)  # below which all lengths are one
+    mask[0, :6] = 0
+    model.generate(ids, attention_mask=mask[:, :20], past_key_values=filled(), **options)
+
+
 @pytest.mark.parametrize("scaling", ["linear", "ntk", "none+logn"])
 def test_a_cache_of_unknown_origin_is_taken_at_a_stated_length(model, scaling):
     """As one is that was built from keys and values: a trained prefix, or a snapshot."""
@@ -335,3 +363,9 @@ def _first_layer_only(model):
     blocks = "blocks" if hasattr(base, "blocks") else "h"
     setattr(base, blocks, getattr(base, blocks)[:1])
     return model
+
+
+def test_continuous_batching_is_refused_by_name(model):
+    longreach.extend(model, scaling="none")
+    with pytest.raises(ValueError, match=r"^continuous batching knows no ALiBi: use generate"):
+        model.generate_batch([[1, 2, 3]], GenerationConfig(max_new_tokens=2))

@@ -397,6 +397,12 @@ def test_without_a_scaling_it_is_the_configuration_s():
     [
         ({"attn_config": {"qk_ln": True}}, r"attn_config\.qk_ln=True"),
         ({"attn_config": {"prefix_lm": True}}, r"attn_config\.prefix_lm=True"),
+        ({"attn_config": {"rope": True}}, r"attn_config\.rope=True"),
+        ({"attn_config": {"sliding_window_size": 16}}, r"attn_config\.sliding_window_size=16"),
+        ({"attn_config": {"attn_logit_softcapping": 30.0}}, r"attn_config\.attn_logit_softcapping=30\.0"),
+        ({"ffn_config": {"ffn_type": "mptglu"}}, r"ffn_config\.ffn_type='mptglu'"),
+        ({"norm_type": "low_precision_rmsnorm"}, r"norm_type='low_precision_rmsnorm'"),
+        ({"no_bias": False}, r"no_bias=False"),
         ({"logit_scale": 0.5}, r"logit_scale=0\.5"),
         ({"logit_scale": "inv_sqrt_d_model"}, r"logit_scale='inv_sqrt_d_model'"),
     ],

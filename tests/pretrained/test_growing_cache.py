@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from family_models import FAMILIES, tokens
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 
 import longreach
 from longreach.ops.reach import KEY_BLOCK
@@ -236,7 +236,9 @@ def test_generate_uses_it_unless_a_cache_is_named(model):
     ids = tokens(1, 6)
     more = {"max_new_tokens": 8, "return_dict_in_generate": True, "do_sample": False, "use_cache": True}
     greedy = model.generate(ids, **more)
-    assert type(greedy.past_key_values.layers[0]).__name__ == "GrowingLayer"
+    own = GenerationConfig(max_new_tokens=8, return_dict_in_generate=True, do_sample=False)  # says nothing of a cache
+    for result in (greedy, model.generate(ids, own)):
+        assert type(result.past_key_values.layers[0]).__name__ == "GrowingLayer"
     for other in ({"past_key_values": DynamicCache()}, {"cache_implementation": "static"}, {"use_cache": False}):
         result = model.generate(ids, **{**more, **other})
         assert torch.equal(result.sequences, greedy.sequences)

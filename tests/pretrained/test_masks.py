@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import transformers
-from family_models import FAMILIES, HEADS, bloom, falcon, mpt, oracle, paper_slopes, tokens
+from family_models import FAMILIES, HEADS, VOCABULARY, bloom, falcon, mpt, oracle, paper_slopes, tokens
 from torch._dynamo.testing import CompileCounter
 from transformers import DynamicCache, StaticCache
 
@@ -127,6 +127,46 @@ def test_masks_of_four_axes_on_mpt_are_as_in_its_stock_code(kind):
     torch.testing.assert_close(ours(ids, attention_mask=mask).logits, stock(ids, attention_mask=mask).logits, **CLOSE)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64])
+def test_a_mask_of_four_axes_is_none_of_ours_whatever_its_dtype(dtype):
+    ids, seen = tokens(1, 6), torch.ones(1, 1, 6, 6).tril()
+    seen[..., 2:, 1] = 0
+    ours = longreach.extend(mpt(), scaling="none")
+    expected = ours(ids, attention_mask=seen == 0).logits
+    assert torch.equal(ours(ids, attention_mask=(1 - seen).to(dtype)).logits, expected)
+    with pytest.raises(ValueError, match=r"attention_mask of shape \(1, 1, 6, 6\): give \(B, T\)"):
+        longreach.extend(bloom(), scaling="none")(ids, attention_mask=seen.to(dtype))
+    sizes = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": HEADS}
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=VOCABULARY, **sizes)).eval()
+    converted = longreach.convert(llama)
+    with pytest.raises(ValueError, match=rf"attention_mask of \(1, 1, 6, 6\) in {dtype}: give bool"):
+        converted(ids, attention_mask=seen.to(dtype))
+    weights = converted(ids, attention_mask=seen.bool(), output_attentions=True).attentions
+    assert all(torch.equal(x[0] > 0, (seen[0] > 0).expand(HEADS, 6, 6)) for x in weights)
+
+
+@pytest.mark.parametrize("filled", [0, 19])
+def test_a_mask_of_four_axes_for_a_single_query_is_no_padding(filled):
+    """Which would take hidden keys from L'."""
+    found = []
+    for heads in (1, HEADS):
+        model = longreach.extend(mpt(), scaling="linear", train_length=8, per_step=True)
+        ids, cache = tokens(1, 20)[:, : filled + 1], DynamicCache()
+        if filled:
+            model(ids[:, :filled], past_key_values=cache, use_cache=True)
+        hidden = torch.zeros(1, heads, 1, filled + 1)
+        hidden[..., 3:12] = 1
+        found.append(model(ids[:, filled:], attention_mask=hidden, past_key_values=cache, use_cache=True).logits)
+    assert torch.equal(*found)
+
+
+def test_a_single_token_may_be_padding(model):
+    """Whose row is as if it was not there."""
+    longreach.extend(model, scaling="none")
+    ids, mask = tokens(2, 1), torch.tensor([[0], [1]])
+    assert torch.equal(model(ids, attention_mask=mask).logits[1], model(ids).logits[1])
+
+
 @pytest.mark.parametrize("make", [bloom, falcon])
 def test_masks_of_four_axes_are_refused_where_the_stock_code_takes_none(make):
     stock, mask = make(), torch.zeros(2, 1, 10, 10)
@@ -155,6 +195,17 @@ def test_attention_weights_are_those_of_the_stock_code(form):
             assert weights.shape == theirs.shape
             torch.testing.assert_close(weights.transpose(1, 2)[mask], theirs.transpose(1, 2)[mask], **CLOSE)
         assert_tokens_alike(found[1].logits, found[0].logits, mask)
+
+
+def test_attention_weights_in_float16_are_of_scores_that_it_holds(model):
+    """Their products before the scale are beyond 65,504."""
+    for name, parameter in model.named_parameters():
+        if name.endswith(("query_key_value.weight", "Wqkv.weight")):
+            parameter.mul_(60)
+    longreach.extend(model.half(), scaling="none")
+    out = model(tokens(1, 12), output_attentions=True)
+    assert all(weights.isfinite().all() for weights in out.attentions)
+    assert out.logits.isfinite().all()
 
 
 @pytest.mark.parametrize("scaling", ["none", "linear+logn"])

@@ -102,6 +102,27 @@ def test_options_reach_transformers(tmp_path):
     assert load_pretrained(tmp_path, dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("sizes", [("20KB", "5GB"), ("5GB", "20KB"), ("20KB", "10KB"), ("5GB", "5GB")])
+def test_a_folder_holds_what_was_saved_last(sizes, tmp_path):
+    """In shards or whole: transformers, which deletes earlier shards alone, would read an earlier whole file."""
+    model = extended("bloom", scaling="none")
+    for size in sizes:
+        model.transformer.ln_f.weight.data += 1
+        save_pretrained(model, tmp_path, max_shard_size=size)
+    assert torch.equal(load_pretrained(tmp_path).transformer.ln_f.weight, model.transformer.ln_f.weight)
+    assert (tmp_path / "model.safetensors").exists() != (tmp_path / "model.safetensors.index.json").exists()
+
+
+@pytest.mark.parametrize("index", ["model.safetensors.index.json", "pytorch_model.bin.index.json"])
+def test_an_index_that_transformers_does_not_read_is_not_read(index, tmp_path):
+    extended("bloom", scaling="none").save_pretrained(tmp_path)
+    (tmp_path / index).write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
+    load_causal_model(str(tmp_path), load_configuration(str(tmp_path)), dtype="auto")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"model-00001-of-00002\.safetensors: no such file"):
+        load_configuration(str(tmp_path))
+
+
 @pytest.mark.parametrize(
     "option",
     [{"dtype": dtype} for dtype in ("x", "int8", torch.int8, 5, {"": "fp16"}, ["float32"])] + [{"torch_dtype": "load"}],

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from family_models import HEADS, bloom, mpt, oracle, paper_slopes, tokens
+from transformers import GenerationConfig
 
 import longreach
 from longreach.pretrained.caches import SinkCache
@@ -88,6 +89,16 @@ def test_streaming_attention_of_grouped_queries_against_a_dense_one():
     bias = -slopes[:, None, None].double() * distances(33, 3, 7)[3:].nan_to_num(posinf=float("inf"))
     scores = 0.5 * q @ k.repeat_interleave(2, 1).mT + bias
     torch.testing.assert_close(out, scores.softmax(-1) @ v.repeat_interleave(2, 1), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"generation_config": GenerationConfig(max_new_tokens=2)}])
+def test_another_cache_beside_sinks_is_refused(options):
+    model = longreach.extend(bloom(), scaling="none", sinks=2, window=4)
+    with pytest.raises(ValueError, match=r"^cache_implementation='static' with sinks: leave one of the two out$"):
+        model.generate(tokens(1, 10), cache_implementation="static", **options)
+    model.generation_config.cache_implementation = "static"
+    with pytest.raises(ValueError, match=r"^cache_implementation='static' with sinks"):
+        model.generate(tokens(1, 10), **options)
 
 
 def test_what_such_a_cache_cannot_do():

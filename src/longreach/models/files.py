@@ -1,5 +1,6 @@
 """A model as files: model.safetensors, config.json, and beside them the tokenizer.json that others write."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -19,6 +20,9 @@ from longreach.models.decoder import Decoder, count_weights
 from longreach.reading import parse_file, read_values
 
 MODEL_TYPE = "longreach"
+
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+"""Files of weights of Hugging Face, in the order in which they are looked for: each whole, then by its index."""
 
 MOST_LABELS = 2**16
 """The most labels of a classifier that are taken for no mistake."""
@@ -135,3 +139,17 @@ def shards_of(index: Path) -> list[str]:
         if Path(name).name != name or Path(name).suffix not in MODEL_FILES:
             raise ValueError(f"{index} names weights in {name!r}: give files of weights that lie beside it")
     return names
+
+
+def drop_stale_weights(folder: Path) -> None:
+    """Delete what is of an earlier model, after transformers has saved one: the index, or the whole file beside it.
+
+    It deletes earlier shards alone, and reads a whole file whatever index there is: weights saved in shards beside one
+    would never be read.
+    """
+    whole = folder / WEIGHTS[0]
+    index = folder / f"{WEIGHTS[0]}.index.json"
+    if whole.is_file() and index.is_file():
+        with contextlib.suppress(ValueError):  # a damaged one was not written now, nor is it read
+            is_new = all((folder / shard).is_file() for shard in shards_of(index))
+            (whole if is_new else index).unlink()

@@ -1,11 +1,12 @@
 """The attention that the swapped modules of every family run, and how a model is extended, which it goes by."""
 
+import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ from longreach.pretrained.room import LEAST_ROOM
 from longreach.pretrained.streaming import streaming_attention
 
 ATTRIBUTE = "_longreach"
-"""Name under which a module of an extended model holds its `Extension`."""
+"""Name under which a module of an extended model holds its `Extension`, and a cache its `Computed`."""
 
 
 Observer = Callable[[Tensor, Tensor, Tensor, float], None]
@@ -40,6 +41,19 @@ class Stated:
     """Whether it follows from an input, padding included, and was not stated by the user."""
     generating: bool = False
     """Whether it is that of a call to `generate`, which was found to end by it."""
+
+
+class Computed(NamedTuple):
+    """The L' for which the keys of a cache were computed."""
+
+    length: int
+    """In tokens."""
+    by_row: bool | None
+    """Whether it counts without a row's padding; None as long as no row had any for which that matters."""
+
+    def __str__(self) -> str:
+        """As errors tell it."""
+        return f"{self.length} less a row's padding" if self.by_row else str(self.length)
 
 
 @dataclass(kw_only=True)
@@ -163,7 +177,7 @@ class Extension:
             self.known_biases[slopes.device] = known = slopes, bias
         return known[1].narrow(-1, known[1].shape[-1] - key_length, key_length)
 
-    def total_length(self, key_length: int, cache: Any, continues: bool) -> int:
+    def total_length(self, key_length: int, cache: Any, *, continues: bool, padded: bool) -> int:
         """L' of a forward pass that sees key_length keys, padding included, and may continue a cache.
 
         Raises:
@@ -180,7 +194,8 @@ class Extension:
         if self.per_step or cache is None:
             return total
         # Keys of deeper layers were computed under the slopes of their time: one L' must hold for a cache's whole life.
-        effective = max(total, self.scaling.train_length or 0)
+        train_length = self.scaling.train_length or 0
+        now = Computed(max(total, train_length), self.by_row if padded and total > train_length else None)
         if continues:
             if stated is None:
                 raise ValueError(
@@ -190,13 +205,16 @@ class Extension:
             known = None if isinstance(cache, tuple) else getattr(cache, ATTRIBUTE, None)
             # A cache that was made elsewhere, as a trained prefix is, says nothing: what the user states is for it too.
             trusted = isinstance(cache, tuple) or (known is None and not stated.from_input)
-            if known != effective and not trusted:
+            if known is not None and None in (known.by_row, now.by_row):  # they differ in no row so far
+                now = now._replace(by_row=known.by_row if now.by_row is None else now.by_row)
+                known = known._replace(by_row=now.by_row)
+            if known != now and not trusted:
                 raise ValueError(
-                    f"past_key_values were computed for L'={known or 'unknown'}, this call has "
-                    f"L'={effective}: give extend one length= for all calls that share a cache"
+                    f"past_key_values were computed for L'={known or 'unknown'}, this call has L'={now}: give extend "
+                    "one length= for all calls that share a cache"
                 )
         if not isinstance(cache, tuple):
-            setattr(cache, ATTRIBUTE, effective)
+            setattr(cache, ATTRIBUTE, now)
         return total
 
 
@@ -294,7 +312,8 @@ def attend(
         raise ValueError("per_step=True: compiled steps with a static cache have no L' of their own, state one length=")
     filled = q.shape[2] if isinstance(end, Tensor) else end  # at least
     in_view = filled if window is None else min(filled, sum(window))
-    total = extension.total_length(in_view, cache, continues=unknown or filled > q.shape[2])
+    continues, padded = unknown or filled > q.shape[2], carried.padding is not None
+    total = extension.total_length(in_view, cache, continues=continues, padded=padded)
     dropout_p = dropout_p if module.training else 0.0
     arguments: dict[str, Any] = {"bias_scale": bias_scale, "scale": scale, "dropout_p": dropout_p}
     if window is not None and (carried.padding is not None or weights):
@@ -436,7 +455,10 @@ def _attend_densely(
         options: dict[str, Any] = {"scale": scale, "dropout_p": dropout_p, "impl": extension.impl}
         return attention(q, k, v, bias=bias, causal=False, **options), None
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    shares = (scale * (q @ k.mT).to(wide) + bias).softmax(dim=-1).to(q.dtype)  # [B, H, Tq, Tk]
+    # Scaled first, as products may be beyond float16; by a power of two, which rounds nothing, and then by the rest.
+    rest, exponent = math.frexp(scale)
+    scores = rest * (math.ldexp(1.0, exponent) * q @ k.mT).to(wide)
+    shares = (scores + bias).softmax(dim=-1).to(q.dtype)  # [B, H, Tq, Tk]
     shares = F.dropout(shares, dropout_p)
     return shares @ v, shares if weights else None
 

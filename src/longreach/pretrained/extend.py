@@ -1,6 +1,7 @@
 """Extend a loaded model in place."""
 
 import inspect
+from collections import ChainMap
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -13,7 +14,7 @@ from torch import nn
 from longreach.ops.arguments import validate_choice, validate_flags, validate_kind, validate_tolerance
 from longreach.ops.attention import IMPLEMENTATIONS
 from longreach.positions.scaling import Scaling, parse_scaling, require_tokens
-from longreach.pretrained.attend import ATTRIBUTE, Extension, Stated, find_extension
+from longreach.pretrained.attend import ATTRIBUTE, Computed, Extension, Stated, find_extension
 from longreach.pretrained.families import find_layout
 from longreach.pretrained.layout import Layout
 from longreach.pretrained.masks import hand_documents
@@ -150,22 +151,28 @@ class Generates:
         config: Any = generation_config or self.generation_config  # type: ignore[attr-defined]
         stated, cache = extension.stated, kwargs.get("past_key_values")
         if cache is None:
+            settings = (kwargs, vars(config), vars(self.generation_config))  # type: ignore[attr-defined]
+            asked = ChainMap(*({name: x for name, x in given.items() if x is not None} for given in settings))
+            implementation = asked.get("cache_implementation")
             if extension.sinks is not None and extension.window is not None:
                 if kwargs.get("use_cache") is False:
                     raise ValueError("use_cache=False with sinks, which are kept in a cache: extend without sinks")
+                if implementation is not None:
+                    raise ValueError(f"cache_implementation={implementation!r} with sinks: leave one of the two out")
                 kwargs["past_key_values"] = SinkCache(extension.sinks, extension.window)
                 kwargs["use_cache"] = True  # MPT's configurations say False
-            elif (
-                kwargs.get("use_cache", config.use_cache)
-                and not (kwargs.get("cache_implementation") or config.cache_implementation)
-                and not extension.layout.keeps_tuples
-            ):
+            elif asked.get("use_cache", True) and implementation is None and not extension.layout.keeps_tuples:
                 kwargs["past_key_values"] = growing_cache()
         elif stated is None and _drafts(config) and hasattr(cache, ATTRIBUTE):
-            stated = Stated(getattr(cache, ATTRIBUTE), from_input=True)  # a stock model asks for the next candidates
+            known: Computed = getattr(cache, ATTRIBUTE)  # a stock model asks for the next candidates
+            stated = Stated(known.length, from_input=known.by_row is not False)
         draft = find_extension(kwargs.get("assistant_model"))
         with extension.during(stated), nullcontext() if draft is None else draft.during(draft.stated):
             return super().generate(inputs, generation_config, *args, **kwargs)  # type: ignore[misc]
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse: it packs requests, whose keys lie anywhere in a cache, by masks that are no more causal."""
+        raise ValueError("continuous batching knows no ALiBi: use generate, which takes prompts of several lengths")
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers' own; another extended model that is asked for candidates has the L' of this call."""

@@ -80,7 +80,18 @@ def hand_converted(module: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     Attention is told whether weights are wanted by a name of ours: GPT-2 passes on its other arguments alone.
     """
     wish = {WEIGHTS: True} if wants_weights(module, kwargs) else {}
-    return {**hand_mask(module, kwargs, dense=lambda mask: ~mask if mask.dtype == torch.bool else mask), **wish}
+    return {**hand_mask(module, kwargs, dense=_added_or_hidden), **wish}
+
+
+def _added_or_hidden(mask: Tensor) -> Tensor:
+    if mask.dtype == torch.bool:
+        return ~mask
+    if not mask.is_floating_point():
+        raise ValueError(
+            f"attention_mask of {tuple(mask.shape)} in {mask.dtype}: give bool, True where a key is seen, or what is "
+            "added to scores in floating point"
+        )
+    return mask
 
 
 def converted_layout(base: Any, *, positions: str, swaps: tuple[tuple[nn.Module, type], ...]) -> Layout:

@@ -15,7 +15,7 @@ from torch import nn
 
 from longreach.files import MODEL_FILES, open_file
 from longreach.foreign import refusing, require_transformers
-from longreach.models.files import MODEL_TYPE, check_numbers, shards_of
+from longreach.models.files import MODEL_TYPE, WEIGHTS, check_numbers, shards_of
 from longreach.ops.arguments import shown, validate_path
 from longreach.positions.scaling import Scaling, parse_scaling
 from longreach.pretrained.attend import fixed_length
@@ -219,9 +219,11 @@ def _check_files(folder: Path) -> None:
             open_file(path).close()
         if path.suffix == ".safetensors" and not quantized:
             _check_floating(path)
-        if path.name.endswith(".index.json"):
-            for shard in shards_of(path):
-                open_file(path.with_name(shard)).close()
+    indices = {name: folder / f"{name}.index.json" for name in WEIGHTS}
+    used = next((name for name in WEIGHTS if (folder / name).exists() or indices[name].exists()), None)
+    if used is not None and not (folder / used).exists():
+        for shard in shards_of(indices[used]):
+            open_file(folder / shard).close()
 
 
 def _check_floating(path: Path) -> None:

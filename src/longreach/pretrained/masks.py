@@ -5,13 +5,15 @@ thing: it knows what causal means and takes the padding per key. So the base mod
 transformers passes on untouched because it has four axes:
 
 - (1, 1, 1, 0): every token is one.
-- (B, 1, 1, Tk) uint8: 1 where a key is padding, at its index as all others. As int16: padding is not counted, so that
-  tokens before and after some in between are neighbours. Which of the two a family does is its stock code's choice.
-- (1, 1, T, 1) uint8: 1 where a packed document starts.
+- (B, COUNTED, Tk, 1): not 0 where a key is padding, which counts in distances as all others do.
+- (B, UNCOUNTED, Tk, 1): likewise, and tokens before and after padding are neighbours. Which of the two a family does is
+  its stock code's choice.
+- (1, DOCUMENTS, T, 1): not 0 where a packed document starts.
 - any other: a mask of four axes that was given, as what is added to the scores, or as bool, True where a key is hidden.
 
-No mask that a user could give has these types, and being an argument it survives gradient checkpointing and moves
-between devices. Under torch.compile, and for tensors without values, nothing here depends on what a mask holds.
+Its second axis, along which all is the same, tells what it is, and more rows than columns that it is none of the masks
+that a user could give. Being an argument it survives gradient checkpointing and moves between devices. Under
+torch.compile, and for tensors without values, nothing here depends on what a mask holds.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -52,36 +54,41 @@ class Carried:
         return (~self.padding).cumsum(dim=1) - 1
 
 
+COUNTED, UNCOUNTED, DOCUMENTS = 1, 2, 3
+"""What a carrier says, by the size of its second axis."""
+
 NOTHING = Carried()
 """Neither padding nor documents."""
 
 
 def pack(padding: Tensor | None, starts: Tensor | None, device: torch.device, *, counted: bool = True) -> Tensor:
     """Carrier of padding (B, Tk) bool, or of the starts of documents (T,) bool, or of neither."""
-    if starts is not None:
-        return starts.to(device, torch.uint8)[None, None, :, None]
-    if padding is not None:
-        return padding.to(device, torch.uint8 if counted else torch.int16)[:, None, None]
-    return torch.zeros((1, 1, 1, 0), dtype=torch.uint8, device=device)
+    if starts is None and padding is None:
+        return torch.zeros((1, 1, 1, 0), dtype=torch.uint8, device=device)
+    kind = DOCUMENTS if starts is not None else COUNTED if counted else UNCOUNTED
+    said = starts[None] if starts is not None else padding
+    assert said is not None, "one of the two is"
+    if said.shape[1] == 1:
+        said = F.pad(said, (0, 1))  # as a mask of the one key might be
+    return said.to(device, torch.uint8)[:, None, :, None].expand(-1, kind, -1, -1)
 
 
 def is_carrier(mask: Any) -> bool:
     """Whether a mask was made by `pack`."""
-    return isinstance(mask, Tensor) and mask.dtype in (torch.uint8, torch.int16) and mask.dim() == 4
+    return isinstance(mask, Tensor) and mask.dim() == 4 and (mask.shape[3] == 0 or mask.shape[3] == 1 < mask.shape[2])
 
 
 def unpack(carrier: Tensor | None) -> Carried:
-    """What a carrier says; None says nothing. MPT turns its carriers into bool on the way, which loses nothing."""
+    """What a carrier says; None says nothing. MPT may turn its carriers into bool on the way, which loses nothing."""
     if carrier is None or carrier.shape[3] == 0:
         return NOTHING
-    if carrier.shape[3] == 1 < carrier.shape[2]:
-        starts = carrier[0, 0, :, 0].nonzero().flatten()
-        return Carried(borders=torch.cat((starts, starts.new_tensor([carrier.shape[2]]))))
-    if is_carrier(carrier):
-        return Carried(carrier[:, 0, 0].bool(), counted=carrier.dtype != torch.int16)
-    if carrier.dtype == torch.bool and carrier.shape[1:3] == (1, 1):
-        return Carried(carrier[:, 0, 0])
-    return Carried(mask=carrier)
+    if not is_carrier(carrier):
+        return Carried(mask=carrier)
+    said = carrier[:, 0, :, 0].bool()
+    if carrier.shape[1] != DOCUMENTS:
+        return Carried(said, counted=carrier.shape[1] == COUNTED)
+    starts = said[0].nonzero().flatten()
+    return Carried(borders=torch.cat((starts, starts.new_tensor([said.shape[1]]))))
 
 
 def has_values(mask: Tensor) -> bool:

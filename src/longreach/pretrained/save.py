@@ -3,11 +3,13 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import safetensors
 from torch import nn
 
+from longreach.models.files import drop_stale_weights
 from longreach.ops.arguments import validate_path
 from longreach.pretrained.attend import Extension, extension_of
 from longreach.pretrained.lengths import SCALING, write_alibi_scaling
@@ -26,7 +28,7 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str], **options:
 
     Args:
         model: an extended or converted model of transformers; adapters of PEFT merged into it first.
-        folder: where to write; files of the same names are replaced.
+        folder: where to write; files of the same names are replaced, and weights of an earlier model deleted.
         options: those of transformers' `save_pretrained`, such as max_shard_size.
 
     Raises:
@@ -45,6 +47,7 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str], **options:
             model.save_pretrained(folder, **options)
         except safetensors.SafetensorError as error:
             raise OSError(f"the weights cannot be written to {folder} ({error}): mend that and run again") from error
+    drop_stale_weights(Path(folder))
 
 
 def _require_storable(extension: Extension) -> None:

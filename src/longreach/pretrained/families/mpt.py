@@ -24,15 +24,23 @@ def check_mpt(config: Any) -> None:
     steepness = attention.alibi_bias_max
     if isinstance(steepness, bool) or not isinstance(steepness, int | float) or not 0 < steepness < math.inf:
         raise ValueError(f"attn_config.alibi_bias_max={steepness!r}: give a positive number, 8 in the paper")
-    for name, value, unused in (
+    ffn = getattr(config, "ffn_config", None) or {}
+    for name, value, *computed in (
+        ("attn_config.attn_type", attention.attn_type, "multihead_attention"),
         ("attn_config.qk_ln", attention.qk_ln, False),
         ("attn_config.prefix_lm", attention.prefix_lm, False),
+        ("attn_config.rope", getattr(attention, "rope", False), False),
+        ("attn_config.sliding_window_size", getattr(attention, "sliding_window_size", -1), -1),
+        ("attn_config.attn_logit_softcapping", getattr(attention, "attn_logit_softcapping", None), None),
+        ("ffn_config.ffn_type", ffn.get("ffn_type", "mptmlp") if isinstance(ffn, dict) else ffn, "mptmlp"),
+        ("norm_type", config.norm_type, "low_precision_layernorm", "layernorm"),
+        ("no_bias", config.no_bias, True),
         ("logit_scale", config.logit_scale, None),
     ):
-        if value != unused:
+        if value not in computed:
             raise ValueError(
                 f"{name}={value!r}: transformers' own code does not compute it, and gives other outputs than this MPT "
-                f"was trained for; only a model with {name}={unused} can be extended"
+                f"was trained for; only a model with {name}={computed[0]!r} can be extended"
             )
 
 
