@@ -1,5 +1,8 @@
 import math
+import sys
+import warnings
 from dataclasses import replace
+from fractions import Fraction
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +19,7 @@ from longreach.ops import sdpa
 from longreach.ops.alibi import alibi_slopes
 from longreach.ops.attention import IMPLEMENTATIONS, attention, choose_impl
 from longreach.ops.crossovers import CROSSOVERS, ROW, Crossovers
-from longreach.ops.reach import KEY_BLOCK, key_block_norms
+from longreach.ops.reach import KEY_BLOCK, default_tolerance, key_block_norms, reach
 from longreach.ops.triton.operators import triton_was_measured
 
 DENSE = ("reference", "sdpa")
@@ -94,9 +97,11 @@ def test_empty_inputs(impl, batch, query_length, key_length):
     k = torch.full((batch, 1, key_length, 4), math.nan)
     out = attention(q, k, k, slopes=torch.ones(2), impl=impl)
     assert torch.equal(out, torch.zeros(batch, 2, query_length, 4))
-    q.requires_grad_()
-    attention(q, k, k, slopes=torch.ones(2), impl=impl).sum().backward()
-    assert torch.equal(q.grad, torch.zeros_like(q))
+    v, slopes = k.clone(), torch.ones(2)
+    learned = [x.requires_grad_() for x in (q, k, v, slopes)]
+    attention(q, k, v, slopes=slopes, impl=impl).sum().backward()
+    for x in learned:
+        assert torch.equal(x.grad, torch.zeros_like(x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -205,6 +210,21 @@ def test_gradients_of_a_backward_pass_within_autocast_are_those_without(impl, mo
         assert torch.equal(without, under)
 
 
+def test_autocast_rounds_keys_which_may_become_longer_than_their_norms(choose_from):
+    """Far keys weigh as much as near ones, and by their norms before they were rounded nothing."""
+    choose_from(1)
+    q, k, v = torch.ones(1, 1, 1, 64), torch.zeros(1, 1, 4096, 64), torch.zeros(1, 1, 4096, 64)
+    k[:, :, :-512], v[:, :, :-512] = 1 + 2**-8 + 2**-12, 1.0
+    assert k.bfloat16()[0, 0, 0, 0] == 1 + 2**-7
+    options = {"slopes": torch.tensor([1.526]), "scale": 12.0}
+    exact = attention(q.double(), k.bfloat16().double(), v.double(), **options, impl="reference")
+    assert exact.min() > 10 * default_tolerance(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        for impl in ("auto", "cpu"):
+            out = attention(q, k, v, **options, key_norms=key_block_norms(k, KEY_BLOCK), impl=impl)
+            torch.testing.assert_close(out.double(), exact, rtol=2**-7, atol=0)
+
+
 def test_autocast_takes_mixed_inputs(qkv):
     q, k, v = qkv
     with torch.autocast("cpu", torch.bfloat16):
@@ -301,6 +321,51 @@ def test_window_of_any_integer_type(qkv, number):
     for impl in ON_CPU:
         out = attention(*qkv, slopes=torch.ones(4), window_size=number, impl=impl)
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", ["auto", *ON_CPU])
+@pytest.mark.parametrize("length", [5, 600, 4200])
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_window_that_hides_nothing_is_none(impl, length, causal):
+    """However wide: sys.maxsize, added to a position, is no integer of 64 bits."""
+    q, k, v = torch.randn(3, 1, 2, length, 8, generator=torch.Generator().manual_seed(0))
+    for slopes in (alibi_slopes(2), None):
+        expected = attention(q, k, v, slopes=slopes, causal=causal, impl="reference")
+        for window_size in (length, 2**31, 2**62, sys.maxsize):
+            options = {"slopes": slopes, "causal": causal, "window_size": window_size}
+            torch.testing.assert_close(attention(q, k, v, **options, impl=impl), expected, rtol=1e-4, atol=1e-5)
+    kept = [reach(q, k, alibi_slopes(2), causal=causal, window_size=wide).kept for wide in (None, sys.maxsize)]
+    assert torch.equal(*kept)
+
+
+@pytest.mark.parametrize("impl", ["auto", *ON_CPU])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 8, 600])
+@pytest.mark.parametrize("which", range(3))
+def test_rows_that_are_one_number_apart(impl, dtype, rows, which):
+    """What `unfold` makes: an `empty_like` of it lies otherwise than one of its neighbours."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(1, 2, rows, 40, generator=generator).to(dtype) for _ in range(3)]
+    tensors[which] = torch.randn(1, 2, rows + 39, generator=generator).to(dtype).unfold(-1, 40, 1)
+    assert tensors[which].stride()[2:] == (1, 1)
+    found = []
+    for inputs in (tensors, [x.clone(memory_format=torch.contiguous_format) for x in tensors]):
+        inputs = [x.detach().requires_grad_() for x in inputs]
+        out = attention(*inputs, slopes=torch.full((2,), 0.1), impl=impl)
+        found.append((out, *torch.autograd.grad(out.float().sin().sum(), inputs)))
+        with torch.no_grad():
+            found[-1] += (attention(*inputs, slopes=torch.full((2,), 0.1), impl=impl),)
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("impl", ["auto", *ON_CPU])
+def test_numbers_may_be_of_any_kind(qkv, impl):
+    expected = attention(*qkv, slopes=torch.ones(4), scale=0.125, tolerance=2**-20, impl=impl)
+    for kind in (Fraction, np.float32):
+        options = {"scale": kind(0.125), "tolerance": kind(2**-20), "dropout_p": kind(0)}
+        out = attention(*qkv, slopes=torch.ones(4), **options, impl=impl)
+        torch.testing.assert_close(out, expected, rtol=0, atol=0)
 
 
 @pytest.fixture
@@ -468,6 +533,9 @@ def test_key_norms_are_not_ignored_in_silence(qkv, impl):
         attention(*qkv, slopes=torch.ones(4), key_norms=norms, impl=impl)
 
 
+with warnings.catch_warnings(action="ignore"):  # that they are a prototype
+    NESTED = torch.nested.nested_tensor([torch.ones(4, 5, 8), torch.ones(4, 3, 8)])
+
 WRONG = {
     "q of three axes": ({"q": torch.ones(4, 5, 8)}, "q of shape"),
     "q in a list": ({"q": [1]}, "q of list"),
@@ -490,6 +558,8 @@ WRONG = {
     "slopes of integers": ({"slopes": torch.ones(4, dtype=torch.int64)}, "slopes of torch.int64"),
     "slopes of another device": ({"slopes": torch.ones(4, device="meta")}, "slopes is on meta"),
     "slopes in a list": ({"slopes": [torch.ones(4), torch.ones(4)]}, "slopes of list"),
+    "slopes, sparse": ({"slopes": torch.ones(4).to_sparse()}, "slopes of torch.sparse_coo: give a dense tensor"),
+    "q nested": ({"q": NESTED}, "q of nested tensors: give a dense tensor"),
     "slopes as a number": ({"slopes": 0.5}, "slopes of float"),
     "slopes, one side missing": ({"slopes": (None, torch.ones(4))}, "slopes of NoneType"),
     "slopes, other side missing": ({"slopes": (torch.ones(4), None)}, "slopes of NoneType"),

@@ -225,3 +225,20 @@ def test_a_single_query_sees_no_key_after_it(decoded):
     for x, y in zip(cpu_attention(q, k, v, **options, causal=False), expected, strict=True):
         assert torch.equal(x, y)
     assert len(decoded) == 2
+
+
+def test_a_query_whose_squares_underflow_has_a_norm():
+    """By which far keys outweigh near ones."""
+    q, k, v = torch.full((1, 1, 1, 64), 1e-19), torch.zeros(1, 1, 4096, 64), torch.zeros(1, 1, 4096, 64)
+    k[:, :, :2048], v[:, :, :2048] = 1e18, 1.0
+    norms = key_block_norms(k, KEY_BLOCK)
+    out, _ = cpu_attention(q, k, v, slopes=torch.tensor([0.01]), scale=20.0, key_norms=norms)
+    torch.testing.assert_close(out, torch.ones_like(out), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("slope", [3e38, torch.finfo(torch.float32).max])
+def test_the_steepest_slopes_leave_the_last_key_alone(slope):
+    (q, k, v), _ = Case(queries=2).inputs(torch.float32)
+    out, lse = cpu_attention(q, k, v, slopes=torch.full((4,), slope))
+    torch.testing.assert_close(out, v[:, :, -2:], rtol=0, atol=0)
+    torch.testing.assert_close(lse, (q * k[:, :, -2:]).sum(dim=-1) / 4)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
 import longreach.ops.sdpa as sdpa
 from longreach.ops.alibi import alibi_slopes
@@ -84,6 +85,21 @@ def test_forward_mode(length: int) -> None:
     close(value, loss(*inputs))
     expected = sum((g * d).sum() for g, d in zip(gradients(loss, inputs), directions, strict=True))
     torch.testing.assert_close(change, expected, rtol=1e-3, atol=1e-2)  # sums of a length of products
+
+
+@pytest.mark.parametrize("impl", ["cpu", "triton", "flex"])
+def test_what_has_no_forward_mode_says_so(impl: str) -> None:
+    """And does not leave tangents out."""
+    q, k, v = tensors(600)
+    with forward_ad.dual_level(), pytest.raises(ValueError, match=f'^impl="{impl}" in forward mode, whose derivatives'):
+        attention(forward_ad.make_dual(q, q), k, v, slopes=SLOPES, impl=impl)
+    with pytest.raises(ValueError, match=f'^impl="{impl}" in forward mode'):
+        torch.func.hessian(lambda q: attention(q, k, v, slopes=SLOPES, impl=impl).sum())(q)
+
+
+def test_mapped_over_nothing() -> None:
+    with pytest.raises(ValueError, match=r"^torch\.vmap over 0 slices of q, k or v: give at least one$"):
+        torch.func.vmap(lambda q, k, v: attention(q, k, v, slopes=SLOPES, impl="cpu"))(*tensors(600, 0))
 
 
 def second(function: Callable[..., Tensor], inputs: list[Tensor]) -> tuple[Tensor, ...]:

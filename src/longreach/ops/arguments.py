@@ -19,6 +19,9 @@ _SHOWN = 100
 _LARGEST = 2**63
 """Numbers below fit the 64 bits of integers in tensors."""
 
+_WIDEST_WINDOW = 2**62
+"""A larger one hides no more, and added to a position it would be no integer of 64 bits."""
+
 _FLOATS = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
 """Dtypes of q, k and v."""
 
@@ -37,8 +40,8 @@ def validate_types(**arguments: object) -> None:
     for name, x in arguments.items():
         if not isinstance(x, Tensor):
             raise ValueError(f"{name} of {type(x).__name__}: give a tensor")
-        if x.layout is not torch.strided:
-            raise ValueError(f"{name} of {x.layout}: give a dense tensor")
+        if x.layout is not torch.strided or x.is_nested:
+            raise ValueError(f"{name} of {'nested tensors' if x.is_nested else x.layout}: give a dense tensor")
 
 
 def validate_flags(**arguments: object) -> None:
@@ -128,6 +131,7 @@ def validate_slopes(slopes: Tensor | tuple[Tensor, Tensor] | None, q: Tensor, le
     for side in slopes if isinstance(slopes, tuple) else (slopes,):
         if not isinstance(side, Tensor):
             raise ValueError(f"slopes of {type(side).__name__}: give one tensor, or the pair (left, right) of two")
+        validate_types(slopes=side)
         if side.shape not in ((num_heads,), (batch, num_heads)):
             expected = f"({num_heads},) or ({batch}, {num_heads})"
             raise ValueError(f"slopes of shape {tuple(side.shape)}: give (H,) or (B, H), here {expected}")
@@ -172,6 +176,7 @@ def validated_visibility(
         validate_documents(cu_seqlens, q, key_length)
     if window_size is not None:
         window_size = validate_integer("window_size", window_size, 1, "an integer of at least 1, or None for no window")
+        window_size = min(window_size, _WIDEST_WINDOW)
     return Visibility(query_length, key_length, causal, window_size, key_padding_mask, cu_seqlens)
 
 
@@ -187,23 +192,31 @@ def validate_documents(cu_seqlens: Tensor, q: Tensor, length: int | None = None)
         validate_borders(cu_seqlens.tolist(), length)
 
 
-def validate_scale(scale: float | None) -> None:
+def validated_scale(scale: Any) -> float | None:
     """Positive and finite: what `reach` says of the largest scores would be said of the smallest below 0."""
     if scale is not None and not (is_number(scale) and 0 < scale < _LARGEST):
         raise ValueError(f"scale={shown(scale)}: give a positive number, or None for D**-0.5")
+    return None if scale is None else _as_float(scale)
 
 
-def validate_tolerance(tolerance: float | None) -> None:
+def validated_tolerance(tolerance: Any) -> float | None:
     """A probability mass that leaves something."""
     if tolerance is not None and not (is_number(tolerance) and 0.0 <= tolerance < 1.0):
         mend = "give at least 0 and below 1, or None for the default of the dtype"
         raise ValueError(f"tolerance={shown(tolerance)}: {mend}")
+    return None if tolerance is None else _as_float(tolerance)
 
 
-def validate_dropout(dropout_p: float) -> None:
+def validated_dropout(dropout_p: Any) -> float:
     """A probability that leaves something."""
     if not (is_number(dropout_p) and 0.0 <= dropout_p < 1.0):
         raise ValueError(f"dropout_p={shown(dropout_p)}: give at least 0 and below 1")
+    return _as_float(dropout_p)
+
+
+def _as_float(number: Any) -> float:
+    """What operators take: they know no fractions. What is traced must stay what it is."""
+    return number if isinstance(number, torch.SymInt | torch.SymFloat) else float(number)  # type: ignore[return-value]
 
 
 def can_be_read(x: Tensor) -> bool:

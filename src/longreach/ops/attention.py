@@ -12,14 +12,14 @@ from torch.autograd import forward_ad
 from longreach.ops.arguments import (
     validate_bias,
     validate_choice,
-    validate_dropout,
     validate_flags,
     validate_same_device,
-    validate_scale,
     validate_slopes,
     validate_tensors,
-    validate_tolerance,
     validate_types,
+    validated_dropout,
+    validated_scale,
+    validated_tolerance,
     validated_visibility,
 )
 from longreach.ops.cpu import native
@@ -155,20 +155,24 @@ def attention(
     ):
         return out
     validate_types(q=q, k=k, v=v)
+    given_keys = k
     q, k, v = autocast(q, k, v)
     validate_tensors(q, k, v)
+    q, k, v = (_in_rows(x) for x in (q, k, v))
     validate_choice("impl", impl, ("auto", *IMPLEMENTATIONS))
     validate_slopes(slopes, q, least=-math.inf if impl in ("reference", "sdpa") else 0.0)  # of which both take any
     validate_bias(bias, q, k)
-    validate_scale(scale)
+    scale = validated_scale(scale)
     visibility = validated_visibility(q, k, causal, window_size, key_padding_mask, cu_seqlens)
-    validate_tolerance(tolerance)
-    validate_dropout(dropout_p)
+    tolerance = validated_tolerance(tolerance)
+    dropout_p = validated_dropout(dropout_p)
     validate_flags(return_lse=return_lse)
     if key_norms is not None:
         _validate_key_norms(key_norms, k, impl)
-    if impl == "auto" and forward_ad._current_level >= 0:
-        impl = "reference"  # the only one that is made of operations which have derivatives in forward mode
+    if k.dtype != given_keys.dtype:
+        key_norms = None  # autocast rounds keys, also to longer ones
+    if forward_ad._current_level >= 0:
+        impl = _in_forward_mode(impl)
     if impl == "auto":
         impl = choose_impl(
             q.device.type,
@@ -294,7 +298,7 @@ def _plain_step(q: Any, k: Any, v: Any, slopes: Any, key_norms: Any, scale: Any,
     if scale is None:
         scale = step.head_dim**-0.5
     else:
-        validate_scale(scale)
+        validated_scale(scale)
     return native.run_step(step, q, None, scale, STEP_TOLERANCES[step.dtype])
 
 
@@ -328,6 +332,26 @@ def _reaching(impl: str, q: Tensor) -> Callable[..., tuple[Tensor, Any]]:
     if q.device.type != "cpu":
         raise ValueError(f'q is on {q.device} with impl="cpu": move it to the CPU, or use another impl')
     return cpu_attention
+
+
+def _in_forward_mode(impl: str) -> str:
+    """What computes where derivatives in forward mode may be wanted: kernels have none, and would leave them out."""
+    if impl == "auto":
+        return "reference"
+    if impl in ("cpu", "triton", "flex"):
+        raise ValueError(f'impl="{impl}" in forward mode, whose derivatives it lacks: use impl="auto" or "reference"')
+    return impl
+
+
+def _in_rows(x: Tensor) -> Tensor:
+    """x itself, or a copy where rows of neighbouring tokens are one number apart, as `unfold` lays them out.
+
+    An `empty_like` of such a view has its tokens innermost, PyTorch's flash kernel fills that as if it had not.
+    """
+    if torch.compiler.is_compiling() or x.stride(-1) != 1 or x.shape[-1] == 1:
+        return x
+    one_apart = any(step == 1 and count > 1 for step, count in zip(x.stride()[:-1], x.shape[:-1], strict=True))
+    return x.contiguous() if one_apart else x
 
 
 def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

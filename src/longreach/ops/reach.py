@@ -16,11 +16,11 @@ from torch import Tensor
 
 from longreach.ops.arguments import (
     validate_integer,
-    validate_scale,
     validate_slopes,
     validate_tensors,
-    validate_tolerance,
     validate_types,
+    validated_scale,
+    validated_tolerance,
     validated_visibility,
 )
 from longreach.ops.lse_bound import FEW_QUERIES, ROUNDING, chunks, last_lse, lse_lower_bound, per_query_head
@@ -105,9 +105,9 @@ def reach(
     validate_types(q=q, k=k)
     validate_tensors(q, k, k)  # keys stand in for the values, which do not matter here
     validate_slopes(slopes, q)
-    validate_scale(scale)
+    scale = validated_scale(scale)
     visibility = validated_visibility(q, k, causal, window_size, key_padding_mask, cu_seqlens)
-    validate_tolerance(tolerance)
+    tolerance = validated_tolerance(tolerance)
     for name, size in (("block_m", block_m), ("block_n", block_n)):
         validate_integer(name, size, 1)
     sizes = {  # no memory is taken for a block that is longer than all

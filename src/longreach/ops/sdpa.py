@@ -74,9 +74,12 @@ def sdpa_attention(
     out `tolerance` of each row's probability mass. PyTorch's function has no LSE: with it, scores are made outright.
     """
     if not (q.numel() and k.numel()):
+        # Nothing to attend with or to. What may be learned stays in the graph, with gradients of 0.
         everything = torch.ones((), dtype=torch.bool, device=q.device)
-        out = q.masked_fill(everything, 0.0)  # nothing to attend with or to; keeps the graph
-        return out, _wide(q).sum(dim=-1).masked_fill(everything, float("-inf")) if return_lse else None
+        others = (k, v, *(slopes if isinstance(slopes, tuple) else (slopes,)), bias)
+        zeros = (x.masked_fill(everything, 0.0).sum().to(q.dtype) for x in others if x is not None)
+        out = sum(zeros, q.masked_fill(everything, 0.0))
+        return out, _wide(out).sum(dim=-1).masked_fill(everything, float("-inf")) if return_lse else None
     plain = slopes is None and bias is None and not visibility.hides_past and not return_lse
     if plain and (not visibility.causal or visibility.query_length in (1, visibility.key_length)):
         # Options are there or not: under torch.compile a comparison of sizes is a symbol, which SDPA does not take.

@@ -28,6 +28,8 @@ def by_slices(operator: Any) -> None:
     """Let an operator whose outputs are all tensors be mapped by vmap, as one call for each of the mapped slices."""
 
     def mapped(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
+        if info.batch_size == 0:
+            raise ValueError("torch.vmap over 0 slices of q, k or v: give at least one")
         calls = [
             operator(*(x if axis is None else x.select(axis, n) for x, axis in zip(arguments, in_dims, strict=True)))
             for n in range(info.batch_size)

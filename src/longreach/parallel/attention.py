@@ -14,11 +14,11 @@ from longreach.ops.arguments import (
     validate_choice,
     validate_documents,
     validate_flags,
-    validate_scale,
     validate_slopes,
     validate_tensors,
-    validate_tolerance,
     validate_types,
+    validated_scale,
+    validated_tolerance,
     validated_visibility,
 )
 from longreach.ops.attention import IMPLEMENTATIONS, attention, autocast
@@ -124,8 +124,8 @@ def context_parallel_attention(
             raise ValueError(f"q has {q.shape[2]} tokens, k has {k.shape[2]}: a piece has as many of both")
         validate_choice("impl", impl, ("auto", *IMPLEMENTATIONS))
         validate_slopes(slopes, q)
-        validate_scale(scale)
-        validate_tolerance(tolerance)
+        validated_scale(scale)
+        validated_tolerance(tolerance)
         validated_visibility(q, k, causal, window_size, key_padding_mask, None)
         validate_flags(return_lse=return_lse)
         if cu_seqlens is not None:

@@ -12,9 +12,9 @@ from longreach.ops.arguments import (
     is_number,
     shown,
     validate_integer,
-    validate_tolerance,
     validate_types,
     validate_values,
+    validated_tolerance,
 )
 from longreach.ops.cpu.bounding import expected_reach
 from longreach.ops.reach import KEY_BLOCK
@@ -57,7 +57,7 @@ def balanced_pieces(
     length = validate_integer("length", length, 0)
     validate_types(slopes=slopes)
     validate_values("slopes", slopes, 0.0)
-    validate_tolerance(tolerance)
+    validated_tolerance(tolerance)
     if window_size is not None:
         validate_integer("window_size", window_size, 1)
     if not (is_number(per_token) and per_token >= 0):

@@ -55,11 +55,14 @@ def convert(model: nn.Module, **options: Any) -> nn.Module:
 def unconvert(model: nn.Module) -> nn.Module:
     """Undo `convert` in place: with the same weights, the model computes bit for bit what it did before.
 
+    Args:
+        model: a model that `convert` was given, or a part of it that holds what was converted.
+
     Returns:
         The model itself.
 
     Raises:
-        ValueError: the model is not converted.
+        ValueError: the model is not converted, or something made its modules instances of other classes since.
     """
     marked = [config for config in _configs(model) if hasattr(config, MARK)]
     if not marked:

@@ -11,7 +11,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import nn
 
-from longreach.ops.arguments import validate_choice, validate_flags, validate_kind, validate_tolerance
+from longreach.ops.arguments import validate_choice, validate_flags, validate_kind, validated_tolerance
 from longreach.ops.attention import IMPLEMENTATIONS
 from longreach.positions.scaling import Scaling, parse_scaling, require_tokens
 from longreach.pretrained.attend import ATTRIBUTE, Computed, Extension, Stated, find_extension
@@ -136,7 +136,7 @@ def _check(extension: Extension) -> None:
         raise ValueError(f"sinks={sinks} and window={window}: give both, or neither")
     if sinks is not None and layout.keeps_tuples:
         raise ValueError(f"sinks={sinks}: {layout.family} caches in tuples, from which nothing drops: leave sinks out")
-    validate_tolerance(tolerance)
+    validated_tolerance(tolerance)
     validate_choice("impl", impl, ("auto", *IMPLEMENTATIONS))
 
 

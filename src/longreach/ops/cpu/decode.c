@@ -246,7 +246,8 @@ INLINE void decode_rows(const int64_t dtype, const struct step *s, int64_t seque
     }
     for (int64_t n = 0; n < count; n++) {
         const int64_t head = first_head + (from + n) / query_length, t = (from + n) % query_length;
-        const float slope = (float)(s->slopes[sequence * s->slopes_sequence + head] * M_LOG2E);
+        const double steep = s->slopes[sequence * s->slopes_sequence + head] * M_LOG2E;
+        const float slope = (float)fmin(steep, FLT_MAX); /* infinity times a distance of 0 would be no number */
         float *const own = q + n * width, *const own_sums = sums + n * width; /* whose place its numbers take first */
         copy_as_pairs(dim, size, row_of(&s->q, size, sequence, head, t), (char *)own_sums);
         vec squares = {0};
@@ -258,7 +259,8 @@ INLINE void decode_rows(const int64_t dtype, const struct step *s, int64_t seque
         memset(own_sums, 0, width * sizeof(float));
         rows[n] = (struct row){
             .position = key_length - query_length + t,
-            .norm = sqrtf(sum_of(squares)) * (float)(s->scale * M_LOG2E * (1 + 0x1p-16)), /* whatever was rounded */
+            /* Whatever was rounded, and squares that count as 0. */
+            .norm = sqrtf(sum_of(squares) + dim * FLT_MIN) * (float)(s->scale * M_LOG2E * (1 + 0x1p-16)),
             .slope = slope,
             .peak = -FLT_MAX,
             .tolerated = slope > 0.0f ? s->tolerance * -expm1(-M_LN2 * (double)slope) : -1.0,

@@ -40,13 +40,18 @@ def cpu_attention(
     learns = may_learn(q, k, v, left, right)
     masks = (visibility.key_padding_mask, visibility.cu_seqlens)
     bounds = (scale, visibility.causal, visibility.window_size, tolerance)
-    if not (learns or is_watched()) and type(q) is type(k) is type(v) is Tensor:
+    if not (learns or is_watched() or _have_no_memory(q, k, v)):
         # To call an operator takes as long as several decoding steps.
         options: dict[str, Any] = {"scale": scale, "tolerance": tolerance, "learns": False, "return_lse": return_lse}
         return attend(q, k, v, _slopes(q, left, right), visibility, key_norms, **options)[:2]
     function = _attend if learns else _forward
     out, lse, *_ = function(q, k, v, left, right, *masks, *bounds, key_norms, learns)
     return out, lse
+
+
+def _have_no_memory(*tensors: Tensor) -> bool:
+    """Whether some are tensors in name, which operators alone make some of."""
+    return any(type(x) is not Tensor or x._is_zerotensor() for x in tensors)
 
 
 @torch.library.custom_op("longreach::cpu_forward", mutates_args=())
