@@ -2,8 +2,8 @@
 # make test-all: make test, and what it leaves out (tests/which_tests.py).
 # make test-oldest: what depends on the version of transformers, with the oldest version supported.
 # make docs: the documentation site, in build/site.
-# make experiments/NAME: run an experiment of docs/claims.md again; DATA= and VALID= name the text. make claims: write that
-# page from the results that are committed.
+# make experiments/NAME DATA=BOOKS VALID=OTHERS: run an experiment of docs/claims.md again. make claims: write that page
+# from the results that are committed.
 PYTHON ?= python3
 BIN := .venv/bin
 OLDEST := $(CURDIR)/.venv/oldest-transformers

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from experiments.claim import Claim
 from longreach.report.drawing import to_svg
-from longreach.report.grid import to_markdown
+from longreach.report.grid import format_range, to_markdown
 from longreach.results import Provenance, Results, merge
 
 ROOT = Path(__file__).parents[1]
@@ -34,11 +34,40 @@ def section(name: str, results: Results) -> str:
         f"*When it holds.* {claim.rule}",
         *([f"![{claim.caption}](claims/{name}.svg)\n\n{claim.caption}"] if claim.figure else []),
         *(f"{table.title}. {table.note}\n\n{to_markdown(table).strip()}" for table in judgement.tables),
+        *([f"*Setting.* {'; '.join(unusual)}."] if (unusual := setting(results)) else []),
         f"*Caveats.* {claim.caveats}",
-        f"*Run again.* `make experiments/{name}`; {', '.join(_link(path) for path in files(name))}, "
+        f"*Run again.* `{_command(name)}`; {', '.join(_link(path) for path in files(name))}, "
         f"{_conditions(results.provenance)}.",
     ]
     return "\n\n".join(parts)
+
+
+def setting(results: Results) -> list[str]:
+    """Shapes, steps and scored tokens of an experiment, but for those that the head of the page tells of all."""
+    found = []
+    config = results.provenance.config
+    if model := config.get("model"):  # of a comparison
+        for shape in config["shapes"] or [f"{model['num_layers']}x{model['d_model']}"]:
+            layers, width = shape.split("x")
+            made = f"{layers} layer{'s' * (layers != '1')} of width {width} with {model['num_heads']} heads"
+            sizes = [one.parameters for one in results.training if one.model.shape in (None, shape)]
+            found.append((made, f" ({format_range(sizes, _millions)} parameters)"))
+    found += [(f"{one.steps:,} steps of {one.tokens // one.steps:,} tokens", "") for one in results.training]
+    found += [(f"{one.tokens:,} tokens are scored", "") for one in results.records]
+    head = " ".join(_head().split())
+    return [text + remark for text, remark in dict.fromkeys(found) if text not in head]
+
+
+def _millions(parameters: float) -> str:
+    return f"{parameters / 1e6:.2g}M"
+
+
+def _head() -> str:
+    return (ROOT / "experiments" / "head.md").read_text(encoding="utf-8").strip()
+
+
+def _command(name: str) -> str:
+    return f'make experiments/{name} DATA="books/*.txt" VALID="held-out/*.txt"'
 
 
 def files(name: str) -> list[Path]:
@@ -63,14 +92,13 @@ def _conditions(provenance: Provenance) -> str:
 
 def page(found: dict[str, Results]) -> str:
     """The whole page, of the experiments that there are results of."""
-    head = (ROOT / "experiments" / "head.md").read_text(encoding="utf-8").strip()
     rows = [f"| [{title}](#{_anchor(title)}) | {word} |" for title, word in _verdicts(found)]
     table = ["\n".join(("| claim | here |", "|---|---|", *rows))] if rows else []
     sections = [section(name, results) for name, results in found.items()]
     if waiting := [name for name in EXPERIMENTS if name not in found]:
-        lines = (f"- {claim_of(name).title}: `make experiments/{name}`" for name in waiting)
+        lines = (f"- {claim_of(name).title}: `{_command(name)}`" for name in waiting)
         sections.append("\n".join(("## Not run yet", "", *lines)))
-    return "\n\n".join((head, *table, *sections)) + "\n"
+    return "\n\n".join((_head(), *table, *sections)) + "\n"
 
 
 def _verdicts(found: dict[str, Results]) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Run an experiment of docs/claims.md again: python -m experiments.run NAME [DATA VALID].
+"""Run an experiment of docs/claims.md again: python -m experiments.run NAME DATA VALID.
 
 Its commands are printed as one would type them. Run again, it goes on where it stopped.
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from longreach.cli import main as longreach
+from longreach.results import Results
 
 
 def several(name: str) -> Any:
@@ -26,7 +27,7 @@ def commands(name: str, text: list[str], tested: list[str], runs: str) -> Iterat
 
     Args:
         name: of the experiment.
-        text: options of `train` that name the text to learn from and the one for validation; may be empty.
+        text: options of `train` that name the text to learn from and the one for validation.
         tested: options of `evaluate` that name the one for validation.
         runs: the folder of all that is trained and tested.
     """
@@ -43,16 +44,43 @@ def results(name: str, runs: str) -> dict[str, Path]:
     return {"results.json": Path(runs, "results.json")}
 
 
-def main(name: str, data: str = "", valid: str = "") -> None:
-    """Run all commands on a text, by default that of `longreach`, then copy the results beside the claim."""
+def main(name: str, data: str, valid: str) -> None:
+    """Run all commands on a text, then copy the results beside the claim.
+
+    Args:
+        name: of the experiment.
+        data: the text to learn from, as `longreach train --data` takes it.
+        valid: the one to test on.
+
+    Raises:
+        ValueError: no text is given; what the experiment begins with is not there; or its committed results are of
+            another text, and stay.
+    """
+    for variable, value in (("DATA", data), ("VALID", valid)):
+        if not value:
+            raise ValueError(f"{variable} is empty: give books, as docs/claims.md says at its head")
     runs = f"runs/experiments/{name}"
-    text = [word for option in (("--data", data), ("--valid-data", valid)) if option[1] for word in option]
-    for words in commands(name, text, ["--data", valid] if valid else [], runs):
+    for words in commands(name, ["--data", data, "--valid-data", valid], ["--data", valid], runs):
         print(shlex.join(["longreach", *words]), flush=True)
         longreach(words)
-    for copy, original in results(name, runs).items():
-        shutil.copy(original, Path("experiments", name, copy))
+    copies = {Path("experiments", name, copy): original for copy, original in results(name, runs).items()}
+    if kept := [str(copy) for copy, original in copies.items() if copy.exists() and _text(copy) != _text(original)]:
+        raise ValueError(
+            f"{', '.join(kept)}: of another text than {runs} (corpus_hash); to judge the claim by yours, remove that, "
+            "give the same command again, and make claims"
+        )
+    for copy, original in copies.items():
+        shutil.copy(original, copy)
+
+
+def _text(path: Path) -> str:
+    """What tells the text that results are of from any other."""
+    return Results.read(path).provenance.corpus_hash
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    try:
+        main(*sys.argv[1:])
+    except ValueError as error:
+        print("experiments.run:", error, file=sys.stderr)
+        sys.exit(2)

@@ -1,6 +1,8 @@
 """The documentation site, and the scripts that fill its pages."""
 
 import importlib.util
+import inspect
+import pkgutil
 import re
 import shutil
 import subprocess
@@ -31,6 +33,19 @@ def test_the_site_builds_strictly_and_fetches_nothing(tmp_path):
     pages = {page.stem for page in (tmp_path / "site").rglob("*.html")}
     assert pages >= {"index", "LOG", "CONTRIBUTING", *(page.stem for page in DOCS.glob("*.md"))}
     assert "q: Tensor" in re.sub("<[^>]*>", "", (tmp_path / "site/docs/api.html").read_text(encoding="utf-8"))
+
+
+def test_each_public_function_tells_of_each_of_its_arguments():
+    missing = []
+    for name in re.findall(r"^::: (\S+)$", (DOCS / "api.md").read_text(encoding="utf-8"), re.MULTILINE):
+        function = pkgutil.resolve_name(name)
+        if inspect.isfunction(function):
+            told = inspect.getdoc(function)
+            arguments = inspect.signature(function).parameters
+            missing += [
+                (name, each) for each in arguments if not re.search(rf"^ +(.*, )?{each}(, .*)?:", told, re.MULTILINE)
+            ]
+    assert not missing
 
 
 @pytest.mark.parametrize(

@@ -55,5 +55,5 @@ CLAIM = Claim(
         "interval over seeds; ALiBi's caches, shifted or not, are not."
     ),
     judge=judge,
-    caveats="4,096 tokens are scored. In a cache, deeper layers also keep something of what left the window.",
+    caveats="In a cache, deeper layers also keep something of what left the window.",
 )

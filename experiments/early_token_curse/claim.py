@@ -76,7 +76,7 @@ CLAIM = Claim(
         "with stride 1, and sinusoidal's rises with stride 1; each beyond the interval over seeds."
     ),
     judge=judge,
-    caveats="4,096 tokens are scored, for stride 1 computes a window for each.",
+    caveats="Few tokens are scored, for stride 1 computes a window for each.",
     figure=decomposition_figure,
     caption=(
         "What each method gains from longer nonoverlapping windows, split: relief from the early token curse, and what "

@@ -65,7 +65,7 @@ CLAIM = Claim(
     ),
     judge=judge,
     caveats=(
-        "Both see the same tokens, 500 steps of 2,048, where the paper gives both the same time. At one of three seeds "
+        "Both see the same tokens, where the paper gives both the same time. At one of three seeds "
         "sinusoidal positions trained at 1,024 learned much less (117 where the others reach 73 and 72): the reason "
         "that no interval tells the two apart there. Speed and memory are of two processor cores, where models of this "
         "size spend little on attention, and the memory of the process holds Python and PyTorch too."

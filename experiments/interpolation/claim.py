@@ -109,8 +109,8 @@ CLAIM = Claim(
     ),
     judge=judge,
     caveats=(
-        "2,000 steps with a fifth of all sequences for retrieval, 300 of fine-tuning. The word to be found is told "
-        "once among eight sentences that come again and again, which is easier than a meeting to summarize. Speeds "
-        "were measured beside other work: their intervals say how little they tell."
+        "A fifth of all sequences are for retrieval; the 300 steps are those of fine-tuning. The word to be found is "
+        "told once among eight sentences that come again and again, which is easier than a meeting to summarize. "
+        "Speeds were measured beside other work: their intervals say how little they tell."
     ),
 )

@@ -94,9 +94,9 @@ CLAIM = Claim(
     judge=judge,
     caveats=(
         "One seed, and 0.00002% of the tokens of the pretraining. The weights are those of SmolLM2-135M-Instruct in 4 "
-        "bits, made float32 again ([weights.py](../experiments/retrofit/weights.py) says from where), and tested in "
-        "bfloat16. 16,384 tokens are scored, at the longest length in one window; 6 passkeys are asked for at each "
-        "length. That perplexity is level past L is not use of longer context: within its window the rotary model "
+        "bits, made float32 again ([weights.py](../experiments/retrofit/weights.py) says from where), trained and "
+        "tested in bfloat16. At the longest length all tokens are scored in one window; 6 passkeys are asked for at "
+        "each length. That perplexity is level past L is not use of longer context: within its window the rotary model "
         "gains by it, which ALiBi trained at 512 does not."
     ),
 )

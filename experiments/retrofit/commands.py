@@ -1,6 +1,7 @@
 """SmolLM2-135M given ALiBi: trained at a short length, then tested far past it beside its own rotary positions."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 LENGTH, WINDOW = 512, 8192
 """What ALiBi is trained at, and what the model was pretrained at."""
@@ -16,6 +17,9 @@ TESTS = ("perplexity", "scalings", "passkey")
 def commands(text: list[str], tested: list[str], runs: str) -> Iterator[list[str]]:
     """As `experiments.run.commands`; the models lie in the folder already, as weights.py writes them."""
     rotary, alibi, untrained = (f"{runs}/{name}" for name in (ROTARY, ALIBI, UNTRAINED))
+    for folder in (rotary, untrained):
+        if not Path(folder).is_dir():
+            raise ValueError(f"{folder} is not there: write it first, as experiments/retrofit/weights.py says")
     yield [
         *("train", "--from", rotary, *text, "--train-length", str(LENGTH), "--batch-size", "2", "--steps", "300"),
         *("--learning-rate", "0.0005", "--warmup-steps", "10", "--precision", "bf16", "--output", alibi),

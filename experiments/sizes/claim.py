@@ -135,8 +135,8 @@ CLAIM = Claim(
     ),
     judge=judge,
     caveats=(
-        "Shapes are layers x width: 1x64, 2x96 and 3x160 have 0.1M, 0.3M and 1.1M parameters, far from the sizes that "
-        "the note speaks of, and all learn from as many tokens at one learning rate. 8,192 tokens are scored."
+        "Shapes are layers x width. They are far from the sizes that the note speaks of, and all learn from as many "
+        "tokens at one learning rate."
     ),
     figure=offset_figure,
     caption=(

@@ -1,7 +1,10 @@
 """docs/claims.md and the experiments that it tells of."""
 
+import os
 import random
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from longreach.data.prepare import DataConfig, prepare
 from longreach.pretrained.convert import convert
 from longreach.pretrained.save import save_pretrained
 from longreach.reading import read_file
+from longreach.results import Results
 from longreach.verbs.compare import CompareConfig, compare
 
 ROOT = Path(__file__).parents[2]
@@ -46,6 +50,86 @@ def test_committed_results_name_no_path_of_a_machine():
     for path in (ROOT / "experiments").glob("*/results*.json"):
         words = re.findall(r'"((?:[^"\\]|\\.)*)"', path.read_text())
         assert not [word for word in words if word.startswith(("/", "~")) or " /" in word]
+
+
+@pytest.mark.parametrize(
+    ("name", "unusual"),
+    [
+        ("train_short_test_long", []),
+        ("slopes_of_12_heads", ["2 layers of width 144 with 12 heads (0.65M parameters)"]),
+        ("headline", ["500 steps of 2,048 tokens"]),
+        (
+            "interpolation",
+            ["2,000 steps of 1,024 tokens", "300 steps of 1,024 tokens", "24,576 tokens are scored"],
+        ),
+    ],
+)
+def test_what_an_experiment_has_otherwise_than_the_head_says_is_on_the_page(name, unusual):
+    results = page.read(page.files(name))
+    assert page.setting(results) == unusual
+    assert not unusual or f"\n*Setting.* {'; '.join(unusual)}.\n" in page.section(name, results)
+
+
+def test_the_page_says_what_text_each_is_to_be_run_again_with():
+    text = (ROOT / "docs/claims.md").read_text()
+    for name in page.EXPERIMENTS:
+        assert f'*Run again.* `make experiments/{name} DATA="books/*.txt" VALID="held-out/*.txt"`' in text
+        provenance = page.read(page.files(name)).provenance
+        assert Path(provenance.corpus).name in text
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A folder with the committed results of `slopes`, where longreach finds these again, of a text that is named."""
+    (tmp_path / "experiments/slopes").mkdir(parents=True)
+    committed = tmp_path / "experiments/slopes/results.json"
+    committed.write_bytes((ROOT / "experiments/slopes/results.json").read_bytes())
+    monkeypatch.chdir(tmp_path)
+
+    def find(corpus_hash):
+        def longreach(words):
+            assert words[words.index("--data") :][:4] == ["--data", "books", "--valid-data", "held-out"]
+            results = Results.read(committed)
+            found = replace(results.provenance, corpus_hash=corpus_hash, corpus="books")
+            Path("runs/experiments/slopes").mkdir(parents=True)
+            replace(results, provenance=found).write("runs/experiments/slopes/results.json")
+
+        monkeypatch.setattr(run, "longreach", longreach)
+        return committed
+
+    return find
+
+
+def test_results_of_the_same_text_take_the_place_of_the_committed_ones(checkout):
+    committed = checkout(Results.read(ROOT / "experiments/slopes/results.json").provenance.corpus_hash)
+    run.main("slopes", "books", "held-out")
+    assert Results.read(committed).provenance.corpus == "books"
+
+
+def test_committed_results_of_another_text_stay(checkout):
+    committed = checkout("another")
+    before = committed.read_bytes()
+    with pytest.raises(ValueError, match=r"^experiments/slopes/results\.json: of another text than runs/.*remove that"):
+        run.main("slopes", "books", "held-out")
+    assert committed.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (("slopes", "", "held-out"), "DATA is empty: give books, as docs/claims.md says at its head"),
+        (("slopes", "books", ""), "VALID is empty: give books, as docs/claims.md says at its head"),
+        (
+            ("retrofit", "books", "held-out"),
+            "runs/experiments/retrofit/smollm2 is not there: write it first, as experiments/retrofit/weights.py says",
+        ),
+    ],
+)
+def test_what_is_missing_is_told_in_one_line_before_any_work(words, line, tmp_path):
+    command = [sys.executable, "-m", "experiments.run", *words]
+    path = os.pathsep.join((str(ROOT), str(ROOT / "src")))
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"experiments.run: {line}\n")
 
 
 @pytest.fixture(scope="module")

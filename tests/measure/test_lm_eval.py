@@ -135,6 +135,14 @@ def test_a_continuation_costs_what_the_model_says_and_greedy_ones_are_known():
         assert greedy == (continuation in (likely, likely[:1]))
 
 
+def test_an_empty_continuation_is_certain_whatever_it_is_scored_with():
+    pairs = [(None, [5, 6], []), (None, [5, 6], [7]), (None, [8, 9, 10], [])]
+    alone = HarnessModel(decoder_subject())._loglikelihood_tokens(pairs[1:2], disable_tqdm=True)
+    together = HarnessModel(decoder_subject(), batch_size=3)._loglikelihood_tokens(pairs, disable_tqdm=True)
+    assert together == [(0.0, True), *alone, (0.0, True)]
+    assert alone[0][0] < 0
+
+
 def test_results_come_in_the_order_of_the_requests_whatever_the_batches():
     subject = decoder_subject()
     pairs = [([5, 6, 7][: 1 + n % 3], [8 + n, 9][: 1 + n % 2]) for n in range(12)]

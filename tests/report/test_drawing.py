@@ -1,10 +1,11 @@
 import subprocess
 import sys
 
+import pytest
 from drawn_curves import curves
 
 from longreach.positions import METHODS
-from longreach.report.drawing import DARK, LIGHT, looks, to_png, to_svg
+from longreach.report.drawing import DARK, LIGHT, looks, short, to_png, to_svg
 from longreach.report.subjects.paper import (
     paper_figure,
 )
@@ -26,6 +27,21 @@ def test_every_method_of_ours_looks_like_no_other():
         assert len({colour for colour, _, _ in chosen.values()}) == len(METHODS)
         assert len({marker for _, marker, _ in chosen.values()}) == len(METHODS)
         assert {line for _, _, line in chosen.values()} == {"-"}
+
+
+@pytest.mark.parametrize(
+    ("name", "drawn"),
+    [
+        ("models/$x$ Köln", "models/$x$ Köln"),
+        ("models/模型", "models/��"),
+        ("m\x1b[31mred\n\x00", "m�[31mred��"),
+        ("\u202eevil", "�evil"),
+        ("\udc80x", "�x"),
+    ],
+)
+def test_a_name_is_drawn_as_far_as_it_can_be(name, drawn):
+    assert short(name) == drawn
+    assert short(40 * name) == f"{(40 * drawn)[:16]}…{(40 * drawn)[-16:]}"
 
 
 def test_written_bytes_depend_on_the_results_alone(demo, monkeypatch):

@@ -1,4 +1,8 @@
 import math
+from xml.etree import ElementTree
+
+import markdown
+import pytest
 
 from longreach.report.grid import (
     Grid,
@@ -20,8 +24,21 @@ def test_markdown_escapes_what_would_end_a_cell_or_be_obeyed():
     rows = (("a|b*<i>", "70.00"), ("alibi", "60.00"))
     grid = Grid("title", "note", (("method",), ("128", "1x")), rows, best=frozenset({(1, 1)}))
     assert to_markdown(grid) == (
-        "| method | 128<br>1x |\n| --- | ---: |\n| a\\|b\\*\\<i\\> | 70.00 |\n| alibi | **60.00** |\n"
+        "| method | 128<br>1x |\n| --- | ---: |\n| a\\|b\\*&lt;i&gt; | 70.00 |\n| alibi | **60.00** |\n"
     )
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["two\nlines", "two\r\nlines", "a&lt;b", "~~a~~", "a&b|c", r"a\b", "*a*_b_`c`[d](e)", "<b>a</b>", "x\u2028y"],
+)
+def test_markdown_shows_a_cell_as_it_is_and_keeps_its_row(name):
+    text = to_markdown(Grid("title", "note", (("method",), ("1x",)), ((name, "70.00"),)))
+    table = markdown.markdown(text, extensions=["tables"]).replace("<br>", "\n")
+    cells = ElementTree.fromstring(table).iterfind(".//tbody/tr/td")
+    assert [cell.text for cell in cells] == ["\n".join(name.splitlines()), "70.00"]
+    assert len(text.splitlines()) == 3
+    assert "~" not in text  # of which GitHub makes what is struck out
 
 
 def test_columns_without_a_value_go_from_the_first_named_on():

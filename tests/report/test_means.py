@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 from sample_records import at_seed
 
+from longreach.report.grid import format_perplexity
 from longreach.report.means import (
     are_repeated,
     counted,
@@ -57,6 +58,13 @@ def test_spread_is_the_deviation_to_two_digits():
     assert with_spread(1039.0, [1010.0, 1068.0], "{:,.0f}".format) == "1,039 ± 41"
     assert with_spread(73.5, [73.5], text) == with_spread(73.5, [73.5, 73.5], text) == "73.50"
     assert with_spread(math.inf, [math.inf, 3.0], text) == "inf"
+
+
+def test_spread_of_what_is_written_with_an_exponent_has_one():
+    values = [11_990_000.0, 12_690_000.0]
+    assert with_spread(12_340_000.0, values, format_perplexity) == "1.2e+07 ± 4.9e+05"
+    assert with_spread(999_000.0, [998_000.0, 1_000_000.0], format_perplexity) == "999,000 ± 1,414"
+    assert with_spread(1e300, [1e300, 3e300], format_perplexity) == "1.0e+300 ± 1.4e+300"
 
 
 def test_seeds_are_counted_by_model(record):

@@ -1,5 +1,6 @@
 import base64
 import dataclasses
+import html
 import html.parser
 import json
 import math
@@ -189,6 +190,27 @@ def test_user_given_names_are_escaped(
     for file in figures:
         ElementTree.fromstring(file.read_bytes())
     assert sorted(os.listdir(tmp_path)) == ["figures", "report.html"]
+
+
+@pytest.mark.filterwarnings("error")  # as matplotlib gives for what its font has not
+def test_names_that_no_font_has_and_no_svg_may_hold(empty, record, context, decomposed, offset, found, tmp_path):
+    names = ("models/模型", "m\x1b[31mred", "a\x0bb", "x\ny", "a\x00b", "\u202eevil", "a--b-->", "\ufffe")
+    results = empty
+    for name in names:
+        results = results.add(
+            *(record(name, length, 9.0) for length in (128, 256)),
+            context(name, 256, 65, 128, 4.0),
+            context(name, 256, 129, 256, 3.0),
+            decomposed(name, 256, 0.1, 0.1),
+            offset(name, 0, 9.0),
+            found(name, 128, 0.5, 1),
+        )
+    page = write_report(results, tmp_path).read_text(encoding="utf-8")
+    assert all(html.escape(name) in page for name in names)
+    figures = [*(tmp_path / "figures").glob("*.svg")]
+    assert len(figures) == 6
+    for file in figures:
+        ElementTree.fromstring(file.read_bytes())
 
 
 @pytest.mark.parametrize(

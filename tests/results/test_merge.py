@@ -1,12 +1,17 @@
 import itertools
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from sample_records import ALIBI, ENTRIES, PROVENANCE, RESULTS, START, TRAINING, record
 
+from longreach.folder import this_start
+from longreach.reading import plain_values
 from longreach.results import Model, Results, Skipped, merge
+from longreach.train.config import TrainConfig
+from longreach.verbs.compare import CompareConfig
 
 CONFIG = {
     "methods": ["alibi"],
@@ -15,9 +20,12 @@ CONFIG = {
     "evaluate": {"tasks": ["perplexity"], "valid_tokens": 16384},
 }
 
+STARTED = replace(START, options={"cache": "tokens", "device": "auto"})
+
 
 def comparison(*entries, config=CONFIG, **provenance):
-    return Results(provenance=replace(PROVENANCE, config=config, **provenance)).add(*entries)
+    fields = {"starts": (STARTED,)} | provenance
+    return Results(provenance=replace(PROVENANCE, config=config, **fields)).add(*entries)
 
 
 def changed(section, **values):
@@ -93,6 +101,42 @@ def test_any_two_of_three_must_agree(place):
 def test_what_was_compared_and_what_was_asked_may_differ(config):
     merged = merge({"a": comparison(record()), "b": comparison(record("rotary"), config=config)})
     assert merged.methods() == ("alibi", "rotary")
+
+
+@pytest.mark.parametrize("place", [*itertools.permutations("ab")])
+def test_what_either_notes_of_its_starts_as_changing_no_result_may_differ(place):
+    noted = replace(START, options={"validate_every": 10})
+    of = {
+        "a": comparison(record(), config=changed("train", validate_every=None)),
+        "b": comparison(record("rotary"), config=changed("train", validate_every=10), starts=(START, noted)),
+    }
+    assert merge({name: of[name] for name in place}).methods()
+    of["b"] = of["b"].started((START,))
+    with pytest.raises(ValueError, match=r"train\.validate_every is "):
+        merge({name: of[name] for name in place})
+
+
+OTHERS = {
+    **{"compile": True, "recompute": True, "async_checkpoint": True, "on_full_disk": "continue", "device": "cpu"},
+    **{"checkpoint_every": 9, "keep_checkpoints": 2, "validate_every": 10, "sample_every": 10, "peak_flops": 1e12},
+    **{"track": ("tensorboard",), "parallel": "fsdp", "context_parallel": 2},
+}
+"""What a setting of a training is not by default."""
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(TrainConfig) if field.metadata.get("may_differ")])
+def test_all_that_is_declared_to_change_no_result_may_differ(name):
+    def compared(method, train):
+        config = CompareConfig(methods=(method,), train=train)
+        start = this_start(config, torch.device("cpu"))
+        return comparison(record(method), config=plain_values(config), starts=(start,))
+
+    one, other = compared("alibi", TrainConfig()), compared("rotary", TrainConfig(**{name: OTHERS[name]}))
+    assert one.provenance.config["train"] != other.provenance.config["train"]
+    assert merge({"a": one, "b": other}).methods() == ("alibi", "rotary")
+    other = compared("rotary", TrainConfig(**{name: OTHERS[name]}, steps=601))
+    with pytest.raises(ValueError, match=r"^train\.steps is 600 in a and 601 in b"):
+        merge({"a": one, "b": other})
 
 
 @pytest.mark.parametrize("place", [*itertools.permutations("ab")])

@@ -98,8 +98,14 @@ def golden_slopes(num_heads: int) -> Tensor:
     With p the largest power of two up to H, head number r < p has the slope 2^(-8 (r + 1) / p), and head p + r the
     slope 2^(-8 (r + 1/2) / p).
 
+    Args:
+        num_heads: H, at least 1.
+
     Returns:
         (H,) float64.
+
+    Raises:
+        ValueError: num_heads is no positive integer, or more than any model has.
     """
     num_heads = validate_heads("num_heads", num_heads, "a positive integer")
     return torch.tensor(_exact_slopes(num_heads), dtype=torch.float64)
@@ -131,6 +137,9 @@ def golden_bias(
 
     Returns:
         (B, H, Tq, Tk) float64; B is 1 without a mask.
+
+    Raises:
+        ValueError: a number is out of range, the mask is not bool or not of Tk keys, or the dialect is none.
     """
     golden_slopes(num_heads)  # refuses what is no number of heads
     query_length, key_length = validate_lengths(query_length, key_length)
@@ -141,10 +150,20 @@ def golden_bias(
 def golden_attention(
     q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None = None, dialect: Dialect | None = None
 ) -> Tensor:
-    """Attention in a dialect, computed in float64 by its definition. Arguments as in `AttentionFunction`.
+    """Attention in a dialect, computed in float64 by its definition: softmax(scale q.k + bias) v.
+
+    Args:
+        q: (B, H, Tq, D) float64, float32, bfloat16 or float16; queries are aligned with the last keys.
+        k: (B, Hkv, Tk, D) of the same dtype and device; Hkv divides H.
+        v: as k.
+        key_padding_mask: (B, Tk) bool, True where a key is padding, which no query sees.
+        dialect: of the bias, the scale and who sees whom; the paper's equation when None.
 
     Returns:
-        (B, H, Tq, D) float64.
+        (B, H, Tq, D) float64; a query that sees no key has 0.
+
+    Raises:
+        ValueError: q, k and v do not fit together, the mask does not fit them or is not bool, or the dialect is none.
     """
     validate_types(q=q, k=k, v=v)
     validate_tensors(q, k, v)

@@ -17,6 +17,8 @@ context here than there.
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -29,6 +31,7 @@ from longreach.measure.subject import Subject
 try:
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import model_registry
+    from lm_eval.config import evaluate_config
     from lm_eval.models.utils import normalize_gen_kwargs
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError as error:
@@ -209,11 +212,31 @@ def register(open_subject: Callable[..., Subject]) -> None:
                 if not batch_size.isdigit():
                     raise ValueError(f"batch_size={batch_size!r}: give a positive integer")
                 batch_size = int(batch_size)
+            try:
+                opened = signature(open_subject).bind(**arguments)
+            except TypeError as error:
+                known = ", ".join(signature(open_subject).parameters)
+                raise ValueError(f"model_args: {error}; beside options of the harness it has {known}") from error
             super().__init__(
-                open_subject(**arguments), max_length=max_length, batch_size=batch_size, max_gen_toks=max_gen_toks
+                open_subject(*opened.args, **opened.kwargs),
+                max_length=max_length,
+                batch_size=batch_size,
+                max_gen_toks=max_gen_toks,
             )
 
     model_registry.register("longreach", target=RegisteredModel)
+
+
+def leave_device_to_models() -> None:
+    """Where no `--device` is typed, let the harness's command line give models none: it gives cuda:0 by itself, which
+    not every machine has, and which is not where each run is to go.
+    """
+
+    @dataclass
+    class Config(evaluate_config.EvaluatorConfig):
+        device: str | None = None
+
+    evaluate_config.EvaluatorConfig = Config
 
 
 def _log_probabilities(logits: Tensor, targets: Tensor) -> Tensor:

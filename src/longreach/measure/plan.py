@@ -45,8 +45,8 @@ class EvaluateConfig:
     valid_tokens: int = 16384
     """How many tokens are scored, the same at every length: at least the longest length, at most what there is."""
     tokens_per_batch: int = 4096
-    """About how many tokens one forward pass of the evaluation holds: what `benchmarks/evaluate.py`
-    found fastest on two CPU cores."""
+    """About how many tokens one forward pass of the evaluation holds; the default is what was fastest on two CPU
+    cores."""
     protocols: tuple[str, ...] = ("nonoverlapping",)
     """How the text is cut for perplexity: nonoverlapping windows; cached, one stream in which each token sees its last
     L_valid tokens through a KV cache; cached-unbounded, where it sees all; cached-shifted, the naive way, where

@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -86,12 +87,27 @@ def looks(methods: list[str], theme: Theme) -> dict[str, Look]:
 
 
 def short(name: str, longest: int = _LONGEST_NAME) -> str:
-    """The name, its middle left out where it would take the figure's width; the tables have it whole."""
-    name = name.encode("utf-8", "replace").decode()  # bytes of a path that are no text cannot be drawn
+    """The name as it can be drawn, its middle left out where it would take the figure's width; the tables have it
+    whole.
+
+    A replacement character stands for what the font has not, and for what is none to see: control characters, which no
+    SVG may hold, and bytes of a path that are no text.
+    """
+    drawn = _drawn()
+    name = "".join(character if ord(character) in drawn and character.isprintable() else "\ufffd" for character in name)
     if len(name) <= longest:
         return name
     half = (longest - 1) // 2
     return f"{name[:half]}…{name[-half:]}"
+
+
+@cache
+def _drawn() -> frozenset[int]:
+    """The code points that the font of all figures has."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    with settings():
+        return frozenset(get_font(findfont(FontProperties())).get_charmap())
 
 
 def text_width(characters: int) -> float:

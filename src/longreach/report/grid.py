@@ -11,6 +11,11 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 MISSING = "-"
+_IN_MARKDOWN = str.maketrans(
+    {character: f"\\{character}" for character in "\\|*_`[]"}
+    | {"&": "&amp;", "<": "&lt;", ">": "&gt;", "~": "&#126;"}  # no Markdown takes all of these after a backslash
+)
+"""What would end a cell, or be taken for emphasis, code, a link or HTML -> what stands for it."""
 ALIKE = "Short works vary by some percent from run to run: within 5% they count as alike."
 """Why ratios of speed and memory have two digits."""
 
@@ -80,7 +85,7 @@ def to_rich(grid: Grid) -> Table:
 def to_markdown(grid: Grid) -> str:
     """The grid as a Markdown table, title and note left to the surrounding text."""
     lines = [
-        " | ".join(_escape_markdown("\n".join(column)).replace("\n", "<br>") for column in grid.columns),
+        " | ".join(_escape_markdown("\n".join(column)) for column in grid.columns),
         " | ".join("---" if index < grid.text_columns else "---:" for index in range(len(grid.columns))),
     ]
     for i, row in enumerate(grid.rows):
@@ -155,5 +160,4 @@ def format_range(values: Iterable[float], text: Callable[[float], str]) -> str:
 
 
 def _escape_markdown(text: str) -> str:
-    # Within a table cell: these would end it, or be taken for emphasis, code, a link or HTML.
-    return "".join(f"\\{character}" if character in "\\|*_`[]<>" else character for character in text)
+    return "<br>".join(line.translate(_IN_MARKDOWN) for line in text.splitlines())

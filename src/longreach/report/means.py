@@ -60,11 +60,13 @@ def one_by_one(entries: Iterable[Kind]) -> dict[str, list[list[Kind]]]:
 
 def with_spread(mean: float, values: list[float], text: Callable[[float], str]) -> str:
     """`73.5 ± 1.4`: a mean and the standard deviation of the values at single seeds, to two digits of it and not more
-    decimals than `text` gives. Of one seed it is the text alone.
+    decimals than `text` gives; `1.2e+07 ± 4.9e+05` where that has an exponent. Of one seed it is the text alone.
     """
     deviation = 0.0 if math.inf in values or len(values) == 1 else statistics.stdev(values)
     if not deviation:
         return text(mean)
+    if "e" in text(mean):
+        return f"{text(mean)} ± {deviation:.1e}"
     decimals = len(text(mean).partition(".")[2])
     digits = max(0, min(decimals, 1 - math.floor(math.log10(deviation))))
     return f"{mean:,.{digits}f} ± {deviation:,.{digits}f}"

@@ -27,10 +27,8 @@ HEEDED_BY: dict[str, tuple[str, ...]] = {
 }
 """Setting of a test -> the tasks that heed it, where not all do: for others it may be anything."""
 
-_MAY_DIFFER = frozenset(
-    {"seed", "tasks", "valid_lengths", "protocols", "strides", "offsets"} | {"device", "compile", "checkpoint_every"}
-)
-"""Settings that entries have in their keys, and those that change no figure."""
+_IN_KEYS = frozenset({"seed", "tasks", "valid_lengths", "protocols", "strides", "offsets"})
+"""Settings that entries have in their keys."""
 
 _COSTS = frozenset({"seconds", "peak_memory", "attention", "exchanged"})
 """What it took to measure, and by what."""
@@ -39,9 +37,9 @@ _COSTS = frozenset({"seconds", "peak_memory", "attention", "exchanged"})
 def merge(comparisons: Mapping[str, Results]) -> Results:
     """One comparison that holds what several measured, in their order.
 
-    They may differ in what was compared (methods, training lengths, seeds) and in what was asked (tasks, lengths,
-    strides). What is in several of them and the same in all is taken once, with the time and memory that it took in the
-    first.
+    They may differ in what was compared (methods, training lengths, seeds), in what was asked (tasks, lengths,
+    strides), and in the options of their starts, which change no result. What is in several of them and the same in all
+    is taken once, with the time and memory that it took in the first.
 
     Args:
         comparisons: name -> comparison, at least one. The configuration of the merged one has them under these names.
@@ -90,7 +88,9 @@ def _are_alike(one: Entry | TrainingRecord, other: Entry | TrainingRecord) -> bo
 
 
 def _check_alike(name: str, one: Results, other_name: str, other: Results) -> None:
-    ours, theirs = _conditions(one), _conditions(other)
+    # Both are asked: an option that is None is not noted.
+    free = _IN_KEYS.union(*(start.options for results in (one, other) for start in results.provenance.starts))
+    ours, theirs = _conditions(one, free), _conditions(other, free)
     idle = _idle(one) | _idle(other)
     for what in ours.keys() | theirs.keys():
         sides = [conditions.get(what, {}) for conditions in (ours, theirs)]
@@ -103,8 +103,11 @@ def _check_alike(name: str, one: Results, other_name: str, other: Results) -> No
                 )
 
 
-def _conditions(results: Results) -> dict[str, dict[str, Any]]:
-    """Kind of condition -> name -> value; two comparisons that both have a kind must agree in all of it."""
+def _conditions(results: Results, free: frozenset[str]) -> dict[str, dict[str, Any]]:
+    """Kind of condition -> name -> value; two comparisons that both have a kind must agree in all of it.
+
+    Settings that are free to differ are none.
+    """
     provenance = results.provenance
     read = _READ if _scored_text(provenance) else {"tokenizer": _READ["tokenizer"]}
     found: dict[str, dict[str, Any]] = {kind: {n: getattr(provenance, n) for n in read[kind]} for kind in read}
@@ -112,7 +115,7 @@ def _conditions(results: Results) -> dict[str, dict[str, Any]]:
     for section in ("model", "train", "evaluate"):
         settings = provenance.config.get(section)
         if isinstance(settings, dict):
-            found[section] = {f"{section}.{n}": value for n, value in settings.items() if n not in _MAY_DIFFER}
+            found[section] = {f"{section}.{n}": value for n, value in settings.items() if n not in free}
     return found
 
 

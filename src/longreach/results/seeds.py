@@ -44,7 +44,14 @@ class OverSeeds:
 
 
 def over_seeds(values: Sequence[float]) -> OverSeeds:
-    """The mean of a figure's values, one for each seed, and its interval.
+    """The mean of a figure's values, one for each seed, and its 95% interval of Student's t: mean -+ t s / sqrt(n).
+
+    Args:
+        values: of any unit, which mean and interval have too. For perplexities give losses in nats per token:
+            `OverSeeds.exponentiated` makes the one of the other.
+
+    Returns:
+        The figure over seeds; without an interval where there is one value.
 
     Raises:
         ValueError: there are none.

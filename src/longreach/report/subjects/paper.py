@@ -98,8 +98,7 @@ def agreement_with_paper(results: Results, train_length: int) -> Finding:
     paper_length = min(EXTRAPOLATION_TABLES, key=lambda length: abs(math.log(length / train_length)))
     table = f"Table {EXTRAPOLATION_TABLES[paper_length]}, L = {paper_length:,}"
     shared = [method for method in METHODS if measured(results, method, train_length, train_length)]
-    longest_in_paper = max(paper_curve("alibi", paper_length)) / paper_length
-    lengths = [n for n in results.valid_lengths(train_length) if 1 < n / train_length <= longest_in_paper]
+    lengths = [n for n in results.valid_lengths(train_length) if n > train_length]
     for valid_length in reversed(lengths):
         multiple = valid_length / train_length
         ours = {method: growth(results, method, train_length, valid_length) for method in shared}
