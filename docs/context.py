@@ -17,7 +17,6 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 
-import longreach
 from longreach.data.tokenizer import load_tokenizer
 from longreach.models.files import load_model
 from longreach.results import Results, over_seeds
@@ -90,11 +89,11 @@ axes.legend(frameon=False)
 # ## 4. By hand
 #
 # No record needed: take tokens far into a text, let the model predict each of them from its last 16, 32, 64, ...
-# tokens, and look at the same tokens every time. The text is the source code of longreach, which no model of the demo
-# has seen.
+# tokens, and look at the same tokens every time. The text is that of PyTorch's modules, which no model of the demo has
+# seen.
 
 # %%
-paths = sorted(Path(longreach.__file__).parent.rglob("*.py"))
+paths = sorted(Path(torch.nn.__file__).with_name("modules").glob("*.py"))
 text = "".join(path.read_text(encoding="utf-8") for path in paths)
 TARGETS = 96
 

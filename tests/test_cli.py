@@ -274,6 +274,13 @@ def test_version_is_the_package_s(capsys):
         ),
         (["compare", "--output", "x", "--seeds", ",".join(map(str, range(400)))], ["--methods: with", "1,200 models"]),
         (["train", "--output", ""], ["--output='': give a path"]),
+        (["train", "--output", "x", "--cache", ""], ["--cache='': give a path, or . for this folder"]),
+        (["train", "--output", "x", "--tokenizer="], ["--tokenizer='': give a path"]),
+        (["train", "--output", "x", "--from", ""], ["--from='': give a path"]),
+        (["evaluate", ""], ["MODELS='': give a path"]),
+        (["extend", "m", ""], ["MODELS='': give a path"]),
+        (["generate", ""], ["MODEL='': give a path"]),
+        (["doctor", ""], ["MODEL='': give a path"]),
         (["train", "--output", "a\0b"], ["--output='a\\x00b': give a path"]),
         (["report", "a", "b\0"], ["FOLDERS='b\\x00': give a path"]),
         ([""], ["unknown verb ''"]),
@@ -530,6 +537,21 @@ def test_bad_text_is_refused(capsys, tmp_path, content, part):
     line = refused(capsys, "compare", "--output", str(output), "--data", str(tmp_path / "text.txt"))
     assert part in line
     assert not output.exists()
+
+
+def test_names_of_files_are_no_commands_to_the_terminal(capsys, small, tmp_path):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    (folder / "\x1b]0;title\x07.jsonl").write_text('{"text": "' + "some words, " * 200 + '"}\n' + "bad\n")
+    output = tmp_path / "out"
+    words = ["train", "--output", str(output), *small, "--data", str(folder)]
+    line = refused(capsys, *words)
+    assert rf"{folder}/\x1b]0;title\x07.jsonl:2 is not JSON" in line
+    (folder / "two\nlines.jsonl").write_text('{"text": "' + "more words, " * 200 + '"}\n' + "bad\n")
+    main([*words, "--skip-bad"])
+    said = capsys.readouterr().err
+    assert rf"2 bad files or lines: {folder}/\x1b]0;title\x07.jsonl:2, {folder}/two\nlines.jsonl:2" in said
+    assert not {"\x1b", "\x07"} & set(said)
 
 
 def test_a_text_too_short_to_be_split_is_refused(capsys, tmp_path):

@@ -455,7 +455,9 @@ def _starting_values(kind: type[Any], given: Mapping[str, Any], load: Callable[[
 
 def _fail(program: str, message: str, status: int = 2) -> NoReturn:
     """End the program with one line, of which no refused value takes more than a screen."""
-    line = " ".join(message.split())
+    from longreach.terminal import printable
+
+    line = printable(" ".join(message.split()))
     if len(line) > LONGEST_LINE:
         line = f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 2 :]}"
     if speaks():

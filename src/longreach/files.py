@@ -98,20 +98,25 @@ def temporary_name(path: Path) -> Path:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder and all in it; at no moment is a part of it left under its name."""
+    """Remove a folder and all in it, or a link to one; at no moment is a part of it left under its name."""
     going = temporary_name(path)
     path.rename(going)
-    shutil.rmtree(going)
+    _remove(going)
 
 
 def sweep(folder: Path) -> None:
     """Remove what a killed process was writing into a folder, which must be ours alone."""
     for path in folder.iterdir():
         if _TEMPORARY.fullmatch(path.name):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, a folder and all in it, or a link, which leaves what it leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def lock(file: IO[bytes], *, wait: bool) -> None:

@@ -163,7 +163,11 @@ def _check_paths(spelled: str, words: str | list[str]) -> None:
     """Refuse what Python takes for the folder that one stands in, and what no system has a file for."""
     for word in [words] if isinstance(words, str) else words:
         if not word or "\0" in word:
-            raise ValueError(f"{spelled}={word!r}: give a path, or . for this folder")
+            raise _no_path(spelled, word)
+
+
+def _no_path(name: str, word: str) -> ValueError:
+    return ValueError(f"{name}={word!r}: give a path, or . for this folder")
 
 
 def read_word(kind: type[Kind], word: str, name: str) -> Kind:
@@ -284,6 +288,16 @@ def refuse_below(config: Any, least: int, *names: str) -> None:
         if any(item is not None and item < least for item in items):
             mend = "a positive integer" if least else "at least 0"
             raise ValueError(f"{name}={','.join(map(str, items))}: give {mend}{' for each' if len(items) > 1 else ''}")
+
+
+def refuse_empty(config: Any, *names: str) -> None:
+    """Raise ValueError for texts of a configuration that are paths, or may be, and empty: Python takes "" for the
+    folder that one stands in.
+    """
+    for name in names:
+        value = getattr(config, name)
+        if "" in (value if isinstance(value, tuple) else (value,)):
+            raise _no_path(name, "")
 
 
 def refuse_repeats(config: Any, *names: str, read: Callable[[Any], Any] = lambda item: item) -> None:

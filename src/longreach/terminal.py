@@ -1,10 +1,19 @@
 """What stands in the terminal: tables, and progress."""
 
+import re
 from datetime import timedelta
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+_COMMANDS = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+"""What a terminal takes for the end of a line, or a command: to move the cursor, to turn the direction of text."""
+
+
+def printable(line: str) -> str:
+    """A line that can do nothing but stand there, whatever names of files are in it: the rest as Python spells it."""
+    return _COMMANDS.sub(lambda found: found[0].encode("unicode_escape").decode(), line)
 
 
 class Screen(Console):
@@ -29,10 +38,10 @@ class TerminalProgress:
 
     def __init__(self, visible: bool = True) -> None:
         self._bars = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             TextColumn("{task.percentage:>3.0f}%"),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=Screen(stderr=True, quiet=not visible),
@@ -55,6 +64,7 @@ class TerminalProgress:
 
     def __call__(self, stage: str, done: int, total: int | None, note: str = "") -> None:
         """Show that `done` of `total` units of a stage are done."""
+        stage, note = printable(stage), printable(note)
         if stage != self._stage:
             self._end_stage()
             self._stage, self._task = stage, self._bars.add_task(stage, note=note)
@@ -63,7 +73,7 @@ class TerminalProgress:
     def say(self, line: str) -> None:
         """Print a line that stays, after that of the stage at work, which ends."""
         self._end_stage()
-        self._print(line)
+        self._print(printable(line))
 
     def _end_stage(self) -> None:
         if self._stage is not None:

@@ -8,4 +8,4 @@ def test_the_base_class_does_nothing():
     embeddings = torch.randn(2, 3, 4)
     assert method.embed(embeddings, torch.arange(3)[None]) is embeddings
     assert method.attend(torch.arange(3)[None], 3, 3) == AttentionPositions(None, None, None)
-    assert (method.max_length, method.max_training_offset, method.depends_on_length) == (None, 0, False)
+    assert (method.max_length, method.draw(2, 3), method.depends_on_length) == (None, None, False)

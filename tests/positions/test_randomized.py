@@ -20,10 +20,9 @@ def method():
     return build_method("rotary-randomized:range=64", SIZE)
 
 
-def test_training_draws_a_sorted_subset_of_the_range_for_each_batch(method):
-    method.train()
+def test_a_training_batch_has_a_sorted_subset_of_the_range(method):
     torch.manual_seed(0)
-    draws = torch.stack([drawn(method, 16) for _ in range(200)])
+    draws = torch.cat([method.draw(8, 16) for _ in range(200)])  # each for all of a batch of 8
     assert (draws.diff(dim=-1) > 0).all()
     assert draws.min() >= 0
     assert draws.max() < 64
@@ -32,7 +31,15 @@ def test_training_draws_a_sorted_subset_of_the_range_for_each_batch(method):
     counts = draws.flatten().bincount(minlength=64)
     assert (counts - 50).abs().max() < 5 * 6.2
     torch.manual_seed(0)
-    assert torch.equal(drawn(method, 16), draws[0])  # resumed training draws the same
+    assert torch.equal(method.draw(8, 16), draws[:1])  # resumed training draws the same
+
+
+def test_training_passes_are_at_the_positions_that_they_are_given(method):
+    method.train()
+    given = torch.tensor([0, 3, 17, 63])
+    state = torch.get_rng_state()
+    assert torch.equal(drawn(method, 4, given), given)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_at_test_time_a_length_has_one_draw(method):

@@ -45,8 +45,11 @@ def test_gives_attention_nothing_and_learns_nothing(size):
 
 
 def test_only_the_shifted_form_shifts_training(size):
-    assert build_method("sinusoidal", size()).max_training_offset == 0
-    assert build_method("sinusoidal-shifted", size()).max_training_offset == 64
+    assert build_method("sinusoidal", size()).draw(500, 3) is None
+    torch.manual_seed(0)
+    draws = build_method("sinusoidal-shifted", size()).draw(500, 3)
+    assert torch.equal(draws - draws[:, :1], torch.arange(3).expand(500, -1))
+    assert (draws[:, 0].min(), draws[:, 0].max()) == (0, 64)
 
 
 def test_odd_width(size):

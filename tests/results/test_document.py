@@ -393,3 +393,12 @@ def test_what_is_no_results_is_named(function, said):
     with pytest.raises((TypeError, ValueError), match=f"^{said}") as raised:
         function()
     assert "\n" not in str(raised.value)
+
+
+def test_without_a_model_nothing_of_it_stays_and_all_of_the_others():
+    assert RESULTS.without(Model("none", 7, seed=7)) == RESULTS
+    for model in RESULTS.models():
+        left = RESULTS.without(model)
+        assert left.models() == tuple(other for other in RESULTS.models() if other != model)
+        of_others = tuple(entry for entry in (*RESULTS.training, *RESULTS.entries()) if entry.model != model)
+        assert (*left.training, *left.entries()) == of_others

@@ -185,6 +185,15 @@ def test_an_interrupt_in_mid_save_stays_one_and_leaves_the_old_checkpoint(tmp_pa
     assert names(tmp_path) == ["checkpoint-1"]
 
 
+def test_of_a_checkpoint_that_is_a_link_the_link_goes(tmp_path):
+    elsewhere = save(tmp_path, 1).rename(tmp_path / "elsewhere")
+    (tmp_path / "checkpoint-1").symlink_to(elsewhere)
+    with Log(tmp_path / "log", False) as log, Writer(tmp_path, 1, False, log) as writer:
+        writer.save(2, {"w": torch.zeros(1)}, {"step": 2})
+    assert names(tmp_path) == ["checkpoint-2", "elsewhere", "log"]
+    assert names(elsewhere) == ["0.safetensors", "checkpoint.json"]
+
+
 def test_the_last_checkpoints_are_kept_and_offered_where_the_last_is_damaged(tmp_path):
     (tmp_path / "checkpoint-best").mkdir()  # the user's own
     (tmp_path / "checkpoint-99").touch()

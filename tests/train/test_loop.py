@@ -15,6 +15,9 @@ from longreach.train import loop
 from longreach.train.config import TrainConfig
 from longreach.train.loop import decoder_trainee, resolve_device, train
 
+RANDOMIZED = "rotary-randomized:range=1024"
+"""With so many positions to draw from that no two draws are alike."""
+
 MODEL = ModelConfig(vocab_size=32, train_length=8, longest_length=64, num_layers=2, num_heads=2, d_model=16)
 CONFIG = TrainConfig(
     train_length=8, steps=12, batch_size=4, warmup_steps=2, checkpoint_every=5, device="cpu", learning_rate=1e-2
@@ -107,9 +110,10 @@ def test_first_loss_and_gradient_are_those_of_the_model(tmp_path):
     [
         MODEL,
         dataclasses.replace(MODEL, method="sinusoidal-shifted"),
+        dataclasses.replace(MODEL, method=RANDOMIZED),
         dataclasses.replace(MODEL, residual_dropout=0.3, attention_dropout=0.2),
     ],
-    ids=["alibi", "sinusoidal-shifted", "dropout"],
+    ids=["alibi", "sinusoidal-shifted", "rotary-randomized", "dropout"],
 )
 def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, model, stop_after):
     whole = run(tmp_path / "whole", model)
@@ -143,9 +147,11 @@ def test_a_finished_run_is_not_run_again(tmp_path):
     assert (tmp_path / "model.safetensors").stat().st_mtime_ns == before
 
 
-def test_accumulation_changes_nothing_but_rounding(tmp_path):
-    whole = run(tmp_path / "whole")
-    parts = run(tmp_path / "parts", config=dataclasses.replace(CONFIG, accumulation=4))
+@pytest.mark.parametrize("method", ["alibi", "sinusoidal-shifted", RANDOMIZED])
+def test_accumulation_changes_nothing_but_rounding(tmp_path, method):
+    model = dataclasses.replace(MODEL, method=method)
+    whole = run(tmp_path / "whole", model)
+    parts = run(tmp_path / "parts", model, dataclasses.replace(CONFIG, accumulation=4))
     assert parts.final_loss == pytest.approx(whole.final_loss, rel=1e-4)
     assert metrics(tmp_path / "parts")[0]["loss"] == pytest.approx(metrics(tmp_path / "whole")[0]["loss"], rel=1e-6)
 
@@ -172,17 +178,19 @@ def test_packed_documents_are_trained_on_as_if_they_stood_alone(tmp_path, method
     assert record.cut_documents == sum(n % 11 + 1 > 8 for n in range(1, 60))
 
 
-def test_packed_documents_in_parts_and_resumed_are_those_of_one_start(tmp_path):
-    whole = train(builder(MODEL), PACKED, packed_batches(), tmp_path / "whole")
+@pytest.mark.parametrize("method", ["alibi", RANDOMIZED])
+def test_packed_documents_in_parts_and_resumed_are_those_of_one_start(tmp_path, method):
+    build = builder(dataclasses.replace(MODEL, method=method))
+    whole = train(build, PACKED, packed_batches(), tmp_path / "whole")
     config = dataclasses.replace(PACKED, accumulation=2)
-    parts = train(builder(MODEL), config, packed_batches(), tmp_path / "parts")
+    parts = train(build, config, packed_batches(), tmp_path / "parts")
     assert parts.final_loss == pytest.approx(whole.final_loss, rel=1e-4)
     for name, expected in {"loss": 1e-6, "gradient_norm": 1e-5}.items():
         one, other = (metrics(tmp_path / folder)[0][name] for folder in ("parts", "whole"))
         assert one == pytest.approx(other, rel=expected)
     with pytest.raises(Interrupted):
-        train(builder(MODEL), PACKED, packed_batches(), tmp_path / "again", interrupting(7))
-    assert timeless(train(builder(MODEL), PACKED, packed_batches(), tmp_path / "again")) == timeless(whole)
+        train(build, PACKED, packed_batches(), tmp_path / "again", interrupting(7))
+    assert timeless(train(build, PACKED, packed_batches(), tmp_path / "again")) == timeless(whole)
 
 
 @pytest.mark.parametrize("method", ["alibi", "fire", "sinusoidal-shifted"])
@@ -235,7 +243,7 @@ def test_compiled_training_is_the_same_training(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("changes", [{"recompute": True}, {"async_checkpoint": True}, {"keep_checkpoints": 3}], ids=str)
 def test_what_saves_memory_or_time_changes_no_step(tmp_path, changes):
-    model = dataclasses.replace(MODEL, residual_dropout=0.3)
+    model = dataclasses.replace(MODEL, residual_dropout=0.3, method=RANDOMIZED)
     whole = run(tmp_path / "whole", model)
     config = dataclasses.replace(CONFIG, **changes)
     with pytest.raises(Interrupted):
@@ -282,6 +290,31 @@ def test_shifted_training_draws_positions_up_to_the_longest_length(tmp_path, mon
     assert starts.min() >= 0
     assert 32 < starts.max() <= 64
     assert len(starts.unique()) > 20
+
+
+@pytest.mark.parametrize("packing", ["blocks", "documents"])
+def test_randomized_training_draws_positions_once_for_all_of_a_batch(tmp_path, packing):
+    """As in the paper (Ruoss et al., 2023, Section 3): from 0 to N - 1, N = 1024, without order, sorted."""
+    seen = []
+
+    def build(device):
+        trainee = builder(dataclasses.replace(MODEL, method=RANDOMIZED))(device)
+
+        def loss(tokens, targets, positions, *borders):
+            seen.append(positions)
+            return trainee.loss(tokens, targets, positions, *borders)
+
+        return dataclasses.replace(trainee, loss=loss)
+
+    batches = CountingBatches() if packing == "blocks" else packed_batches()
+    train(build, dataclasses.replace(CONFIG, packing=packing, accumulation=2), batches, tmp_path)
+    draws = [torch.cat((one, other)).unique() for one, other in zip(seen[::2], seen[1::2], strict=True)]
+    assert len(draws) == CONFIG.steps
+    assert all(len(draw) == 8 for draw in draws)
+    assert len(torch.stack(draws).unique(dim=0)) == CONFIG.steps
+    assert max(map(int, map(torch.max, draws))) > 512
+    if packing == "blocks":
+        assert all(torch.equal(positions, positions[:1].sort().values.expand(2, -1)) for positions in seen)
 
 
 @pytest.mark.parametrize("changes", [{"learning_rate": 1e300}, {"learning_rate": 1e39}, {"weight_decay": 1e300}])

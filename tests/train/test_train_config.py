@@ -1,4 +1,6 @@
+import contextlib
 import dataclasses
+from itertools import pairwise
 
 import pytest
 import tomli_w
@@ -87,6 +89,16 @@ def test_a_curriculum_goes_through_its_lengths_by_their_shares():
     assert TrainConfig(train_length=64).length_at(5) == 64
 
 
+@given(cuts=st.sets(st.integers(1, 99), max_size=5), steps=st.integers(1, 60))
+def test_a_curriculum_that_is_taken_has_steps_of_every_stage(cuts, steps):
+    borders = [0, *sorted(cuts), 100]
+    lengths = [2**number for number in range(len(borders) - 1)]
+    shares = [f"{length}:{end - start}%" for length, (start, end) in zip(lengths, pairwise(borders), strict=True)]
+    with contextlib.suppress(ValueError):
+        config = TrainConfig(train_length=lengths[-1], steps=steps, warmup_steps=0, curriculum=tuple(shares))
+        assert list(dict.fromkeys(map(config.length_at, range(steps)))) == lengths
+
+
 @pytest.mark.parametrize(
     ("curriculum", "changes", "message"),
     [
@@ -96,7 +108,13 @@ def test_a_curriculum_goes_through_its_lengths_by_their_shares():
         (("16:50%", "64:49%"), {}, r"its shares are 99% in all; give 100%$"),
         (("16:50%", "32:50%"), {}, r"its longest is 32 and train_length=64: give the same$"),
         (("24:50%", "64:50%"), {}, r"24 does not divide 64, the longest: change one of them$"),
-        (("16:99%", "64:1%"), {"steps": 60}, r"1% of steps=60 is not one step: give more$"),
+        (("16:99%", "64:1%"), {"steps": 40}, r"64:1% has none of steps=40, by whole steps: give it more$"),
+        (
+            ("16:15%", "64:10%", "32:75%"),
+            {"steps": 10, "warmup_steps": 0},
+            r"64:10% has none of steps=10, by whole steps: give it more$",
+        ),
+        (("64:1%", "32:99%"), {"steps": 40}, r"64:1% has none of steps=40, by whole steps: give it more$"),
         (("16:50%", "64:50%"), {"mix": ("retrieval=0.2",)}, r"would cut what is mixed in \(mix=retrieval=0\.2\)"),
     ],
 )

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import sys
 import warnings
@@ -12,8 +13,9 @@ from longreach.data.prepare import DataConfig
 from longreach.measure.plan import EvaluateConfig
 from longreach.models.config import Architecture
 from longreach.reading import read_file
-from longreach.results import Model, Results
+from longreach.results import Model, Results, TrainingRecord
 from longreach.train.config import RunConfig, TrainConfig
+from longreach.train.loop import read_training_record
 from longreach.verbs.compare import CompareConfig, compare, run_name
 from longreach.verbs.evaluate import measure
 from longreach.verbs.train import train_run
@@ -314,6 +316,59 @@ def test_a_failure_of_measuring_keeps_what_was_measured(config, tmp_path, monkey
     assert [entry.method for entry in results.training] == ["none", "rotary"]
 
 
+@pytest.mark.parametrize("missing", [False, True], ids=["finished", "with a length to measure"])
+def test_a_run_whose_folder_was_deleted_is_trained_and_measured_anew(config, tmp_path, missing):
+    config = replace(config, methods=("none", "rotary"))
+    output = tmp_path / "out"
+    before = compare(config, output, silent)
+    kept = before
+    if missing:
+        kept = replace(before, records=before.records[1:])
+        kept.write(output / "results.json")
+    shutil.rmtree(output / "none")
+    stages = []
+    results = compare(config, output, lambda stage, *_: stages.append(stage))
+    assert not results.failures()
+    (dropping,) = (stage for stage in dict.fromkeys(stages) if stage.startswith("dropping"))
+    assert dropping == "dropping what was measured of none trained at 16, seed 0, whose training is gone"
+    assert not [stage for stage in stages if stage.startswith("testing rotary")]
+    assert results == Results.read(output / "results.json")
+    now, then = ({entry.key: entry for entry in (*of.training, *of.entries())} for of in (results, before))
+    assert now.keys() == then.keys()
+    assert all(now[key] == then[key] for key in then if then[key].method == "rotary")
+    timed = [entry.key for entry in (*before.training, *before.records) if entry.method == "none"]
+    assert all(now[key].seconds != then[key].seconds for key in timed)
+    (training,) = (entry for entry in results.training if entry.method == "none")
+    assert training == read_training_record(output / "none" / "training.json")
+    assert compare(config, output, silent) == results
+
+
+def test_of_a_run_whose_folder_was_deleted_and_that_fails_nothing_stays(config, tmp_path, monkeypatch):
+    config = replace(config, methods=("none",))
+    compare(config, tmp_path / "out", silent)
+    shutil.rmtree(tmp_path / "out" / "none")
+
+    def failing(*arguments):
+        raise FloatingPointError("step 3: loss=nan")
+
+    monkeypatch.setattr("longreach.verbs.compare.train_run", failing)
+    results = compare(config, tmp_path / "out", silent)
+    assert results.failures() == {Model("none", 16, seed=0): "step 3: loss=nan"}
+    assert not (*results.training, *results.records)
+    assert results == Results.read(tmp_path / "out" / "results.json")
+
+
+def test_a_mistake_in_the_books_is_no_failure_of_a_model(config, tmp_path, monkeypatch):
+    def refusing(results, *entries, add=Results.add):
+        if any(isinstance(entry, TrainingRecord) for entry in entries):
+            raise ValueError("appears twice")
+        return add(results, *entries)
+
+    monkeypatch.setattr(Results, "add", refusing)
+    with pytest.raises(ValueError, match=r"^appears twice$"):
+        compare(replace(config, methods=("none",)), tmp_path / "out", silent)
+
+
 def test_an_interrupt_is_no_failure_of_a_model(config, tmp_path, monkeypatch):
     def interrupted(*arguments):
         raise KeyboardInterrupt
@@ -343,6 +398,16 @@ def test_too_little_text_to_train_on_is_refused_before_anything_is_written(confi
 def test_training_lengths_that_do_not_fit_are_refused(config, lengths, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         replace(config, train_lengths=lengths)
+
+
+def test_a_curriculum_is_of_one_training_length(config):
+    train = replace(config.train, curriculum=("8:50%", "16:50%"))
+    message = r"^curriculum=8:50%,16:50%: it is for one training length, .*, and train_lengths=16,32: leave one of them"
+    with pytest.raises(ValueError, match=message):
+        replace(config, train=train, train_lengths=(16, 32))
+    assert len(replace(config, train=train, train_lengths=(16,)).runs()) == len(config.methods)
+    with pytest.raises(ValueError, match=r"^curriculum=8:50%,16:50%: its longest is 16 and train_lengths=32: give the"):
+        replace(config, train=train, train_lengths=(32,))
 
 
 def test_every_task_that_needs_no_file(config, tmp_path):

@@ -331,23 +331,46 @@ def _read_files(paths: list[Path], text_field: str, skipped: Skipped | None) -> 
 
 
 def _read_table(path: Path, text_field: str, skipped: Skipped | None) -> Iterator[Document]:
-    lines = (line.decode() + "\n" for line in lines_of((block.encode() for block in decoded(path)), str(path)))
-    first = next(lines)
-    csv.field_size_limit(LONGEST_LINE)  # else a quote that nothing closes takes the rest of the file into memory
-    rows = csv.reader(itertools.chain([first], lines), delimiter=dialect_of(first), strict=True)
-    names = [name.strip() for name in next(rows)]
+    rows = _rows(path)
+    _, header = next(rows)
+    names = [name.strip() for name in header]
     if text_field not in names:
         columns = ", ".join(map(repr, names))
         raise ValueError(f"{str(path)!r} has no text_field={text_field!r}; its columns are {columns}: name one of them")
     column = names.index(text_field)
+    for place, row in rows:
+        if row:
+            with _skipping(skipped, place):
+                if len(row) != len(names):
+                    raise BadText(f"{place} has {len(row)} cells, the first row {len(names)}; mend or drop it")
+                yield Document(place, cut_text(row[column]))
+
+
+def _rows(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """The rows of a table, each with the name of its place: the path and the line on which it ends.
+
+    Raises:
+        BadText: one is none, or longer than `LONGEST_LINE`: quotes that nothing closes could take the rest of the file
+            into memory, as one cell or as many.
+    """
+    lines = lines_of((block.encode() for block in decoded(path)), str(path))
+    first = next(lines)
+    begin, size = 1, 0  # of the row at work: its first line, its bytes
+
+    def bounded() -> Iterator[str]:
+        nonlocal size
+        for line in itertools.chain([first], lines):
+            size += len(line) + 1
+            if size > LONGEST_LINE:
+                raise BadText(f"{path}:{begin} begins a row of over {LONGEST_LINE >> 20} MiB; mend or drop it")
+            yield line.decode() + "\n"
+
+    csv.field_size_limit(LONGEST_LINE)  # cells are bounded by their row
+    rows = csv.reader(bounded(), delimiter=dialect_of(first.decode()), strict=True)
     try:
         for row in rows:
-            if row:
-                place = f"{path}:{rows.line_num}"
-                with _skipping(skipped, place):
-                    if len(row) != len(names):
-                        raise BadText(f"{place} has {len(row)} cells, the first row {len(names)}; mend or drop it")
-                    yield Document(place, cut_text(row[column]))
+            yield f"{path}:{rows.line_num}", row
+            begin, size = rows.line_num + 1, 0
     except csv.Error as error:
         raise BadText(f"{path}:{rows.line_num} is no row of a table ({error}); mend or drop it") from error
 

@@ -30,7 +30,7 @@ from longreach.data.stream import TextStream, open_stream
 from longreach.data.tokenizer import MIN_VOCAB_SIZE, Tokenizer, load_tokenizer, train_tokenizer
 from longreach.data.tokens import TokenStream, find_tokens, split_documents, tokenize, tokenize_in_memory
 from longreach.files import digest_of, expanded
-from longreach.reading import refuse_below
+from longreach.reading import refuse_below, refuse_empty
 
 Progress = Callable[[str, int, int | None], None]
 """Called with a stage in words, the bytes of text done, and the bytes in all or None if unknown."""
@@ -80,6 +80,7 @@ class DataConfig:
             raise ValueError(f"vocab_size={self.vocab_size!r}; give a whole number of at least {MIN_VOCAB_SIZE}")
         if not 0 < self.valid_fraction < 1:
             raise ValueError(f"valid_fraction={self.valid_fraction!r}; give a number above 0 and below 1")
+        refuse_empty(self, "tokenizer", "cache")
         refuse_below(self, 0, "split_seed")
         refuse_below(self, 1, "shuffle_buffer")
         if self.streaming and not (self.data or "").startswith("hf:"):

@@ -65,7 +65,8 @@ class Decoder(nn.Module):
             length: L', the length that the whole sequence will have, for methods that depend on it; the cache's, or
                 Tk without a cache, when None; with cu_seqlens that of the longest document.
             cu_seqlens: (N + 1,) int32 or int64, [0, ..., T]: borders of N documents that are packed along T, each
-                computed as if it stood alone. For B = 1, without a cache; positions are consecutive in each.
+                computed as if it stood alone. For B = 1, without a cache; positions are consecutive in each, but for
+                methods that draw them in training.
 
         Returns:
             (B, T, V).

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
 
 from longreach.ops.alibi import alibi_distance
@@ -54,7 +55,7 @@ class AttentionPositions:
         A bias between all tokens would grow with the square of their number, and be hidden but for its diagonal blocks.
 
         Args:
-            positions: (1, T), consecutive in each document, each below the query and key length of this.
+            positions: (1, T), each below the query and key length of this; of a document with a bias consecutive.
             cu_seqlens: (N + 1,) borders of the documents.
         """
         rotations = (
@@ -94,9 +95,19 @@ class PositionMethod(nn.Module):
     max_training_offset: int = 0
     """Each training sequence starts at a position drawn uniformly from 0 to this."""
     draws_in_training: bool = False
-    """Whether each training pass has other positions, drawn by whoever computes it."""
+    """Whether `draw` leaves out positions between those that it gives."""
     depends_on_length: bool = False
     """Whether `attend` uses the length L' of the whole sequence, which cached decoding must then be told."""
+
+    def draw(self, rows: int, length: int) -> Tensor | None:
+        """The positions of a batch of training sequences, (rows or 1, length) int64; None for 0, 1, ... in each.
+
+        From torch's generator for the CPU. Whoever trains calls it once for a batch, however that is shared out or cut
+        into parts, and hands the positions to the model.
+        """
+        if not self.max_training_offset:
+            return None
+        return torch.randint(self.max_training_offset + 1, (rows, 1)) + torch.arange(length)
 
     def embed(self, embeddings: Tensor, positions: Tensor) -> Tensor:
         """Token embeddings (B, T, C) with what the method adds at positions (B or 1, T)."""

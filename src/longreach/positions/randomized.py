@@ -30,9 +30,10 @@ class RandomizedRotaryOptions:
 class RandomizedRotary(Rotary):
     """Rotary, at T positions drawn without order from 0 to N - 1 and sorted, for a sequence of T tokens.
 
-    In training each batch has another draw, so that positions and distances of sequences up to N have been seen. At
-    test time there is one draw for each T, the same in every run, so that decoding with a cache has the positions of
-    the full pass. What comes after T in a longer stream stands at the same positions N further on.
+    In training each batch has another draw, so that positions and distances of sequences up to N have been seen:
+    `draw` makes it, and the model takes the positions that it is given as they are. At test time there is one draw for
+    each T, the same in every run, so that decoding with a cache has the positions of the full pass. What comes after T
+    in a longer stream stands at the same positions N further on.
     """
 
     draws_in_training = True
@@ -46,10 +47,18 @@ class RandomizedRotary(Rotary):
         if self.max_length < size.train_length:
             raise ValueError(f"range={self.max_length} is below train_length={size.train_length}: give at least that")
 
+    def draw(self, rows: int, length: int) -> Tensor:
+        """Positions (1, length), the same for all sequences of a training batch."""
+        return self._drawn(length)[None]
+
     def attend(self, positions: Tensor, key_length: int, length: int) -> AttentionPositions:
         """Give the rotation at the positions drawn."""
+        if not self.training:
+            assert self.max_length is not None
+            drawn = self._drawn(length, torch.Generator().manual_seed(0)).to(positions.device)
+            positions = drawn[positions % len(drawn)] + positions // len(drawn) * self.max_length
+        return super().attend(positions, key_length, length)
+
+    def _drawn(self, length: int, generator: torch.Generator | None = None) -> Tensor:
         assert self.max_length is not None
-        generator = None if self.training else torch.Generator().manual_seed(0)
-        drawn = torch.randperm(self.max_length, generator=generator)[:length].sort().values.to(positions.device)
-        moved = drawn[positions % len(drawn)] + positions // len(drawn) * self.max_length
-        return super().attend(moved, key_length, length)
+        return torch.randperm(self.max_length, generator=generator)[:length].sort().values

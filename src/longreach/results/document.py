@@ -102,6 +102,13 @@ class Results:
         """The models that work broke off at with an error, and the error."""
         return {entry.model: entry.reason for entry in self.skipped if entry.failed}
 
+    def without(self, model: Model) -> Results:
+        """A copy without anything of a model."""
+        lists: dict[str, Any] = {
+            name: tuple(entry for entry in getattr(self, name) if entry.model != model) for name in _LISTS
+        }
+        return dataclasses.replace(self, **lists)
+
     def without_failures(self) -> Results:
         """A copy without what broke off with an error, to try it again."""
         return dataclasses.replace(self, skipped=tuple(entry for entry in self.skipped if not entry.failed))
@@ -196,10 +203,31 @@ def unpack_entries(text: str) -> list[Entry]:
 
 
 def write_training(training: TrainingRecord, path: str | os.PathLike[str]) -> None:
-    """Write the record of one training as JSON, whole or not at all. Raises OSError where the system does."""
+    """Write the record of one training as JSON, whole or not at all.
+
+    Args:
+        training: the record.
+        path: of the file, as a run has it: training.json.
+
+    Raises:
+        OSError: the system does; the old file then stays.
+        TypeError: path is none.
+    """
     write_atomically(_path(path), (json.dumps(_table(training), indent=2) + "\n").encode())
 
 
 def read_training(path: str | os.PathLike[str]) -> TrainingRecord:
-    """Read what `write_training` wrote; ValueError when it is damaged or of another version, OSError when not there."""
+    """Read what `write_training` wrote.
+
+    Args:
+        path: of the file, as a run has it: training.json.
+
+    Returns:
+        The record of the training.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read.
+        ValueError: it is damaged, or holds missing, unknown, mistyped or contradictory values.
+        TypeError: path is none.
+    """
     return read_file(TrainingRecord, _path(path))

@@ -4,7 +4,7 @@ import math
 import re
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, Literal
 
 from longreach.data.mix import parse_mix
@@ -125,11 +125,15 @@ class TrainConfig:
 
     def length_at(self, step: int) -> int:
         """The length in tokens of the sequences of step 0, 1, ...: L without a curriculum."""
-        ends = accumulate(share for _, share in parse_curriculum(self.curriculum))
-        for (length, _), end in zip(parse_curriculum(self.curriculum), ends, strict=True):
-            if step < round(end / 100 * self.steps):
+        for (length, _), end in zip(parse_curriculum(self.curriculum), self._ends(), strict=True):
+            if step < end:
                 return length
         return self.train_length
+
+    def _ends(self) -> list[int]:
+        """How many steps are done at the end of each stage of the curriculum."""
+        shares = accumulate(share for _, share in parse_curriculum(self.curriculum))
+        return [round(share / 100 * self.steps) for share in shares]
 
     def _check_curriculum(self) -> None:
         stages = parse_curriculum(self.curriculum)
@@ -139,11 +143,14 @@ class TrainConfig:
         longest = max(length for length, _ in stages)
         if longest != self.train_length:
             raise ValueError(f"{given}: its longest is {longest} and train_length={self.train_length}: give the same")
-        for length, share in stages:
+        for length, _ in stages:
             if self.train_length % length:
                 raise ValueError(f"{given}: {length} does not divide {longest}, the longest: change one of them")
-            if share / 100 * self.steps < 1:
-                raise ValueError(f"{given}: {share:g}% of steps={self.steps} is not one step: give more")
+        for (length, share), (start, end) in zip(stages, pairwise([0, *self._ends()]), strict=True):
+            if start == end:
+                raise ValueError(
+                    f"{given}: {length}:{share:g}% has none of steps={self.steps}, by whole steps: give it more"
+                )
         if self.mix:
             raise ValueError(f"{given} would cut what is mixed in (mix={','.join(self.mix)}): leave one of them out")
 

@@ -69,8 +69,8 @@ def share_loss(model: nn.Module, loss: Loss, ranks: Ranks, config: TrainConfig) 
         raise ValueError(f"context_parallel={context}: this model has attention of its own; leave it out")
     if model.positions.draws_in_training:
         raise ValueError(
-            f"context_parallel={context}: method={model.config.method} draws positions anew on each rank; leave "
-            "one of them out"
+            f"context_parallel={context}: method={model.config.method} draws positions in training; leave one of them "
+            "out"
         )
     packs = config.packing == "documents"  # which may begin anywhere
     sharing = share_sequences(model, ranks, context, evenly=packs)

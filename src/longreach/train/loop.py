@@ -53,8 +53,8 @@ class Trainee:
     """Writes the model with trained weights, a state dict of it, into a folder."""
     blocks: Sequence[nn.Module] = ()
     """Its parts, one after the other, that hold most of the weights."""
-    max_training_offset: int = 0
-    """Each sequence starts at a position drawn uniformly from 0 to this."""
+    draw: Callable[[int, int], Tensor | None] = lambda rows, length: None
+    """Gives the positions of a batch of so many sequences of this length, as `PositionMethod.draw`."""
     flops: Callable[[int], float] | None = None
     """FLOPs for each token of a sequence of so many, as `training_flops` counts them."""
     sample: Callable[[], str] | None = None
@@ -74,7 +74,7 @@ def decoder_trainee(model: Decoder, packed_length: int | None = None) -> Trainee
             training_flops, _multiplied(model), model.config.num_layers, model.config.num_heads * model.config.head_dim
         ),
         blocks=tuple(model.blocks),
-        max_training_offset=model.positions.max_training_offset,
+        draw=model.positions.draw,
     )
 
 
@@ -342,12 +342,8 @@ class _Run:
             places = torch.arange(length, device=self.device).expand(len(tokens), -1)
         else:
             places = torch.from_numpy(rows.places).to(self.device) % length
-        positions = places
-        if self.trainee.max_training_offset:
-            offsets = self._offsets()
-            positions = places + offsets.repeat_interleave(len(places) // len(offsets), dim=0)
-        whole_batch = (x.chunk(self.config.accumulation) for x in (tokens, targets, positions, places))
-        for *batch, places in zip(*whole_batch, strict=True):
+        whole_batch = (tokens, targets, self._positions(places, length), places)
+        for *batch, places in zip(*(x.chunk(self.config.accumulation) for x in whole_batch), strict=True):
             if not self.packs:
                 yield _Part(tuple(batch), batch[1].numel())
                 continue
@@ -461,11 +457,18 @@ class _Run:
             raise ValueError(f"seconds={self.seconds!r}")
         self.batches.restore(values["batches"])
 
-    def _offsets(self) -> Tensor:
-        """Where each of this rank's sequences of a batch starts, (rows, 1), drawn anew."""
-        draws = torch.randint(self.trainee.max_training_offset + 1, (self.config.batch_size, 1))
+    def _positions(self, places: Tensor, length: int) -> Tensor:
+        """Where the tokens of this rank stand, given their places in sequence or document, (n, T), each below length.
+
+        What is drawn for that is drawn here, once for all parts of the batch on all ranks.
+        """
+        drawn = self.trainee.draw(self.config.batch_size, length)
+        if drawn is None:
+            return places
         rows = self.ranks.rows(self.config.batch_size, self.config.context_parallel)
-        return self.ranks.first_one_s(draws)[rows].to(self.device)
+        drawn = self.ranks.first_one_s(drawn).expand(self.config.batch_size, -1)[rows]
+        cuts = len(places) // len(drawn)  # of each sequence, under a curriculum
+        return drawn.repeat_interleave(cuts, dim=0).to(self.device).gather(1, places)
 
 
 class _Part(NamedTuple):

@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from longreach.reading import refuse_repeats, respelled
 from longreach.report.page import write_report
 from longreach.results import Model, Results, Start
 from longreach.train.config import RunConfig, TrainConfig
+from longreach.train.loop import read_training_record
 from longreach.train.parallel import ALONE, Ranks
 from longreach.train.text import training_batches
 from longreach.train.tracking import evaluated
@@ -59,6 +60,11 @@ class CompareConfig:
         if not self.methods:
             raise ValueError("methods is empty: give at least one position method")
         refuse_repeats(self, "train_lengths", "shapes", "seeds")
+        if self.train.curriculum and len(self.lengths) > 1:
+            raise ValueError(
+                f"curriculum={','.join(self.train.curriculum)}: it is for one training length, the longest that it "
+                f"goes through, and train_lengths={','.join(map(str, self.lengths))}: leave one of them out"
+            )
         lists = (self.methods, self.lengths, self.shapes or ("",), self.seeds or (0,))
         if (count := math.prod(map(len, lists))) > MOST_MODELS:
             raise ValueError(
@@ -119,7 +125,7 @@ class CompareConfig:
     @contextmanager
     def naming_lists(self) -> Iterator[None]:
         """Have what is refused of one run named as it was given here, together with others."""
-        together = {"method": "methods", "seed": "seeds" if self.seeds else "seed"}
+        together = {"method": "methods", "seed": "seeds" if self.seeds else "seed", "curriculum": "curriculum"}
         together["train_length"] = "train_lengths" if self.train_lengths else "train_length"
         try:
             yield
@@ -185,22 +191,20 @@ def compare(
             ranks.check_sees(output)
             results = read_results(path, provenance(config, starts, prepared.tokenizer, prepared, material.sources))
             results = results.without_failures()
+            for lost in _lost(config, output, results):
+                progress(f"dropping what was measured of {lost}, whose training is gone", 1, 1)
+                results = results.without(lost)
 
-        def finish(run: RunConfig) -> Iterator[Results]:
-            """Train and measure one model; the results after each step."""
-            identity = config.identity(run)
-            folder = output / config.folder(identity)
-            training = replace(train_run(run, folder, progress, prepared, ranks), model=identity)
-            trained = results if training in results.training else results.add(training)
-            yield trained
+        def measured(run: RunConfig, folder: Path) -> Iterator[Results]:
+            """Measure one model; the results after each step."""
             with ranks.computing():
-                subject = replace(open_run(folder), identity=identity)
+                subject = replace(open_run(folder), identity=config.identity(run))
             with tracking(config.train.track, folder, run, ranks) as track:
                 yield from measure(
                     subject,
                     material,
                     config.evaluate,
-                    trained,
+                    results,
                     starts,
                     path,
                     progress,
@@ -209,18 +213,45 @@ def compare(
                 )
 
         for run in config.runs():
-            try:
-                for so_far in finish(run):
-                    results = so_far
-            except FAILURES as error:
-                failed = failures(config.identity(run), config.evaluate, material, results.cells(), error)
+            identity = config.identity(run)
+            folder = output / config.folder(identity)
+            errors: list[Exception] = []
+            with _collected(errors):
+                training = replace(train_run(run, folder, progress, prepared, ranks), model=identity)
+            if not errors:
+                results = results if training in results.training else results.add(training)
+                with _collected(errors):
+                    for so_far in measured(run, folder):
+                        results = so_far
+            for error in errors:
+                failed = failures(identity, config.evaluate, material, results.cells(), error)
                 results = results.started(starts).add(*failed)
                 if ranks.is_first:
                     results.write(path)
-            on_model(results, config.identity(run))
+            on_model(results, identity)
         if ranks.is_first:
             write_report(results, output, partial(progress, "drawing the report"))
     return results
+
+
+@contextmanager
+def _collected(errors: list[Exception]) -> Iterator[None]:
+    """Add what ends the work on one model to errors, for that on the others to go on."""
+    try:
+        yield
+    except FAILURES as error:
+        errors.append(error)
+
+
+def _lost(config: CompareConfig, output: Path, results: Results) -> list[Model]:
+    """The models in results that are not those in their folders: whoever deletes a folder has its run trained again."""
+    lost = []
+    for training in results.training:
+        finished = output / config.folder(training.model) / "training.json"
+        with suppress(ValueError):  # a damaged record may be of this training, and fails where the run is gone on with
+            if not finished.exists() or replace(read_training_record(finished), model=training.model) != training:
+                lost.append(training.model)
+    return lost
 
 
 def run_name(method: str) -> str:

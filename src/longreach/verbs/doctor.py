@@ -21,6 +21,7 @@ from longreach.measure.transformers import HuggingFaceModel
 from longreach.pretrained.diagnosis import Diagnosis, HeadReach, Progress, StockRun, diagnose
 from longreach.pretrained.extend import extend
 from longreach.pretrained.restore import restore
+from longreach.reading import refuse_empty
 from longreach.report.grid import MISSING, Grid, format_multiple, format_percent, format_perplexity, to_rich
 from longreach.train.loop import resolve_device
 from longreach.verbs.open import load_subject, named_dtype, names_pretrained
@@ -68,6 +69,7 @@ class DoctorConfig:
     """GiB that the scores of its stock code may take; it is not run at lengths that take more."""
 
     def __post_init__(self) -> None:
+        refuse_empty(self, "model")
         named_dtype(self.dtype)  # refuses
         if len(self.valid_lengths) > MOST_LISTED:
             raise ValueError(f"valid_lengths has {len(self.valid_lengths)} lengths: give at most {MOST_LISTED}")

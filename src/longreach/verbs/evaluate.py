@@ -22,7 +22,7 @@ from longreach.measure.sweep import Share, evaluate
 from longreach.measure.text_tasks import Text
 from longreach.pretrained.lengths import training_length
 from longreach.pretrained.load import adapt, load_configuration
-from longreach.reading import refuse_below, refuse_repeats, respelled
+from longreach.reading import refuse_below, refuse_empty, refuse_repeats, respelled
 from longreach.report.page import write_report
 from longreach.results import Entry, Model, Provenance, Results, Start, TrainingRecord
 from longreach.results.document import pack_entries, unpack_entries
@@ -81,6 +81,7 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         if not self.models:
             raise ValueError("models is empty: give the folder of a trained run, or a Hugging Face model")
+        refuse_empty(self, "models")
         named_dtype(self.dtype)  # refuses
         refuse_repeats(self, "models", read=os.path.normpath)
         refuse_below(self, 1, "train_length", "context_parallel")

@@ -16,7 +16,7 @@ from longreach.pretrained.attend import find_extension
 from longreach.pretrained.families import find_layout
 from longreach.pretrained.lengths import declared_length
 from longreach.pretrained.load import adapt, stretch
-from longreach.reading import refuse_below
+from longreach.reading import refuse_below, refuse_empty
 from longreach.train.loop import resolve_device
 from longreach.verbs.open import fine_tuning, load_subject, named_dtype, names_pretrained, require_decoder
 from longreach.verbs.train import open_run
@@ -51,6 +51,7 @@ class GenerateConfig:
     default as its configuration says."""
 
     def __post_init__(self) -> None:
+        refuse_empty(self, "model")
         refuse_below(self, 0, "seed")
         refuse_below(self, 1, "max_new_tokens", "top_k", "train_length")
         if self.prompt == "":

@@ -95,6 +95,8 @@ def starting_config(source: str, load: Load = load_configuration) -> RunConfig:
 
 def _start(source: str, load: Load) -> tuple[RunConfig, Any]:
     """As `starting_config`, and the configuration of a Hugging Face model, None of a run."""
+    if not source:
+        raise ValueError("start_from='': give a path, or . for this folder")
     folder = Path(source)
     if (folder / "config.toml").exists() and (folder / "training.json").exists():
         before = read_file(RunConfig, folder / "config.toml")
