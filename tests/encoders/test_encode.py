@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from published import Published, expected, write, write_pooling, write_tokenizer
-from tokenizers import Tokenizer
+from published import WORDS, Published, expected, write, write_pooling, write_tokenizer
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
 import longreach
 from longreach.encoders import encode
@@ -109,9 +109,9 @@ class Listening:
 @pytest.mark.parametrize(
     ("text", "most"),
     [
-        ("dog " * 10_000, 16 * 9),
-        ("the" + " " * 1000 + "cat runs " * 99, 16 * 9 * 8),
-        ("a" * 1000 + " cat" * 99, 16 * 9 * 8),
+        ("dog " * 10_000, 16 * (9 + 256)),
+        ("the" + " " * 30_000 + "cat runs " * 9999, 16 * (9 + 256) * 8),
+        ("a" * 30_000 + " cat" * 9999, 16 * (9 + 256) * 8),
     ],
 )
 def test_no_more_is_read_of_a_text_than_makes_its_tokens(text, most, jina):
@@ -123,6 +123,88 @@ def test_no_more_is_read_of_a_text_than_makes_its_tokens(text, most, jina):
     assert listening.most == most
     whole = Tokenizer.from_file(str(Path(jina, "tokenizer.json"))).encode(text).ids
     assert ids == [*whole[:8], whole[-1]]
+
+
+def word_pieces():
+    words = ["[UNK]", "[CLS]", "[SEP]", "cat", *"abnostux", *("##" + letter for letter in "abcnostux")]
+    tokenizer = Tokenizer(models.WordPiece({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 2), ("[CLS]", 1))
+    tokenizer.add_tokens(["cat nap", "[stub]"])
+    return tokenizer
+
+
+def trained(model, trainer, **parts):
+    tokenizer = Tokenizer(model)
+    for name, part in parts.items():
+        setattr(tokenizer, name, part)
+    tokenizer.train_from_iterator([WORDS * 20, "acgtac gattaca" * 9, "tac" * 99, "ca\u0301fe\u0301"], trainer)
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 1), ("<s>", 0))
+    return tokenizer
+
+
+def byte_pairs(**parts):
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<s>", "</s>"], show_progress=False)
+    return trained(models.BPE(), trainer, **parts)
+
+
+def unigram(**parts):
+    special = ["<s>", "</s>", "<unk>"]
+    trainer = trainers.UnigramTrainer(vocab_size=99, special_tokens=special, unk_token="<unk>", show_progress=False)
+    return trained(models.Unigram(), trainer, **parts)
+
+
+TOKENIZERS = {
+    "word pieces": word_pieces,
+    "bytes": lambda: byte_pairs(pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=False)),
+    "whole texts": lambda: byte_pairs(normalizer=normalizers.Sequence([normalizers.Strip(), normalizers.NFC()])),
+    "sentence pieces": lambda: unigram(pre_tokenizer=pre_tokenizers.Metaspace()),
+    "sentences": unigram,
+}
+
+CUT = {
+    "a word that is too long": "x" * 3000,
+    "long words": "".join(f"{'tacb' * (n % 29)} cat " for n in range(199)),
+    "a sequence": "".join("acgt"[n * n // 7 % 4] for n in range(5000)),
+    "blanks": "".join("cat" + " " * (n % 61) + "another" for n in range(199)),
+    "accents": "cafe\u0301 " * 999 + "e" + "\u0301" * 999,
+    "added tokens": "cat nap cat napx [stub] [stubs] cat [stub" * 99,
+}
+
+
+@pytest.mark.parametrize("text", CUT)
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_ids_are_those_of_the_whole_text_wherever_it_is_cut(kind, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(encode, "CHARS_PER_TOKEN", 1)  # so that it is cut near the tokens that are wanted
+    folder = write(Published("jina", layers=1, vocab=512), tmp_path)
+    whole = TOKENIZERS[kind]()
+    whole.save(str(tmp_path / "tokenizer.json"))
+    model = longreach.load_encoder(folder)
+    for length in (2, 3, 4, 5, 6, 7, 17, 100, 101, 600):
+        for special in (True, False):
+            whole.enable_truncation(length)
+            right = whole.encode(CUT[text], add_special_tokens=special).ids
+            assert tokenize(model, ["", CUT[text]], length=length, special=special)[1] == right
+
+
+def test_tokens_may_be_added(jina, tmp_path):
+    tokenizer = Tokenizer.from_file(str(Path(jina, "tokenizer.json")))
+    tokenizer.add_tokens([f"word{n}" for n in range(30)])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    model = longreach.load_encoder(jina, tokenizer=tmp_path)
+    with pytest.raises(ValueError, match=r"its tokenizer makes the token 5\d of vocab_size=40: give its own tokenizer"):
+        model.encode(["a word29"])
+    before = model.encode(["a cat"])
+    model.resize_token_embeddings(60, mean_resizing=False)
+    assert torch.equal(model.encode(["a cat"]), before)
+    vectors = model.encode(["a word29"])
+    model.save_pretrained(tmp_path / "saved")
+    again = longreach.load_encoder(tmp_path / "saved")
+    assert again.config.vocab_size == 60
+    assert torch.equal(again.encode(["a word29"]), vectors)
+    model.resize_token_embeddings(9)
+    with pytest.raises(ValueError, match="of vocab_size=9"):
+        model.encode(["a cat runs"])
 
 
 def test_the_longest_text_of_mosaic_is_that_of_its_table(tmp_path):
@@ -155,6 +237,9 @@ def test_no_texts_make_no_vectors(jina):
         (["a", b"b"], {}, r"texts\[1\] is bytes: give text"),
         (["a"], {"max_length": 0}, "max_length=0: give an integer of at least 1"),
         (["a"], {"max_length": 1.5}, "max_length=1.5: give an integer"),
+        (["a"], {"max_length": 2**70}, r"max_length=1180591620717411303424: give an integer of .* below 2\*\*63"),
+        (["a"], {"batch_size": True}, "batch_size=True: give an integer"),
+        (["a", "a \ud800"], {}, r"texts\[1\] holds half a surrogate pair at character 2: mend or drop it"),
         (["a"], {"max_length": 1}, "max_length=1: its tokenizer adds 2 tokens"),
         (["a"], {"batch_size": -1}, "batch_size=-1: give an integer of at least 1"),
         (["a"], {"normalize": "no"}, "normalize='no': give True or False"),

@@ -33,6 +33,7 @@ def test_a_graph_of_any_length_equals_the_model(tmp_path):
         ids = torch.randint(5, 28, (rows, tokens), generator=torch.Generator().manual_seed(tokens))
         mask = torch.ones_like(ids)
         mask[-1, 1 + tokens // 2 :] = 0
+        mask[: rows // 2, : tokens // 3] = 0  # at the left too
         hidden, pooled = session.run(None, dict(zip(names, (ids.numpy(), mask.numpy()), strict=True)))
         right = model(ids, mask)
         torch.testing.assert_close(torch.from_numpy(hidden), right.last_hidden_state, rtol=0, atol=1e-5)

@@ -171,6 +171,57 @@ def test_more_than_tensors_is_refused(tmp_path):
         longreach.load_encoder(tmp_path)
 
 
+def test_names_that_are_no_text_are_refused(tmp_path):
+    write(JINA, tmp_path, bin_file=True, weights={0: torch.zeros(1)})
+    with pytest.raises(ValueError, match="holds more than named tensors"):
+        longreach.load_encoder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x.to_sparse(),
+        lambda x: x.to_sparse_csr(),
+        lambda x: x.to("meta"),
+        lambda x: torch.zeros(1).expand(x.shape),
+        lambda x: torch.zeros(x.numel() // 2).as_strided(x.shape, (1, 1)),
+        lambda x: torch.nested.as_nested_tensor([*x]),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning", "ignore:Sparse CSR:UserWarning")
+def test_what_does_not_hold_its_numbers_is_refused(change, tmp_path):
+    """A few bytes may stand for any shape, of which the model would take the memory."""
+    write(JINA, tmp_path, bin_file=True, weights=spoil(lambda w: w.update({WO: change(w[WO])})))
+    with pytest.raises(
+        ValueError, match=rf"^model '.*': weight {WO} in pytorch_model.bin is sparse, empty or"
+    ) as error:
+        longreach.load_encoder(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_views_of_larger_tensors_are_read(tmp_path):
+    weights = spoil(lambda w: w.update({WO: w[WO].T.contiguous().T, UP: torch.cat([w[UP], w[UP]])[: len(w[UP])]}))
+    write(JINA, tmp_path, bin_file=True, weights=weights)
+    torch.testing.assert_close(hidden(tmp_path), expected(JINA, JINA.weights(), IDS[0]), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_dtypes_that_nothing_is_computed_in_are_refused(dtype, tmp_path):
+    names = "give one of torch.float32, torch.float64, torch.bfloat16, torch.float16"
+    with pytest.raises(ValueError, match=f"^dtype={dtype}: {names}, or None$"):
+        longreach.load_encoder(write(JINA, tmp_path), dtype=dtype)
+    for given in (dtype, str(dtype).removeprefix("torch.")):
+        with pytest.raises(ValueError, match=f"^model '.*' in dtype={dtype}: {names}$"):
+            EncoderModel.from_pretrained(tmp_path, dtype=given)
+
+
+def test_files_of_a_dtype_that_nothing_is_computed_in_are_converted_where_that_is_asked_for(tmp_path):
+    write(JINA, tmp_path, weights={name: x.to(torch.float8_e4m3fn) for name, x in JINA.weights().items()})
+    with pytest.raises(ValueError, match=r"in dtype=torch.float8_e4m3fn: give one of torch.float32"):
+        longreach.load_encoder(tmp_path)
+    assert longreach.load_encoder(tmp_path, dtype=torch.float32)(IDS).last_hidden_state.isfinite().all()
+
+
 def test_no_such_model_says_so_in_one_line():
     with pytest.raises(ValueError, match="'no/such-model' is no folder here, nor to be had from the Hugging Face hub"):
         longreach.load_encoder("no/such-model")
@@ -207,6 +258,71 @@ def test_what_is_saved_loads_again_in_the_published_layout(layout, tmp_path):
     with torch.no_grad():
         assert torch.equal(again(IDS).last_hidden_state, model(IDS).last_hidden_state)
     assert torch.equal(again.encode(["a cat", ""]), model.encode(["a cat", ""]))
+
+
+def test_the_weights_of_a_folder_are_those_saved_last(tmp_path):
+    """In shards and whole in turn: transformers deletes earlier shards, and nothing else of an earlier model."""
+    model, folder = longreach.load_encoder(write(JINA, tmp_path / "published")), tmp_path / "saved"
+    names = {"model.safetensors", "model.safetensors.index.json"}
+    for number, size in enumerate(("20KB", "1GB", "20KB", "40KB", "1GB")):
+        with torch.no_grad():
+            model.encoder.layer[0].mlp.wo.bias.fill_(number)
+        model.save_pretrained(folder, max_shard_size=size)
+        assert len(names & {path.name for path in folder.iterdir()}) == 1
+        assert torch.equal(hidden(folder), model.double()(IDS).last_hidden_state[0])
+        model.float()
+
+
+@pytest.mark.parametrize("index", [None, {"weight_map": {}}])
+def test_weights_that_were_saved_are_not_taken_for_those_of_before(index, tmp_path):
+    """Shards of other names than transformers gives stay beside what it saves, with their index."""
+    model = longreach.load_encoder(write(JINA, tmp_path, shards=3))
+    if index is not None:
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with torch.no_grad():
+        model.encoder.layer[0].mlp.wo.bias.fill_(9)
+    model.save_pretrained(tmp_path)
+    assert (longreach.load_encoder(tmp_path).encoder.layer[0].mlp.wo.bias == 9).all()
+    assert not (tmp_path / "model.safetensors.index.json").exists()
+
+
+def test_a_whole_file_is_read_before_an_index(tmp_path):
+    """As by transformers, whose `save_pretrained` leaves an index whose shards it has deleted."""
+    folder = write(JINA, tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
+    (tmp_path / "pytorch_model.bin").write_bytes(b"nothing")
+    torch.testing.assert_close(hidden(folder), expected(JINA, JINA.weights(), IDS[0]), rtol=1e-6, atol=1e-6)
+
+
+def test_what_says_how_texts_become_vectors_is_saved_over_that_of_another_model(tmp_path):
+    model = longreach.load_encoder(write(JINA, tmp_path / "model", pooling=("mean", True)))
+    vectors, other = model.encode(["a cat", "runs"]), tmp_path / "other"
+    write(JINA, other, pooling=("cls", False))
+    (other / "tokenizer.json").write_text("{}")
+    (other / "special_tokens_map.json").write_text("{}")
+    (other / "sentence_bert_config.json").write_text('{"max_seq_length": 2}')
+    for _ in range(2):
+        model.save_pretrained(other)
+        model = longreach.load_encoder(other)  # whose own folder it is saved to at last
+        assert torch.equal(model.encode(["a cat", "runs"]), vectors)
+    assert not (other / "special_tokens_map.json").exists()
+
+
+def test_pooling_of_another_model_is_not_kept_where_a_model_has_none(tmp_path):
+    model = longreach.load_encoder(write(JINA, tmp_path / "model", tokenizer=False))
+    write(JINA, tmp_path / "other", pooling=("cls", True))
+    model.save_pretrained(tmp_path / "other")
+    assert not (tmp_path / "other/modules.json").exists()
+    assert not (tmp_path / "other/sentence_bert_config.json").exists()
+    assert (tmp_path / "other/tokenizer.json").exists()  # somebody may have put it there for a model that has none
+
+
+def test_a_tokenizers_pooling_is_none_of_the_models(tmp_path):
+    tokenizer = write(JINA, tmp_path / "tokenizer", pooling=("cls", True))
+    folder = write(JINA, tmp_path / "model", tokenizer=False, pooling=("mean", False))
+    model = longreach.load_encoder(folder, tokenizer=tokenizer)
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(longreach.load_encoder(tmp_path / "saved").encode(["a cat"]), model.encode(["a cat"]))
 
 
 def test_paths_out_of_the_folder_are_not_followed(tmp_path, jina):

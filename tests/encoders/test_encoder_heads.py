@@ -55,6 +55,27 @@ def test_a_decoder_that_is_not_tied_is_refused_and_one_that_is_is_not(tmp_path):
         longreach.load_encoder(write(published, tmp_path, weights=weights | decoder), head="masked-lm")
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("words", [60, 9])
+@pytest.mark.parametrize("layout", ["jina", "mosaic"])
+def test_a_masked_language_model_of_more_or_fewer_words(layout, words, tmp_path):
+    model = load(Published(layout, layers=1, head="lm"), tmp_path / "model", head="masked-lm")
+    before, bias = model(IDS[:, 1:2]).logits, model.cls.predictions.decoder.bias
+    model.resize_token_embeddings(40)
+    assert model.cls.predictions.decoder.bias is bias  # which an optimizer may have
+    model.resize_token_embeddings(words)
+    kept = min(words, 40)
+    output = model(IDS[:, 1:2].clamp(max=kept - 1))
+    assert output.logits.shape == (2, 1, words)
+    torch.testing.assert_close(output.logits[0, :, :kept], before[0, :, :kept])
+    assert not model.cls.predictions.decoder.bias[40:].any()
+    assert model.cls.predictions.decoder.bias.requires_grad
+    model.save_pretrained(tmp_path / "saved")
+    again = longreach.load_encoder(tmp_path / "saved", head="masked-lm")
+    assert again.config.vocab_size == words
+    assert torch.equal(again(IDS[:, 1:2].clamp(max=kept - 1)).logits, output.logits)
+
+
 def test_a_masked_language_model_needs_its_head(jina):
     with pytest.raises(ValueError, match=r"has no weight cls.predictions.decoder.bias and 4 others"):
         longreach.load_encoder(jina, head="masked-lm")
@@ -70,7 +91,8 @@ def test_reranker(reranker):
     first = expected(published, weights, IDS[1, :3])[0]
     pooled = (first @ wide["bert.pooler.dense.weight"].T + wide["bert.pooler.dense.bias"]).tanh()
     score = pooled @ wide["classifier.weight"].T + wide["classifier.bias"]
-    torch.testing.assert_close(model(IDS, MASK).logits[1], score, rtol=1e-6, atol=1e-6)
+    for ids, mask in ((IDS, MASK), (IDS.roll(2, dims=1), MASK.roll(2, dims=1))):  # the second row padded left, too
+        torch.testing.assert_close(model(ids, mask).logits[1], score, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -96,6 +118,26 @@ def test_an_encoder_begins_a_new_classifier_and_says_so(tmp_path):
         model = longreach.load_encoder(folder, head="classification")
     model(IDS, MASK, labels=torch.tensor([0, 1])).loss.backward()
     assert model.bert.encoder.layer[0].attention.self.Wqkv.weight.grad.any()
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"architectures": [3]}, r"config.json: architectures\[0\]=3: give text"),
+        ({"architectures": "Bert"}, "config.json: architectures='Bert': give a list"),
+        ({"classifier_dropout": 5}, "config.json: classifier_dropout=5.0: give a number of at least 0 and below 1"),
+    ],
+)
+def test_a_configuration_that_no_classifier_can_have(values, said, tmp_path):
+    published = Published("jina", layers=1, head="classifier", extra=values)
+    with pytest.raises(ValueError, match=f"^model '.*': {said}$"):
+        load(published, tmp_path, head="classification")
+
+
+def test_dropout_before_a_classifier_is_what_its_configuration_says(tmp_path):
+    for values, right in (({}, 0.1), ({"classifier_dropout": None}, 0.1), ({"classifier_dropout": 0.0}, 0.0)):
+        published = Published("jina", layers=1, head="classifier", extra=values)
+        assert load(published, tmp_path, head="classification").dropout.p == right
 
 
 @pytest.mark.parametrize("lost", ["classifier.weight", "classifier.bias"])

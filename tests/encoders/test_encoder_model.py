@@ -9,7 +9,7 @@ from published import Published, expected, write
 import longreach
 from longreach.encoders.layouts.blocks import Linear
 from longreach.encoders.model import EncoderModel, PublishedConfig
-from longreach.encoders.packing import Packed
+from longreach.encoders.packing import Dense, Packed
 
 KINDS = {
     "jina": Published("jina"),
@@ -60,9 +60,13 @@ def test_a_row_is_that_of_its_text_alone_and_padding_is_0(kind, side):
         assert not hidden[~seen].any()
         if seen.any():
             assert_close(hidden[seen], expected(published, weights, ids[row, seen]))
-    pooled = output.last_hidden_state[0, 0] @ weights[f"{published.prefix}pooler.dense.weight"].double().T
-    right = (pooled + weights[f"{published.prefix}pooler.dense.bias"].double()).tanh()
-    torch.testing.assert_close(output.pooler_output[0], right)
+    first = torch.zeros(4, 48, dtype=torch.float64)  # that of no tokens stays 0
+    for row, seen in enumerate(mask.bool()):
+        if seen.any():
+            first[row] = output.last_hidden_state[row, seen][0]
+    weight, bias = (weights[f"{published.prefix}pooler.dense.{part}"].double() for part in ("weight", "bias"))
+    torch.testing.assert_close(output.pooler_output, (first @ weight.T + bias).tanh())
+    assert model(ids[:, :0]).pooler_output.shape == (4, 48)
 
 
 @torch.no_grad()
@@ -164,6 +168,10 @@ def test_packing():
     rows = packed.gather(x)
     assert rows.shape == (7, 2)
     assert torch.equal(packed.scatter(rows), x * mask[..., None])
+    first = torch.stack([x[0, 1], x[1, 0], torch.zeros(2), x[3, 0]])
+    assert torch.equal(packed.first(rows), first)
+    assert torch.equal(Dense(mask).first(x), first)
+    assert torch.equal(Dense(None).first(x), x[:, 0])
     with pytest.raises(ValueError, match="row 1: pad at the ends"):
         Packed.of(torch.tensor([[1, 1, 1], [1, 0, 1]]), (2, 3))
     with pytest.raises(ValueError, match=r"shape \(2, 4\): give that of the ids, \(2, 3\)"):

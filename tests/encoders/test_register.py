@@ -85,8 +85,15 @@ def test_auto_classes_refuse_what_load_encoder_refuses(jina, tmp_path):
     del weights["encoder.layer.0.mlp.wo.bias"]
     with pytest.raises(ValueError, match=r"has no weight encoder.layer.0.mlp.wo.bias"):
         transformers.AutoModel.from_pretrained(write(published, tmp_path, weights=weights))
-    with pytest.raises(ValueError, match="device_map='auto': encoders of longreach have no such option"):
-        transformers.AutoModel.from_pretrained(jina, device_map="auto")
+    for device in ("auto", "cpu"):
+        said = f"device_map='{device}': encoders of longreach have no such option; leave it out, and move"
+        with pytest.raises(ValueError, match=said):
+            transformers.AutoModel.from_pretrained(jina, device_map=device)
+    with pytest.raises(ValueError, match=r"key_mapping={}: encoders of longreach have no such option; leave it out$"):
+        transformers.AutoModel.from_pretrained(jina, key_mapping={})
+    right = longreach.load_encoder(jina)(IDS)[0]
+    assert torch.equal(transformers.AutoModel.from_pretrained(jina, use_safetensors=True)(IDS)[0], right)
+    assert torch.equal(transformers.AutoModel.from_pretrained(jina, weights_only=True)(IDS)[0], right)
 
 
 @pytest.mark.usefixtures("registered")
@@ -96,7 +103,9 @@ def test_sentence_transformers_and_cross_encoders(jina, reranker, tmp_path):
     assert type(model[0].auto_model) is EncoderModel
     assert model.max_seq_length == 8192
     torch.testing.assert_close(model.encode(TEXTS, convert_to_tensor=True).cpu(), right)
+    model.prompts = {"query": "the "}
     model.save(str(tmp_path / "saved"))
+    assert SentenceTransformer(str(tmp_path / "saved")).prompts["query"] == "the "
     assert "auto_map" not in json.loads((tmp_path / "saved/config.json").read_text())
     torch.testing.assert_close(SentenceTransformer(str(tmp_path / "saved")).encode(TEXTS), right.numpy())
     torch.testing.assert_close(longreach.load_encoder(tmp_path / "saved").encode(TEXTS), right)

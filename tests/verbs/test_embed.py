@@ -9,6 +9,7 @@ from published import Published, write
 
 import longreach
 from longreach.cli import main
+from longreach.data.corpora import PIECE_CHARS
 from longreach.verbs import embed as verb
 
 TEXTS = ["the cat runs.", "", "and another word, again: 1 2 3", "dog " * 50, "is"]
@@ -79,6 +80,14 @@ def test_blanks_hide_no_text(model, tmp_path):
     words = ["--data", str(tmp_path / "blank.txt"), "--max-length", "8", "--output", str(tmp_path / "vectors.npy")]
     main(["embed", model, *words])
     expected = longreach.load_encoder(model).encode(TEXTS[:1], max_length=8)
+    np.testing.assert_allclose(np.load(tmp_path / "vectors.npy"), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_word_is_not_cut_where_pieces_of_the_text_end(model, tmp_path):
+    (tmp_path / "word.txt").write_text("cat " + "\x7f" * (PIECE_CHARS - 3) + "runs dog")  # which make no tokens
+    words = ["--data", str(tmp_path / "word.txt"), "--max-length", "4", "--output", str(tmp_path / "vectors.npy")]
+    main(["embed", model, *words])
+    expected = longreach.load_encoder(model).encode(["cat runs"])
     np.testing.assert_allclose(np.load(tmp_path / "vectors.npy"), expected, rtol=1e-5, atol=1e-6)
 
 

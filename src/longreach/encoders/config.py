@@ -43,6 +43,10 @@ class EncoderConfig:
     """Jina's: the longest text in tokens that it is said to be for."""
     alibi_starting_size: int | None = None
     """Mosaic's: the length of the first table of biases, and that of training."""
+    classifier_dropout: float | None = None
+    """Dropout before a classifier, in training; hidden_dropout_prob when None."""
+    architectures: tuple[str, ...] = ()
+    """Names of the classes that it was saved from."""
     train_length: int | None = None
     """L in tokens, where slopes are scaled."""
     longreach_scaling: str = "none"
@@ -53,7 +57,7 @@ class EncoderConfig:
             value = getattr(self, field.name)
             if isinstance(value, int) and not 1 <= value <= LARGEST:
                 raise ValueError(f"{field.name}={value}: give 1 to {LARGEST}")
-            if field.name.endswith("_dropout_prob") and not 0 <= value < 1:
+            if field.name.endswith(("_dropout", "_dropout_prob")) and value is not None and not 0 <= value < 1:
                 raise ValueError(f"{field.name}={value}: give a number of at least 0 and below 1")
         if not 0 < self.layer_norm_eps < 1:
             raise ValueError(f"layer_norm_eps={self.layer_norm_eps}: give a number between 0 and 1")

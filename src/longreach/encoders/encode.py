@@ -10,13 +10,20 @@ from torch import Tensor
 
 from longreach.encoders.packing import Packed
 from longreach.encoders.texts import Texts, read_texts
-from longreach.ops.arguments import shown
+from longreach.ops.arguments import shown, validate_integer
 
 TOKENS_PER_BATCH = 2**14
 """The most tokens of a batch of several texts: what the MLP makes of so many takes some hundred MiB in a base model."""
 
 CHARS_PER_TOKEN = 16
 """How much of a text is read at first for each token that is wanted: the library takes 400 bytes for every token."""
+
+SPARE_TOKENS = 256
+"""How many tokens must follow those that are wanted where a text is read in part, for a cut changes tokens before it.
+
+WordPiece takes a word of over 100 characters for one unknown token, so that 100 tokens of a word are none in the end;
+an added token that is cut makes up to one token a byte. BPE and Unigram choose anew ten tokens before a cut at the
+most, as was measured on words, on random DNA and on repeats."""
 
 Progress = Callable[[int, int], None]
 """Told how many texts of how many are done."""
@@ -33,9 +40,10 @@ def encode(
 ) -> Tensor:
     """What `EncoderModel.encode` documents."""
     _require_texts(texts)
-    for name, number in (("batch_size", batch_size), ("max_length", max_length)):
-        if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
-            raise ValueError(f"{name}={number!r}: give an integer of at least 1")
+    mend = "an integer of at least 1 and below 2**63"
+    batch_size = validate_integer("batch_size", batch_size, 1, mend)
+    if max_length is not None:
+        max_length = validate_integer("max_length", max_length, 1, mend)
     if not isinstance(normalize, bool | None):
         raise ValueError(f"normalize={shown(normalize)}: give True or False, or None for what the files say")
     if not callable(progress) and not isinstance(progress, bool):
@@ -80,6 +88,12 @@ def _require_texts(texts: object) -> None:
     for index, text in enumerate(texts):
         if not isinstance(text, str):
             raise ValueError(f"texts[{index}] is {type(text).__name__}: give text")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"texts[{index}] holds half a surrogate pair at character {error.start}: mend or drop it"
+            ) from error
 
 
 def tokenize(model: Any, texts: Sequence[str], *, length: int | None, special: bool = True) -> list[list[int]]:
@@ -93,27 +107,27 @@ def tokenize(model: Any, texts: Sequence[str], *, length: int | None, special: b
     if length is not None and length < added:
         raise ValueError(f"max_length={length}: its tokenizer adds {added} tokens to each text; give at least as many")
     with backend.at_work("encode the text") as tokenizer:
+        tokenizer.no_truncation()
         if length is None:
-            tokenizer.no_truncation()
+            encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         else:
+            enough = length + SPARE_TOKENS
+            encodings = _read(tokenizer, texts, enough, CHARS_PER_TOKEN * enough)
             tokenizer.enable_truncation(length)
-        ids = _read_ids(tokenizer, texts, length, special, None if length is None else CHARS_PER_TOKEN * length)
-    largest, vocab_size = max(map(max, filter(None, ids)), default=0), model.sizes.vocab_size
+        ids = [tokenizer.post_process(encoding, add_special_tokens=special).ids for encoding in encodings]
+    largest, vocab_size = max(map(max, filter(None, ids)), default=0), len(model.get_input_embeddings().weight)
     if largest >= vocab_size:
         raise ValueError(f"its tokenizer makes the token {largest} of vocab_size={vocab_size}: give its own tokenizer")
     return ids
 
 
-def _read_ids(
-    tokenizer: Any, texts: Sequence[str], length: int | None, special: bool, chars: int | None
-) -> list[list[int]]:
-    """Ids of as much of each text as makes `length` of them, from `chars` of its characters if that is enough."""
-    parts = [text[:chars] for text in texts]
-    ids = [encoding.ids for encoding in tokenizer.encode_batch_fast(parts, add_special_tokens=special)]
+def _read(tokenizer: Any, texts: Sequence[str], enough: int, chars: int) -> list[Any]:
+    """Encodings of as much of each text as makes `enough` tokens, from `chars` of its characters if they do."""
+    encodings = tokenizer.encode_batch_fast([text[:chars] for text in texts], add_special_tokens=False)
     for row, text in enumerate(texts):
-        if chars is not None and length is not None and len(text) > chars and len(ids[row]) < length:
-            (ids[row],) = _read_ids(tokenizer, [text], length, special, 2 * chars)
-    return ids
+        if len(text) > chars and len(encodings[row]) < enough:
+            (encodings[row],) = _read(tokenizer, [text], enough, 2 * chars)
+    return list(encodings)
 
 
 def _batches(lengths: list[int]) -> Iterator[list[int]]:

@@ -40,6 +40,12 @@ class TiedDecoder(nn.Module):
         """(..., C) and word embeddings (V, C) to (..., V)."""
         return linear(x, words, self.bias)
 
+    def resize(self, count: int) -> None:
+        """For `count` words, the new ones with a bias of 0."""
+        if count != len(self.bias):
+            bias = F.pad(self.bias.detach(), (0, count - len(self.bias)))
+            self.bias = nn.Parameter(bias, requires_grad=self.bias.requires_grad)
+
 
 class Predictions(nn.Module):
     """The head of a masked language model."""
@@ -76,6 +82,13 @@ class EncoderForMaskedLM(PublishedModel):
             raise ValueError(f"model {name!r}: cls.predictions.decoder.weight is not the word embeddings: tie them")
         return {**_below_bert(self.bert, tensors, name), **head}
 
+    def resize_token_embeddings(self, *args: Any, **options: Any) -> nn.Embedding:
+        """Change the number of words as transformers does, with the bias of the head: new words begin with 0 there."""
+        words = super().resize_token_embeddings(*args, **options)
+        head: Any = self.cls["predictions"]
+        head.decoder.resize(len(words.weight))
+        return words
+
     @can_return_tuple
     def forward(
         self,
@@ -105,8 +118,8 @@ class EncoderForSequenceClassification(PublishedModel):
     def __init__(self, config: PublishedConfig) -> None:
         super().__init__(config)
         self.bert = EncoderModel(config)
-        dropout = getattr(config, "classifier_dropout", None)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob if dropout is None else dropout)
+        dropout = self.sizes.classifier_dropout
+        self.dropout = nn.Dropout(self.sizes.hidden_dropout_prob if dropout is None else dropout)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels or 1)
         self.post_init()
 
@@ -120,8 +133,8 @@ class EncoderForSequenceClassification(PublishedModel):
             self.config.num_labels = labels = len(head["classifier.weight"])
             self.classifier = nn.Linear(self.config.hidden_size, labels, device="meta")
         own = _below_bert(self.bert, tensors, name)
-        said = (getattr(self.config, "architectures", None) or [""])[0]
-        if not head and not said.endswith("ForSequenceClassification"):
+        had_one = any(kind.endswith("ForSequenceClassification") for kind in self.sizes.architectures)
+        if not head and not had_one:
             words = tensors["embeddings.word_embeddings.weight"]
             new = {"classifier": self.classifier}
             if self.bert.pooler is None:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 
 from longreach.encoders.heads import EncoderForMaskedLM, EncoderForSequenceClassification
+from longreach.encoders.loading import DTYPES
 from longreach.encoders.model import HUB_OPTIONS, EncoderModel, PublishedConfig
 from longreach.encoders.source import Source
 from longreach.ops.arguments import shown, validate_choice, validate_device, validate_kind, validate_path
@@ -58,8 +59,8 @@ def load_encoder(
     """
     validate_path("name", name)
     validate_choice("head", head, tuple(KINDS))
-    if not (dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)):
-        raise ValueError(f"dtype={shown(dtype)}: give one of torch for floating point, such as torch.float32, or None")
+    if dtype not in (None, *DTYPES):
+        raise ValueError(f"dtype={shown(dtype)}: give one of {', '.join(map(str, DTYPES))}, or None")
     validate_device(device)
     validate_kind("scaling", scaling, str | Scaling | None, 'a name such as "linear", a longreach.Scaling or None')
     if train_length is not None:
@@ -67,7 +68,9 @@ def load_encoder(
     if tokenizer is not None:
         validate_path("tokenizer", tokenizer)
     if unknown := [option for option in hub if option not in HUB_OPTIONS]:
-        raise ValueError(f"{unknown[0]}={hub[unknown[0]]!r}: beside its own options, give {', '.join(HUB_OPTIONS)}")
+        raise ValueError(
+            f"{unknown[0]}={shown(hub[unknown[0]])}: beside its own options, give {', '.join(HUB_OPTIONS)}"
+        )
     source = Source(os.fspath(name), hub)
     changes: dict[str, Any] = {} if scaling is None else {"longreach_scaling": str(scaling)}
     if isinstance(scaling, Scaling):

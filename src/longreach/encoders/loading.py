@@ -9,11 +9,15 @@ from torch import Tensor, nn
 from longreach.encoders.config import LAYOUT, read_config
 from longreach.encoders.layouts import layout_of
 from longreach.encoders.source import Source
+from longreach.ops.arguments import shown
 
 Model = TypeVar("Model", bound=nn.Module)
 
 _LAYER = re.compile(r"encoder\.layer\.(\d+)\.")
 """What names of a layer's weights begin with."""
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+"""In what an encoder can compute."""
 
 HEADS = ("cls.", "classifier.", "linear.")
 """What names of weights begin with that are of heads, ColBERT's last: a model without such a head leaves them."""
@@ -24,6 +28,8 @@ def build(kind: type[Model], source: Source, config: Any, dtype: torch.dtype | N
 
     To config is added what the weights alone tell. ValueError names a weight that is missing, unexpected or misshapen.
     """
+    if dtype is not None:
+        _require_dtype(dtype, source.name)
     values = config.to_dict()
     sizes = read_config(values, source.name)
     tensors = source.weights()
@@ -38,9 +44,15 @@ def build(kind: type[Model], source: Source, config: Any, dtype: torch.dtype | N
         model = kind(config)
     fitted: dict[str, Tensor] = model.fit(tensors, source.name)  # type: ignore[operator]
     fitted = _accounted(model, fitted, source.name)
-    wide = dtype or next(iter(fitted.values())).dtype
+    wide = next(iter(fitted.values())).dtype if dtype is None else dtype
+    _require_dtype(wide, source.name)
     model.load_state_dict({key: x.to(wide) for key, x in fitted.items()}, strict=True, assign=True)
     return model
+
+
+def _require_dtype(dtype: Any, name: str) -> None:
+    if dtype not in DTYPES:
+        raise ValueError(f"model {name!r} in dtype={shown(dtype)}: give one of {', '.join(map(str, DTYPES))}")
 
 
 def _accounted(model: nn.Module, tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:

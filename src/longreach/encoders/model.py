@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -19,14 +20,23 @@ from longreach.encoders.packing import Arrangement, Dense, Heads, Packed
 from longreach.encoders.source import Source
 from longreach.encoders.texts import Texts, copy_text_files
 from longreach.foreign import refusing
+from longreach.models.files import drop_stale_weights
 from longreach.models.vocabulary import looked_up
-from longreach.ops.arguments import validate_path, validate_types
+from longreach.ops.arguments import shown, validate_path, validate_types
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 """Options of `from_pretrained` that say how the hub is asked."""
 
-NOT_NEEDED = ("trust_remote_code", "_from_auto", "attn_implementation", "low_cpu_mem_usage")
-"""Options that callers pass, and that nothing depends on here: no code is run that came with a model."""
+NOT_NEEDED = (
+    "trust_remote_code",
+    "_from_auto",
+    "attn_implementation",
+    "low_cpu_mem_usage",
+    "use_safetensors",
+    "weights_only",
+)
+"""Options that callers pass, and that nothing depends on here: no code is run that came with a model, and of its files
+tensors alone are read, safetensors first."""
 
 
 class PublishedConfig(BertConfig):
@@ -79,9 +89,9 @@ class Pooler(nn.Module):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """(B, T, C) to (B, C)."""
-        return torch.tanh(self.dense(hidden[:, 0]))
+    def forward(self, first: Tensor) -> Tensor:
+        """(B, C) to (B, C)."""
+        return torch.tanh(self.dense(first))
 
 
 def _load_adapter(model: PreTrainedModel, name: str, options: Mapping[str, Any]) -> None:
@@ -140,15 +150,15 @@ class PublishedModel(PreTrainedModel):
         adapter = of_adapter.pop("_adapter_model_path", None)
         unknown = [option for option, value in options.items() if option not in NOT_NEEDED and value is not None]
         if unknown:
-            raise ValueError(f"{unknown[0]}={options[unknown[0]]!r}: encoders of longreach have no such option")
+            mend = "leave it out, and move the model by .to(device)" if unknown[0] == "device_map" else "leave it out"
+            value = shown(options[unknown[0]])
+            raise ValueError(f"{unknown[0]}={value}: encoders of longreach have no such option; {mend}")
         source = Source(str(name), asked)
         if config is None:
             config = PublishedConfig.of(source)
         config.name_or_path = source.name  # which adapters that are saved name
         dtype = config.dtype if dtype in (None, "auto") else dtype
         dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
-        if not (dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)):
-            raise ValueError(f"model {source.name!r} in dtype={dtype}: give one of torch for floating point")
         model = build(cls, source, config, dtype)
         encoder: Any = model.base_model
         encoder.source = source
@@ -159,16 +169,18 @@ class PublishedModel(PreTrainedModel):
     def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:  # type: ignore[override]
         """Write weights and configuration in the published layout, and the tokenizer and pooling that the model has.
 
+        What another model left there does not stay beside them; a tokenizer that was changed is to be saved afterwards.
+
         Args:
             save_directory: the folder.
             options: those of transformers' own `save_pretrained`, such as max_shard_size.
         """
         validate_path("save_directory", save_directory)
         super().save_pretrained(save_directory, **options)
+        drop_stale_weights(Path(save_directory))
         encoder: Any = self.base_model
-        for source in (encoder.tokenizer_source, encoder.source):
-            if source is not None:
-                copy_text_files(source, save_directory)
+        if encoder.source is not None:
+            copy_text_files(Path(save_directory), encoder.source, encoder.tokenizer_source or encoder.source)
 
 
 class EncoderModel(PublishedModel):
@@ -222,8 +234,9 @@ class EncoderModel(PublishedModel):
                 configuration says when None.
 
         Returns:
-            `last_hidden_state` (B, T, C), 0 at padding, `pooler_output` (B, C), None without a pooler, and
-            `hidden_states`; a tuple where `return_dict=False` is passed too, or the configuration says so.
+            `last_hidden_state` (B, T, C), 0 at padding, `pooler_output` (B, C), of the first token of each text
+            wherever its padding is, of zeros for a text without tokens, None without a pooler, and `hidden_states`; a
+            tuple where `return_dict=False` is passed too, or the configuration says so.
 
         Raises:
             ValueError: attention weights are asked for; neither ids nor embeddings, or both; one has another shape or
@@ -262,7 +275,7 @@ class EncoderModel(PublishedModel):
         keep = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         states = self._layers(words, types, arrangement, keep=bool(keep))
         hidden = [arrangement.scatter(state) for state in states]
-        pooled = None if self.pooler is None else self.pooler(hidden[-1])
+        pooled = None if self.pooler is None else self.pooler(arrangement.first(states[-1]))
         return BaseModelOutputWithPooling(
             last_hidden_state=hidden[-1],
             pooler_output=pooled,

@@ -64,6 +64,13 @@ class Packed:
         batch, length = self._shape
         return x.new_zeros(batch * length, x.shape[-1]).index_copy(0, self._places, x).unflatten(0, self._shape)
 
+    def first(self, x: Tensor) -> Tensor:
+        """(N, C) to (B, C): the first token of each text, zeros for a text without tokens."""
+        begins = accumulate(self.lengths, initial=0)
+        rows = [(row, begin) for row, (begin, length) in enumerate(zip(begins, self.lengths, strict=False)) if length]
+        to, where = torch.tensor(rows, dtype=torch.int64, device=x.device).view(-1, 2).unbind(1)
+        return x.new_zeros(len(self.lengths), x.shape[1]).index_copy(0, to, x[where])
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, heads: Heads) -> Tensor:
         """Attention within each text, (N, C) each."""
         calls = list(self._calls(q.device, heads.scaling))
@@ -104,6 +111,13 @@ class Dense:
     def scatter(self, x: Tensor) -> Tensor:
         """(B, T, C), zeros where there is padding."""
         return x if self._seen is None else x * self._seen[..., None].to(x.dtype)
+
+    def first(self, x: Tensor) -> Tensor:
+        """(B, T, C) to (B, C): the first token of each text, zeros for a text without tokens."""
+        if self._seen is None:
+            return x[:, 0]
+        where = self._seen.int().argmax(dim=1)  # [B], of equals the first
+        return self.scatter(x)[torch.arange(x.shape[0], device=x.device), where]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, heads: Heads) -> Tensor:
         """Attention within each text, (B, T, C) each."""

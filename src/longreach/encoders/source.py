@@ -12,11 +12,8 @@ from torch import Tensor
 
 from longreach.files import open_file
 from longreach.foreign import first_line, refusing, require_transformers
-from longreach.models.files import shards_of
+from longreach.models.files import WEIGHTS, shards_of
 from longreach.reading import parse_file
-
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-"""Files that may hold the weights, in the order in which they are looked for; each may be in shards."""
 
 BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids", "encoder.alibi")
 """What some files hold beside weights: counters, and Mosaic's table of biases."""
@@ -93,8 +90,9 @@ class Source:
             ValueError: there are none, or a file is damaged or holds more than tensors.
         """
         for file in WEIGHTS:
-            index = self.find(f"{file}.index.json")
-            paths = {shard: self.find(shard) for shard in ([file] if index is None else shards_of(index))}
+            whole = self.find(file)
+            index = self.find(f"{file}.index.json") if whole is None else None
+            paths = {file: whole} if index is None else {shard: self.find(shard) for shard in shards_of(index)}
             if paths == {file: None}:
                 continue
             tensors: dict[str, Tensor] = {}
@@ -111,8 +109,16 @@ class Source:
             if path.suffix == ".safetensors":
                 return safetensors.torch.load_file(path)
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        if not isinstance(tensors, dict) or not all(isinstance(x, Tensor) for x in tensors.values()):
+        if not isinstance(tensors, dict) or not all(
+            isinstance(key, str) and isinstance(x, Tensor) for key, x in tensors.items()
+        ):
             raise ValueError(f"model {self.name!r}: {path.name} holds more than named tensors: give its weights alone")
+        for key, x in tensors.items():
+            if not _is_whole(x):
+                raise ValueError(
+                    f"model {self.name!r}: weight {key} in {path.name} is sparse, empty or repeats what it holds: "
+                    "give dense weights"
+                )
         return tensors
 
     def _without_prefix(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -128,3 +134,10 @@ class Source:
         if len(named) != len(tensors):
             raise ValueError(f"model {self.name!r} has weights both with and without {before!r}: give one of the two")
         return {key: x for key, x in named.items() if key not in BUFFERS}
+
+
+def _is_whole(x: Tensor) -> bool:
+    """Whether a tensor that was unpickled holds each of its numbers, as a few bytes may stand for any shape."""
+    if x.layout is not torch.strided or x.is_nested or x.is_meta:
+        return False
+    return x.untyped_storage().nbytes() >= x.numel() * x.itemsize

@@ -1,7 +1,7 @@
 """What the files of an encoder say of texts: tokenizer, longest text, pooling, normalisation."""
 
-import os
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,14 @@ from longreach.tokenizing import Backend, read_tokenizer
 POOLINGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_max_tokens": "max"}
 """Name of a pooling in a sentence-transformers configuration -> ours."""
 
-TEXT_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "vocab.txt",
-    "modules.json",
-    "sentence_bert_config.json",
-    "config_sentence_transformers.json",
-)
-"""Files beside weights and configuration that say how texts become vectors."""
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
+"""Files that make a tokenizer."""
+
+POOLING_FILES = ("modules.json", "sentence_bert_config.json")
+"""Files that say what becomes of its tokens, beside those of the modules."""
+
+PROMPTS = "config_sentence_transformers.json"
+"""File of sentence-transformers alone, which has written its own by the time that it has a model saved."""
 
 
 @dataclass(frozen=True)
@@ -104,11 +102,26 @@ def _mode(values: dict[str, Any], name: str) -> str:
     return modes[0]
 
 
-def copy_text_files(source: Source, folder: str | os.PathLike[str]) -> None:
-    """Write the files that say how texts become vectors to a folder, where it has none of the name."""
-    of_modules = [f"{path}/config.json" for _, path in _modules(source) if path]
-    for name in (*TEXT_FILES, *of_modules):
-        path, copied = source.find(name), Path(folder, name)
-        if path is not None and not copied.exists():
-            copied.parent.mkdir(parents=True, exist_ok=True)
+def copy_text_files(folder: Path, source: Source, tokenizer: Source) -> None:
+    """Write the files that say how texts become vectors to a folder, and delete those of another model there.
+
+    Args:
+        folder: where to.
+        source: the files of an encoder.
+        tokenizer: those of its tokenizer. Where there are none, the folder may have what somebody put there for it.
+    """
+    copies = {name: source.find(name) for name in POOLING_FILES}
+    copies |= {name: source.find(name) for name in (f"{path}/config.json" for _, path in _modules(source) if path)}
+    of_tokenizer = {name: tokenizer.find(name) for name in TOKENIZER_FILES}
+    if any(of_tokenizer.values()):
+        copies |= of_tokenizer
+    if not Path(folder, PROMPTS).exists():
+        copies[PROMPTS] = source.find(PROMPTS)
+    for name, path in copies.items():
+        copied = folder / name
+        if path is None:
+            copied.unlink(missing_ok=True)
+            continue
+        copied.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(shutil.SameFileError):
             shutil.copyfile(path, copied)

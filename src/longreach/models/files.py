@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ MODEL_TYPE = "longreach"
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """Files of weights of Hugging Face, in the order in which they are looked for: each whole, then by its index."""
+
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+"""Name that transformers gives to a part of the first of them."""
 
 MOST_LABELS = 2**16
 """The most labels of a classifier that are taken for no mistake."""
@@ -144,12 +148,13 @@ def shards_of(index: Path) -> list[str]:
 def drop_stale_weights(folder: Path) -> None:
     """Delete what is of an earlier model, after transformers has saved one: the index, or the whole file beside it.
 
-    It deletes earlier shards alone, and reads a whole file whatever index there is: weights saved in shards beside one
-    would never be read.
+    It deletes earlier shards alone, of names as it gives them, and reads a whole file whatever index there is: weights
+    saved in shards beside one would never be read.
     """
     whole = folder / WEIGHTS[0]
     index = folder / f"{WEIGHTS[0]}.index.json"
     if whole.is_file() and index.is_file():
         with contextlib.suppress(ValueError):  # a damaged one was not written now, nor is it read
-            is_new = all((folder / shard).is_file() for shard in shards_of(index))
+            shards = shards_of(index)
+            is_new = shards and all(_SHARD.fullmatch(shard) and (folder / shard).is_file() for shard in shards)
             (whole if is_new else index).unlink()

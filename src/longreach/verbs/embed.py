@@ -13,7 +13,7 @@ import torch
 
 from longreach.data.corpora import Corpus, Document, first_pieces, idle_field, open_corpus
 from longreach.data.prepare import naming
-from longreach.encoders.encode import texts_of, tokenize
+from longreach.encoders.encode import SPARE_TOKENS, texts_of, tokenize
 from longreach.encoders.load import load_encoder
 from longreach.encoders.texts import Texts
 from longreach.files import blaming, digest, digest_of, replacing, sync
@@ -151,21 +151,23 @@ def check_length_is_heeded(train_length: int | None, scaling: Scaling) -> None:
 
 
 def beginning(model: Any, document: Document, length: int, *, special: bool = True) -> str:
-    """As much of a document as makes so many tokens by the tokenizer of a model, or all of it.
+    """As much of a document as has its first tokens, so many by the tokenizer of a model, or all of it.
 
     Raises:
-        ValueError: it has fewer in the first `MOST_BYTES`, and goes on; and as `tokenize`.
+        ValueError: it has fewer, and `SPARE_TOKENS` after them, in the first `MOST_BYTES`, and goes on; and as
+            `tokenize`.
     """
-    text, size, wanted = "", 0, BYTES_PER_TOKEN * length
+    enough = length + SPARE_TOKENS
+    text, size, wanted = "", 0, BYTES_PER_TOKEN * enough
     most = max(MOST_BYTES, wanted)
     while True:
         more = "".join(first_pieces(document.pieces, wanted))
         text, count = text + more, len(more.encode())
         size += count
-        if count < wanted or len(tokenize(model, [text], length=length, special=special)[0]) >= length:
+        if count < wanted or len(tokenize(model, [text], length=enough, special=special)[0]) >= enough:
             return text
         if size >= most:
-            raise ValueError(f"{document.name} has under {length} tokens in {size >> 20} MiB: cut or drop it")
+            raise ValueError(f"{document.name} has under {enough} tokens in {size >> 20} MiB: cut or drop it")
         wanted = min(size, most - size)
 
 
