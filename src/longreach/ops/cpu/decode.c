@@ -106,7 +106,6 @@ struct keys {
     int64_t first, count, dim;
     const char *k, *v, *next; /* next: KEYS rows of k that are read after these; NULL without such */
     int64_t k_row, v_row;
-    struct pair own; /* all bits of what the last pair of a row has and the one before has not */
 };
 
 /* Have a pair of numbers brought near before it is read; there may be none. */
@@ -114,36 +113,27 @@ INLINE void fetch_pair(const int64_t dtype, const char *at) {
     for (int64_t i = 0; i < PAIR * size_of(dtype); i += 64) _mm_prefetch(at + i, _MM_HINT_T0);
 }
 
-/* Add the products of a pair of a query with that from number `first` on of LANES keys from number j on. Infinity times
-   the 0 that a query has in place of what the pair before had is no number: `own` is what to take of the keys, if not
-   all. */
-INLINE void add_products(const int64_t dtype, const float *q, const struct keys *near, int64_t j, int64_t first,
-                         const struct pair *own, vec *sums) {
-    const struct pair x = {load(q), load(q + LANES)};
-    const int64_t left = near->count - 1 - j;
-    const char *at = near->k + j * near->k_row + first * size_of(dtype);
-    const char *next = near->v + j * near->v_row + first * size_of(dtype);
-#pragma GCC unroll 16
-    for (int l = 0; l < LANES; l++) {
-        struct pair y = read_pair(dtype, at);
-        if (own) y = (struct pair){(vec)((ivec)y.a & (ivec)own->a), (vec)((ivec)y.b & (ivec)own->b)};
-        sums[l] += x.a * y.a;
-        sums[l] += x.b * y.b;
-        at += l < left ? near->k_row : 0;
-        fetch_pair(dtype, next);
-        next += l < left ? near->v_row : 0;
-    }
-}
-
 /* The products of a query with LANES keys from number j on; beyond the last that one is taken again. Their values, which
    are read next, are fetched meanwhile. */
 INLINE vec products(const int64_t dtype, const float *q, const struct keys *near, int64_t j) {
+    const int64_t left = near->count - 1 - j;
     vec sums[LANES];
 #pragma GCC unroll 16
     for (int l = 0; l < LANES; l++) sums[l] = (vec){0};
-    int64_t d = 0;
-    for (; d + PAIR <= near->dim; d += PAIR) add_products(dtype, q + d, near, j, d, NULL, sums);
-    if (d < near->dim) add_products(dtype, q + d, near, j, near->dim - PAIR, &near->own, sums);
+    for (int64_t d = 0; d < near->dim; d += PAIR) {
+        const struct pair x = {load(q + d), load(q + d + LANES)};
+        const int64_t first = smaller(d, near->dim - PAIR) * size_of(dtype);
+        const char *at = near->k + j * near->k_row + first, *next = near->v + j * near->v_row + first;
+#pragma GCC unroll 16
+        for (int l = 0; l < LANES; l++) {
+            const struct pair y = read_pair(dtype, at);
+            sums[l] += x.a * y.a;
+            sums[l] += x.b * y.b;
+            at += l < left ? near->k_row : 0;
+            fetch_pair(dtype, next);
+            next += l < left ? near->v_row : 0;
+        }
+    }
     return sums_of(sums);
 }
 
@@ -237,8 +227,6 @@ INLINE void decode_rows(const int64_t dtype, const struct step *s, int64_t seque
     const char *const k = row_of(&s->k, size, sequence, kv_head, 0), *const v = row_of(&s->v, size, sequence, kv_head, 0);
     const uint8_t *const hidden = s->hidden ? s->hidden + sequence * key_length : NULL;
     const int64_t *const of_norms = s->norms_strides;
-    char own[PAIR * sizeof(float)] = {0};
-    memset(own + (PAIR - rest) * size, -1, rest * size); /* a NaN as float16, which is widened to one with all its bits */
     for (int64_t i = 0; s->norms && i < blocks; i++) {
         const float norm = s->norms[sequence * of_norms[0] + kv_head * of_norms[1] + i * of_norms[2]];
         const int is_less = i && (norm <= longest[i - 1] || longest[i - 1] != longest[i - 1]); /* NaN stays */
@@ -275,15 +263,14 @@ INLINE void decode_rows(const int64_t dtype, const struct step *s, int64_t seque
         }
         if (!left) break;
         const char *const at = k + first * k_row;
-        struct keys near = {first, keys, dim, at, v + first * v_row, i ? at - KEYS * k_row : NULL, k_row, v_row,
-                            read_pair(dtype, own)};
+        struct keys near = {first, keys, dim, at, v + first * v_row, i ? at - KEYS * k_row : NULL, k_row, v_row};
         if (dim < PAIR) {
             const int64_t row = PAIR * size;
             for (int64_t j = 0; j < keys; j++) {
                 copy_as_pairs(dim, size, near.k + j * k_row, copies + j * row);
                 copy_as_pairs(dim, size, near.v + j * v_row, copies + (KEYS + j) * row);
             }
-            near = (struct keys){first, keys, PAIR, copies, copies + KEYS * row, NULL, row, row, near.own};
+            near = (struct keys){first, keys, PAIR, copies, copies + KEYS * row, NULL, row, row};
         }
         for (int64_t n = 0; n < count; n++)
             if (!rows[n].done) add_keys(dtype, s, rows + n, q + n * width, &near, hidden, sums + n * width);
