@@ -1,6 +1,5 @@
 """Text in: the documents of a corpus, each as pieces of bounded size, whatever they are stored in."""
 
-import csv
 import hashlib
 import itertools
 import platform
@@ -15,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from longreach.data.content import BadText, dialect_of, kind_of
+from longreach.data.content import BadText, kind_of
 from longreach.data.found import find_files, head_of, walk
-from longreach.data.unpack import LONGEST_LINE, decoded, lines_of, unpacked_blocks
+from longreach.data.unpack import decoded, lines_of, table_rows, unpacked_blocks
 from longreach.files import digest_of
 from longreach.foreign import first_line, in_silence
 from longreach.reading import parse_json
@@ -331,7 +330,7 @@ def _read_files(paths: list[Path], text_field: str, skipped: Skipped | None) -> 
 
 
 def _read_table(path: Path, text_field: str, skipped: Skipped | None) -> Iterator[Document]:
-    rows = _rows(path)
+    rows = table_rows(path)
     _, header = next(rows)
     names = [name.strip() for name in header]
     if text_field not in names:
@@ -344,35 +343,6 @@ def _read_table(path: Path, text_field: str, skipped: Skipped | None) -> Iterato
                 if len(row) != len(names):
                     raise BadText(f"{place} has {len(row)} cells, the first row {len(names)}; mend or drop it")
                 yield Document(place, cut_text(row[column]))
-
-
-def _rows(path: Path) -> Iterator[tuple[str, list[str]]]:
-    """The rows of a table, each with the name of its place: the path and the line on which it ends.
-
-    Raises:
-        BadText: one is none, or longer than `LONGEST_LINE`: quotes that nothing closes could take the rest of the file
-            into memory, as one cell or as many.
-    """
-    lines = lines_of((block.encode() for block in decoded(path)), str(path))
-    first = next(lines)
-    begin, size = 1, 0  # of the row at work: its first line, its bytes
-
-    def bounded() -> Iterator[str]:
-        nonlocal size
-        for line in itertools.chain([first], lines):
-            size += len(line) + 1
-            if size > LONGEST_LINE:
-                raise BadText(f"{path}:{begin} begins a row of over {LONGEST_LINE >> 20} MiB; mend or drop it")
-            yield line.decode() + "\n"
-
-    csv.field_size_limit(LONGEST_LINE)  # cells are bounded by their row
-    rows = csv.reader(bounded(), delimiter=dialect_of(first.decode()), strict=True)
-    try:
-        for row in rows:
-            yield f"{path}:{rows.line_num}", row
-            begin, size = rows.line_num + 1, 0
-    except csv.Error as error:
-        raise BadText(f"{path}:{rows.line_num} is no row of a table ({error}); mend or drop it") from error
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

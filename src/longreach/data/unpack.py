@@ -1,6 +1,7 @@
-"""What a file holds, unpacked and decoded, in blocks of bounded size."""
+"""What a file holds, unpacked and decoded, in blocks, lines and rows of bounded size."""
 
 import codecs
+import csv
 import itertools
 import lzma
 import os
@@ -11,11 +12,11 @@ from typing import Any, BinaryIO
 
 import zstandard
 
-from longreach.data.content import BadText, compression_of
+from longreach.data.content import BadText, compression_of, dialect_of
 from longreach.files import blaming
 
 LONGEST_LINE = 1 << 28
-"""The most bytes of a line, which is in memory as a whole."""
+"""The most bytes of a line, or of a row of a table, which is in memory as a whole."""
 
 LARGEST_RATIO = 500
 """The most times that a text is as large as what it is packed in: some files unpack without an end in sight."""
@@ -117,3 +118,32 @@ def decoded(path: Path) -> Iterator[str]:
             raise BadText(f"{str(path)!r} is binary: byte 0x00 at offset {place}; give text")
         yield text.removeprefix("\ufeff") if offset == 0 else text
         blocks_end += len(block)
+
+
+def table_rows(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """The rows of a table, each with the name of its place: the path and the line on which it ends.
+
+    Raises:
+        BadText: one is none, or longer than `LONGEST_LINE`: quotes that nothing closes could take the rest of the file
+            into memory, as one cell or as many.
+    """
+    lines = lines_of((block.encode() for block in decoded(path)), str(path))
+    first = next(lines)
+    begin, size = 1, 0  # of the row at work: its first line, its bytes
+
+    def bounded() -> Iterator[str]:
+        nonlocal size
+        for line in itertools.chain([first], lines):
+            size += len(line) + 1
+            if size > LONGEST_LINE:
+                raise BadText(f"{path}:{begin} begins a row of over {LONGEST_LINE >> 20} MiB; mend or drop it")
+            yield line.decode() + "\n"
+
+    csv.field_size_limit(LONGEST_LINE)  # cells are bounded by their row
+    rows = csv.reader(bounded(), delimiter=dialect_of(first.decode()), strict=True)
+    try:
+        for row in rows:
+            yield f"{path}:{rows.line_num}", row
+            begin, size = rows.line_num + 1, 0
+    except csv.Error as error:
+        raise BadText(f"{path}:{rows.line_num} is no row of a table ({error}); mend or drop it") from error
