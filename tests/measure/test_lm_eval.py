@@ -1,6 +1,5 @@
 import dataclasses
 import importlib
-import json
 import math
 import sys
 from types import SimpleNamespace
@@ -9,6 +8,7 @@ import lm_eval
 import numpy as np
 import pytest
 import torch
+from harness_task import write_task
 from lm_eval.api.registry import model_registry
 from lm_eval.tasks import TaskManager
 from tiny_subjects import LENGTH, decoder_subject, tokenizer, transformers_subject
@@ -208,19 +208,7 @@ def test_the_training_length_is_the_default_and_bad_values_are_refused():
 @pytest.fixture
 def task(tmp_path):
     """A task manager that knows the task `tiny`: perplexity of TEXTS."""
-    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
-    (tmp_path / "tiny.yaml").write_text(
-        f"""
-task: tiny
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {tmp_path}/texts.jsonl}}, cache_dir: {tmp_path}/cache}}
-test_split: test
-output_type: loglikelihood_rolling
-doc_to_text: ""
-doc_to_target: "{{{{text}}}}"
-metric_list: [{{metric: byte_perplexity, aggregation: weighted_perplexity, higher_is_better: false}}]
-"""
-    )
+    write_task(tmp_path, TEXTS)
     return TaskManager(include_path=str(tmp_path), include_defaults=False)
 
 

@@ -1,6 +1,7 @@
 """Decoding steps that `attention` hands to native code before all else: the same results, errors and choice."""
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -176,3 +177,10 @@ def test_inputs_whose_sign_is_kept_apart(steps):
         assert kept_apart.is_neg()
         assert torch.equal(attention(**given | {name: kept_apart}, impl="cpu"), expected)
     assert len(steps) == 1
+
+
+def test_a_scale_of_any_kind_of_number():
+    q, k, v = torch.randn(1, 2, 1, 16), torch.randn(1, 2, 600, 16), torch.randn(1, 2, 600, 16)
+    slopes = torch.tensor([0.5, 0.25])
+    expected = attention(q, k, v, slopes=slopes, scale=0.125, impl="cpu")
+    assert torch.equal(attention(q, k, v, slopes=slopes, scale=Fraction(1, 8), impl="cpu"), expected)

@@ -1,9 +1,9 @@
-import json
 import os
 import sys
 from functools import partial
 
 import pytest
+from harness_task import write_task
 from lm_eval import tasks
 from lm_eval.api.registry import model_registry
 from lm_eval.config import evaluate_config
@@ -25,19 +25,7 @@ def run(corpus, tmp_path_factory):
         train=TrainConfig(train_length=16, steps=1, batch_size=4, warmup_steps=1, device="cpu"),
     )
     train_run(config, folder / "run", lambda *stage, **note: None)
-    (folder / "texts.jsonl").write_text(json.dumps({"text": "a text of some words"}) + "\n")
-    (folder / "tiny.yaml").write_text(
-        f"""
-task: tiny
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {folder}/texts.jsonl}}, cache_dir: {folder}/texts}}
-test_split: test
-output_type: loglikelihood_rolling
-doc_to_text: ""
-doc_to_target: "{{{{text}}}}"
-metric_list: [{{metric: byte_perplexity, aggregation: weighted_perplexity, higher_is_better: false}}]
-"""
-    )
+    write_task(folder, ["a text of some words"])
     return folder / "run"
 
 

@@ -295,10 +295,7 @@ def _plain_step(q: Any, k: Any, v: Any, slopes: Any, key_norms: Any, scale: Any,
             return None
         if key_norms is None and not measured.unaided:
             return None
-    if scale is None:
-        scale = step.head_dim**-0.5
-    else:
-        validated_scale(scale)
+    scale = step.head_dim**-0.5 if scale is None else validated_scale(scale)
     return native.run_step(step, q, None, scale, STEP_TOLERANCES[step.dtype])
 
 
